@@ -1,8 +1,8 @@
 """The layout: where clean and noisy tokens sit. One type for training, prefill, denoising and draft-and-verify.
 
 A layout describes a batch of rows. A row has `Lc` clean slots followed by `Ln` noisy slots; the lowered graph sees them
-concatenated, `T = Lc + Ln`, clean first. Slots may be padding. Everything else (position ids, softmax mask, conv windows,
-state schedule, targets) is derived from the layout. Contract: docs/semantics.md sections 1 and 2.
+concatenated, `T = Lc + Ln`, clean first. Slots may be padding. Everything else (position ids, softmax mask, conv
+windows, state schedule, targets) is derived from the layout. Contract: docs/semantics.md sections 1 and 2.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ class Layout:
     block_readout   [rows, blocks]  BLOCK_END or CAUSAL
     cached          [rows]          clean tokens of document 0 that are in the cache already (0 in training)
 
-    Clean tokens of one document are consecutive slots with consecutive positions, starting at 0 (document 0 of a row with
-    a cache: at `cached`). Tokens of one block are consecutive slots at positions anchor, anchor+1, ... Padding comes last.
+    Clean tokens of one document are consecutive slots with consecutive positions, starting at 0 (document 0 of a row
+    with a cache: at `cached`). Tokens of one block are consecutive slots at positions anchor, anchor+1, ... Padding
+    comes last.
     """
 
     clean_document: Tensor

@@ -92,9 +92,9 @@ def seats(rng: random.Random) -> Problem:
     place = rng.choice(("theater", "bus", "hall", "cinema", "church"))
     rows, each = rng.randint(3, 9), rng.randint(4, 12)
     total = rows * each
-    taken = rng.randint(3, total - 2)
+    taken = rng.randint(3, total - 4)
     left = total - taken
-    more = rng.randint(1, left - 1)
+    more = rng.randint(2, left - 2)
     prompt = (
         f"A {place} has {rows} rows with {each} seats in each row. {taken} people sit down. "
         f"Then {more} more people come. How many seats are still free?"
@@ -186,10 +186,10 @@ def share(rng: random.Random) -> Problem:
     """Things are put together and shared equally."""
     (one, _), (two, _) = rng.sample(PEOPLE, 2)
     thing, box = rng.choice(OBJECTS), rng.choice(CONTAINERS)
-    groups, each = rng.randint(2, 9), rng.randint(2, 12)
+    groups, each = rng.randint(2, 9), rng.randint(4, 12)
     total = groups * each
-    first = rng.randint(1, total - 1)
-    eaten = rng.randint(1, each)
+    first = rng.randint(2, total - 2)
+    eaten = rng.randint(2, each - 2)
     prompt = (
         f"{one} has {first} {thing} and {two} has {total - first} {thing}. They put all of them equally into {groups} "
         f"{box}. Then {eaten} {thing} are taken from one of the {box}. How many {thing} are left there?"

@@ -165,7 +165,8 @@ def filter_numbers(rng: random.Random) -> Problem:
     result = [item for item in items if kept(item)]
     if not result:
         return filter_numbers(rng)
-    steps = [f"Check every number: {', '.join(f'{item} {"yes" if kept(item) else "no"}' for item in items)}."]
+    checks = [f"{item} {'yes' if kept(item) else 'no'}" for item in items]
+    steps = [f"Check every number: {', '.join(checks)}."]
     steps.append(f"The numbers with yes are {shown(result)}.")
     prompt = f"Which of these numbers are {name}? {shown(items)}"
     key = (rule, bound if rule == "above" else 0, *items)

@@ -1,0 +1,53 @@
+# `make test` and `make demo` each work on a fresh machine: they create .venv, install, and run. `make help` lists all.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip --disable-pip-version-check
+WORKERS ?= 2
+
+# One thread per process: tests run in $(WORKERS) processes, and results must not depend on how many there are.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install test test-fast pytest lint typecheck demo bench-cpu clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+# torch comes first and alone, so that nothing installed later can choose another build of it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch==2.13.0
+	$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[test]'
+	@touch $@
+
+install: $(VENV)/.installed-test  ## create .venv with everything that the tests need
+
+test: lint pytest  ## lint, type check, then all tests (those marked gpu only where there is a GPU)
+
+pytest: $(VENV)/.installed-test lint  # after lint also under make -j: the last lines are pytest's
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
+
+test-fast: $(VENV)/.installed-test  ## the tests that are not marked slow, nothing else
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "not slow"
+
+lint: $(VENV)/.installed-test typecheck  ## ruff and the type check
+	$(BIN)/ruff check
+
+typecheck: $(VENV)/.installed-test  ## mypy --strict on the packages, plain mypy on tests, tools and examples
+	$(BIN)/python tools/typecheck.py
+
+demo: $(VENV)/.installed  ## run examples/demo.py
+	$(BIN)/python examples/demo.py
+
+bench-cpu: $(VENV)/.installed  ## time the two-stream linear attention on the CPU
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/cpu_linear_attention.py
+
+clean:  ## remove builds and caches, keep .venv
+	rm -rf build dist flarec.egg-info .hypothesis .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

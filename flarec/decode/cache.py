@@ -1,0 +1,89 @@
+"""The cache of a batch of requests, with the deferred commit of docs/kernel.md ("Decode with the same equations").
+
+A step never stores a state per candidate row. It leaves its clean rows *pending*; the next step first commits the first
+`accepted[b]` of them, then works. So a rejected draft costs nothing to undo: keys and values beyond `length` are dead
+and get overwritten, pending rows beyond `accepted` are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flarec.cache_spec import CacheSlot
+
+GRANULE = 64  # positions; small steps at first, larger ones once the cache is large
+LARGE_GRANULE = 256
+
+
+@dataclass
+class Cache:
+    """Decode state of a batch of requests.
+
+    slots     what the program asked for
+    tensors   name -> tensor; a step replaces entries, except keys and values, which it writes in place
+    accepted  [batch] int64: how many of the last step's clean rows (counted from the left) the next step commits
+    length    [batch] int64: committed plus accepted clean tokens = `cached` of the next layout
+    capacity  positions that every "capacity" axis holds
+    """
+
+    slots: tuple[CacheSlot, ...]
+    tensors: dict[str, Tensor]
+    accepted: Tensor
+    length: Tensor
+    capacity: int
+
+    @staticmethod
+    def allocate(slots: Sequence[CacheSlot], batch: int, capacity: int, device: torch.device | str) -> Cache:
+        """An empty cache: zeros everywhere, no pending rows, room for at least `capacity` positions."""
+        capacity = _round_up(capacity)
+        sizes = {"batch": batch, "capacity": capacity, "pending": 0}
+        tensors = {
+            slot.name: torch.zeros(
+                [sizes[size] if isinstance(size, str) else size for size in slot.shape], dtype=slot.dtype, device=device
+            )
+            for slot in slots
+        }
+        zeros = torch.zeros(batch, dtype=torch.int64, device=device)
+        return Cache(tuple(slots), tensors, zeros, zeros.clone(), capacity)
+
+    @property
+    def batch(self) -> int:
+        return self.length.shape[0]
+
+    def accept(self, rows: Tensor) -> None:
+        """Keep the first `rows[b]` clean rows of the step that just ran (the next step commits them). rows [batch]."""
+        self.accepted = rows.clone()  # the caller may reuse `rows`, a step may clear `accepted`
+        self.length = self.length + rows
+
+    def reserve(self, capacity: int) -> None:
+        """Grow every "capacity" axis to hold at least `capacity` positions; contents stay, new positions are zero."""
+        if capacity <= self.capacity:
+            return
+        capacity = _round_up(capacity)
+        for slot in self.slots:
+            if "capacity" not in slot.shape:
+                continue
+            old = self.tensors[slot.name]
+            axis = slot.shape.index("capacity")
+            shape = list(old.shape)
+            shape[axis] = capacity
+            new = old.new_zeros(shape)
+            new.narrow(axis, 0, old.shape[axis]).copy_(old)
+            self.tensors[slot.name] = new
+        self.capacity = capacity
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the requests `rows` [n] int64 in that order; the others leave the batch."""
+        for slot in self.slots:
+            self.tensors[slot.name] = self.tensors[slot.name].index_select(slot.batch_dim(), rows)
+        self.accepted = self.accepted.index_select(0, rows)
+        self.length = self.length.index_select(0, rows)
+
+
+def _round_up(capacity: int) -> int:
+    granule = GRANULE if capacity <= 4 * LARGE_GRANULE else LARGE_GRANULE
+    return max(1, -(-capacity // granule)) * granule

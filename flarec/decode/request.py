@@ -1,0 +1,117 @@
+"""One request on the host: its tokens so far, when it ends, and what is reported about it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from flarec.errors import GenerationError
+
+StopCheck = Callable[[Sequence[int]], int | None]
+OnTokens = Callable[[int, list[int]], None]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a request produced.
+
+    token_ids    new tokens; the last one is EOS if stop_reason is "eos"
+    mode         "causal", "ar-trust" or "diffusion-trust"
+    forwards     forward passes this request took part in; a prefill in chunks counts as one
+    accepted     ar-trust: accepted[a] = steps after the prefill in which a drafts were accepted (a step without drafts
+                 accepts 0); diffusion-trust: accepted[c] = denoising steps that committed c tokens; causal: empty
+    seconds      wall time from the start of the batch to this request's last token
+    stop_reason  "eos", "stop" (the stop check) or "length"
+    """
+
+    token_ids: list[int]
+    mode: str
+    forwards: int
+    accepted: list[int]
+    seconds: float
+    stop_reason: str
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.new_tokens / self.forwards
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """When a request ends, and who is told about its tokens.
+
+    stop_check(new tokens so far) returns how many of them to keep if the request ends here, else None. It is called
+    after every single token, so that the result does not depend on how many tokens a forward yields.
+    """
+
+    eos_ids: frozenset[int] = frozenset()
+    stop_check: StopCheck | None = None
+    on_tokens: OnTokens | None = None
+
+
+@dataclass
+class Request:
+    """A running request. `limit` >= 1 = largest number of new tokens, `index` = its place in the caller's list."""
+
+    index: int
+    prompt: list[int]
+    limit: int
+    stopping: Stopping
+    tokens: list[int] = field(default_factory=list)
+    forwards: int = 0
+    histogram: dict[int, int] = field(default_factory=dict)
+    stop_reason: str | None = None
+    started: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Prompt and new tokens."""
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def finished(self) -> bool:
+        return self.stop_reason is not None
+
+    def count(self, tokens: int) -> None:
+        """One more step that accepted (or committed) `tokens` tokens."""
+        self.histogram[tokens] = self.histogram.get(tokens, 0) + 1
+
+    def emit(self, tokens: Sequence[int]) -> None:
+        """Append final tokens up to the first reason to stop; what follows it is dropped."""
+        assert self.stop_reason is None
+        start = len(self.tokens)
+        for token in tokens:
+            self.tokens.append(token)
+            reason = self._reason()
+            if reason is not None:
+                self.stop_reason = reason
+                self.seconds = time.perf_counter() - self.started
+                break
+        new = self.tokens[start:]
+        if new and self.stopping.on_tokens is not None:
+            self.stopping.on_tokens(self.index, new)
+
+    def _reason(self) -> str | None:
+        if self.tokens[-1] in self.stopping.eos_ids:
+            return "eos"
+        if self.stopping.stop_check is not None:
+            keep = self.stopping.stop_check(self.tokens)
+            if keep is not None:
+                if not 0 <= keep <= len(self.tokens):
+                    raise GenerationError(
+                        f"the stop check asked to keep {keep} of {len(self.tokens)} tokens; return a number up to that"
+                    )
+                del self.tokens[keep:]
+                return "stop"
+        return "length" if len(self.tokens) >= self.limit else None
+
+    def generation(self, mode: str) -> Generation:
+        assert self.stop_reason is not None
+        accepted = [self.histogram.get(tokens, 0) for tokens in range(max(self.histogram, default=-1) + 1)]
+        return Generation(list(self.tokens), mode, self.forwards, accepted, self.seconds, self.stop_reason)

@@ -1,0 +1,163 @@
+"""Sampling with counter-hash noise: a token is a pure function of its logits, the request's seed and its position.
+
+The token for document position `t` is `argmax(logits + T * Gumbel(seed, t, token))` over the truncated vocabulary. The
+noise depends on nothing else: not on the row, the step, the slot in the batch or the device. A draft for `t` that uses
+the same noise is therefore accepted whenever its logits lead to the same choice, and AR-Trust returns what causal
+decoding returns. T = 0 is the same formula. Contract: docs/semantics.md section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flarec.errors import GenerationError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is sampled.
+
+    temperature  >= 0; 0 takes the most probable token
+    top_k        keep the k most probable tokens; 0 or None keeps all
+    top_p        in (0, 1]: keep the smallest set of most probable tokens whose probabilities reach it; 1 keeps all
+    seed         in [0, 2^63): names the noise; equal seeds and prompts give equal texts
+
+    Raises `GenerationError` for a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise GenerationError(f"temperature is {self.temperature}; it must be a finite number >= 0 (0 is greedy)")
+        if self.top_k is not None and self.top_k < 0:
+            raise GenerationError(f"top_k is {self.top_k}; it must be >= 0 (0 keeps the whole vocabulary)")
+        if not 0 < self.top_p <= 1:
+            raise GenerationError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1 keeps everything)")
+        if not 0 <= self.seed < 2**63:
+            raise GenerationError(f"seed is {self.seed}; it must be in [0, 2^63)")
+
+
+@dataclass(frozen=True)
+class SamplingRows:
+    """Sampling parameters of N rows as vectors, so that one batch can mix requests.
+
+    temperature [N] float32, top_k [N] int64 (a huge number where off), top_p [N] float32, seed [N] int64.
+    `truncated` / `sampled` say whether any row truncates / has a temperature above 0: known on the host, so that work
+    which cannot change the result is skipped without asking the device.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    seed: Tensor
+    truncated: bool
+    sampled: bool
+
+    @staticmethod
+    def build(params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> SamplingRows:
+        everything = 2**62
+        return SamplingRows(
+            torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
+            torch.tensor([p.top_k or everything for p in params], dtype=torch.int64, device=device),
+            torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
+            torch.tensor([p.seed for p in params], dtype=torch.int64, device=device),
+            truncated=any(p.top_k or p.top_p < 1 for p in params),
+            sampled=any(p.temperature > 0 for p in params),
+        )
+
+    def take(self, rows: Tensor) -> SamplingRows:
+        """The parameters of rows `rows` [n] int64, in that order."""
+        picked = (self.temperature[rows], self.top_k[rows], self.top_p[rows], self.seed[rows])
+        return SamplingRows(*picked, self.truncated, self.sampled)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit number (torch multiplies int64 modulo 2^64)."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+_STRIDE = _signed(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: consecutive counters land far apart
+_MULTIPLY = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))  # odd, about half their bits set
+UNIFORM_BITS = 40
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift right of int64 bits (torch's `>>` copies the sign)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 64-bit words in which every input bit moves about half of the output bits (xorshift-multiply)."""
+    x = (x ^ _shift(x, 30)) * _MULTIPLY[0]
+    x = (x ^ _shift(x, 27)) * _MULTIPLY[1]
+    return x ^ _shift(x, 31)
+
+
+def uniform(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
+    """Counter-based uniforms. seed [N], position [N], token [V] int64 -> [N, V] float32 strictly inside (0, 1).
+
+    Integer arithmetic and one correctly rounded conversion: the same bits on every device. Small values keep full
+    relative precision (2^-41 is the smallest), since they decide the argmax over a large vocabulary.
+    """
+    row = _mix(_mix(seed + _STRIDE) + position * _STRIDE)
+    word = _mix(row[:, None] + (token[None, :] + 1) * _STRIDE)
+    odd = (_shift(word, 64 - UNIFORM_BITS) << 1) | 1
+    return (odd.to(torch.float32) * 2.0 ** -(UNIFORM_BITS + 1)).clamp_max(1 - 2.0**-24)
+
+
+def gumbel(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
+    """Standard Gumbel noise, a pure function. seed [N], position [N], token [V] int64 -> [N, V] float32, finite."""
+    return -torch.log(-torch.log1p(-uniform(seed, position, token)))
+
+
+def truncation(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Tokens that top-k, then top-p, keep. scaled [N, V] = logits / T, top_k [N], top_p [N] -> [N, V] bool.
+
+    Top-p works on the distribution that top-k left. The most probable token always stays; among equal logits the lower
+    id comes first.
+    """
+    ordered, order = scaled.sort(dim=1, descending=True, stable=True)
+    rank = torch.arange(scaled.shape[1], device=scaled.device)
+    keep = rank < top_k[:, None]
+    reached = ordered.masked_fill(~keep, -math.inf).softmax(dim=1).cumsum(dim=1)
+    before = torch.nn.functional.pad(reached[:, :-1], (1, 0))
+    # top_p = 1 keeps all: a rounded sum that reaches 1 early must not cut the tail off
+    keep &= (before < top_p[:, None]) | (top_p[:, None] >= 1) | (rank == 0)
+    return torch.zeros_like(keep).scatter_(1, order, keep)
+
+
+def choose(
+    logits: Tensor, params: SamplingRows, positions: Tensor, suppress: Sequence[int] | Tensor = ()
+) -> tuple[Tensor, Tensor]:
+    """Choose one token per row.
+
+    logits [N, V] (any float dtype, computed in float32), params of N rows, positions [N] int64 = absolute document
+    position of the token that is being chosen, suppress = ids that are never chosen.
+    Returns token [N] int64 and its probability [N] float32 under the truncated softmax(logits / T) (T = 0: T = 1).
+    Equal scores go to the lowest id.
+    """
+    scores = logits.float()
+    if len(suppress):
+        ids = torch.as_tensor(suppress, dtype=torch.int64, device=logits.device)
+        scores = scores.index_fill(1, ids, -math.inf)
+    temperature = params.temperature[:, None]
+    # subtracting the maximum first keeps tiny temperatures finite
+    scaled = (scores - scores.amax(dim=1, keepdim=True)) / torch.where(temperature > 0, temperature, 1.0)
+    if params.truncated:
+        dropped = ~truncation(scaled, params.top_k, params.top_p)
+        scores, scaled = scores.masked_fill(dropped, -math.inf), scaled.masked_fill(dropped, -math.inf)
+    if params.sampled:
+        ids = torch.arange(logits.shape[1], device=logits.device)
+        scores = scores + temperature * gumbel(params.seed, positions, ids)
+    token = scores.argmax(dim=1)
+    probability = (scaled.gather(1, token[:, None]).squeeze(1) - scaled.logsumexp(dim=1)).exp()
+    return token, probability

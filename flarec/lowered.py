@@ -1,0 +1,109 @@
+"""Lowered mixers for `--kernels torch`: what the graph calls after `lower-mixers(implementation='torch')`.
+
+Thin calls of `flarec.kernels` with the operands in graph order. Shapes as in `flarec.stream_ops`; `mask`, `windows` and
+`schedule` are derived from the layout once per batch (`flarec.derive`).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .kernels.linear_attention import torch_chunk
+from .kernels.linear_attention.schedule import StateSchedule
+from .kernels.moe_experts import torch_grouped
+from .kernels.short_conv import torch_gather
+from .kernels.softmax_attention import torch_sdpa
+from .layout import Layout
+
+
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """The sliding window is part of the mask already."""
+    return torch_sdpa.two_stream(q, k, v, mask, scale=scale, softcap=softcap)
+
+
+def softmax_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    mask: Tensor,
+    layout: Layout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    return torch_sdpa.cached(q, k, v, k_cache, v_cache, mask, layout, scale=scale, softcap=softcap)
+
+
+def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, activation: str | None) -> Tensor:
+    return torch_gather.two_stream(x, weight, bias, windows, activation=activation)
+
+
+def short_conv_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    buffer: Tensor,
+    accepted: Tensor,
+    windows: Tensor,
+    layout: Layout,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    window = torch_gather.commit_window(buffer, accepted, weight.shape[-1])
+    y = torch_gather.two_stream(x, weight, bias, windows, activation=activation, window=window)
+    return y, torch_gather.next_buffer(x, window, layout.clean_length)
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    schedule: StateSchedule,
+    scale: float,
+    delta: bool,
+    l2norm: bool,
+) -> Tensor:
+    return torch_chunk.two_stream(q, k, v, g, beta, schedule, scale=scale, delta=delta, l2norm=l2norm)
+
+
+def linear_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    state: Tensor,
+    pending_k: Tensor,
+    pending_d: Tensor,
+    pending_g: Tensor | None,
+    accepted: Tensor,
+    schedule: StateSchedule,
+    layout: Layout,
+    scale: float,
+    delta: bool,
+    l2norm: bool,
+) -> tuple[Tensor, ...]:
+    state = torch_chunk.commit(state, pending_k, pending_d, pending_g, accepted)
+    out, *rows = torch_chunk.two_stream_step(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        schedule,
+        scale=scale,
+        delta=delta,
+        l2norm=l2norm,
+        initial_state=state,
+        clean_length=layout.clean_length,
+    )
+    return (out, state, *(row for row in rows if row is not None))
+
+
+def moe_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+    return torch_grouped.grouped(x, index, weight, gate_up, down, activation=activation)

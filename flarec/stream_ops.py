@@ -1,0 +1,135 @@
+"""Two-stream and cached meaning of the semantic ops, as the graph's call targets after the stream passes.
+
+Each function runs the reference over a layout: it is the definition that a lowered implementation must equal. `layout`
+replaces "row of one document"; the cached forms read decode state and return the next one.
+
+Shapes: B rows, T = Lc + Ln tokens (clean first), R pending rows, M cache slots; the rest as in `flarec.ops`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kernels.linear_attention.reference import reference as linear_attention_reference
+from .kernels.linear_attention.reference_step import reference_commit, reference_rows
+from .kernels.short_conv.reference import reference as short_conv_reference
+from .kernels.short_conv.torch_gather import commit_window, next_buffer
+from .kernels.softmax_attention.reference import reference as softmax_attention_reference
+from .kernels.softmax_attention.torch_sdpa import write_cache
+from .layout import Layout
+
+
+def two_stream_softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """q [B,H,T,Dqk], k [B,Hkv,T,Dqk], v [B,Hkv,T,Dv] -> [B,T,H,Dv], visibility of docs/semantics.md section 1."""
+    return softmax_attention_reference(q, k, v, layout, scale=scale, window=window, softcap=softcap)
+
+
+def two_stream_short_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, activation: str | None
+) -> Tensor:
+    """x [B,C,T], weight [C,W] -> [B,C,T]; a noisy token reads its own block, then clean tokens before the anchor."""
+    return short_conv_reference(x, weight, bias, layout, activation=activation)
+
+
+def two_stream_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    layout: Layout,
+    scale: float,
+    delta: bool,
+    l2norm: bool,
+) -> Tensor:
+    """q,k [B,T,Hk,K], v [B,T,H,V], g [B,T,H(,K)], beta [B,T,H] -> [B,T,H,V]."""
+    return linear_attention_reference(q, k, v, g, beta, layout, scale=scale, delta=delta, l2norm=l2norm)
+
+
+def cached_softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    layout: Layout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """As two-stream, with cached clean keys and values [B,Hkv,M,D]; this step's clean ones are written in place."""
+    out = softmax_attention_reference(
+        q, k, v, layout, scale=scale, window=window, softcap=softcap, k_cache=k_cache, v_cache=v_cache
+    )
+    clean = layout.clean_length
+    for cache, rows in ((k_cache, k), (v_cache, v)):
+        write_cache(cache, rows[:, :, :clean], layout.clean_position, layout.clean_document >= 0)
+    return out
+
+
+def cached_short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    buffer: Tensor,
+    accepted: Tensor,
+    layout: Layout,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """buffer [B,C,W-1+R]: raw inputs before and in the previous step's clean rows -> (y [B,C,T], next buffer)."""
+    window = commit_window(buffer, accepted, weight.shape[-1])
+    y = short_conv_reference(x, weight, bias, layout, activation=activation, window=window)
+    return y, next_buffer(x, window, layout.clean_length)
+
+
+def cached_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    state: Tensor,
+    pending_k: Tensor,
+    pending_d: Tensor,
+    pending_g: Tensor | None,
+    accepted: Tensor,
+    layout: Layout,
+    scale: float,
+    delta: bool,
+    l2norm: bool,
+) -> tuple[Tensor, ...]:
+    """Commit the accepted pending rows, run from that state, and leave this step's clean rows pending.
+
+    state [B,H,K,V] float32; pending_k [B,R,Hk,K], pending_d [B,R,H,V], pending_g [B,R,H(,K)]; accepted [B].
+    Returns (o [B,T,H,V], state, pending_k, pending_d[, pending_g]). Noisy tokens never change the state.
+    """
+    state = reference_commit(state, pending_k, pending_d, pending_g, accepted)
+    options = {"scale": scale, "delta": delta, "l2norm": l2norm}
+    out = linear_attention_reference(q, k, v, g, beta, layout, initial_state=state, **options)  # type: ignore[arg-type]
+    rows = reference_rows(k, v, g, beta, layout, delta=delta, l2norm=l2norm, initial_state=state)
+    return (out, state, *(row for row in rows if row is not None))
+
+
+TWO_STREAM = {
+    "softmax_attention": two_stream_softmax_attention,
+    "short_conv": two_stream_short_conv,
+    "linear_attention": two_stream_linear_attention,
+}
+CACHED = {
+    two_stream_softmax_attention: cached_softmax_attention,
+    two_stream_short_conv: cached_short_conv,
+    two_stream_linear_attention: cached_linear_attention,
+}
+
+
+def is_stream_op(target: object) -> bool:
+    """True for a semantic op that reads a layout (not yet lowered)."""
+    return target in TWO_STREAM.values() or target in CACHED.values()
+
+
+def clean_state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Recurrent states are float32 at least: a bf16 state costs 1-48 % (docs/kernels.md)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,204 @@
+"""Is an ATen node token-local? Decided from its symbolic shapes, so it works without weights and without running.
+
+A captured graph keeps the sequence length as a symbol. A node is token-local if its result for one token depends on
+that token alone: elementwise ops, views, and ops that reduce, contract or index over dimensions free of the symbol.
+Unknown ops count as mixing: better an error that names the op than a leak.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from .program import Program, target_name
+
+ATEN = torch.ops.aten
+
+ELEMENTWISE = {
+    "to",
+    "type_as",
+    "_to_copy",
+    "copy_",
+    "clone",
+    "contiguous",
+    "masked_fill",
+    "masked_fill_",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+    "new_empty",
+    "new_zeros",
+    "new_ones",
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "scalar_tensor",
+    "dropout",
+    "div_",
+    "mul_",
+    "add_",
+    "softplus",
+    "silu",
+    "gelu",
+    "where",
+    "clamp",
+    "bitwise_not",
+    "sym_size",
+    "float",
+}
+"""Elementwise or constant; ops with torch's own `pointwise` tag need no entry."""
+
+VIEWS = {
+    "view",
+    "reshape",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "flatten",
+    "unflatten",
+    "t",
+    "_unsafe_view",
+    "alias",
+    "detach",
+    "repeat_interleave",
+    "expand_as",
+    "view_as",
+}
+"""Move or copy elements without combining them; a dimension is never split between tokens by them."""
+
+DIMENSION = {
+    "sum": 1,
+    "mean": 1,
+    "amax": 1,
+    "amin": 1,
+    "softmax": 1,
+    "_softmax": 1,
+    "log_softmax": 1,
+    "cumsum": 1,
+    "topk": 2,
+    "sort": 1,
+    "slice": 1,
+    "select": 1,
+    "split": 2,
+    "split_with_sizes": 2,
+    "chunk": 2,
+    "cat": 1,
+    "stack": 1,
+    "gather": 1,
+    "scatter": 1,
+    "scatter_": 1,
+    "scatter_add": 1,
+    "index_select": 1,
+    "unbind": 1,
+    "argmax": 1,
+    "max": 1,
+    "var": 1,
+    "prod": 1,
+    "norm": 2,
+    "linalg_vector_norm": 2,
+    "logsumexp": 1,
+    "flip": 1,
+    "roll": 2,
+    "narrow": 1,
+}
+"""Ops over a dimension: position of the `dim` argument. The dimension must not hold tokens."""
+
+LAST_DIMENSIONS = {"rms_norm", "layer_norm", "native_layer_norm", "linear"}
+CONTRACTIONS = {"matmul", "bmm", "mm", "baddbmm"}
+
+
+def token_symbol(program: Program) -> sympy.Symbol | None:
+    """The symbol of the sequence length in the capture, None if it was specialised to a number."""
+    value = program.placeholder("input_ids").meta.get("val")
+    size = value.shape[1] if isinstance(value, torch.Tensor) else None
+    if not isinstance(size, torch.SymInt):
+        return None
+    expression = size.node.expr
+    return expression if isinstance(expression, sympy.Symbol) else None
+
+
+def mixing_reason(node: fx.Node, symbol: sympy.Symbol) -> str | None:
+    """Why a call node is not token-local, or None if it is."""
+    if node.target is operator.getitem or getattr(node.target, "__module__", "") in ("_operator", "math"):
+        return None
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return f"calls {target_name(node)}, whose effect on tokens is not known"
+    if target._schema.name.startswith("flarec::"):
+        return None
+    name = target_name(node)
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor) and sum(_holds(size, symbol) for size in value.shape) > 1:
+        return "makes a tensor over pairs of tokens"
+    if name == "arange":
+        return (
+            "reads token slots (arange over the sequence) instead of position_ids" if _any_size(value, symbol) else None
+        )
+    if torch.Tag.pointwise in target.tags or name in ELEMENTWISE or name in VIEWS:
+        return None
+    if name == "embedding" or name in LAST_DIMENSIONS:
+        return None if not _holds_last(node, symbol) else "contracts over tokens"
+    if name in CONTRACTIONS:
+        return _contraction(node, symbol)
+    if name in DIMENSION:
+        return _dimension(node, name, symbol)
+    return f"uses {target}, which is not known to be token-local"
+
+
+def _holds(size: Any, symbol: sympy.Symbol) -> bool:
+    return isinstance(size, torch.SymInt) and symbol in size.node.expr.free_symbols
+
+
+def _any_size(value: Any, symbol: sympy.Symbol) -> bool:
+    return isinstance(value, torch.Tensor) and any(_holds(size, symbol) for size in value.shape)
+
+
+def _shape(operand: Any) -> list[Any] | None:
+    value = operand.meta.get("val") if isinstance(operand, fx.Node) else None
+    return list(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def _holds_last(node: fx.Node, symbol: sympy.Symbol) -> bool:
+    shape = _shape(node.args[0])
+    return bool(shape) and target_name(node) != "embedding" and _holds(shape[-1], symbol)  # type: ignore[index]
+
+
+def _contraction(node: fx.Node, symbol: sympy.Symbol) -> str | None:
+    shapes = [shape for shape in map(_shape, node.args) if shape is not None]
+    for shape in shapes[:-1]:
+        if _holds(shape[-1], symbol):
+            return "contracts over tokens"
+    last = shapes[-1] if shapes else []
+    return "contracts over tokens" if len(last) > 1 and _holds(last[-2], symbol) else None
+
+
+def _dimension(node: fx.Node, name: str, symbol: sympy.Symbol) -> str | None:
+    position = DIMENSION[name]
+    dim: Any = node.kwargs.get("dim", node.args[position] if len(node.args) > position else None)
+    source = node.args[0]
+    if isinstance(source, (list, tuple)):
+        source = source[0]
+    shape = _shape(source)
+    if shape is None:
+        return None  # an operand that an earlier pass made (a gathered row): checked where it was made
+    if dim is None:
+        dims: Iterable[int] = (
+            range(len(shape))
+            if name in ("sum", "mean", "amax", "amin", "max", "prod", "norm")
+            else [-1 if name in ("topk", "sort") else 0]
+        )
+    else:
+        dims = dim if isinstance(dim, (list, tuple)) else [dim]
+    for index in dims:
+        if _holds(shape[index if index >= 0 else len(shape) + index], symbol):
+            return f"works along the token dimension ({name})"
+    return None

@@ -1,0 +1,169 @@
+"""The training objective: autoregressive cross entropy plus the diffusion loss. Contract: docs/semantics.md section 3.
+
+Logits of a large vocabulary dominate the memory of a step, so float32 copies exist for `chunk` rows at a time only and
+are recomputed in the backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .batch import Batch
+
+# Finite, so that 0 * (log p - log q) of a suppressed token is 0 and not NaN; exp() of it is exactly 0 in float32.
+MINUS_INFINITY = -1e30
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Detached sums of one forward pass, on the device. They add up over micro batches; `summary` reads them once.
+
+    ar_loss, diffusion_loss                float32 scalars, sums over (weighted) targets
+    diffusion_correct                      float32 scalar, weighted argmax hits over all diffusion signals
+    ar_count, diffusion_count              float32 scalars
+    slot_count, slot_correct, slot_overlap [B] float32 over the signals of fully masked blocks, by offset in the block:
+                                           how many, argmax hits, and sum of 1 - TV against the clean distribution
+    """
+
+    ar_loss: Tensor
+    ar_count: Tensor
+    diffusion_loss: Tensor
+    diffusion_correct: Tensor
+    diffusion_count: Tensor
+    slot_count: Tensor
+    slot_correct: Tensor
+    slot_overlap: Tensor
+
+    def __add__(self, other: Metrics) -> Metrics:
+        return Metrics(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
+
+    def summary(self) -> dict[str, float | list[float | None]]:
+        """Means as plain numbers (the only host sync); a slot that no fully masked block supervised is None."""
+
+        def ratio(sums: Tensor, counts: Tensor) -> list[float | None]:
+            pairs = zip(sums.tolist(), counts.tolist(), strict=True)
+            return [value / count if count else None for value, count in pairs]
+
+        return {
+            "ar_loss": float(self.ar_loss / self.ar_count.clamp_min(1)),
+            "diffusion_loss": float(self.diffusion_loss / self.diffusion_count.clamp_min(1)),
+            "diffusion_accuracy": float(self.diffusion_correct / self.diffusion_count.clamp_min(1)),
+            "all_masked_accuracy": ratio(self.slot_correct, self.slot_count),
+            "one_minus_tv": ratio(self.slot_overlap, self.slot_count),
+        }
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Contribution of one forward pass to the losses of an optimizer step; contributions add up to the step's losses.
+
+    `total` carries the gradient; `ar` and `diffusion` are detached and unweighted.
+    """
+
+    total: Tensor
+    ar: Tensor
+    diffusion: Tensor
+    metrics: Metrics
+
+
+def loss(
+    logits: Tensor,
+    batch: Batch,
+    *,
+    suppress: int | None,
+    ar_weight: float = 1.0,
+    diffusion_weight: float = 1.0,
+    ar_total: int,
+    diffusion_total: int,
+    chunk: int = 1024,
+) -> Losses:
+    """The losses of `batch` from `logits` [N, V] of its head rows (any float dtype).
+
+    suppress: token id whose logit counts as minus infinity (the mask token's row), or None.
+    ar_total, diffusion_total: targets of the whole optimizer step (sums of `ar_count`, `diffusion_count` over its micro
+    batches). Each loss is the sum over this batch's targets divided by that total.
+    """
+    rows = len(batch.head_rows)
+    assert logits.shape[0] == rows, f"{logits.shape[0]} rows of logits for {rows} head rows"
+    target = batch.head_rows.new_zeros(rows)
+    target = target.index_copy(0, batch.ar_index, batch.ar_target).index_copy(0, batch.noisy_index, batch.noisy_target)
+    teacher = torch.arange(rows, device=target.device).index_copy(0, batch.noisy_index, batch.teacher_index)
+    fixed = logits.detach()
+
+    nll, divergence, correct = [], [], []
+    for part, ids, teachers in zip(*(torch.split(values, chunk) for values in (logits, target, teacher)), strict=True):
+        arguments = (part, ids, fixed if batch.uses_kl else None, teachers, suppress)
+        a, b, hit = checkpoint(_row_losses, *arguments, use_reentrant=False, preserve_rng_state=False)
+        nll.append(a)
+        divergence.append(b)
+        correct.append(hit)
+    cross_entropy = torch.cat(nll)
+    signal = cross_entropy.index_select(0, batch.noisy_index)
+    if batch.uses_kl:
+        signal = torch.where(batch.noisy_kl, torch.cat(divergence).index_select(0, batch.noisy_index), signal)
+    ar_sum = cross_entropy.index_select(0, batch.ar_index).sum()
+    diffusion_sum = (signal * batch.noisy_weight).sum()
+    ar, diffusion = ar_sum / max(1, ar_total), diffusion_sum / max(1, diffusion_total)
+    metrics = _metrics(fixed, batch, torch.cat(correct), ar_sum.detach(), diffusion_sum.detach(), suppress, chunk)
+    return Losses(ar_weight * ar + diffusion_weight * diffusion, ar.detach(), diffusion.detach(), metrics)
+
+
+def _log_probabilities(logits: Tensor, suppress: int | None) -> Tensor:
+    """[n, V] log softmax without the suppressed token, in float32 (float64 for float64 logits)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if suppress is not None:
+        column = torch.full((1,), suppress, device=logits.device)
+        logits = logits.index_fill(1, column, MINUS_INFINITY)
+    return F.log_softmax(logits, dim=-1)
+
+
+def _row_losses(
+    logits: Tensor, target: Tensor, fixed: Tensor | None, teacher: Tensor, suppress: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row [n]: negative log likelihood, KL(teacher || row), argmax hit (0 or 1).
+
+    `teacher` [n] are rows of `fixed` [N, V], the detached logits; without `fixed` the KL is zero.
+    """
+    log_q = _log_probabilities(logits, suppress)
+    nll = -log_q.gather(1, target[:, None]).squeeze(1)
+    correct = (log_q.detach().argmax(1) == target).to(nll.dtype)
+    if fixed is None:
+        return nll, torch.zeros_like(nll), correct
+    log_p = _log_probabilities(fixed[teacher], suppress)
+    return nll, (log_p.exp() * (log_p - log_q)).sum(1), correct
+
+
+@torch.no_grad()
+def _metrics(
+    logits: Tensor,
+    batch: Batch,
+    correct: Tensor,
+    ar_sum: Tensor,
+    diffusion_sum: Tensor,
+    suppress: int | None,
+    chunk: int,
+) -> Metrics:
+    hits = correct[batch.noisy_index]
+    probe = batch.all_masked_index
+    pairs = zip(*(torch.split(index[probe], chunk) for index in (batch.noisy_index, batch.teacher_index)), strict=True)
+    overlaps = [
+        torch.minimum(_log_probabilities(logits[q], suppress), _log_probabilities(logits[p], suppress)).exp().sum(1)
+        for q, p in pairs
+    ]
+    overlap = torch.cat(overlaps) if overlaps else hits.new_zeros(0)
+    by_slot = F.one_hot(batch.slot[probe], batch.block_size).to(hits.dtype)  # deterministic, unlike index_add
+    return Metrics(
+        ar_loss=ar_sum,
+        ar_count=torch.full_like(ar_sum, float(batch.ar_count)),
+        diffusion_loss=diffusion_sum,
+        diffusion_correct=(hits * batch.noisy_weight).sum(),
+        diffusion_count=torch.full_like(ar_sum, float(batch.diffusion_count)),
+        slot_count=by_slot.sum(0),
+        slot_correct=hits[probe] @ by_slot,
+        slot_overlap=overlap @ by_slot,
+    )

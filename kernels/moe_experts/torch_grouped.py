@@ -1,0 +1,33 @@
+"""Experts with tokens sorted by expert: one pair of matrix products per expert that has tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import activation_function
+
+
+def grouped(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, *, activation: str) -> Tensor:
+    """Same arguments and result as `reference`; differentiable in x, weight, gate_up and down."""
+    act = activation_function(activation)
+    experts, choices = gate_up.shape[0], index.shape[1]
+    flat = index.reshape(-1)
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=experts)[:experts].tolist()  # the one host read: matrix sizes differ
+    order = order[: sum(counts)]  # dropped choices (index == E) sort last
+    token = order // choices
+    inputs = x.index_select(0, token).split(counts)
+    # unbind: one stacked gradient per weight, not one full-size zero-filled gradient per expert
+    pairs = zip(inputs, gate_up.unbind(0), down.unbind(0), strict=True)
+    results = []
+    for rows, gate_up_expert, down_expert in pairs:
+        if rows.shape[0] == 0:
+            continue
+        gate, up = F.linear(rows, gate_up_expert).chunk(2, dim=-1)
+        results.append(F.linear(act(gate) * up, down_expert))
+    if not results:
+        return torch.zeros_like(x)
+    weighted = torch.cat(results) * weight.reshape(-1).index_select(0, order)[:, None]
+    return torch.zeros_like(x).index_add(0, token, weighted.to(x.dtype))

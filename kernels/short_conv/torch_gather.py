@@ -1,0 +1,51 @@
+"""Short convolution as W row gathers, without a loop over tokens; differentiable; any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import apply_activation
+
+
+def two_stream(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    windows: Tensor,
+    *,
+    activation: str | None,
+    window: Tensor | None = None,
+) -> Tensor:
+    """Convolution output [B, C, T] in x's dtype, laid out token-major in memory (`y.transpose(1, 2)` is contiguous).
+
+    x [B, C, T], weight [C, W], bias [C] or None, windows [B, T, W] from `conv_windows`, window [B, C, W-1] as in
+    `reference` (None: zeros). Padding slots output 0 and are never read. Computes in float32 (float64 for float64 inputs).
+    """
+    batch, channels, length = x.shape
+    width = weight.shape[1]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    past = x.new_zeros(batch, width - 1, channels) if window is None else window.to(x.dtype).transpose(1, 2)
+    zero = x.new_zeros(batch, 1, channels)
+    rows = torch.cat([past, x.transpose(1, 2), zero], dim=1).to(dtype).reshape(-1, channels)
+    stride = width + length
+    index = windows + stride * torch.arange(batch, device=x.device)[:, None, None]
+    taps = weight.to(dtype).t()  # [W, C]
+
+    out = torch.zeros(channels, dtype=dtype, device=x.device) if bias is None else bias.to(dtype)
+    for lag in range(width):
+        out = out + rows.index_select(0, index[:, :, lag].reshape(-1)) * taps[width - 1 - lag]
+    padding = (windows[:, :, 0] == width - 1 + length).reshape(-1, 1)  # a real token reads itself at lag 0
+    out = apply_activation(out, activation).masked_fill(padding, 0)
+    return out.reshape(batch, length, channels).to(x.dtype).transpose(1, 2)
+
+
+def next_buffer(x: Tensor, window: Tensor, clean_length: int) -> Tensor:
+    """Raw inputs [B, C, W-1+Lc] that a step keeps for its commit: the window before it and its clean slots."""
+    return torch.cat([window.to(x.dtype), x[:, :, :clean_length]], dim=2)
+
+
+def commit_window(buffer: Tensor, accepted: Tensor, width: int) -> Tensor:
+    """The window [B, C, W-1] after the first `accepted[b]` clean slots of `buffer` [B, C, W-1+Lc]; 0 keeps the old window."""
+    columns = accepted[:, None] + torch.arange(width - 1, device=buffer.device)  # [B, W-1]
+    return buffer.gather(2, columns[:, None, :].expand(-1, buffer.shape[1], -1))

@@ -1,0 +1,32 @@
+"""Settings shared by all tests: one thread per process, no network, `gpu` tests only where there is a GPU.
+
+Shared test code is imported from the repository root: `from tests.oracles.layouts import layouts`.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and huggingface_hub are imported: both read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+# Times vary with the load of the machine, so a slow example is no failure; a failing one prints how to replay it.
+hypothesis.settings.register_profile("flarec", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("flarec")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect tests marked `gpu` on a machine without CUDA: pytest's closing line counts them."""
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]

@@ -1,0 +1,44 @@
+"""Random cases for the decoders."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection
+
+from flarec.decode import Engine, SamplingParams
+
+from .fake_model import FakeModel, FakeProgram
+
+
+def make_engine(
+    model: FakeModel,
+    size: int | None = 3,
+    *,
+    readout: str = "causal",
+    eos: Collection[int] = (),
+    max_positions: int = 10_000,
+) -> tuple[Engine, FakeProgram]:
+    program = FakeProgram(model)
+    engine = Engine(
+        program,
+        mask_token_id=model.mask if size is not None else None,
+        block_size=size,
+        readouts={"ar-trust": readout, "diffusion-trust": readout},
+        eos_ids=eos,
+        max_positions=max_positions,
+        suppress=[model.mask],
+    )
+    return engine, program
+
+
+def random_params(rng: random.Random) -> SamplingParams:
+    return SamplingParams(
+        temperature=rng.choice([0.0, 0.0, 0.5, 1.0, 1.7]),
+        top_k=rng.choice([0, None, 1, 3, 8]),
+        top_p=rng.choice([1.0, 1.0, 0.9, 0.4]),
+        seed=rng.randrange(2**63),
+    )
+
+
+def random_prompts(rng: random.Random, model: FakeModel, count: int, longest: int = 12) -> list[list[int]]:
+    return [[rng.randrange(model.mask) for _ in range(rng.randint(1, longest))] for _ in range(count)]

@@ -1,0 +1,139 @@
+"""Where generations end: EOS, stop checks, length limits, the context; and which requests are refused."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from flarec.decode import MODES, SamplingParams
+from flarec.errors import GenerationError
+from tests.decode.fake_model import FakeModel
+from tests.decode.helpers import make_engine, random_prompts
+
+MODE_OPTIONS = [
+    ("causal", {}),
+    ("ar-trust", {"drafts": "branches"}),
+    ("ar-trust", {"drafts": "single"}),
+    ("diffusion-trust", {"threshold": 0.5}),
+]
+PARAMS = SamplingParams(temperature=1.0, seed=5)
+
+
+@pytest.mark.parametrize(("mode", "options"), MODE_OPTIONS)
+def test_nothing_follows_eos(mode: str, options: dict) -> None:
+    """The result is the run without EOS, cut after the first EOS, wherever in a block it falls."""
+    model = FakeModel(agreement=0.9)
+    free, _ = make_engine(model, 4)
+    prompts = random_prompts(random.Random(0), model, 6)
+    whole = free.generate(prompts, mode, PARAMS, 60, **options)
+    offsets = set()
+    for eos in range(4):
+        engine, _ = make_engine(model, 4, eos=[eos, 15])
+        for long, result in zip(whole, engine.generate(prompts, mode, PARAMS, 60, **options), strict=True):
+            ends = [i for i, token in enumerate(long.token_ids) if token in (eos, 15)]
+            if ends:
+                offsets.add(ends[0] % 4)
+                assert result.stop_reason == "eos" and result.token_ids == long.token_ids[: ends[0] + 1]
+                assert result.forwards <= long.forwards
+            else:
+                assert result.stop_reason == "length" and result.token_ids == long.token_ids
+    assert offsets == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(("mode", "options"), MODE_OPTIONS)
+@pytest.mark.parametrize("dropped", [0, 2])
+def test_stop_check(mode: str, options: dict, dropped: int) -> None:
+    model = FakeModel(agreement=0.9)
+    engine, _ = make_engine(model, 3)
+    whole = engine.generate([[1, 2]], mode, PARAMS, 60, **options)[0].token_ids
+    for end in range(2, 20):
+        pattern = whole[end - 2 : end]
+        first = next(i for i in range(2, 61) if whole[i - 2 : i] == pattern)
+
+        def check(tokens: Sequence[int], pattern: list[int] = pattern) -> int | None:
+            return len(tokens) - dropped if list(tokens[-2:]) == pattern else None
+
+        result = engine.generate([[1, 2]], mode, PARAMS, 60, stop_check=check, **options)[0]
+        assert result.stop_reason == "stop" and result.token_ids == whole[: first - dropped]
+
+
+@pytest.mark.parametrize(("mode", "options"), MODE_OPTIONS)
+def test_length_limits_cut_the_same_text(mode: str, options: dict) -> None:
+    model = FakeModel(agreement=0.9)
+    engine, _ = make_engine(model, 4)
+    whole = engine.generate([[3, 1, 2]], mode, PARAMS, 30, **options)[0].token_ids
+    for limit in range(1, 12):
+        result = engine.generate([[3, 1, 2]], mode, PARAMS, limit, **options)[0]
+        assert result.token_ids == whole[:limit] and result.stop_reason == "length"
+
+
+@pytest.mark.parametrize(("mode", "options"), MODE_OPTIONS)
+def test_context_length(mode: str, options: dict) -> None:
+    """Prompt and new tokens fill the context M exactly; the last forward starts at M - 2 at the latest."""
+    model = FakeModel(agreement=0.9)
+    size = 3
+    for context in range(4, 20):
+        engine, program = make_engine(model, size, max_positions=context)
+        result = engine.generate([[3, 1, 2]], mode, PARAMS, 100, **options)[0]
+        assert len(result.token_ids) == context - 3 and result.stop_reason == "length"
+        for call in program.calls:
+            if mode != "diffusion-trust" and call is not program.calls[0]:
+                assert call.clean[0][0] <= context - 2
+            last = max([*call.clean[0], *(anchor + size - 1 for anchor, _ in call.blocks[0])])
+            assert last <= context - 2 + size + size
+
+
+@pytest.mark.parametrize(("mode", "options"), MODE_OPTIONS)
+def test_stream_of_tokens_is_the_result(mode: str, options: dict) -> None:
+    model = FakeModel(agreement=0.8)
+    engine, _ = make_engine(model, 4, eos=[1])
+    prompts = random_prompts(random.Random(1), model, 5)
+    seen: dict[int, list[int]] = {index: [] for index in range(5)}
+
+    def on_tokens(index: int, tokens: list[int]) -> None:
+        assert tokens
+        seen[index] += tokens
+
+    results = engine.generate(prompts, mode, PARAMS, 40, on_tokens=on_tokens, **options)
+    assert [seen[index] for index in range(5)] == [result.token_ids for result in results]
+
+
+def test_unconverted_models_decode_causally_only() -> None:
+    model = FakeModel()
+    engine, program = make_engine(model, None)
+    assert engine.generate([[1, 2]], max_new_tokens=3)[0].new_tokens == 3
+    assert all(not blocks for call in program.calls for blocks in call.blocks)
+    for mode in MODES[1:]:
+        with pytest.raises(GenerationError, match="not converted .* run flarec convert"):
+            engine.generate([[1, 2]], mode)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": [[1] * 20]}, "20 tokens, which leaves no room"),
+        ({"prompts": [[1], []]}, "prompt 1 is empty"),
+        ({"prompts": [[1, 99]]}, "id 99, outside the vocabulary"),
+        ({"mode": "fast"}, "unknown mode 'fast'"),
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"max_new_tokens": [1, 2]}, "1 prompts came with"),
+        ({"params": [SamplingParams()] * 3}, "3 sampling parameters"),
+        ({"drafts": "tree"}, "unknown drafts 'tree'"),
+        ({"threshold": 1.5}, r"in \[0, 1\]"),
+        ({"threshold": float("nan")}, r"in \[0, 1\]"),
+        ({"denoising_steps": 0}, "denoising_steps is 0"),
+        ({"prefill_chunk": 0}, "prefill chunk is 0"),
+        ({"stop_check": lambda tokens: len(tokens) + 1}, "asked to keep 2 of 1"),
+    ],
+)
+def test_refused(arguments: dict, message: str) -> None:
+    engine, _ = make_engine(FakeModel(), 3, max_positions=20)
+    with pytest.raises(GenerationError, match=message) as error:
+        engine.generate(**{"prompts": [[1, 2]], **arguments})
+    assert error.value.exit_code == 2
+
+
+def test_no_prompts() -> None:
+    assert make_engine(FakeModel())[0].generate([]) == []

@@ -1,0 +1,132 @@
+"""Every mode against a slow decoder without cache or batch, over random models, prompts and parameters."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from flarec.decode import Generation
+from tests.decode import oracles
+from tests.decode.fake_model import FakeModel
+from tests.decode.helpers import make_engine, random_params, random_prompts
+
+SIZES = [1, 2, 3, 4, 5]
+
+
+def same(result: Generation, oracle: oracles.Oracle) -> None:
+    assert result.token_ids == oracle.tokens
+    assert result.stop_reason == oracle.reason
+    assert result.forwards == oracle.forwards
+    assert result.accepted == oracle.accepted()
+    assert result.new_tokens == len(oracle.tokens)
+    assert result.tokens_per_forward == len(oracle.tokens) / oracle.forwards
+    assert result.seconds > 0
+
+
+def case(seed: int) -> tuple[random.Random, FakeModel, list[list[int]], dict[str, Any]]:
+    rng = random.Random(seed)
+    model = FakeModel(vocab=rng.choice([5, 17]), agreement=rng.choice([0.0, 0.5, 0.8, 1.0]), key=seed)
+    prompts = random_prompts(rng, model, rng.randint(1, 4))
+    options = {
+        "params": [random_params(rng) for _ in prompts],
+        "max_new_tokens": [rng.randint(1, 25) for _ in prompts],
+        "prefill_chunk": rng.choice([1, 3, 512]),
+    }
+    return rng, model, prompts, options
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_causal_equals_the_oracle(seed: int) -> None:
+    rng, model, prompts, options = case(seed)
+    eos = rng.sample(range(model.mask), rng.randint(0, 1))
+    engine, _ = make_engine(model, eos=eos)
+    results = engine.generate(prompts, "causal", **options)
+    for index, result in enumerate(results):
+        params, limit = options["params"][index], options["max_new_tokens"][index]
+        same(result, oracles.causal(model, prompts[index], params, eos, limit))
+
+
+@pytest.mark.parametrize("readout", ["causal", "block_end"])
+@pytest.mark.parametrize("drafts", ["branches", "single"])
+@pytest.mark.parametrize("size", SIZES)
+def test_ar_trust_equals_causal_and_takes_the_forwards_of_the_oracle(size: int, drafts: str, readout: str) -> None:
+    for seed in range(6):
+        rng, model, prompts, options = case(1000 * size + seed)
+        eos = rng.sample(range(model.mask), rng.randint(0, 1))
+        engine, _ = make_engine(model, size, readout=readout, eos=eos)
+        results = engine.generate(prompts, "ar-trust", drafts=drafts, **options)
+        causal = engine.generate(prompts, "causal", **options)
+        for index, result in enumerate(results):
+            params, limit = options["params"][index], options["max_new_tokens"][index]
+            assert result.token_ids == causal[index].token_ids
+            branches = drafts == "branches"
+            same(result, oracles.ar_trust(model, prompts[index], params, eos, limit, size, readout, branches))
+            assert sum(result.accepted) == result.forwards - 1
+            emitted = 1 + sum((a + 1) * steps for a, steps in enumerate(result.accepted))
+            assert result.new_tokens <= emitted <= result.new_tokens + size
+
+
+@pytest.mark.parametrize("readout", ["causal", "block_end"])
+@pytest.mark.parametrize("size", SIZES)
+def test_diffusion_trust_equals_the_oracle(size: int, readout: str) -> None:
+    for seed in range(12):
+        rng, model, prompts, options = case(1000 * size + seed)
+        eos = rng.sample(range(model.mask), rng.randint(0, 1))
+        engine, _ = make_engine(model, size, readout=readout, eos=eos)
+        threshold = rng.choice([0.0, 0.3, 0.6, 0.9, 1.0])
+        steps = rng.choice([None, 1, 2, size + 2])
+        results = engine.generate(prompts, "diffusion-trust", threshold=threshold, denoising_steps=steps, **options)
+        for index, result in enumerate(results):
+            params, limit = options["params"][index], options["max_new_tokens"][index]
+            oracle = oracles.diffusion_trust(
+                model, prompts[index], params, eos, limit, size, readout, threshold, steps or size
+            )
+            same(result, oracle)
+            assert sum(result.accepted) == result.forwards
+            assert result.accepted[0] == 0, "a step commits at least one position"
+            committed = sum(c * count for c, count in enumerate(result.accepted))
+            assert result.new_tokens <= committed < result.new_tokens + size + 1
+
+
+def test_drafts_are_right_sometimes() -> None:
+    """The cases above mean little if drafts are always or never accepted."""
+    engine, _ = make_engine(FakeModel(agreement=0.7), 3)
+    histogram = engine.generate([[1, 2, 3]], "ar-trust", max_new_tokens=200)[0].accepted
+    assert len(histogram) == 4 and all(count > 0 for count in histogram)
+    steps = engine.generate([[1, 2, 3]], "diffusion-trust", max_new_tokens=200, threshold=0.8)[0].accepted
+    assert len(steps) == 4 and steps[1] > 0 and steps[3] > 0
+
+
+@pytest.mark.parametrize("mode", ["causal", "ar-trust", "diffusion-trust"])
+@pytest.mark.parametrize("drafts", ["branches", "single"])
+def test_a_request_does_not_depend_on_its_batch(mode: str, drafts: str) -> None:
+    for seed in range(4):
+        rng = random.Random(seed)
+        model = FakeModel(agreement=0.7, key=seed)
+        prompts = random_prompts(rng, model, 7, longest=20)
+        params = [random_params(rng) for _ in prompts]
+        limits = [rng.randint(1, 30) for _ in prompts]
+        engine, _ = make_engine(model, 3, eos=[2])
+        together = engine.generate(prompts, mode, params, limits, drafts=drafts, prefill_chunk=4, threshold=0.5)
+        for index, prompt in enumerate(prompts):
+            alone = engine.generate([prompt], mode, params[index], limits[index], drafts=drafts, threshold=0.5)[0]
+            assert (alone.token_ids, alone.forwards, alone.accepted, alone.stop_reason) == (
+                together[index].token_ids,
+                together[index].forwards,
+                together[index].accepted,
+                together[index].stop_reason,
+            )
+
+
+@pytest.mark.parametrize("mode", ["causal", "ar-trust", "diffusion-trust"])
+def test_long_generations_outgrow_the_first_allocation(mode: str) -> None:
+    model = FakeModel(agreement=0.8)
+    engine, program = make_engine(model, 4)
+    result = engine.generate([[3] * 50, [1]], mode, max_new_tokens=150)
+    expected = oracles.causal(model, [3] * 50, oracles.SamplingParams(), (), 150)
+    assert [len(r.token_ids) for r in result] == [150, 150]
+    if mode != "diffusion-trust":
+        assert result[0].token_ids == expected.tokens
+    assert max(max(row, default=0) for call in program.calls for row in call.clean) > 128

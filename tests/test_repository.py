@@ -1,0 +1,190 @@
+"""Rules of docs/architecture.md and CONTRIBUTING.md that a reader could check by eye, and would forget to."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE_FOLDERS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+PYTHON_FOLDERS = [*PACKAGE_FOLDERS.values(), "tests", "tools", "examples", "benchmarks"]
+LONGEST_FILE = 500
+
+# Which module belongs to which layer: the longest prefix decides.
+BASE = ("errors", "layout", "cache_spec", "config")
+KERNELS = ("linear_attention", "short_conv", "softmax_attention", "moe_experts")
+OPS = ("ops", "stream_ops", "lowered", "derive")  # what the graph calls, and what those calls read from the layout
+LAYER_OF = {
+    "flarec": "root",  # flarec/__init__.py: the version, no imports
+    **{f"flarec.{name}": name for name in BASE},
+    "flarec.recipes": "recipes",
+    "flarec.kernels": "kernels",
+    **{f"flarec.kernels.{name}": f"kernels.{name}" for name in KERNELS},
+    **{f"flarec.{name}": "ops" for name in OPS},
+    "flarec.adapters": "adapters",
+    "flarec.capture": "capture",
+    "flarec.program": "program",
+    "flarec.pipeline": "pipeline",
+    "flarec.properties": "properties",
+    "flarec.token_local": "properties",
+    "flarec.passes": "passes",
+    "flarec.train": "train",
+    "flarec.decode": "decode",
+    "flarec.verify": "verify",
+    "flarec.checkpoint": "checkpoint",
+    "flarec.cli": "cli",
+}
+
+# What each layer may import, besides itself, flarec.errors and flarec/__init__.py. A kernel imports no other kernel.
+ALL_KERNELS = {"kernels", *(f"kernels.{name}" for name in KERNELS)}
+BELOW_CLI = set(LAYER_OF.values()) - {"cli"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "root": set(),
+    "errors": set(),
+    "layout": set(),
+    "cache_spec": set(),
+    "config": {"recipes", "layout"},
+    "recipes": set(),
+    "kernels": {"layout"},
+    **{f"kernels.{name}": {"kernels", "layout"} for name in KERNELS},
+    "ops": {*ALL_KERNELS, "layout"},
+    "adapters": {"ops"},
+    "program": {"layout", "cache_spec"},
+    "capture": {"adapters", "ops", "program"},
+    "pipeline": {"program"},
+    "properties": {"ops", "program", "pipeline"},
+    "passes": {*ALL_KERNELS, "ops", "program", "pipeline", "properties", "layout", "cache_spec"},
+    "decode": {"layout", "cache_spec"},
+    "train": {"program", "layout", "config", "decode", "recipes"},
+    "verify": BELOW_CLI - {"checkpoint"},
+    "checkpoint": BELOW_CLI,  # itself included, which is no edge
+    "cli": BELOW_CLI,
+}
+
+# transformers enters in capture and leaves in checkpoint: what lies between knows a program and a layout.
+KNOWS_TRANSFORMERS = {"adapters", "capture", "checkpoint", "verify", "cli"}
+# numpy: schedules are index arithmetic on the host.
+KERNEL_LIBRARIES = {"torch", "triton", "numpy"}
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    """The name under which a file of the package folders is imported."""
+    for package, folder in PACKAGE_FOLDERS.items():
+        if path.is_relative_to(ROOT / folder):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            return ".".join([package, *(part for part in parts if part != "__init__")])
+    raise AssertionError(path)
+
+
+def layer_of(module: str) -> str | None:
+    """The layer of a module, None if no prefix of it but `flarec` itself is in the table."""
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        layer = LAYER_OF.get(".".join(parts[:length]))
+        if layer is not None:
+            return layer if length > 1 or len(parts) == 1 else None
+    return None
+
+
+def imports(source: str, module: str, is_package: bool, modules: set[str]) -> Iterator[tuple[int, str]]:
+    """(line, imported module) of every import in a file, those inside functions and TYPE_CHECKING included."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".") if is_package else module.split(".")[:-1]
+                base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
+            for alias in node.names:  # `from flarec import layout` imports the module flarec.layout
+                yield node.lineno, f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base
+
+
+PACKAGE_FILES = python_files(*PACKAGE_FOLDERS.values())
+MODULES = {module_name(path) for path in PACKAGE_FILES if "templates" not in path.parts}
+EDGES = [
+    (module_name(path), f"{path.relative_to(ROOT)}:{line}", target)
+    for path in PACKAGE_FILES
+    if "templates" not in path.parts  # files that are written into checkpoints, not part of the package
+    for line, target in imports(path.read_text(), module_name(path), path.name == "__init__.py", MODULES)
+]
+
+
+def illegal(importer: str, imported: str) -> bool:
+    """Whether the tables forbid that one module of flarec imports another."""
+    own, other = layer_of(importer), layer_of(imported)
+    return own is None or other not in MAY_IMPORT[own] | {own, "errors", "root"}
+
+
+def test_every_module_has_a_layer() -> None:
+    assert sorted(module for module in MODULES if layer_of(module) is None) == []
+    assert set(MAY_IMPORT) == set(LAYER_OF.values())
+
+
+def test_layers_have_no_cycle() -> None:
+    done: set[str] = set()
+    while len(done) < len(MAY_IMPORT):
+        ready = {layer for layer, below in MAY_IMPORT.items() if below - {layer} <= done} - done
+        assert ready, f"these layers import each other: {sorted(set(MAY_IMPORT) - done)}"
+        done |= ready
+
+
+def test_import_direction() -> None:
+    ours = [edge for edge in EDGES if edge[2].split(".")[0] == "flarec"]
+    assert [f"{place} imports {target}" for module, place, target in ours if illegal(module, target)] == []
+
+
+def test_the_tables_refuse_what_they_should() -> None:
+    assert illegal("flarec.kernels.short_conv.reference", "flarec.kernels.linear_attention.reference")
+    assert illegal("flarec.kernels.short_conv", "flarec.ops")
+    assert illegal("flarec.decode.engine", "flarec.passes.lower_mixers")
+    assert illegal("flarec.layout", "flarec.program")
+    assert not illegal("flarec.kernels.short_conv.windows", "flarec.layout")
+    source = "from ..short_conv import windows\ndef f():\n    from .. import short_conv"
+    found = imports(source, "flarec.kernels.linear_attention.reference", False, {"flarec.kernels.short_conv"})
+    assert [target for _, target in found] == ["flarec.kernels.short_conv"] * 2
+
+
+def test_only_the_ends_know_transformers() -> None:
+    users = [(place, layer_of(module)) for module, place, target in EDGES if target.split(".")[0] == "transformers"]
+    assert [place for place, layer in users if layer not in KNOWS_TRANSFORMERS] == []
+
+
+def test_kernels_import_only_torch_and_triton() -> None:
+    known = KERNEL_LIBRARIES | {"flarec"} | sys.stdlib_module_names
+    ours = [(place, target) for module, place, target in EDGES if module.startswith("flarec.kernels")]
+    assert [f"{place} imports {target}" for place, target in ours if target.split(".")[0] not in known] == []
+
+
+@pytest.mark.parametrize("folder", PYTHON_FOLDERS)
+def test_files_are_short(folder: str) -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in python_files(folder)}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+def test_packages_hold_no_unfinished_work() -> None:
+    marker = re.compile(r"\b(TODO|FIXME|XXX|HACK|NotImplementedError|NotImplemented)\b")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in PACKAGE_FILES
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if marker.search(line)
+    ]
+    assert found == []
+
+
+def test_flash_linear_attention_is_absent() -> None:
+    # Its presence alone breaks the eager forward of several transformers models where there is no GPU.
+    assert importlib.util.find_spec("fla") is None
