@@ -39,7 +39,7 @@ test-fast: $(VENV)/.installed-test  ## the tests that are not marked slow, nothi
 lint: $(VENV)/.installed-test typecheck  ## ruff and the type check
 	$(BIN)/ruff check
 
-typecheck: $(VENV)/.installed-test  ## mypy --strict on the packages, plain mypy on tests, tools and examples
+typecheck: $(VENV)/.installed-test  ## mypy --strict on the packages, plain mypy on tests and tools
 	$(BIN)/python tools/typecheck.py
 
 demo: $(VENV)/.installed  ## run examples/demo.py

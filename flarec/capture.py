@@ -117,6 +117,7 @@ def _export(model: nn.Module, family: Family) -> fx.GraphModule:
 
 def _plain_signature(module: fx.GraphModule) -> None:
     """Drop export's pytree calling convention: positional tensors in, a tuple with the logits out."""
+    module._forward_pre_hooks.clear()  # they check the old convention
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
     for node in graph.nodes:

@@ -90,7 +90,7 @@ def _randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
                 normal(parameter, 0.0, 0.5)
             elif parameter.dim() >= 2:
                 fan_in = parameter.shape[-1] if "embed" not in name else 1
-                normal(parameter, 0.0, 1.5 * fan_in**-0.5)
+                normal(parameter, 0.0, 1.0 * fan_in**-0.5)
             else:
                 normal(parameter, float(parameter.mean()), 0.1)  # norms (centred at 0 or 1), biases
         for name, buffer in model.named_buffers():
@@ -144,7 +144,7 @@ def shared_model(family: str) -> Any:
 
 @functools.cache
 def captured(family: str) -> Program:
-    """The captured program of `shared_model(family)`, once per session. Passes change programs in place: clone first."""
+    """The captured program of `shared_model(family)`, once per session. Passes change what they get: clone first."""
     return capture(shared_model(family))
 
 

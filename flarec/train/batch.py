@@ -63,7 +63,9 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
-        return Batch(**{n: v.to(device) if isinstance(v, (Tensor, Layout)) else v for n, v in values.items()})
+        for name, value in values.items():
+            values[name] = value.to(device) if isinstance(value, (Tensor, Layout)) else value
+        return Batch(**values)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 A template with `{% generation %}` markers says itself which tokens the assistant writes. For any other template the
 spans are found in the rendered text, and only from facts that are checked: a turn starts where the rendering of the
-messages before it, generation prompt included, ends; it ends with its end-of-turn token. Where a template renders a turn
-differently once later turns exist (reasoning is dropped from earlier turns, for example), the turn's content is located
-by rendering the conversation with a marker in its place.
+messages before it, generation prompt included, ends; it ends with its end-of-turn token. Where a template renders a
+turn differently once later turns exist (reasoning is dropped from earlier turns, for example), the turn's content is
+located by rendering the conversation with a marker in its place.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A decode program without weights whose logits are pure functions of exactly what a row may read.
 
-Clean logits after a prefix are random numbers seeded by the whole prefix. Noisy logits mix the clean logits of a guessed
-continuation with random numbers seeded by the prefix before the anchor and the visible tokens of the block, so a draft is
-right sometimes. The program keeps the prefix in its caches in four ways (keys, a rolling hash as recurrent state, a
-convolution window, pending rows), follows the deferred commit and checks that all of them agree with the layout: one wrong
-`accepted`, `cached`, position or anchor fails an assertion.
+Clean logits after a prefix are random numbers seeded by the whole prefix. Noisy logits mix the clean logits of a
+guessed continuation with random numbers seeded by the prefix before the anchor and the visible tokens of the block, so
+a draft is right sometimes. The program keeps the prefix in its caches in four ways (keys, a rolling hash as recurrent
+state, a convolution window, pending rows), follows the deferred commit and checks that all of them agree with the
+layout: one wrong `accepted`, `cached`, position or anchor fails an assertion.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ class FakeProgram:
         cache.tensors["pending"] = clean
         self.calls.append(call)
         assert set(wanted) <= set(logits), "logits were asked for a padding slot"
-        return torch.from_numpy(np.array([logits[flat] for flat in wanted], dtype=np.float32)).reshape(-1, self.vocab_size)
+        values = np.array([logits[flat] for flat in wanted], dtype=np.float32)
+        return torch.from_numpy(values).reshape(-1, self.vocab_size)
 
     def _commit(self, row: int, layout: Layout, cache: Cache) -> list[int]:
         """Apply the accepted pending rows; returns the clean prefix after checking that all caches agree on it."""
@@ -183,8 +184,9 @@ class FakeProgram:
             ids = [int(input_ids[row, layout.clean_length + slot]) for slot in slots]
             assert all(0 <= token < model.vocab for token in ids)
             readout = names[int(layout.block_readout[row, block])]
+            start = base + layout.clean_length
             for offset, slot in enumerate(slots):
-                logits[base + layout.clean_length + slot] = model.noisy_from(states[anchor], anchor, ids, offset, readout)
+                logits[start + slot] = model.noisy_from(states[anchor], anchor, ids, offset, readout)
             blocks.append((anchor, ids))
         call.clean.append(clean)
         call.blocks.append(blocks)

@@ -34,7 +34,7 @@ def gumbel(seed: int, position: int, token: int) -> float:
     return -math.log(-math.log1p(-uniform(seed, position, token)))
 
 
-def law(logits: Sequence[float], params: SamplingParams, suppress: Collection[int]) -> dict[int, float]:
+def law(logits: Sequence[float] | np.ndarray, params: SamplingParams, suppress: Collection[int]) -> dict[int, float]:
     """Token -> probability after temperature, top-k, top-p."""
     scale = params.temperature or 1.0
     ids = sorted((i for i in range(len(logits)) if i not in suppress), key=lambda i: (-float(logits[i]), i))
@@ -52,7 +52,9 @@ def law(logits: Sequence[float], params: SamplingParams, suppress: Collection[in
     return {token: weight / reached for token, weight in kept.items()}
 
 
-def pick(logits: Sequence[float], params: SamplingParams, position: int, suppress: Collection[int]) -> tuple[int, float]:
+def pick(
+    logits: Sequence[float] | np.ndarray, params: SamplingParams, position: int, suppress: Collection[int]
+) -> tuple[int, float]:
     """The token for `position` and its probability."""
     probability = law(logits, params, suppress)
 

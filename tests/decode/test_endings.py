@@ -106,7 +106,7 @@ def test_unconverted_models_decode_causally_only() -> None:
     assert engine.generate([[1, 2]], max_new_tokens=3)[0].new_tokens == 3
     assert all(not blocks for call in program.calls for blocks in call.blocks)
     for mode in MODES[1:]:
-        with pytest.raises(GenerationError, match="not converted .* run flarec convert"):
+        with pytest.raises(GenerationError, match=r"not converted .* run flarec convert"):
             engine.generate([[1, 2]], mode)
 
 

@@ -1,0 +1,95 @@
+"""The command line. Commands are imported when they run, so that `flarec --help` costs nothing.
+
+Every command is a module of this package with a `click.Command` named `command`. All of them take `--debug`. Errors for
+users end with one line on stderr and `exit_code` (2 for wrong usage, 1 for a failure); Ctrl-C ends with 130.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from flarec import __version__
+from flarec.errors import FlarecError
+
+COMMANDS: dict[str, str] = {
+    "convert": "Train a source model into a dual-mode checkpoint.",
+    "generate": "Generate text with a checkpoint or a source model.",
+    "eval": "Held-out loss, exact-match accuracy and tokens per forward on a data file.",
+    "inspect": "Show a model's program, layer by layer, and what each pass changed.",
+    "verify": "Check a checkpoint against the invariants of the method.",
+    "recipes": "List the recipes, or document every key of one.",
+}
+"""Name and one-line help, in the order in which `flarec --help` lists them."""
+
+MODULES = {"eval": "evaluate"}
+"""Modules that are not named like their command."""
+
+DEBUG = "flarec.debug"
+INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module only when that command is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"flarec.cli.{MODULES.get(cmd_name, cmd_name)}")
+        command = module.command
+        assert isinstance(command, click.Command)
+        _take_debug(command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FlarecError as error:
+            if ctx.meta.get(DEBUG):
+                raise
+            _end(ctx, f"Error: {error}", error.exit_code)
+        except KeyboardInterrupt:
+            _end(ctx, "Interrupted.", INTERRUPTED)
+
+
+def _end(ctx: click.Context, message: str, code: int) -> NoReturn:
+    sys.stdout.flush()
+    click.echo(message, err=True)
+    ctx.exit(code)
+
+
+def _take_debug(command: click.Command) -> None:
+    """Give a command the option `--debug`. The flag is kept in the context; errors then keep their traceback."""
+    if not any(parameter.name == "debug" for parameter in command.params):
+        command.params.append(
+            click.Option(
+                ["--debug"], is_flag=True, expose_value=False, is_eager=True, callback=_note_debug,
+                help="Show the full traceback of an error.",
+            )
+        )  # fmt: skip
+
+
+def _note_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    if value:
+        ctx.meta[DEBUG] = True
+    return value
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="flarec")
+def main() -> None:
+    """A compiler from hybrid-attention language models to dual-mode diffusion language models."""
+    # stdout and stderr belong to the command: the libraries' own notices only confuse (set the variable to see them)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
