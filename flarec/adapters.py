@@ -144,12 +144,16 @@ class Family:
     """Class that opens the converted checkpoint without remote code, where the configuration does not name it."""
 
 
-_GDN = {
+_Functions = dict[str, Callable[..., Any]]
+_GDN: _Functions = {
     "causal_conv1d_fn": short_conv_hook,
     "torch_chunk_gated_delta_rule": _delta_rule("torch_chunk_gated_delta_rule"),
 }
-_KDA = {"causal_conv1d_fn": short_conv_hook, "chunk_kimi_delta_attention": _delta_rule("chunk_kimi_delta_attention")}
-_SSD = {
+_KDA: _Functions = {
+    "causal_conv1d_fn": short_conv_hook,
+    "chunk_kimi_delta_attention": _delta_rule("chunk_kimi_delta_attention"),
+}
+_SSD: _Functions = {
     "causal_conv1d_fn": short_conv_hook,
     "mamba2_chunk_scan": mamba2_hook,
     "mamba2_split_conv1d_scan_combined": _no_shortcut,
@@ -201,7 +205,7 @@ def hooked(model: nn.Module, family: Family) -> Iterator[None]:
             "names its mixer functions differently, update the row in flarec/adapters.py"
         )
     functions = {name: getattr(module, name) for name in family.functions if hasattr(module, name)}
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     saved = [
         (
             config,

@@ -148,6 +148,6 @@ def _check_layers(program: Program, model: nn.Module) -> None:
         if index not in found:
             children = ", ".join(f"{name}: {type(child).__name__}" for name, child in layer.named_children())
             raise CaptureError(
-                f"layer {index} ({type(layer).__name__}: {children}) has no recognised token mixer; add the function it "
-                f"calls to the row '{program.family}' in flarec/adapters.py"
+                f"layer {index} ({type(layer).__name__}: {children}) has no recognised token mixer; add the function "
+                f"it calls to the row '{program.family}' in flarec/adapters.py"
             )

@@ -11,6 +11,7 @@ import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -30,6 +31,12 @@ def _key(
     return field(default=default, metadata={"doc": doc, "low": low, "high": high, "above": above})
 
 
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Types of a section's keys, resolved once."""
+    return get_type_hints(cls)
+
+
 @dataclass(frozen=True)
 class Section:
     """Base of all sections: coerces and checks every key on construction. `path` is the section's dotted name."""
@@ -37,7 +44,8 @@ class Section:
     path: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        cls: Any = type(self)
+        hints = _hints(cls)
         for item in fields(self):
             name = f"{self.path}.{item.name}" if self.path else item.name
             value = _coerce(name, getattr(self, item.name), hints[item.name], item.metadata)
@@ -342,7 +350,7 @@ def _tables(*values: Any) -> bool:
 
 def _keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, tuple[str, Any, Mapping[str, Any]]]]:
     """(dotted path, (name, type, metadata)) of every key; a section's own keys come before its subsections."""
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     leaves = [item for item in fields(cls) if not is_dataclass(hints[item.name])]
     for item in leaves:
         yield prefix + item.name, (item.name, hints[item.name], item.metadata)
@@ -376,7 +384,7 @@ def _plain(value: Any) -> Any:
 
 
 def _build(cls: Any, table: Mapping[str, Any], prefix: str = "") -> Any:
-    hints = {item.name: get_type_hints(cls)[item.name] for item in fields(cls)}
+    hints = {item.name: _hints(cls)[item.name] for item in fields(cls)}
     values: dict[str, Any] = {}
     for name, value in table.items():
         if name not in hints:

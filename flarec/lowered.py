@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .kernels.linear_attention import torch_chunk
+from .kernels.linear_attention.commit import commit
 from .kernels.linear_attention.schedule import StateSchedule
 from .kernels.moe_experts import torch_grouped
 from .kernels.short_conv import torch_gather
@@ -88,7 +89,7 @@ def linear_attention_step(
     delta: bool,
     l2norm: bool,
 ) -> tuple[Tensor, ...]:
-    state = torch_chunk.commit(state, pending_k, pending_d, pending_g, accepted)
+    state = commit(state, pending_k, pending_d, pending_g, accepted)
     out, *rows = torch_chunk.two_stream_step(
         q,
         k,

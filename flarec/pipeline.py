@@ -113,7 +113,8 @@ def run_pipeline(
         sites = step.apply(program)
         if not sites and not step.may_be_empty:
             raise PassError(f"pass '{step.name}' found nothing to rewrite; the program is not what this pass expects")
-        program.finish()
+        if debug:
+            program.graph.lint()
         after = program.op_counts()
         delta = {op: after[op] - before[op] for op in sorted(before | after) if after[op] != before[op]}
         names = tuple(node.name for node in sites)
@@ -122,6 +123,7 @@ def run_pipeline(
         program.history += (Record(step.text(), names, delta, seconds, tuple(sorted(step.provides))),)
         if debug:
             check_properties(program, checkers)
+    program.finish()
     check_properties(program, checkers)
     return program
 

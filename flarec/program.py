@@ -162,7 +162,8 @@ class Program:
         return node
 
     def output_node(self) -> fx.Node:
-        return next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        output: fx.Node = next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        return output
 
     def add_outputs(self, named: Iterable[tuple[str, fx.Node]]) -> None:
         named = list(named)

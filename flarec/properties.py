@@ -1,4 +1,4 @@
-"""Property checkers: what a pass claims is looked up on the graph, by code that does not share the pass's assumptions."""
+"""Property checkers: what a pass claims is looked up on the graph, without sharing the pass's assumptions."""
 
 from __future__ import annotations
 

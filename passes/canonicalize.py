@@ -46,9 +46,10 @@ class Canonicalize(Pass):
                 sites.append(node)
                 node.replace_all_uses_with(replacement)
                 graph.erase_node(node)
-        before = set(graph.nodes)
+        before = list(graph.nodes)
         graph.eliminate_dead_code()
-        return sites + [node for node in before - set(graph.nodes) if node not in sites]
+        known = {*graph.nodes, *sites}
+        return sites + [node for node in before if node not in known]
 
 
 def _is_assert(node: fx.Node) -> bool:

@@ -53,7 +53,9 @@ class EmbedMask(Pass):
             with graph.inserting_after(node):
                 chosen = graph.call_function(ATEN.where.self, (column, vector, node))
             chosen.meta = dict(node.meta)
-            node.replace_all_uses_with(chosen, delete_user_cb=lambda user, chosen=chosen: user is not chosen)
+            for user in list(node.users):
+                if user is not chosen:
+                    user.replace_input_with(node, chosen)
             for made in (is_mask, column, clamped):
                 made.meta = {key: value for key, value in node.meta.items() if key != "val"}
             sites.append(chosen)

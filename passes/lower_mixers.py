@@ -61,7 +61,8 @@ class LowerMixers(Pass):
     def apply(self, program: Program) -> list[fx.Node]:
         if self.implementation not in IMPLEMENTATIONS:
             raise PassError(
-                f"pass '{self.name}': unknown implementation '{self.implementation}'; use {' or '.join(IMPLEMENTATIONS)}"
+                f"pass '{self.name}': unknown implementation '{self.implementation}'; "
+                f"use {' or '.join(IMPLEMENTATIONS)}"
             )
         if self.implementation == "reference":
             return program.calls(*LAYOUT_OPERAND)

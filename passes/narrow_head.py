@@ -46,7 +46,7 @@ class NarrowHead(Pass):
 
 
 def find_head(program: Program) -> fx.Node | None:
-    """The linear layer that makes the logits: walk back from the output through one-operand (scaling, capping) nodes."""
+    """The linear layer that makes the logits, found from the output through one-operand (scaling, capping) nodes."""
     node = program.output_node().args[0][0]  # type: ignore[index]
     while isinstance(node, fx.Node) and node.op == "call_function":
         if node.target in (ATEN.linear.default, ATEN.matmul.default):

@@ -28,7 +28,7 @@ class ThreadCache(Pass):
     """Thread KV, conv and recurrent caches through the graph; commits are deferred to the next step's `accepted` rows.
 
     before   %o = two_stream_linear_attention(%q, %k, %v, %g, %beta, %layout, ...)
-    after    (%o, %state', %pending') = cached_linear_attention(%q, %k, %v, %g, %beta, %state, %pending, %accepted, %layout)
+    after    (%o, %state', %pending') = cached_linear_attention(%q, ..., %state, %pending, %accepted, %layout, ...)
              return (%logits, ..., %state', %pending')
     """
 
@@ -130,7 +130,8 @@ class _Threader:
 
 def _cached(node: fx.Node) -> Callable[..., Any]:
     assert callable(node.target)
-    return CACHED[node.target]
+    replacement: Callable[..., Any] = CACHED[node.target]
+    return replacement
 
 
 def _size(operand: Any, dim: int) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import fx
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from flarec.capture import capture
@@ -150,5 +151,20 @@ def captured(family: str) -> Program:
 
 @functools.cache
 def captured_float64(family: str) -> Program:
-    """As `captured`, computed in float64: differences that are left are errors, not rounding."""
-    return capture(tiny_model(family).double())
+    """As `captured`, in float64 throughout: differences that are left are errors, not rounding.
+
+    The models cast to float32 inside (norms, gates, softmax); these casts are widened in the captured graph.
+    """
+    program = capture(tiny_model(family).double())
+    for node in program.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, _widen)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, _widen)
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+            node.meta["val"] = value.double()
+    program.finish()
+    return program
+
+
+def _widen(argument: Any) -> Any:
+    return torch.float64 if argument is torch.float32 else argument

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ def main() -> None:
     write(args.out / "train.jsonl", train)
     write(args.out / "test.jsonl", test)
     write(args.out / "text.jsonl", some_text(TEXT_BYTES))
+    licence = Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"
+    if licence.exists():
+        (args.out / "text.LICENSE.txt").write_bytes(licence.read_bytes())
 
 
 if __name__ == "__main__":

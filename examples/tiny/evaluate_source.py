@@ -20,6 +20,7 @@ import tasks
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).parent
@@ -72,8 +73,10 @@ def accuracy(records: list[dict[str, Any]], texts: list[str]) -> dict[str, Any]:
         right = tasks.is_correct(record, text)
         for name in ("all", f"family/{tasks.FAMILY_OF[record['kind']]}", f"kind/{record['kind']}"):
             groups[name].append(right)
-    scores = {name: {"right": sum(g), "of": len(g), "accuracy": round(sum(g) / len(g), 4)} for name, g in groups.items()}
-    return dict(sorted(scores.items()))
+    return {
+        name: {"right": sum(group), "of": len(group), "accuracy": round(sum(group) / len(group), 4)}
+        for name, group in sorted(groups.items())
+    }
 
 
 @torch.no_grad()
@@ -85,10 +88,9 @@ def held_out_loss(model: Any, tokenizer: Any, records: list[dict[str, Any]], bat
             tokenizer.apply_chat_template(record["messages"], return_dict=True, return_assistant_tokens_mask=True)
             for record in records[start : start + batch]
         ]
-        width = max(len(row["input_ids"]) for row in rows)
-        ids = torch.tensor([row["input_ids"] + [tokenizer.pad_token_id] * (width - len(row["input_ids"])) for row in rows])
-        mask = torch.tensor([row["assistant_masks"] + [0] * (width - len(row["assistant_masks"])) for row in rows])
-        ids, mask = ids.to(model.device), mask.to(model.device)
+        pad = tokenizer.pad_token_id
+        ids = pad_sequence([torch.tensor(row["input_ids"]) for row in rows], True, pad).to(model.device)
+        mask = pad_sequence([torch.tensor(row["assistant_masks"]) for row in rows], True, 0).to(model.device)
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
         losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         total += (losses * mask[:, 1:]).sum().item()

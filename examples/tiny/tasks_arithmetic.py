@@ -17,7 +17,7 @@ def story(rng: random.Random) -> Problem:
     told, steps = [f"{name} has {have} {thing}."], [f"{name} starts with {have} {thing}."]
     for _ in range(rng.randint(1, 4)):
         event = rng.choice(("gain", "lose", "packs", "times"))
-        if event == "lose" and have < 4 or event == "times" and have > 60:
+        if (event == "lose" and have < 4) or (event == "times" and have > 60):
             event = "gain"
         before = have
         if event == "gain":

@@ -1,6 +1,8 @@
 """Train the small byte-level BPE tokenizer: about 2000 tokens, every digit on its own, a ChatML-style chat template.
 
     python examples/tiny/tokenizer.py --out examples/tiny/model
+
+The merges come from generated training tasks and standard-library text; nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -64,15 +64,15 @@ def build_config(tokenizer: Any) -> Qwen3_5TextConfig:
 
 
 class Documents(IterableDataset):  # type: ignore[type-arg]
-    """Batches of one document a row: (ids, prompt lengths, lengths), fresh tasks and windows of standard-library text."""
+    """Batches (ids, prompt lengths, lengths) of one document a row: fresh tasks, windows of standard-library text."""
 
-    def __init__(self, tokenizer: Any, seed: int, rows: int, max_length: int, text_share: float, text_window: int) -> None:
+    def __init__(self, tokenizer: Any, args: argparse.Namespace) -> None:
         super().__init__()
-        self.tokenizer, self.seed, self.rows = tokenizer, seed, rows
-        self.max_length, self.text_share, self.text_window = max_length, text_share, text_window
+        self.tokenizer, self.seed, self.rows = tokenizer, STREAM_SEED + 1000 * args.seed, args.rows
+        self.max_length, self.text_share, self.text_window = args.max_length, args.text_share, args.window
         self.header = tokenizer("<|im_start|>assistant\n")["input_ids"]
         kept = [document for document in text.documents() if not text.is_held_out(document)]
-        self.texts = [np.array(ids + [tokenizer.pad_token_id], np.int32) for ids in tokenizer(kept)["input_ids"]]
+        self.texts = [np.array([*ids, tokenizer.pad_token_id], np.int32) for ids in tokenizer(kept)["input_ids"]]
 
     def encode(self, records: list[dict[str, Any]]) -> list[tuple[np.ndarray, int]]:
         """Token ids and prompt length of task records, framed as the chat template frames them."""
@@ -97,7 +97,7 @@ class Documents(IterableDataset):  # type: ignore[type-arg]
             start = rng.randrange(max(1, len(ids) - self.text_window + 1))
             documents.append((ids[start : start + self.text_window], 0))
         documents.sort(key=lambda document: len(document[0]))
-        batches = []
+        batches: list[tuple[torch.Tensor, ...]] = []
         for start in range(0, count, self.rows):
             rows = [(ids[: self.max_length], prompt) for ids, prompt in documents[start : start + self.rows]]
             width = -(-max(len(ids) for ids, _ in rows) // fast_delta.CHUNK) * fast_delta.CHUNK
@@ -119,7 +119,7 @@ class Documents(IterableDataset):  # type: ignore[type-arg]
 
 
 def batch_loss(model: Any, batch: list[torch.Tensor], device: torch.device, prompt_weight: float) -> torch.Tensor:
-    """Weighted mean token loss; solution and text tokens count fully, prompt tokens `prompt_weight`, padding nothing."""
+    """Weighted mean token loss; solution and text tokens count 1, prompt tokens `prompt_weight`, padding nothing."""
     ids, prompts, sizes = (part.to(device, non_blocking=True).long() for part in batch)
     place = torch.arange(1, ids.shape[1], device=device)
     weights = torch.where(place < prompts[:, None], prompt_weight, 1.0) * (place < sizes[:, None])
@@ -144,7 +144,7 @@ def text_loss(model: Any, tokenizer: Any, device: torch.device, limit: int = 256
 
 def train(args: argparse.Namespace, tokenizer: Any, model: Any, device: torch.device) -> dict[str, Any]:
     """Optimise until the minutes or steps are spent; gives the loss curve and totals."""
-    dataset = Documents(tokenizer, STREAM_SEED + 1000 * args.seed, args.rows, args.max_length, args.text_share, args.window)
+    dataset = Documents(tokenizer, args)
     frame = {"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "Answer: 1"}]}
     template = tokenizer.apply_chat_template(frame["messages"], return_dict=True)["input_ids"]
     assert dataset.encode([frame])[0][0].tolist() == template, "the frame differs from the chat template"
@@ -186,7 +186,8 @@ def train(args: argparse.Namespace, tokenizer: Any, model: Any, device: torch.de
                 recent.zero_()
                 seconds = time.perf_counter() - began
                 curve.append({"step": step, "seconds": round(seconds, 1), "loss": round(mean, 5), "lr": round(rate, 7)})
-                print(f"step {step} loss {mean:.4f} lr {rate:.2e} {seconds:.0f} s {tokens / seconds:.0f} tokens/s", flush=True)
+                speed = tokens / seconds
+                print(f"step {step} loss {mean:.4f} lr {rate:.2e} {seconds:.0f} s {speed:.0f} tokens/s", flush=True)
                 if not math.isfinite(mean):
                     raise RuntimeError("the loss is not finite")
     seconds = time.perf_counter() - began
@@ -249,7 +250,8 @@ def main() -> None:
         **totals,
     }
     (args.out / "training_log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({name: log[name] for name in ("held_out", "steps", "tokens", "seconds", "sha256", "bytes")}, indent=1))
+    log.pop("loss_curve")
+    print(json.dumps(log, indent=1))
 
 
 if __name__ == "__main__":

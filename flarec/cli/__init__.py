@@ -30,6 +30,7 @@ MODULES = {"eval": "evaluate"}
 """Modules that are not named like their command."""
 
 DEBUG = "flarec.debug"
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 
 
@@ -53,6 +54,9 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
+        # stdout and stderr belong to the command: the libraries' own notices only confuse (set a variable to see them)
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
         try:
             return super().invoke(ctx)
         except FlarecError as error:
@@ -90,6 +94,3 @@ def _note_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> 
 @click.version_option(__version__, prog_name="flarec")
 def main() -> None:
     """A compiler from hybrid-attention language models to dual-mode diffusion language models."""
-    # stdout and stderr belong to the command: the libraries' own notices only confuse (set the variable to see them)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

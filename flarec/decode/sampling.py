@@ -102,16 +102,22 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
+def to_unit(word: Tensor) -> Tensor:
+    """The upper `UNIFORM_BITS` bits of 64-bit words as float32 strictly inside (0, 1).
+
+    Small values keep full relative precision (2^-41 is the smallest), since they decide the argmax over a large vocabulary.
+    """
+    odd = (_shift(word, 64 - UNIFORM_BITS) << 1) | 1
+    return (odd.to(torch.float32) * 2.0 ** -(UNIFORM_BITS + 1)).clamp_max(1 - 2.0**-24)
+
+
 def uniform(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
     """Counter-based uniforms. seed [N], position [N], token [V] int64 -> [N, V] float32 strictly inside (0, 1).
 
-    Integer arithmetic and one correctly rounded conversion: the same bits on every device. Small values keep full
-    relative precision (2^-41 is the smallest), since they decide the argmax over a large vocabulary.
+    Integer arithmetic and one correctly rounded conversion: the same bits on every device.
     """
     row = _mix(_mix(seed + _STRIDE) + position * _STRIDE)
-    word = _mix(row[:, None] + (token[None, :] + 1) * _STRIDE)
-    odd = (_shift(word, 64 - UNIFORM_BITS) << 1) | 1
-    return (odd.to(torch.float32) * 2.0 ** -(UNIFORM_BITS + 1)).clamp_max(1 - 2.0**-24)
+    return to_unit(_mix(row[:, None] + (token[None, :] + 1) * _STRIDE))
 
 
 def gumbel(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
@@ -131,6 +137,7 @@ def truncation(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     reached = ordered.masked_fill(~keep, -math.inf).softmax(dim=1).cumsum(dim=1)
     before = torch.nn.functional.pad(reached[:, :-1], (1, 0))
     # top_p = 1 keeps all: a rounded sum that reaches 1 early must not cut the tail off
+    # rank 0 stays even where a tiny top_p is 0 in float32
     keep &= (before < top_p[:, None]) | (top_p[:, None] >= 1) | (rank == 0)
     return torch.zeros_like(keep).scatter_(1, order, keep)
 

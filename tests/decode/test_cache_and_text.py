@@ -72,7 +72,8 @@ def from_bytes(tokens: Sequence[int]) -> str:
 @given(text=st.text(max_size=30), cuts=st.lists(st.integers(1, 5), min_size=1))
 def test_stream_joins_to_the_text_and_never_sends_half_a_character(text: str, cuts: list[int]) -> None:
     data = list(text.encode(errors="ignore"))
-    stream, pieces, at = TextStream(from_bytes), [], 0
+    stream, at = TextStream(from_bytes), 0
+    pieces: list[str] = []
     while at < len(data):
         size = cuts[len(pieces) % len(cuts)]
         pieces.append(stream.push(data[at : at + size]))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flarec.decode.sampling import SamplingParams, SamplingRows, choose, gumbel, uniform
+from flarec.decode.sampling import SamplingParams, SamplingRows, choose, gumbel, to_unit, truncation, uniform
 from flarec.errors import GenerationError
 from tests.decode import oracles
 
@@ -42,8 +42,7 @@ def test_uniform_is_the_integer_hash(seed: int, position: int, token: int) -> No
 
 def test_extreme_words_stay_inside_the_unit_interval() -> None:
     """The conversion of the largest and smallest words, which no search finds."""
-    odd = torch.tensor([1, 2**41 - 1])
-    value = (odd.to(torch.float32) * 2.0**-41).clamp_max(1 - 2.0**-24)
+    value = to_unit(torch.tensor([0, -1]))
     assert value[0] == 2.0**-41 and value[1] == 1 - 2.0**-24
     assert torch.isfinite(-torch.log(-torch.log1p(-value))).all()
 
@@ -166,10 +165,19 @@ def test_frequencies_follow_the_law(params: SamplingParams) -> None:
 def test_temperature_zero_is_the_limit_and_tiny_temperatures_stay_finite() -> None:
     logits = torch.randn(50, 100, generator=torch.Generator().manual_seed(1)) * 50
     rows = torch.arange(50)
-    for temperature in (0.0, 1e-30, 1e-6):
+    for temperature in (0.0, 2e-38, 1e-30, 1e-6):
         params = SamplingRows.build([SamplingParams(temperature, top_p=0.9)]).take(torch.zeros(50, dtype=torch.int64))
         token, probability = choose(logits, params, rows)
         assert torch.equal(token, logits.argmax(dim=1)) and probability.isfinite().all()
+
+
+def test_equal_logits_are_kept_by_id() -> None:
+    """Few distinct values in a large vocabulary, where an unstable sort would show."""
+    logits = torch.randint(0, 3, (4, 5000), generator=torch.Generator().manual_seed(3)).float()
+    keep = truncation(logits, torch.tensor([1, 700, 2500, 2**62]), torch.tensor([1.0, 1.0, 1.0, 1e-60]))
+    for row, kept in enumerate([1, 700, 2500, 1]):
+        order = sorted(range(5000), key=lambda i, row=row: (-logits[row, i].item(), i))
+        assert set(keep[row].nonzero()[:, 0].tolist()) == set(order[:kept])
 
 
 def test_low_precision_logits_are_sampled_in_float32() -> None:

@@ -50,11 +50,19 @@ def test_single_branch_with_a_cold_step() -> None:
     assert result.forwards == 4 and result.accepted == [1, 0, 1, 1]
 
 
+def always(anchor: int, offset: int) -> bool:
+    return True
+
+
+def never(anchor: int, offset: int) -> bool:
+    return False
+
+
 @pytest.mark.parametrize("drafts", ["branches", "single"])
 def test_extremes(drafts: str) -> None:
     """All drafts right: B + 1 tokens per step. All wrong: one per step, and a cold step after each with one block."""
     for right, forwards in ((True, 1 + 5), (False, 1 + 20)):
-        engine, program = make_engine(FakeModel(right=lambda anchor, offset, right=right: right), 3)
+        engine, program = make_engine(FakeModel(right=always if right else never), 3)
         result = engine.generate([PROMPT], "ar-trust", max_new_tokens=21, drafts=drafts)[0]
         assert result.new_tokens == 21 and result.forwards == forwards
         rows = [len(call.clean[0]) for call in program.calls[1:]]

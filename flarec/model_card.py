@@ -1,0 +1,91 @@
+"""The model card of a checkpoint, and the licence that a source's card states."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from .manifest import Manifest
+
+
+def licence_of(directory: Path) -> str | None:
+    """The `license` of the front matter of a directory's README.md, None if there is none."""
+    try:
+        text = (directory / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    front = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)
+    line = re.search(r"^license:[ \t]*(\S.*?)[ \t]*$", front[1], re.MULTILINE) if front else None
+    return line[1].strip("\"'") if line else None
+
+
+def model_card(manifest: Manifest, name: str) -> str:
+    """README.md of a checkpoint: front matter, what it is, how to use it, how it was made."""
+    source, decode, mask = manifest.source, manifest.decode, manifest.mask
+    front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [flarec, diffusion, speculative-decoding]"]
+    if source.licence:
+        front.append(f"license: {source.licence}")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source.name):
+        front.append(f"base_model: {source.name}")
+    if mask.kind == "row":
+        token = f"the spare vocabulary row {mask.token_id}; it is never generated"
+    else:
+        token = "a learned vector in `flarec.safetensors`"
+    readouts = ", ".join(f"{mode}: {readout}" for mode, readout in decode.readouts.items())
+    recipe = str(manifest.recipe.get("name", "custom"))
+    sections = [
+        "\n".join(["---", *front, "---"]),
+        f"# {name}",
+        f"`{source.name}`, converted with flarec into a dual-mode language model: one set of weights decodes one token at a "
+        "time (`causal`), drafts blocks and verifies them in the same forward pass (`ar-trust`: the same text as `causal`, "
+        "in fewer passes), or fills blocks by parallel denoising (`diffusion-trust`).",
+        "## Use",
+        "```\n"
+        f'flarec generate {name} "Once upon a time" --mode ar-trust\n'
+        "```",
+        "```python\n"
+        "import flarec\n\n"
+        f'print(flarec.load("{name}").generate("Once upon a time").text)\n'
+        "```",
+        "It is a plain transformers checkpoint: `AutoModelForCausalLM.from_pretrained` opens it without remote code and "
+        "generates causally. With flarec installed the other modes are there as well:",
+        "```python\n"
+        f'model.generate(ids, custom_generate="{name}", trust_remote_code=True, mode="ar-trust")\n'
+        "```",
+        "## Decoding",
+        _table({
+            "block size": decode.block_size,
+            "readouts": readouts,
+            "confidence threshold": decode.confidence_threshold,
+            "denoising steps": decode.denoising_steps or "block size",
+            "mask token": token,
+        }),
+        "## Training",
+        _table({"recipe": recipe, **manifest.data}),
+    ]  # fmt: skip
+    if manifest.metrics:
+        sections += ["## Measurements", _table(manifest.metrics)]
+    licence = source.licence or "not stated by the source; ask its authors before you pass this model on"
+    sections += ["## Licence", f"That of the source: {licence}.", "## Versions", _table(manifest.versions)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _table(values: dict[str, Any]) -> str:
+    rows = [f"| {name} | {_cell(value)} |" for name, value in _flat(values)]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name}, ")
+        else:
+            rows.append((f"{prefix}{name}", value))
+    return rows
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

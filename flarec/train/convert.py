@@ -1,0 +1,303 @@
+"""`flarec convert`: train a source model into a dual-mode checkpoint.
+
+Nothing is written before all input has been checked; then OUT.partial/ holds the training state (`StateDirectory`)
+until the finished checkpoint appears as OUT in one rename.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+
+from ..checkpoint import describe_source, stored_dtypes, write_checkpoint
+from ..errors import CheckpointError, TrainingError
+from ..manifest import DecodeDefaults, Manifest, Mask
+from .loop import Step
+from .metrics import MetricsLog
+from .options import Options
+from .prepare import Run, prepare
+from .progress import Reporter, describe_evaluation
+from .state import METRICS, StateDirectory
+
+READ_EVERY = 10
+"""Steps between reads of the losses on an accelerator: each read waits for the device."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C: the running step was finished and the training state saved at `step`."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        super().__init__(f"stopped after step {step}; the training state is in {path}, continue with --resume")
+        self.path = path
+        self.step = step
+
+
+def convert(
+    source: str | Path,
+    data: Sequence[str | Path],
+    *,
+    recipe: str | Path = "flare",
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    steps: int | None = None,
+    max_length: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    skip_bad_lines: bool = False,
+    eval_data: Sequence[str | Path] = (),
+    kernels: str = "torch",
+    debug: bool = False,
+    reporter: Reporter | None = None,
+) -> Path:
+    """Convert a hybrid-attention model and return the checkpoint's directory. The arguments are those of `Options`.
+
+    Raises `UsageError` and its kin for bad input, before anything is written; `TrainingError` if training cannot go on;
+    `Interrupted` (a `KeyboardInterrupt`) after Ctrl-C. A run that stopped continues with `resume=True`.
+    """
+    options = Options(
+        source=str(source),
+        data=[str(item) for item in data],
+        recipe=str(recipe),
+        out=None if out is None else Path(out),
+        overrides=list(overrides),
+        steps=steps,
+        max_length=max_length,
+        device=device,
+        seed=seed,
+        resume=resume,
+        overwrite=overwrite,
+        skip_bad_lines=skip_bad_lines,
+        eval_data=[str(item) for item in eval_data],
+        kernels=kernels,
+        debug=debug,
+    )
+    return run(options, reporter or Reporter())
+
+
+def run(options: Options, reporter: Reporter) -> Path:
+    """As `convert`."""
+    prepared = prepare(options, reporter)
+    for source in prepared.sources:
+        reporter.note(str(source.stats))
+    reporter.note(f"held out for evaluation: {prepared.held_documents} documents")
+    reporter.note(f"recipe:\n{prepared.recipe.to_toml()}".rstrip())
+    with reporter:
+        return _Conversion(prepared, reporter).finish()
+
+
+class _Conversion:
+    """A prepared run with its state directory."""
+
+    def __init__(self, run: Run, reporter: Reporter) -> None:
+        self.run = run
+        self.reporter = reporter
+        self.trainer = run.trainer
+        self.directory: StateDirectory = run.options.state_directory
+        self.evaluations: dict[int, dict[str, Any]] = {}
+        self.totals = {"clean_tokens": 0, "noisy_tokens": 0}
+        self.last: dict[str, Any] = {}
+        self.saved: int | None = None
+        self.source = describe_source(run.options.source)
+        self._start()
+        self.log = MetricsLog(self.directory.metrics, resume_at=self.trainer.step)
+
+    def _start(self) -> None:
+        """Make OUT.partial/, or continue from its last save."""
+        identity = self._identity()
+        if not self.run.options.resume:
+            self.directory.create(identity)
+            return
+        self.directory.check_identity(identity)
+        state = self.directory.latest()
+        if state is None:
+            self.reporter.note(f"{self.directory.path} has no save yet: starting from the first step")
+            return
+        self.trainer.load(state)
+        values = state.values
+        self.evaluations = {int(step): value for step, value in values["evaluations"].items()}
+        self.totals, self.last, self.saved = values["totals"], values["last"], self.trainer.step
+        self.reporter.note(f"continuing after step {self.trainer.step} of {self.run.recipe.optimizer.steps}")
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides the result: a resumed run must agree with it."""
+        run = self.run
+        return {
+            "recipe": run.recipe.to_dict(),
+            "seed": run.options.seed,
+            "kernels": run.options.kernels,
+            "source": {"name": self.source.name, "sha256": self.source.sha256},
+            "data": {
+                f"{number}: {Path(source.stats.source).name}": source.fingerprint()
+                for number, source in enumerate(run.sources, 1)
+            },
+        }
+
+    def finish(self) -> Path:
+        """Train to the last step, write the checkpoint and remove OUT.partial/."""
+        try:
+            self._train()
+        finally:
+            self.log.close()
+            self.reporter.end()
+        out = self._write()
+        self.directory.remove()
+        self._summarise(out)
+        return out
+
+    def _train(self) -> None:
+        recipe, trainer = self.run.recipe, self.trainer
+        steps, every = recipe.optimizer.steps, recipe.evaluation.every
+        read_every = 1 if trainer.program.device.type == "cpu" else READ_EVERY
+        pending: list[Step] = []
+        with _Interruption() as interruption:
+            if 0 not in self.evaluations and trainer.step == 0:
+                self._evaluate()
+            self.reporter.begin(trainer.step, steps)
+            clock = time.perf_counter()
+            while trainer.step < steps and not interruption.requested:
+                pending.append(trainer.advance())
+                last = trainer.step == steps
+                evaluate = bool(every) and (trainer.step % every == 0 or last)
+                save = trainer.step % recipe.save.every == 0 or last or interruption.requested
+                if len(pending) >= read_every or evaluate or save:
+                    self._read(pending, clock)
+                    pending = []
+                    if evaluate:
+                        self._evaluate()
+                    if save:
+                        self._save()
+                    clock = time.perf_counter()
+            if trainer.step < steps:
+                self._read(pending, clock)
+                self._save()
+                raise Interrupted(self.directory.path, trainer.step)
+
+    def _read(self, pending: Sequence[Step], clock: float) -> None:
+        """Check, log and report the steps since the last read. Comes before every save: a bad step is never saved."""
+        if not pending:
+            return
+        try:
+            lines = [step.read(self.run.tokenizer) for step in pending]
+        except TrainingError as error:
+            kept = f"the save of step {self.saved} is kept in" if self.saved else "no step was saved yet in"
+            raise TrainingError(f"{error}; {kept} {self.directory.path}") from None
+        seconds = (time.perf_counter() - clock) / len(lines)
+        for line in lines:
+            line["seconds"] = seconds
+            line["tokens_per_second"] = line["clean_tokens"] / seconds
+            for name in self.totals:
+                self.totals[name] += line[name]
+            self.log.write(line)
+        self.last = lines[-1]
+        self.reporter.step(self.last)
+
+    def _evaluate(self) -> None:
+        if self.run.held_out is None:
+            return
+        start = time.perf_counter()
+        values = {**self.run.held_out.measure(), "seconds": time.perf_counter() - start}
+        step = self.trainer.step
+        self.evaluations[step] = values
+        self.log.write({"step": step, "evaluation": values})
+        self.reporter.evaluation(step, values)
+
+    def _save(self) -> None:
+        if self.saved == self.trainer.step:
+            return
+        state = self.trainer.state(evaluations=self.evaluations, totals=self.totals, last=self.last)
+        self.directory.save(self.trainer.step, state)
+        self.saved = self.trainer.step
+
+    def _write(self) -> Path:
+        run = self.run
+        extra = {name: torch.nn.Parameter(value.detach().cpu()) for name, value in run.captured.extra.items()}
+        try:
+            return write_checkpoint(
+                run.options.output,
+                run.model,
+                run.tokenizer,
+                self._manifest(),
+                extra,
+                dtype=stored_dtypes(run.source.path, run.model),
+                attachments={METRICS: self.directory.metrics},
+                overwrite=run.options.overwrite,
+            )
+        except CheckpointError as error:  # a failure here is no wrong usage: the destination was checked before
+            raise TrainingError(f"{error}; training is complete and kept, write it with --resume") from error
+
+    def _manifest(self) -> Manifest:
+        run, recipe = self.run, self.run.recipe
+        sources = {
+            f"{number}: {Path(source.stats.source).name}": {
+                "weight": source.weight,
+                "documents": source.stats.documents,
+                "tokens": source.stats.tokens,
+                "targets": source.stats.targets,
+            }
+            for number, source in enumerate(run.sources, 1)
+        }
+        steps = {"steps": recipe.optimizer.steps, "seed": run.options.seed, "held_out_documents": run.held_documents}
+        return Manifest(
+            source=self.source,
+            mask=Mask(run.mask.kind, run.mask.token_id),
+            decode=DecodeDefaults(
+                block_size=recipe.diffusion.block_size,
+                readouts=dict(recipe.readouts()),
+                confidence_threshold=recipe.decode.confidence_threshold,
+                denoising_steps=recipe.decode.denoising_steps,
+                drafts=recipe.decode.drafts,
+            ),
+            recipe=recipe.to_dict(),
+            pipelines=run.pipelines,
+            data={"sources": sources, **steps, **self.totals},
+            metrics={
+                "ar_loss": self.last["ar_loss"],
+                "diffusion_loss": self.last["diffusion_loss"],
+                "held_out": {f"step {step}": values for step, values in self._first_and_last().items()},
+            },
+        )
+
+    def _first_and_last(self) -> dict[int, dict[str, Any]]:
+        chosen = sorted({min(self.evaluations), max(self.evaluations)}) if self.evaluations else []
+        return {step: self.evaluations[step] for step in chosen}
+
+    def _summarise(self, out: Path) -> None:
+        note = self.reporter.note
+        note(f"trained {self.totals['clean_tokens']:,} tokens in {self.trainer.step:,} steps")
+        note(f"last step: AR loss {self.last['ar_loss']:.3f}, diffusion loss {self.last['diffusion_loss']:.3f}")
+        for step, values in self._first_and_last().items():
+            note(f"held-out {'before' if step == 0 else 'after'}: {describe_evaluation(values)}")
+        note(f"checkpoint: {out}")
+        note(f'try it: flarec generate {out} "..." --mode ar-trust')
+
+
+class _Interruption:
+    """Ctrl-C asks for a stop after the running step; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._main = threading.current_thread() is threading.main_thread()  # others cannot handle signals
+
+    def __enter__(self) -> _Interruption:
+        if self._main:
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._main:
+            signal.signal(signal.SIGINT, self._previous)

@@ -1,0 +1,92 @@
+"""Held-out measurements during training: what training accuracy does not predict (docs/objectives.md).
+
+Tokens per forward come from decoding; loss, all-masked slot accuracy and 1 - TV from one forward pass in which every
+block of every response is fully masked and read as AR-Trust reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..config import Diffusion, Recipe
+from ..decode import Engine
+from ..program import Program
+from .batch import build_batches
+from .data_document import Document, PackedRow
+from .mask_token import MaskToken
+from .noise import step_generator
+from .objective import Metrics, loss
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Measures the model on `documents`. `train` and `decode` are lowered from one captured program.
+
+    eos_ids: ids that end a generation; context: positions that the model has.
+    """
+
+    documents: Sequence[Document]
+    train: Program
+    decode: Program
+    recipe: Recipe
+    mask: MaskToken
+    eos_ids: Collection[int]
+    context: int
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, Any]:
+        """`ar_loss`, `all_masked_accuracy` and `one_minus_tv` (per slot, None where no target is) and
+        `tokens_per_forward` of greedy AR-Trust over all documents."""
+        metrics = self._probe().summary()
+        named = {name: metrics[name] for name in ("ar_loss", "all_masked_accuracy", "one_minus_tv")}
+        return {**named, "tokens_per_forward": self._tokens_per_forward()}
+
+    def _probe(self) -> Metrics:
+        recipe, readout = self.recipe, self.recipe.readouts()["ar-trust"]
+        masked = Diffusion(
+            block_size=recipe.diffusion.block_size, mask="all", views=1, supervise="masked-input", readout=readout,
+            loss="ce",
+        )  # fmt: skip
+        rows = [PackedRow((document,)) for document in self.documents]
+        generator = step_generator(0, 0)  # fully masked: nothing is left to chance
+        total: Metrics | None = None
+        for host_batch in build_batches(
+            rows, masked, self.mask.token_id, generator, micro_rows=recipe.optimizer.micro_rows
+        ):
+            batch = host_batch.to(self.train.device)
+            logits = self.train(batch.input_ids, layout=batch.layout, head_rows=batch.head_rows)
+            counts = {"ar_total": batch.ar_count, "diffusion_total": batch.diffusion_count}
+            metrics = loss(logits, batch, suppress=self.mask.suppress, **counts).metrics
+            total = metrics if total is None else total + metrics
+        assert total is not None, "no held-out documents"
+        return total
+
+    def _tokens_per_forward(self) -> float:
+        recipe = self.recipe
+        engine = Engine(
+            self.decode,
+            mask_token_id=self.mask.token_id,
+            block_size=recipe.diffusion.block_size,
+            readouts=recipe.readouts(),
+            eos_ids=self.eos_ids,
+            max_positions=self.context,
+            suppress=[] if self.mask.suppress is None else [self.mask.suppress],
+        )
+        results = engine.generate(
+            [prompt_of(document) for document in self.documents],
+            "ar-trust",
+            max_new_tokens=recipe.evaluation.max_new_tokens,
+            drafts=recipe.decode.drafts,
+        )
+        return sum(result.new_tokens for result in results) / sum(result.forwards for result in results)
+
+
+def prompt_of(document: Document) -> list[int]:
+    """The tokens before the first response; the first half of a document that is all response (plain text)."""
+    start = document.responses[0][0]
+    ids = document.ids[: start if start > 1 else max(1, len(document) // 2)]
+    return [int(token) for token in ids]

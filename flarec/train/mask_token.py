@@ -1,0 +1,84 @@
+"""The mask token: a spare row of a padded vocabulary, or a learned vector of its own.
+
+Contract: docs/semantics.md section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..errors import RecipeError, UsageError
+from ..passes.embed_mask import PARAMETER
+from ..program import Program
+
+
+@dataclass(frozen=True)
+class MaskToken:
+    """Which input id stands for a masked token. "row": a vocabulary row; "vector": the id one past the vocabulary."""
+
+    kind: Literal["row", "vector"]
+    token_id: int
+
+    @property
+    def suppress(self) -> int | None:
+        """The id whose logit counts as minus infinity; a vector has no logit."""
+        return self.token_id if self.kind == "row" else None
+
+
+def choose_mask_token(choice: str, config: Any, tokenizer: Any) -> MaskToken:
+    """The mask token for `Recipe.mask_token` ("auto", "row" or "vector").
+
+    A spare row is an id that the tokenizer cannot produce and that the configuration gives no meaning to. Raises
+    `RecipeError` if a row is asked for and the model has none, `UsageError` if the tokenizer is larger than the model.
+    """
+    rows, used = int(config.get_text_config().vocab_size), used_rows(tokenizer)
+    if used > rows:
+        raise UsageError(
+            f"the tokenizer has {used} tokens, but the model embeds only {rows}; give the model's own tokenizer"
+        )
+    reserved = set(_reserved_ids(config.to_dict()))
+    spare = next((index for index in range(used, rows) if index not in reserved), None)
+    if choice == "row" and spare is None:
+        raise RecipeError(
+            f'mask_token = "row", but all {rows} rows of the vocabulary are used; set mask_token = "vector" or "auto"'
+        )
+    if spare is None or choice == "vector":
+        return MaskToken("vector", rows)
+    return MaskToken("row", spare)
+
+
+def used_rows(tokenizer: Any) -> int:
+    """One more than the largest id that the tokenizer can produce (a vocabulary may have holes)."""
+    return max([len(tokenizer) - 1, *tokenizer.get_vocab().values()]) + 1
+
+
+def _reserved_ids(config: Mapping[Any, Any]) -> Iterator[int]:
+    """Ids that the configuration names (`eos_token_id`, `image_token_id`, ...), nested configurations included."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _reserved_ids(value)
+        elif str(key).endswith(("token_id", "token_ids")):
+            yield from (item for item in _items(value) if isinstance(item, int))
+
+
+def _items(value: Any) -> Collection[Any]:
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+@torch.no_grad()
+def initialise_mask_token(mask: MaskToken, model: Any, program: Program, tokenizer: Any) -> None:
+    """Start the mask token at the mean of the used embedding rows: in the model, or as a new parameter of `program`.
+
+    `program` is the captured program: what it holds in `extra` is shared by everything that is lowered from it.
+    """
+    weight: nn.Parameter = model.get_input_embeddings().weight
+    mean = weight[: used_rows(tokenizer)].float().mean(0).to(weight.dtype)
+    if mask.kind == "row":
+        weight[mask.token_id] = mean
+    else:
+        program.extra[PARAMETER] = nn.Parameter(mean.clone())

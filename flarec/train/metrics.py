@@ -1,0 +1,48 @@
+"""`metrics.jsonl`: one JSON object per line, for a step or (under the key "evaluation") for a held-out evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .state import writing
+
+
+class MetricsLog:
+    """Appends to the file; what was logged after the save that a run resumes from is dropped first."""
+
+    def __init__(self, path: Path, *, resume_at: int = 0) -> None:
+        self.path = path
+        with writing(path):
+            kept = [line for line in read_metrics(path) if line["step"] <= resume_at] if path.exists() else []
+            temporary = path.with_suffix(".writing")
+            temporary.write_text("".join(_line(values) for values in kept), encoding="utf-8")
+            os.replace(temporary, path)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        with writing(self.path):
+            self._file.write(_line(values))
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    return json.dumps(values) + "\n"
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The complete lines of a log; an interruption can cut the last one short."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                values = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                yield values

@@ -1,0 +1,93 @@
+"""What a conversion is asked to do: the arguments of `flarec convert`, and the checks that need no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import check_destination
+from ..config import Recipe, load_recipe
+from ..errors import RecipeError, UsageError
+from .data import parse_source
+from .state import StateDirectory
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of a conversion.
+
+    source          a model directory or hub id
+    data            `PATH[:WEIGHT]` of JSONL or Parquet files or `datasets` directories
+    recipe          a built-in recipe's name or a TOML file
+    out             the checkpoint's directory; None: `<source name>-flarec` in the current directory
+    overrides       `key=value` for the recipe; `steps` and `max_length` are short for two of them
+    eval_data       as `data`: documents to evaluate on; by default some training documents are taken out for it
+    kernels         implementation of the token mixers ("torch" or "reference")
+    """
+
+    source: str
+    data: Sequence[str]
+    recipe: str = "flare"
+    out: Path | None = None
+    overrides: Sequence[str] = ()
+    steps: int | None = None
+    max_length: int | None = None
+    device: str = "auto"
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+    skip_bad_lines: bool = False
+    eval_data: Sequence[str] = ()
+    kernels: str = "torch"
+    debug: bool = False
+
+    @property
+    def output(self) -> Path:
+        return self.out or Path(f"{Path(self.source).resolve().name}-flarec")
+
+    @property
+    def state_directory(self) -> StateDirectory:
+        return StateDirectory(self.output.with_name(f"{self.output.name}.partial"))
+
+    def load_recipe(self) -> Recipe:
+        """The recipe with all overrides. Raises `RecipeError`."""
+        short = {"optimizer.steps": self.steps, "data.max_length": self.max_length}
+        given = [f"{key}={value}" for key, value in short.items() if value is not None]
+        recipe = load_recipe(self.recipe).override([*self.overrides, *given])
+        if recipe.diffusion.block_size > recipe.data.max_length:
+            raise RecipeError(
+                f"diffusion.block_size = {recipe.diffusion.block_size} is larger than data.max_length = "
+                f"{recipe.data.max_length}; choose a smaller block or longer rows"
+            )
+        return recipe
+
+    def torch_device(self) -> torch.device:
+        if self.device not in DEVICES:
+            raise UsageError(f"unknown device '{self.device}'; choose one of {', '.join(DEVICES)}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("--device cuda: this machine has no CUDA device that torch can use; use --device cpu")
+        return torch.device("cuda" if torch.cuda.is_available() and self.device != "cpu" else "cpu")
+
+    def check_seed(self) -> None:
+        if not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"seed {self.seed} is out of range; give a whole number from 0 to 2**63 - 1")
+
+    def check_output(self) -> None:
+        """Raises `UsageError` or `CheckpointError` if the output directory is in use or not wanted; changes nothing."""
+        out, partial = self.output, self.state_directory.path
+        inputs = [Path(self.source), *(parse_source(text).path for text in [*self.data, *self.eval_data])]
+        for path in inputs:
+            if path.exists() and (path.resolve() == out.resolve() or out.resolve() in path.resolve().parents):
+                raise UsageError(f"{path} lies in the output directory {out}; choose another --out")
+        check_destination(out, self.overwrite)
+        if self.resume and not partial.is_dir():
+            raise UsageError(f"there is nothing to resume: {partial} does not exist; start without --resume")
+        if not self.resume and not self.overwrite and partial.exists():
+            raise UsageError(
+                f"{partial} holds an interrupted run: continue it with --resume, or start again with --overwrite"
+            )

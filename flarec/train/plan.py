@@ -1,0 +1,127 @@
+"""`flarec convert --dry-run`: what a run would do and needs. One step is measured in memory, nothing is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from .batch import build_batches
+from .noise import step_generator
+from .options import Options
+from .prepare import Run, prepare
+from .progress import Reporter
+
+MASTER_BYTES = 16
+"""Per parameter: the float32 weight, its gradient, and AdamW's two moments."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do.
+
+    parameters        trained parameters
+    activation_bytes  measured on one micro batch: what autograd keeps for the backward pass (CPU), or everything that
+                      was allocated above weights and gradients (CUDA)
+    step_seconds      measured, one optimizer step
+    epochs            how often the run passes over the training tokens, about
+    """
+
+    run: Run
+    parameters: int
+    activation_bytes: int
+    step_seconds: float
+    epochs: float
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.parameters * MASTER_BYTES + self.activation_bytes
+
+    def text(self) -> str:
+        """For people; sizes in GB = 10^9 bytes."""
+        run, recipe = self.run, self.run.recipe
+        optimizer = recipe.optimizer
+        lines = [
+            f"source       {run.options.source} ({run.captured.family}), {self.parameters:,} parameters",
+            f"output       {run.options.output}",
+            *(f"data         {source.stats}, weight {source.weight:g}" for source in run.sources),
+            f"held out     {run.held_documents} documents",
+            f"mask token   {run.mask.kind}, id {run.mask.token_id}",
+            f"rows         {optimizer.batch_rows} of {recipe.data.max_length} tokens per step, "
+            f"{optimizer.micro_rows} at a time",
+            f"steps        {optimizer.steps:,}, about {self.epochs:.2f} epochs",
+            f"device       {run.trainer.program.device}, kernels {run.options.kernels}",
+            f"memory       {_gigabytes(self.memory_bytes)}: weights, gradients and moments "
+            f"{_gigabytes(self.parameters * MASTER_BYTES)}, activations {_gigabytes(self.activation_bytes)}",
+            f"time         {_duration(self.step_seconds * optimizer.steps)}: {self.step_seconds:.2f} s per step, "
+            "evaluations and saves not counted",
+            "",
+            *(f"pipeline {name}\n{_indent(text)}" for name, text in run.pipelines.items()),
+            "",
+            "recipe",
+            _indent(recipe.to_toml().strip()),
+        ]
+        return "\n".join(lines)
+
+
+def plan(options: Options, reporter: Reporter) -> Plan:
+    """Prepare the run, measure one step in memory and return what was found."""
+    run = prepare(options, reporter)
+    recipe, trainer = run.recipe, run.trainer
+    reporter.note("measuring one step")
+    position = trainer.rows.state_dict()
+    rows = trainer.rows.rows(recipe.optimizer.batch_rows)
+    trainer.rows.load_state_dict(position)
+    micro = recipe.optimizer.micro_rows
+    batches = build_batches(
+        rows, recipe.diffusion, run.mask.token_id, step_generator(run.options.seed, 0), micro_rows=micro
+    )
+    activations = _activation_bytes(run, lambda: trainer.accumulate(batches[:1]))
+    start = time.perf_counter()
+    trainer.advance()
+    if trainer.program.device.type == "cuda":
+        torch.cuda.synchronize(trainer.program.device)
+    seconds = time.perf_counter() - start
+    drawn = sum(row.length for row in rows) * recipe.optimizer.steps
+    count = sum(parameter.numel() for parameter in trainer.parameters.values())
+    return Plan(run, count, activations, seconds, drawn / run.tokens)
+
+
+def _activation_bytes(run: Run, step: Callable[[], object]) -> int:
+    """What a forward and backward pass needs beside weights and gradients."""
+    device = run.trainer.program.device
+    if device.type == "cuda":
+        step()  # allocates the gradients, and what the first use of a kernel allocates
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    weights = {parameter.untyped_storage().data_ptr() for parameter in run.trainer.parameters.values()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        step()
+    return sum(kept.values())
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def _duration(seconds: float) -> str:
+    minutes = int(seconds // 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds % 60:.0f} s"
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" if line else "" for line in text.splitlines())

@@ -1,0 +1,157 @@
+"""Everything before the first step: inputs are checked, the model is captured and lowered; nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..capture import capture
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..config import Recipe
+from ..errors import CheckpointError, DataError, UsageError
+from ..passes import lower, pipeline
+from ..passes.lower_mixers import IMPLEMENTATIONS
+from ..pipeline import pipeline_text
+from ..program import Program
+from .data import TokenSource, hold_out, load_sources, parse_source
+from .data_document import Document
+from .heldout import HeldOut
+from .loop import Trainer
+from .mask_token import MaskToken, choose_mask_token, initialise_mask_token
+from .options import Options
+from .packing import RowStream
+from .progress import Reporter
+
+NO_LIMIT = 1 << 30  # positions, for models without rotary or learned positions
+
+
+@dataclass(frozen=True)
+class Run:
+    """A conversion that is ready to train. `held_out` is None if nothing is evaluated."""
+
+    options: Options
+    recipe: Recipe
+    source: Checkpoint
+    tokenizer: Any
+    model: Any
+    captured: Program
+    mask: MaskToken
+    sources: Sequence[TokenSource]
+    held_documents: int
+    trainer: Trainer
+    held_out: HeldOut | None
+    pipelines: dict[str, str]
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens, held-out documents left out."""
+        return sum(int((source.starts[1:] - source.starts[:-1])[source.members].sum()) for source in self.sources)
+
+
+def prepare(options: Options, reporter: Reporter) -> Run:
+    """Check and load everything. Raises `UsageError` and its kin for bad input, `CaptureError` for an unknown model."""
+    recipe = options.load_recipe()
+    device = options.torch_device()
+    options.check_seed()
+    if options.kernels not in IMPLEMENTATIONS:
+        raise UsageError(f"unknown kernels '{options.kernels}'; choose one of {', '.join(IMPLEMENTATIONS)}")
+    source = _open_source(options.source)
+    options.check_output()
+    tokenizer = source.load_tokenizer()
+    config = source.load_model(device="meta").config  # the configuration and the family, without weights
+    context = _context(config)
+    if recipe.data.max_length > context:
+        raise UsageError(
+            f"data.max_length = {recipe.data.max_length} is longer than the model's context of {context} positions; "
+            f"use --max-length {context} or less"
+        )
+    mask = choose_mask_token(recipe.mask_token, config, tokenizer)
+    eos_ids = _eos_ids(source.path, config, tokenizer)
+
+    reporter.note("reading data")
+    sources, held = _read_data(options, recipe, tokenizer, eos_ids)
+    _check_ids([*sources], held, config, mask)
+
+    reporter.note(f"loading {options.source} on {device}")
+    model = source.load_model(torch.float32, device)
+    captured = capture(model)
+    initialise_mask_token(mask, model, captured, tokenizer)
+    vector = mask.kind == "vector"
+    train = lower(captured, "train", mask_vector=vector, kernels=options.kernels, debug=options.debug)
+    decode = lower(captured, "decode", mask_vector=vector, kernels=options.kernels, debug=options.debug)
+    pipelines = {
+        target: pipeline_text(pipeline(target, mask_vector=vector, kernels=options.kernels))
+        for target in ("train", "decode")
+    }
+    rows = RowStream(
+        sources, max_length=recipe.data.max_length, seed=options.seed, lookahead=recipe.data.lookahead
+    )
+    trainer = Trainer(train, recipe, mask, rows, options.seed)
+    held_out = HeldOut(held, train, decode, recipe, mask, eos_ids, context) if held else None
+    return Run(
+        options, recipe, source, tokenizer, model, captured, mask, sources, len(held), trainer, held_out, pipelines
+    )
+
+
+def _open_source(location: str) -> Checkpoint:
+    source = open_checkpoint(location)
+    if source.manifest is not None:
+        raise CheckpointError(
+            f"{location} is a converted checkpoint already; convert its source model ({source.manifest.source.name})"
+        )
+    return source
+
+
+def _context(config: Any) -> int:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else NO_LIMIT
+
+
+def _eos_ids(path: Path, config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end a generation: those of the generation config (else the configuration) and the tokenizer's EOS."""
+    from transformers import GenerationConfig
+
+    try:
+        declared = GenerationConfig.from_pretrained(str(path)).eos_token_id
+    except OSError:
+        declared = getattr(config.get_text_config(), "eos_token_id", None)
+    ids = list(declared) if isinstance(declared, (list, tuple)) else [declared]
+    return tuple(sorted({int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None}))
+
+
+def _read_data(
+    options: Options, recipe: Recipe, tokenizer: Any, eos_ids: Collection[int]
+) -> tuple[list[TokenSource], list[Document]]:
+    """Training sources, and held-out documents: of `eval_data`, else taken out of the training data."""
+
+    def load(texts: Sequence[str]) -> list[TokenSource]:
+        return load_sources(
+            [parse_source(text) for text in texts],
+            tokenizer,
+            max_length=recipe.data.max_length,
+            skip_bad_lines=options.skip_bad_lines,
+            end_ids=eos_ids,
+        )
+
+    sources, wanted = load(options.data), recipe.evaluation.prompts if recipe.evaluation.every else 0
+    if not options.eval_data:
+        return hold_out(sources, wanted, options.seed)
+    documents = [other.document(index) for other in load(options.eval_data) for index in range(min(wanted, len(other)))]
+    return sources, documents[:wanted]
+
+
+def _check_ids(sources: Sequence[TokenSource], held: Sequence[Document], config: Any, mask: MaskToken) -> None:
+    """No token is the mask token or outside of the embedding table."""
+    limit = int(config.get_text_config().vocab_size)
+    columns = [source.tokens for source in sources] + [document.ids for document in held]
+    for ids in columns:
+        bad = ids[(ids >= limit) | (ids == mask.token_id)]
+        if len(bad):
+            raise DataError(
+                f"the tokenised data contains id {int(bad[0])}, which the model keeps for no token; "
+                "give the tokenizer that belongs to the model"
+            )

@@ -1,0 +1,111 @@
+"""What a run tells its user while it works. The base class is silent; the command line uses `ConsoleReporter`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+PLAIN_SECONDS = 10.0
+"""Seconds between lines of progress where the output is no terminal."""
+
+
+class Reporter:
+    """Receives notes, steps and evaluations; does nothing with them."""
+
+    def note(self, text: str) -> None:
+        """One line about what happens now."""
+
+    def begin(self, done: int, steps: int) -> None:
+        """Training starts, with `done` of `steps` steps done before."""
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        """A step's line of the log."""
+
+    def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        """A held-out evaluation."""
+
+    def end(self) -> None:
+        """Training is over, for whatever reason."""
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+
+class ConsoleReporter(Reporter):
+    """Notes and a progress bar on stderr; plain lines every few seconds where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._steps = 0
+        self._last = 0.0
+
+    def note(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def begin(self, done: int, steps: int) -> None:
+        self._steps = steps
+        if not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._task = self._progress.add_task("", total=steps, completed=done, text="")
+        self._progress.start()
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        text = f"ar {values['ar_loss']:.3f}  diffusion {values['diffusion_loss']:.3f}"
+        text += f"  {values['tokens_per_second']:,.0f} tokens/s"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=values["step"], text=text)
+        elif time.monotonic() - self._last >= PLAIN_SECONDS or values["step"] == self._steps:
+            self._last = time.monotonic()
+            left = (self._steps - values["step"]) * values["seconds"]
+            self.note(f"step {values['step']} of {self._steps}: {text}, {left:,.0f} s left")
+
+    def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        self.note(f"held-out at step {step}: {describe_evaluation(values)}")
+
+    def end(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def describe_evaluation(values: Mapping[str, Any]) -> str:
+    """One line: tokens per forward, all-masked accuracy and 1 - TV per slot, AR loss."""
+
+    def per_slot(numbers: Sequence[float | None]) -> str:
+        return " ".join("-" if number is None else f"{number:.2f}" for number in numbers)
+
+    return (
+        f"{values['tokens_per_forward']:.2f} tokens per forward, all-masked accuracy "
+        f"{per_slot(values['all_masked_accuracy'])}, 1-TV {per_slot(values['one_minus_tv'])}, "
+        f"AR loss {values['ar_loss']:.3f}"
+    )

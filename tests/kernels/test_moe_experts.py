@@ -1,0 +1,60 @@
+"""moe_experts: grouped against the reference, the reference against one token at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flarec.errors import CaptureError
+from flarec.kernels.moe_experts import grouped, reference
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(0, 12),
+    experts=st.integers(1, 6),
+    choices=st.integers(1, 3),
+    activation=st.sampled_from(["silu", "swish", "gelu", "gelu_pytorch_tanh", "relu"]),
+    seed=st.integers(0, 99),
+)
+def test_grouped_equals_reference(tokens: int, experts: int, choices: int, activation: str, seed: int) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, experts + 1, (tokens, choices), generator=gen)  # experts itself means dropped
+    shapes = ((tokens, 5), (tokens, choices), (experts, 8, 5), (experts, 5, 4))
+    x, weight, gate_up, down = (torch.randn(s, generator=gen, dtype=torch.float64).requires_grad_() for s in shapes)
+    expected = reference(x, index, weight, gate_up, down, activation=activation)
+    got = grouped(x, index, weight, gate_up, down, activation=activation)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    if not got.requires_grad:
+        assert tokens == 0 or bool((index == experts).all())
+        return
+    weights = torch.randn(expected.shape, generator=gen, dtype=torch.float64)
+    inputs = (x, weight, gate_up, down)
+    wanted = torch.autograd.grad((expected * weights).sum(), inputs)
+    for mine, theirs in zip(torch.autograd.grad((got * weights).sum(), inputs), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+def test_reference_equals_one_token_at_a_time() -> None:
+    gen = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(6, 4, generator=gen), torch.rand(6, 2, generator=gen)
+    gate_up, down = torch.randn(3, 10, 4, generator=gen), torch.randn(3, 4, 5, generator=gen)
+    index = torch.tensor([[0, 1], [2, 0], [3, 3], [1, 3], [2, 1], [0, 2]])  # 3 = dropped
+    for n in range(6):
+        total = torch.zeros(4)
+        for j in range(2):
+            e = int(index[n, j])
+            if e < 3:
+                gate, up = gate_up[e, :5] @ x[n], gate_up[e, 5:] @ x[n]
+                total += weight[n, j] * (down[e] @ (torch.nn.functional.silu(gate) * up))
+        for op in (reference, grouped):
+            got = op(x, index, weight, gate_up, down, activation="silu")[n]
+            torch.testing.assert_close(got, total, rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_activation_is_named() -> None:
+    one = torch.ones(1, 1)
+    with pytest.raises(CaptureError, match="tanh"):
+        grouped(one, torch.zeros(1, 1, dtype=torch.int64), one, torch.ones(1, 2, 1), torch.ones(1, 1, 1), activation="tanh")
