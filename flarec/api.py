@@ -96,7 +96,7 @@ class Model:
         manifest = self.manifest
         suppress = [manifest.mask.token_id] if manifest and manifest.mask.kind == "row" else []
         return Engine(
-            self.decode_program,  # type: ignore[arg-type]  # a Program steps like a DecodeProgram
+            self.decode_program,
             mask_token_id=manifest.mask.token_id if manifest else None,
             block_size=manifest.decode.block_size if manifest else None,
             readouts=manifest.decode.readouts if manifest else {},
@@ -117,15 +117,15 @@ class Model:
     def generate(self, prompt: str | Sequence[Any], *, chat: bool = False, **options: Any) -> Any:
         """Generate for one prompt, or for several as one batch (a list gives a list, in the same order).
 
-        prompt   text, or a list of texts. A list of messages ({"role", "content"}) is one conversation; such lists may be
-                 items of a batch. Conversations always go through the chat template.
+        prompt   text, or a list of texts. A list of messages ({"role", "content"}) is one conversation; a batch may
+                 hold such lists too. Conversations always go through the chat template.
         chat     put each text into the chat template as the user's message; else text is continued as it is
         options  see `generate_ids`
 
         Raises `GenerationError` for a request that cannot be served.
         """
         single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
-        prompts: Sequence[Prompt] = [prompt] if single else prompt  # type: ignore[list-item]
+        prompts: Sequence[Prompt] = [prompt] if single else prompt
         outputs = self.generate_ids([self.encode(item, chat=chat) for item in prompts], **options)
         return outputs[0] if single else outputs
 
@@ -161,7 +161,8 @@ class Model:
         mode = mode or ("ar-trust" if self.converted else "causal")
         if mode in ("ar-trust", "diffusion-trust") and self.manifest is None:
             raise GenerationError(
-                f"this model is not converted, so it cannot decode in mode {mode}; run `flarec convert`, or use mode causal"
+                f"this model is not converted, so it cannot decode in mode {mode}; run `flarec convert` "
+                "or use mode causal"
             )
         defaults = self.manifest.decode if self.manifest else None
         if denoising_steps is None and defaults is not None:
@@ -243,7 +244,11 @@ class Model:
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu", kernels: str = "torch"
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    kernels: str = "torch",
 ) -> Model:
     """Open a checkpoint, or a source model, for generation.
 

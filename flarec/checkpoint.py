@@ -1,8 +1,8 @@
-"""Checkpoints on disk: opening one (or a plain source model), and writing one so that it is there whole or not at all.
+"""Checkpoints on disk: opening one (or a plain source model), and writing one that is there whole or not at all.
 
-A checkpoint is a directory that unmodified transformers opens with `AutoModelForCausalLM`. Beside the Hugging Face files
-it holds `flarec.json` (`flarec.manifest`), `flarec.safetensors` for parameters that the model class has no place for,
-a model card, and `custom_generate/generate.py`, which brings the decode modes to `model.generate`.
+A checkpoint is a directory that unmodified transformers opens with `AutoModelForCausalLM`. Beside the Hugging Face
+files it holds `flarec.json` (`flarec.manifest`), `flarec.safetensors` for parameters that the model class has no place
+for, a model card, and `custom_generate/generate.py`, which brings the decode modes to `model.generate`.
 """
 
 from __future__ import annotations
@@ -65,8 +65,12 @@ class Checkpoint:
             return load_model(self.path, dtype, device).eval()
         except UsageError as error:
             raise CheckpointError(str(error)) from error
+        except (SafetensorError, RuntimeError) as error:  # damaged weights, shapes that do not fit
+            raise CheckpointError(f"the weights in {self.path} cannot be loaded: {_first_line(error)}") from error
 
-    def load_extra(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> dict[str, nn.Parameter]:
+    def load_extra(
+        self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> dict[str, nn.Parameter]:
         """Parameters without a place in the transformers model, by name (the mask vector); empty if there are none."""
         path = self.path / EXTRA
         if not path.is_file():
@@ -81,13 +85,13 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Check a checkpoint, or a source model, before anything is loaded from it.
 
-    path: a directory or a hub id. Raises `CheckpointError` if there is no such directory, if it holds no model, and for a
-    checkpoint with a manifest that is foreign, damaged or of a newer format, or with a missing or changed file.
+    path: a directory or a hub id. Raises `CheckpointError` if there is no such directory, if it holds no model, and for
+    a checkpoint with a manifest that is foreign, damaged or of a newer format, or with a missing or changed file.
     """
     directory = resolve(path)
     if not (directory / "config.json").is_file():
         raise CheckpointError(
-            f"{directory} is not a model directory (no config.json); give a checkpoint or a Hugging Face model directory"
+            f"{directory} is not a model directory (no config.json); give a checkpoint or a Hugging Face model"
         )
     manifest = Manifest.read(directory)
     if manifest is not None:
@@ -220,7 +224,7 @@ def write_checkpoint(
 def _save_model(
     directory: Path, model: Any, dtype: torch.dtype | Mapping[str, torch.dtype] | None, manifest: Manifest
 ) -> None:
-    """Weights and configurations. transformers notes the live dtype in the configuration; what is stored counts here."""
+    """Weights and configurations. transformers notes the live dtype in the configuration; the stored one counts."""
     config = model.config
     before = (config.dtype, config.architectures)
     state = _cast(model.state_dict(), dtype)

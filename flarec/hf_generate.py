@@ -86,17 +86,18 @@ def generate(
     if ids is None or ids.dim() != 2:
         raise GenerationError("generate needs input_ids of shape [batch, length]; pass the tokenizer's input_ids")
     for name in _UNSERVED:
-        if kwargs.pop(name, None):
+        value = kwargs.pop(name, None)
+        if value is not None and not (isinstance(value, list) and not value):  # transformers passes empty lists
             raise GenerationError(f"{name} cannot be used together with custom_generate; leave it out")
     has_length = generation_config is not None or any(kwargs.get(name) for name in ("max_length", "max_new_tokens"))
     config, unknown = model._prepare_generation_config(generation_config, **kwargs)
-    unknown = {name for name, value in unknown.items() if value is not None and name not in ("use_cache", "output_loading_info")}
+    unknown = {name for name, value in unknown.items() if value is not None}
     if unknown:
         raise GenerationError(f"unknown arguments for generate: {', '.join(sorted(unknown))}; leave them out")
     for name, neutral in _NEUTRAL.items():
         value = getattr(config, name, None)
         if value not in neutral:
-            raise GenerationError(f"{name} = {value!r} cannot be combined with the decode modes of flarec; leave it out")
+            raise GenerationError(f"{name} = {value!r} cannot be combined with flarec's decode modes; leave it out")
     if streamer is not None and ids.shape[0] > 1:
         raise GenerationError("a streamer shows one prompt; generate without it for a batch")
 
@@ -138,8 +139,8 @@ def generate(
 def _runner(model: Any, tokenizer: Any) -> Model:
     """The lowered model, made on the first call and kept with the transformers model.
 
-    On the CPU everything is computed in float32, where AR-Trust is exact: a model in another dtype is copied, and the copy
-    gets the current weights on each call.
+    On the CPU everything is computed in float32, where AR-Trust is exact: a model in another dtype is copied, and the
+    copy gets the current weights on each call.
     """
     dtype, device = model.dtype, model.device
     copied = device.type == "cpu" and dtype != torch.float32
@@ -167,8 +168,8 @@ def _prompts(ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
         raise GenerationError(
             f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(ids.shape)}; give one per token"
         )
-    keep = attention_mask.bool().tolist()
-    return [[token for token, real in zip(row, mask, strict=True) if real] for row, mask in zip(rows, keep, strict=True)]
+    pairs = zip(rows, attention_mask.bool().tolist(), strict=True)
+    return [[token for token, real in zip(row, mask, strict=True) if real] for row, mask in pairs]
 
 
 def _new_tokens(config: Any, prompt: int, has_length: bool) -> int:
@@ -177,7 +178,9 @@ def _new_tokens(config: Any, prompt: int, has_length: bool) -> int:
         return int(config.max_new_tokens)
     if has_length and config.max_length is not None:
         if config.max_length <= prompt:
-            raise GenerationError(f"max_length = {config.max_length}, but the prompt has {prompt} tokens; set max_new_tokens")
+            raise GenerationError(
+                f"max_length = {config.max_length}, but the prompt has {prompt} tokens; set max_new_tokens"
+            )
         return int(config.max_length) - prompt
     return 256
 

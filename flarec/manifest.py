@@ -105,7 +105,7 @@ class Manifest:
         except (json.JSONDecodeError, RecursionError) as error:
             raise CheckpointError(f"{where} is not JSON ({error}); the checkpoint is damaged, copy it again") from None
         if not isinstance(table, dict) or not isinstance(table.get("format_version"), int):
-            raise CheckpointError(f"{where} is not a manifest of flarec (it has no format_version); give another directory")
+            raise CheckpointError(f"{where} is not a manifest of flarec (no format_version); give another directory")
         version = table["format_version"]
         if version > FORMAT_VERSION:
             raise CheckpointError(
@@ -128,7 +128,7 @@ class Manifest:
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); the checkpoint is damaged, copy it again") from None
+            raise CheckpointError(f"{path} cannot be read ({error}); copy the checkpoint again") from None
         return Manifest.from_json(text, str(path))
 
     def check_files(self, directory: Path) -> None:

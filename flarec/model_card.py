@@ -23,7 +23,11 @@ def licence_of(directory: Path) -> str | None:
 def model_card(manifest: Manifest, name: str) -> str:
     """README.md of a checkpoint: front matter, what it is, how to use it, how it was made."""
     source, decode, mask = manifest.source, manifest.decode, manifest.mask
-    front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [flarec, diffusion, speculative-decoding]"]
+    front = [
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [flarec, diffusion, speculative-decoding]",
+    ]
     if source.licence:
         front.append(f"license: {source.licence}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source.name):
@@ -37,9 +41,9 @@ def model_card(manifest: Manifest, name: str) -> str:
     sections = [
         "\n".join(["---", *front, "---"]),
         f"# {name}",
-        f"`{source.name}`, converted with flarec into a dual-mode language model: one set of weights decodes one token at a "
-        "time (`causal`), drafts blocks and verifies them in the same forward pass (`ar-trust`: the same text as `causal`, "
-        "in fewer passes), or fills blocks by parallel denoising (`diffusion-trust`).",
+        f"`{source.name}`, converted with flarec into a dual-mode language model: one set of weights decodes one token "
+        "at a time (`causal`), drafts blocks and verifies them in the same forward pass (`ar-trust`: the text of "
+        "`causal` in fewer passes), or fills blocks by parallel denoising (`diffusion-trust`).",
         "## Use",
         "```\n"
         f'flarec generate {name} "Once upon a time" --mode ar-trust\n'
@@ -48,8 +52,8 @@ def model_card(manifest: Manifest, name: str) -> str:
         "import flarec\n\n"
         f'print(flarec.load("{name}").generate("Once upon a time").text)\n'
         "```",
-        "It is a plain transformers checkpoint: `AutoModelForCausalLM.from_pretrained` opens it without remote code and "
-        "generates causally. With flarec installed the other modes are there as well:",
+        "It is a plain transformers checkpoint: `AutoModelForCausalLM.from_pretrained` opens it without remote code "
+        "and generates causally. With flarec installed the other modes are there as well:",
         "```python\n"
         f'model.generate(ids, custom_generate="{name}", trust_remote_code=True, mode="ar-trust")\n'
         "```",

@@ -64,9 +64,10 @@ def parse_pipeline(text: str, known: Mapping[str, type[Pass]]) -> list[Pass]:
             raise UsageError(f"unknown pass '{name}' in a pipeline; known: {', '.join(sorted(known))}")
         try:
             call = ast.parse(f"f({rest}", mode="eval").body
-            assert isinstance(call, ast.Call)
+            if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
+                raise ValueError("options have names")
             result.append(known[name](**{str(k.arg): ast.literal_eval(k.value) for k in call.keywords}))
-        except (SyntaxError, TypeError, ValueError, AssertionError) as error:
+        except (SyntaxError, TypeError, ValueError) as error:
             raise UsageError(f"pass '{line}' cannot be read: {error}; write name(option=value, ...)") from error
     return result
 

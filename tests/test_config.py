@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -45,7 +46,7 @@ def test_every_key_is_documented_and_can_be_set_to_its_own_value() -> None:
     recipe = load_recipe("dual")
     entries = recipe.describe()
 
-    def leaves(table: dict, prefix: str = "") -> set[str]:
+    def leaves(table: dict[str, Any], prefix: str = "") -> set[str]:
         items = [(prefix + key, value) for key, value in table.items()]
         return set().union(*(leaves(value, f"{key}.") if isinstance(value, dict) else {key} for key, value in items))
 
@@ -161,7 +162,7 @@ def test_unknown_recipe_name() -> None:
 
 
 def test_learning_rate_schedules() -> None:
-    def rates(**keys: object) -> list[float]:
+    def rates(**keys: Any) -> list[float]:
         optimizer = Optimizer(lr=1.0, steps=14, warmup_steps=4, **keys)
         return [optimizer.lr_at(step) for step in range(15)]
 

@@ -38,6 +38,7 @@ LAYER_OF = {
     "flarec.train": "train",
     "flarec.decode": "decode",
     "flarec.verify": "verify",
+    "flarec.inspect": "inspect",
     "flarec.checkpoint": "checkpoint",
     "flarec.cli": "cli",
 }
@@ -63,8 +64,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "passes": {*ALL_KERNELS, "ops", "program", "pipeline", "properties", "layout", "cache_spec"},
     "decode": {"layout", "cache_spec"},
     "train": {"program", "layout", "config", "decode", "recipes"},
-    "verify": BELOW_CLI - {"checkpoint"},
-    "checkpoint": BELOW_CLI,  # itself included, which is no edge
+    "verify": BELOW_CLI,
+    "inspect": BELOW_CLI - {"train", "decode", "verify"},
+    "checkpoint": BELOW_CLI - {"verify", "inspect"},  # itself included, which is no edge
     "cli": BELOW_CLI,
 }
 

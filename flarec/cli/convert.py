@@ -45,7 +45,7 @@ import click
 )
 @click.option("--dry-run", is_flag=True, help="Say what would run, and what memory and time it needs; writes nothing.")
 @click.pass_context
-def command(ctx: click.Context, dry_run: bool, **arguments: Any) -> None:
+def command(ctx: click.Context, /, dry_run: bool, **arguments: Any) -> None:
     """Train SOURCE, a hybrid-attention causal language model (directory or hub id), into a dual-mode checkpoint."""
     # imported here so that `flarec convert --help` stays quick
     from ..train.convert import Interrupted, run

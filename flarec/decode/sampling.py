@@ -105,7 +105,7 @@ def _mix(x: Tensor) -> Tensor:
 def to_unit(word: Tensor) -> Tensor:
     """The upper `UNIFORM_BITS` bits of 64-bit words as float32 strictly inside (0, 1).
 
-    Small values keep full relative precision (2^-41 is the smallest), since they decide the argmax over a large vocabulary.
+    Small values keep full relative precision (2^-41 is the smallest): they decide the argmax over a large vocabulary.
     """
     odd = (_shift(word, 64 - UNIFORM_BITS) << 1) | 1
     return (odd.to(torch.float32) * 2.0 ** -(UNIFORM_BITS + 1)).clamp_max(1 - 2.0**-24)

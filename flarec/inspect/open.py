@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from flarec.capture import capture
+from flarec.checkpoint import open_checkpoint
 from flarec.errors import UsageError
-from flarec.manifest import Manifest
 from flarec.passes import pipeline
 from flarec.pipeline import run_pipeline
 from flarec.program import Program
@@ -25,7 +25,7 @@ def open_program(
     A checkpoint's manifest decides whether there is a mask vector. `debug` checks all properties after each pass.
     Raises `UsageError` for an unknown target or pass, otherwise what `capture` and the passes raise.
     """
-    manifest = Manifest.read(Path(path)) if Path(path).is_dir() else None
+    manifest = open_checkpoint(path).manifest if Path(path).is_dir() else None
     steps = pipeline(target, mask_vector=manifest is not None and manifest.mask.kind == "vector", kernels=kernels)
     if after is not None:
         names = [CAPTURE, *(step.name for step in steps)]

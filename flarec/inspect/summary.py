@@ -19,9 +19,9 @@ from .shapes import ShapeNames
 
 KINDS = ("softmax_attention", "short_conv", "linear_attention", "moe_experts")
 READS = {
-    "softmax_attention": "clean: causal inside its document; noisy: clean tokens before the anchor and its own block",
-    "short_conv": "clean: its document; noisy: its own block, then clean inputs before the anchor",
-    "linear_attention": "clean: reset per document; noisy: from the clean state at the anchor, end state discarded",
+    "softmax_attention": "clean: causal per document; noisy: clean before the anchor + own block",
+    "short_conv": "clean: causal per document; noisy: own block, then clean before the anchor",
+    "linear_attention": "clean: reset per document; noisy: from the clean state at the anchor",
     "moe_experts": "token by token",
 }
 """What a mixer reads once it knows the layout (docs/semantics.md sections 1 and 2)."""
@@ -85,7 +85,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Summary:
-    """Everything that `flarec inspect` shows. Shapes are text: rows and T (tokens per row) are symbols, N = head rows."""
+    """Everything that `flarec inspect` shows. Shapes are text: rows, T (tokens per row), N (head rows) are symbols."""
 
     family: str
     model: str
@@ -196,7 +196,9 @@ def _parts(program: Program, nodes: Sequence[fx.Node]) -> tuple[str, tuple[Part,
             inside = _inside(str(path))
             if inside is None:
                 continue
-            name = str(made_by if isinstance(made_by, str) else getattr(made_by, "__name__", made_by)).rsplit(".", 1)[-1]
+            name = str(made_by if isinstance(made_by, str) else getattr(made_by, "__name__", made_by)).rsplit(".", 1)[
+                -1
+            ]
             child = inside.split(".")[0]
             if not child:
                 cls = name
@@ -251,7 +253,7 @@ def _mixer(program: Program, node: fx.Node, kind: str, shapes: ShapeNames) -> Mi
         call=f"{module}.{node.target.__name__}" if aware else target_name(node),  # type: ignore[union-attr]
         operands=tuple(operands),
         options=tuple(_options(kind, arguments)),
-        streams="clean | noisy" if aware or "two-stream" in program.properties and local else "one document per row",
+        streams="clean | noisy" if aware or ("two-stream" in program.properties and local) else "one document per row",
         reads=READS[kind] if aware or local else "causal over the row",
         inputs=tuple(inputs),
         caches=tuple(caches),

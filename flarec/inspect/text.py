@@ -17,7 +17,7 @@ LABEL = 11
 
 
 def as_text(summary: Summary, program: Program | None = None, *, diff: bool = False, ops: bool = False) -> str:
-    """The program layer by layer. `diff` adds what each pass changed; `ops` (needs the program) the nodes of one layer per group."""
+    """The program layer by layer. `diff` adds what passes changed, `ops` (with `program`) the nodes of a layer."""
     lines = [*_header(summary), "", *_body(summary)]
     if ops:
         assert program is not None
@@ -48,7 +48,8 @@ def _field(label: str, text: str) -> list[str]:
 def _header(summary: Summary) -> Iterator[str]:
     yield from _field(
         "program",
-        f"{summary.model} ({summary.family}), {summary.layers} layers, {summary.parameters:,} parameters, {summary.dtype}",
+        f"{summary.model} ({summary.family}), {summary.layers} layers, {summary.parameters:,} parameters, "
+        f"{summary.dtype}",
     )
     yield from _field("passes", " -> ".join(step.step.removesuffix("()") for step in summary.steps))
     yield from _field("properties", ", ".join(summary.properties))
@@ -89,11 +90,12 @@ def _linears(part: Part) -> str:
 def _mixer(mixer: Mixer) -> Iterator[str]:
     shapes = " ".join(f"{name} {shape}" for name, shape in mixer.operands if name not in ("weight", "bias"))
     yield f"    {mixer.call:<34}{', '.join(mixer.options)}"
-    inputs = [name for name in mixer.inputs if name != "accepted"]
-    rest = ([f"by {', '.join(inputs)}"] if inputs else []) + ([f"cache {', '.join(mixer.caches)}"] if mixer.caches else [])
+    inputs = [name for name in mixer.inputs if name not in ("accepted", "layout")] or list(mixer.inputs)
+    rest = [f"by {', '.join(inputs)}"] if inputs else []
+    rest += [f"cache {', '.join(mixer.caches)}"] if mixer.caches else []
     for line in wrap(shapes, WIDTH - 8, break_long_words=False):
         yield f"        {line}"
-    for line in wrap("; ".join([f"[{mixer.streams}] {mixer.reads}", *rest]), WIDTH - 8, break_long_words=False):
+    for line in wrap("; ".join([f"{mixer.streams}; {mixer.reads}", *rest]), WIDTH - 8, break_long_words=False):
         yield f"        {line}"
 
 

@@ -17,7 +17,7 @@ from .data_chat import ChatEncoder, Spans
 from .data_document import Document
 from .data_files import BadRecord, SourceSpec, parse_source, read_records
 
-__all__ = ["DataStats", "TokenSource", "hold_out", "load_sources", "parse_source"]
+__all__ = ["DataStats", "TokenSource", "hold_out", "load_sources", "parse_source", "record_encoder"]
 
 Encoder = Callable[[dict[str, Any]], tuple[list[int], Spans]]
 
@@ -183,6 +183,13 @@ def _format(record: dict[str, Any]) -> str:
     if "text" in record:
         return "text"
     raise BadRecord("has none of the keys messages, prompt and response, or text")
+
+
+def record_encoder(
+    record: dict[str, Any], tokenizer: Any, end_ids: Collection[int] | None, path: Path
+) -> Encoder:
+    """The function from records of this record's format to (token ids, response spans); both raise `BadRecord`."""
+    return _encoder(_format(record), tokenizer, end_ids, path)
 
 
 def _encoder(name: str, tokenizer: Any, end_ids: Collection[int] | None, path: Path) -> Encoder:

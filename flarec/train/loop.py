@@ -21,6 +21,9 @@ from .objective import Metrics, loss
 from .packing import RowStream
 from .state import SavedState
 
+NAMED_ROWS, NAMED_DOCUMENTS = 2, 8
+"""How much of a batch an error names."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -63,14 +66,16 @@ class Step:
         }
 
     def _describe(self, bad: Sequence[int], tokenizer: Any) -> list[str]:
-        """The rows of these micro batches (of all of them if none is named) by number and by how they begin."""
+        """The rows of these micro batches (of all, if none is named) by number and by how their documents begin."""
         named = [self.micro_rows * micro + offset for micro in bad for offset in range(self.micro_rows)]
-        named = named or list(range(len(self.rows)))
-        texts = [tokenizer.decode(self.rows[row].documents[0].ids[:24].tolist()) for row in named[:4]]
-        return [
-            f"row {row} of {len(self.rows)}: {len(self.rows[row].documents)} documents, the first begins {text[:60]!r}"
-            for row, text in zip(named, texts, strict=False)
-        ]
+        texts = []
+        for index in (named or list(range(len(self.rows))))[:NAMED_ROWS]:
+            documents = self.rows[index].documents
+            begins = [repr(tokenizer.decode(document.ids[:16].tolist())[:48]) for document in documents]
+            more = f" and {len(begins) - NAMED_DOCUMENTS} more" if len(begins) > NAMED_DOCUMENTS else ""
+            begins = begins[:NAMED_DOCUMENTS]
+            texts.append(f"row {index} of {len(self.rows)}, documents that begin {', '.join(begins)}{more}")
+        return texts
 
 
 class Trainer:

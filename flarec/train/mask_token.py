@@ -54,7 +54,8 @@ def choose_mask_token(choice: str, config: Any, tokenizer: Any) -> MaskToken:
 
 def used_rows(tokenizer: Any) -> int:
     """One more than the largest id that the tokenizer can produce (a vocabulary may have holes)."""
-    return max([len(tokenizer) - 1, *tokenizer.get_vocab().values()]) + 1
+    ids: list[int] = [len(tokenizer) - 1, *tokenizer.get_vocab().values()]
+    return max(ids) + 1
 
 
 def _reserved_ids(config: Mapping[Any, Any]) -> Iterator[int]:

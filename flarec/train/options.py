@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..checkpoint import check_destination
 from ..config import Recipe, load_recipe
 from ..errors import RecipeError, UsageError
 from .data import parse_source
 from .state import StateDirectory
-
-DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -65,13 +61,6 @@ class Options:
                 f"{recipe.data.max_length}; choose a smaller block or longer rows"
             )
         return recipe
-
-    def torch_device(self) -> torch.device:
-        if self.device not in DEVICES:
-            raise UsageError(f"unknown device '{self.device}'; choose one of {', '.join(DEVICES)}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UsageError("--device cuda: this machine has no CUDA device that torch can use; use --device cpu")
-        return torch.device("cuda" if torch.cuda.is_available() and self.device != "cpu" else "cpu")
 
     def check_seed(self) -> None:
         if not 0 <= self.seed < 1 << 63:

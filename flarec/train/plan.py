@@ -42,7 +42,7 @@ class Plan:
         return self.parameters * MASTER_BYTES + self.activation_bytes
 
     def text(self) -> str:
-        """For people; sizes in GB = 10^9 bytes."""
+        """For people; sizes in GB = 10^9 bytes or MB = 10^6 bytes."""
         run, recipe = self.run, self.run.recipe
         optimizer = recipe.optimizer
         lines = [
@@ -55,8 +55,8 @@ class Plan:
             f"{optimizer.micro_rows} at a time",
             f"steps        {optimizer.steps:,}, about {self.epochs:.2f} epochs",
             f"device       {run.trainer.program.device}, kernels {run.options.kernels}",
-            f"memory       {_gigabytes(self.memory_bytes)}: weights, gradients and moments "
-            f"{_gigabytes(self.parameters * MASTER_BYTES)}, activations {_gigabytes(self.activation_bytes)}",
+            f"memory       {_size(self.memory_bytes)}: weights, gradients and moments "
+            f"{_size(self.parameters * MASTER_BYTES)}, activations {_size(self.activation_bytes)}",
             f"time         {_duration(self.step_seconds * optimizer.steps)}: {self.step_seconds:.2f} s per step, "
             "evaluations and saves not counted",
             "",
@@ -114,8 +114,8 @@ def _activation_bytes(run: Run, step: Callable[[], object]) -> int:
     return sum(kept.values())
 
 
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..api import torch_device
 from ..capture import capture
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..config import Recipe
@@ -55,7 +56,7 @@ class Run:
 def prepare(options: Options, reporter: Reporter) -> Run:
     """Check and load everything. Raises `UsageError` and its kin for bad input, `CaptureError` for an unknown model."""
     recipe = options.load_recipe()
-    device = options.torch_device()
+    device = torch_device(options.device)
     options.check_seed()
     if options.kernels not in IMPLEMENTATIONS:
         raise UsageError(f"unknown kernels '{options.kernels}'; choose one of {', '.join(IMPLEMENTATIONS)}")

@@ -48,8 +48,8 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise TrainingError(
-            f"cannot write {path}: {reason}; free space (or permissions) and continue with --resume, "
-            "the last good save is kept"
+            f"cannot write {path}: {reason}; free space (or permissions) and continue with --resume from the last "
+            "good save"
         ) from error
 
 

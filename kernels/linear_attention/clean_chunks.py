@@ -1,4 +1,4 @@
-"""The clean stream in chunk form: everything inside a chunk is dense products, chunks are linked by one loop over states.
+"""The clean stream in chunk form: dense products inside chunks, one loop over the states between them.
 
 Per head and chunk that starts in state S0, with gam the inclusive cumulative log decay and A the strictly lower decayed
 key-key products: Z = (I + A diag(beta))^-1 (v - exp(gam) k S0), D = beta Z ("corrected values"), and the next state is
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .pair_decay import PairDecay, Prefixes, pair_decay
+from .pair_decay import PairDecay, Prefixes, log_gradient, pair_decay
 from .rows import Rows
 from .schedule import StateSchedule
 
@@ -50,8 +50,8 @@ def _prefixes(schedule: StateSchedule, dtype: torch.dtype) -> Prefixes:
     if not isinstance(known, Prefixes):
         device, size = schedule.clean_token.device, schedule.chunk_size
         base = torch.zeros(size, dtype=torch.int64, device=device)
-        prefix = torch.arange(1, size + 1, device=device)[None, None]  # [1, 1, C]: row i reads columns 0..i
-        known = Prefixes.build(prefix, base, base, 1, dtype)
+        prefix = torch.arange(1, size + 1, device=device)[None, None, None]  # [1, 1, 1, C]: row i reads columns 0..i
+        known = Prefixes.build(prefix, base, base, dtype)
         schedule.derived["clean", dtype] = known
     return known
 
@@ -60,9 +60,10 @@ def unit_lower_inverse(strictly_lower: Tensor) -> Tensor:
     """(I + L)^-1 for strictly lower L [..., n, n]; the upper triangle of the argument is not read."""
     size = strictly_lower.shape[-1]
     identity = torch.eye(size, dtype=strictly_lower.dtype, device=strictly_lower.device)
-    return torch.linalg.solve_triangular(
+    inverse: Tensor = torch.linalg.solve_triangular(
         strictly_lower, identity.expand_as(strictly_lower), upper=False, unitriangular=True
     )
+    return inverse
 
 
 def forward(rows: Rows, schedule: StateSchedule, *, delta: bool, initial_state: Tensor | None) -> CleanChunks:
@@ -71,7 +72,7 @@ def forward(rows: Rows, schedule: StateSchedule, *, delta: bool, initial_state: 
     gam = rows.g.cumsum(dim=2)
     grown, last = gam.exp(), gam[:, :, -1:]
     tail, total = (last - gam).exp(), last.exp().mT
-    decay = pair_decay(gam[:, :, None], gam, _prefixes(schedule, v.dtype), k.shape[-1])
+    decay = pair_decay(gam[:, :, None], gam, _prefixes(schedule, v.dtype))
     vectors = torch.stack([k, rows.q], dim=2) if delta else rows.q[:, :, None]
     weights = decay.product(vectors, k)
 
@@ -100,7 +101,8 @@ def forward(rows: Rows, schedule: StateSchedule, *, delta: bool, initial_state: 
 
 
 def steps(schedule: StateSchedule) -> list[tuple[int, int, int]]:
-    """Per step of the state loop: first chunk, one past the last chunk, and how many documents go on to the next step."""
+    """Per step of the state loop: first chunk, one past the last chunk, and how many documents go on to the next
+    step."""
     counts, begin, out = schedule.step_counts, 0, []
     for i, count in enumerate(counts):
         out.append((begin, begin + count, counts[i + 1] if i + 1 < len(counts) else 0))
@@ -117,7 +119,7 @@ def backward(
     grad_out: Tensor, rows: Rows, chunks: CleanChunks, noisy: FromNoisy | None, schedule: StateSchedule, *, scale: float
 ) -> tuple[Rows, Tensor]:
     """Gradients of the chunk rows, and of the states that documents start in ([documents, H, K, V])."""
-    q, k, v, beta = rows.q, rows.k, rows.v, rows.beta
+    q, k, beta = rows.q, rows.k, rows.beta
     grad = scale * grad_out
     delta = chunks.inverse is not None
     query_weights = chunks.weights[:, :, -1]
@@ -166,16 +168,15 @@ def backward(
     grad_q = by_row[:, :, -1] + (grad @ chunks.states.mT) * chunks.grown
 
     # every decay multiplies q or k: rows grow with gam, columns shrink with it, the chunk's end grows with gam_C
-    grad_gam = q * grad_q - k * grad_k
+    gam = chunks.gam
+    grad_gam = log_gradient(q, grad_q, gam) - log_gradient(k, grad_k, gam)
     if delta:
         key_rows = by_row[:, :, 0] - (grad_values @ chunks.states.mT) * chunks.grown
-        grad_gam += k * key_rows
+        grad_gam += log_gradient(k, key_rows, gam)
         grad_k += key_rows
     at_end = (chunks.states * chunks.total * grad_next).sum(dim=-1)[:, :, None]  # [N, H, 1, K]
-    at_end += (k * tail_grad).sum(dim=2, keepdim=True)
-    if chunks.gam.shape[-1] == 1:
-        grad_gam, at_end = grad_gam.sum(dim=-1, keepdim=True), at_end.sum(dim=-1, keepdim=True)
-    grad_gam[:, :, -1:] += at_end
+    at_end = at_end.sum(dim=-1, keepdim=True) if gam.shape[-1] == 1 else at_end
+    grad_gam[:, :, -1:] += at_end + log_gradient(k, tail_grad, gam).sum(dim=2, keepdim=True)
     if noisy is not None:
         grad_gam += noisy.gam
     grad_g = grad_gam.flip(2).cumsum(dim=2).flip(2)

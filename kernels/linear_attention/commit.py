@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def commit(state: Tensor, k_rows: Tensor, d_rows: Tensor, g_rows: Tensor | None, accepted: Tensor) -> Tensor:
-    """State [B, H, K, V] after the first accepted[b] rows; 0 rows leave it as it is. Rows behind them may hold anything.
+    """State [B, H, K, V] after the first accepted[b] rows; 0 rows change nothing. Later rows may hold anything.
 
     state [B, H, K, V]; k_rows [B, R, Hk, K] keys, d_rows [B, R, H, V] corrected values, g_rows None, [B, R, H] or
     [B, R, H, K] log decays, as `two_stream_step` returns them; accepted [B] int64, 0..R (R may be 0).
@@ -26,7 +26,9 @@ def commit(state: Tensor, k_rows: Tensor, d_rows: Tensor, g_rows: Tensor | None,
     if g_rows is not None:
         g = (g_rows[..., None] if g_rows.ndim == 3 else g_rows).to(dtype).masked_fill(behind, 0).transpose(1, 2)
         # from_row[j] = sum over i >= j of g_i, j = 0..R, so that from_row[j + 1] is row j's own suffix
-        from_row = torch.cat([g, torch.zeros_like(g[:, :, :1]) if length else g.new_zeros(*g.shape[:2], 1, g.shape[3])], 2)
+        from_row = torch.cat(
+            [g, torch.zeros_like(g[:, :, :1]) if length else g.new_zeros(*g.shape[:2], 1, g.shape[3])], 2
+        )
         from_row = from_row.flip(2).cumsum(dim=2).flip(2)
         k = k * from_row[:, :, 1:].exp()
         state = state * from_row[:, :, 0, :, None].exp()

@@ -13,29 +13,30 @@ import torch
 from torch import Tensor
 
 from .clean_chunks import CleanChunks, FromNoisy, unit_lower_inverse
-from .pair_decay import PairDecay, Prefixes, pair_decay
+from .pair_decay import PairDecay, Prefixes, log_gradient, pair_decay
 from .rows import Rows
 from .schedule import StateSchedule
 
 
 @dataclass(frozen=True)
 class NoisyPanels:
-    """Forward results of all panels (leading axes [M, H]); tiles have the extra axis [tiles, ., r, .]."""
+    """Forward results of all panels (leading axes [M, H]). Rows are kept by tile, [tiles, s, r, .]: R = tiles * r rows,
+    and s = 2 vectors of each row, key and query (s = 1, the query, without the delta rule)."""
 
     key: Tensor  # [C, K] keys, corrected values and entry states of the panel's chunk
     corrected: Tensor
     states: Tensor
-    anchored: Tensor  # [1, R, Kg] exp(c): from the chunk's start to the row's anchor
-    grown: Tensor  # [s, R, Kg] exp(t) for keys (delta only) and exp(e) for queries
-    vectors: Tensor  # [s, R, K] key and query, each times its `grown`
+    anchored: Tensor  # [tiles, 1, r, Kg] exp(c): from the chunk's start to the row's anchor
+    grown: Tensor  # [tiles, s, r, Kg] exp(t) for keys and exp(e) for queries
+    undecayed: Tensor  # [tiles, s, r, K] key and query
+    vectors: Tensor  # [tiles, s, r, K] undecayed * grown
     clean_decay: PairDecay
-    clean_weights: Tensor  # [s, R, C]
-    tile_vectors: Tensor  # [tiles, s, r, K] key and query, undecayed
+    clean_weights: Tensor  # [tiles, s, r, C]
     tile_decay: PairDecay
     tile_weights: Tensor  # [tiles, s, r, r]
     inverse: Tensor | None  # [tiles, r, r], delta only
-    values: Tensor  # [R, V] Z
-    own: Tensor  # [R, V] beta Z
+    values: Tensor  # [tiles, r, V] Z
+    own: Tensor  # [tiles, r, V] beta Z
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,18 @@ def _indices(schedule: StateSchedule, dtype: torch.dtype, delta: bool) -> _Indic
     if isinstance(known, _Indices):
         return known
     device, size, tile_rows = schedule.panel_token.device, schedule.chunk_size, schedule.tile_rows
-    zeros = torch.zeros(max(size, schedule.panel_rows), dtype=torch.int64, device=device)
     anchor = schedule.panel_anchor
-    clean = Prefixes.build(anchor[:, None], zeros[: schedule.panel_rows], zeros[:size], 1, dtype)
+    zeros = torch.zeros(max(size, tile_rows), dtype=torch.int64, device=device)
+    by_tile = (1, -1, 1, tile_rows)  # axes H, tiles, s, r
+    clean = Prefixes.build(anchor.unflatten(1, by_tile), zeros[:tile_rows], zeros[:size], dtype)
 
     row = torch.arange(tile_rows, device=device)
     offset, base = row % schedule.block_size, row - row % schedule.block_size
-    causal = schedule.panel_causal.unflatten(1, (-1, tile_rows)) if schedule.panels else schedule.panel_causal[:, None, :0]
-    query = torch.where(causal, offset + 1, schedule.block_size)[:, :, None]  # [M, tiles, 1, r]
-    prefix = torch.cat([offset.expand_as(query), query], dim=2) if delta else query
+    query = torch.where(schedule.panel_causal.unflatten(1, by_tile), offset + 1, schedule.block_size)
+    prefix = torch.cat([offset.expand_as(query), query], dim=3) if delta else query
     made = _Indices(
         clean=clean,
-        tile=Prefixes.build(prefix, base, base, 1, dtype),
+        tile=Prefixes.build(prefix, base, base, dtype),
         whole_block=~schedule.panel_causal[:, None, :, None],
         anchor_row=(anchor - 1).clamp_min(0)[:, None, :, None],
         at_start=(anchor == 0)[:, None, :, None],
@@ -76,12 +77,12 @@ def _indices(schedule: StateSchedule, dtype: torch.dtype, delta: bool) -> _Indic
 
 def _by_block(x: Tensor, schedule: StateSchedule) -> Tensor:
     """[M, H, R, .] -> [M, H, blocks, B, .]"""
-    return x.unflatten(2, (schedule.panel_slots, schedule.block_size))
+    return x.view(*x.shape[:2], schedule.panel_slots, schedule.block_size, x.shape[3])
 
 
 def _by_tile(x: Tensor, schedule: StateSchedule) -> Tensor:
     """[M, H, R, .] -> [M, H, tiles, r, .]"""
-    return x.unflatten(2, (-1, schedule.tile_rows))
+    return x.view(*x.shape[:2], -1, schedule.tile_rows, x.shape[3])
 
 
 def forward(
@@ -97,36 +98,48 @@ def forward(
     t = t.flatten(2, 3)
     e = torch.where(index.whole_block, end, t)
     at_anchor = gam.gather(2, index.anchor_row.expand(-1, gam.shape[1], -1, gam.shape[3]))
-    c = at_anchor.masked_fill_(index.at_start, 0)[:, :, None]
+    c = _by_tile(at_anchor.masked_fill_(index.at_start, 0), schedule)[:, :, :, None]
 
-    logs = torch.stack([t, e], dim=2) if delta else e[:, :, None]
-    undecayed = torch.stack([rows.k, rows.q], dim=2) if delta else rows.q[:, :, None]
+    def stack(key_part: Tensor, query_part: Tensor) -> Tensor:
+        if not delta:
+            return _by_tile(query_part, schedule)[:, :, :, None]
+        return torch.stack([_by_tile(key_part, schedule), _by_tile(query_part, schedule)], dim=3)
+
+    logs, undecayed = stack(t, e), stack(rows.k, rows.q)
     grown, anchored = logs.exp(), c.exp()
     vectors = undecayed * grown
-    clean_decay = pair_decay(c, gam, index.clean, key.shape[-1])
+    clean_decay = pair_decay(c, gam, index.clean)
     clean_weights = clean_decay.product(vectors, key)
-    read = clean_weights.flatten(2, 3) @ corrected
-    read += (vectors * anchored).flatten(2, 3) @ states
-    read = read.unflatten(2, (vectors.shape[2], -1))  # [M, H, s, R, V]: the clean state at the anchor, read by k and q
+    read = clean_weights.flatten(2, 4) @ corrected
+    read += (vectors * anchored).flatten(2, 4) @ states
+    read = read.view(*vectors.shape[:-1], -1)  # [M, H, tiles, s, r, V]: the clean state at the anchor, read by k and q
 
-    tile_vectors = undecayed.unflatten(3, (-1, schedule.tile_rows)).transpose(2, 3).contiguous()
-    tile_logs = logs.unflatten(3, (-1, schedule.tile_rows)).transpose(2, 3)
-    tile_decay = pair_decay(tile_logs, _by_tile(t, schedule), index.tile, key.shape[-1])
-    tile_weights = tile_decay.product(tile_vectors, _by_tile(rows.k, schedule))
-    inverse = None
+    tile_decay = pair_decay(logs, _by_tile(t, schedule), index.tile)
+    tile_weights = tile_decay.product(undecayed, _by_tile(rows.k, schedule))
+    values, beta, inverse = _by_tile(rows.v, schedule), _by_tile(rows.beta, schedule), None
     if delta:
-        inverse = unit_lower_inverse(tile_weights[:, :, :, 0] * _by_tile(rows.beta, schedule).mT)
-        values = (inverse @ _by_tile(rows.v - read[:, :, 0], schedule)).flatten(2, 3)
-    else:
-        values = rows.v
-    own = values * rows.beta
-    out = (tile_weights[:, :, :, -1] @ _by_tile(own, schedule)).flatten(2, 3)
-    out.add_(read[:, :, -1]).mul_(scale)
+        inverse = unit_lower_inverse(tile_weights[:, :, :, 0] * beta.mT)
+        values = inverse @ (values - read[:, :, :, 0])
+    own = values * beta
+    out = tile_weights[:, :, :, -1] @ own
+    out.add_(read[:, :, :, -1]).mul_(scale)
     panels = NoisyPanels(
-        key, corrected, states, anchored, grown, vectors, clean_decay, clean_weights,
-        tile_vectors, tile_decay, tile_weights, inverse, values, own,
+        key,
+        corrected,
+        states,
+        anchored,
+        grown,
+        undecayed,
+        vectors,
+        clean_decay,
+        clean_weights,
+        tile_decay,
+        tile_weights,
+        inverse,
+        values,
+        own,
     )
-    return out, panels
+    return out.flatten(2, 3), panels
 
 
 def backward(
@@ -135,51 +148,47 @@ def backward(
     """Gradients of the noisy rows, and their contributions to the gradients of the clean chunks."""
     delta = panels.inverse is not None
     index = _indices(schedule, rows.v.dtype, delta)
-    beta = rows.beta
-    grad = scale * grad_out
-    tile_grad, tile_own = _by_tile(grad, schedule), _by_tile(panels.own, schedule)
-    grad_own = panels.tile_weights[:, :, :, -1].mT @ tile_grad  # [M, H, tiles, r, V]
-    tile_weights_grad = torch.empty_like(panels.tile_weights)
-    tile_weights_grad[:, :, :, -1] = tile_grad @ tile_own.mT
+    beta = _by_tile(rows.beta, schedule)
+    # gradient of what key and query read from the clean state: [M, H, tiles, s, r, V]
+    grad_read = rows.v.new_empty(*panels.vectors.shape[:-1], rows.v.shape[-1])
+    grad = torch.mul(_by_tile(grad_out, schedule), scale, out=grad_read[:, :, :, -1])
+    grad_own = panels.tile_weights[:, :, :, -1].mT @ grad
+    grad_weights = torch.empty_like(panels.tile_weights)
+    grad_weights[:, :, :, -1] = grad @ panels.own.mT
     if delta:
         assert panels.inverse is not None
-        tile_v = panels.inverse.mT @ (_by_tile(beta, schedule) * grad_own)
-        grad_own -= panels.tile_weights[:, :, :, 0].mT @ tile_v
-        tile_weights_grad[:, :, :, 0] = -(tile_v @ tile_own.mT)
-        grad_v = tile_v.flatten(2, 3)
-        grad_read = torch.stack([-grad_v, grad], dim=2).flatten(2, 3)  # [M, H, s R, V]
+        grad_v = panels.inverse.mT @ (beta * grad_own)
+        torch.neg(grad_v, out=grad_read[:, :, :, 0])
+        grad_own -= panels.tile_weights[:, :, :, 0].mT @ grad_v
+        grad_weights[:, :, :, 0] = grad_read[:, :, :, 0] @ panels.own.mT
     else:
-        grad_v = beta * grad_own.flatten(2, 3)
-        grad_read = grad
-    grad_beta = (grad_own.flatten(2, 3) * panels.values).sum(dim=-1, keepdim=True)
+        grad_v = beta * grad_own
+    grad_beta = (grad_own * panels.values).sum(dim=-1, keepdim=True)
 
     # through the clean state at the anchor
-    stack = panels.vectors.shape[2:4]
+    flat_grad = grad_read.flatten(2, 4)
+    places = panels.vectors.shape[:-1]
     grad_vectors, grad_key = panels.clean_decay.backward(
-        (grad_read @ panels.corrected.mT).unflatten(2, stack), panels.vectors, panels.key
+        (flat_grad @ panels.corrected.mT).view(*places, -1), panels.vectors, panels.key
     )
-    grad_corrected = panels.clean_weights.flatten(2, 3).mT @ grad_read
-    grad_states = (panels.vectors * panels.anchored).flatten(2, 3).mT @ grad_read
-    grad_vectors += (grad_read @ panels.states.mT).unflatten(2, stack) * panels.anchored
-    through_anchor = grad_vectors * panels.vectors  # [M, H, s, R, K]: gradient of c + t (key) and c + e (query)
-    grad_vectors *= panels.grown
+    grad_corrected = panels.clean_weights.flatten(2, 4).mT @ flat_grad
+    grad_states = (panels.vectors * panels.anchored).flatten(2, 4).mT @ flat_grad
+    grad_vectors.addcmul_((flat_grad @ panels.states.mT).view(*places, -1), panels.anchored)
+    through_anchor = log_gradient(panels.vectors, grad_vectors, rows.g)  # gradient of c + t (key) and c + e (query)
+    grad_c = through_anchor.sum(dim=3).flatten(2, 3)
 
-    # inside the block
-    by_row, grad_k_cols = panels.tile_decay.backward(
-        tile_weights_grad, panels.tile_vectors, _by_tile(rows.k, schedule)
-    )
-    by_row = by_row.transpose(2, 3).flatten(3, 4)  # [M, H, s, R, K]
-    grad_k_cols = grad_k_cols.flatten(2, 3)
-    grad_q = grad_vectors[:, :, -1] + by_row[:, :, -1]
-    grad_e = through_anchor[:, :, -1] + rows.q * by_row[:, :, -1]
-    grad_t = -rows.k * grad_k_cols
-    grad_k = grad_k_cols
+    # inside the block: rows grow with t (key) or e (query), columns shrink with t
+    by_row, by_col = panels.tile_decay.backward(grad_weights, panels.undecayed, _by_tile(rows.k, schedule))
+    by_col = by_col.flatten(2, 3)
+    grad_logs = log_gradient(panels.undecayed, by_row, rows.g).add_(through_anchor)
+    grad_rows = by_row.addcmul_(grad_vectors, panels.grown)
+    grad_q = grad_rows[:, :, :, -1].flatten(2, 3)
+    grad_e = grad_logs[:, :, :, -1].flatten(2, 3)
+    grad_t = -log_gradient(rows.k, by_col, rows.g)
+    grad_k = by_col
     if delta:
-        grad_t += through_anchor[:, :, 0] + rows.k * by_row[:, :, 0]
-        grad_k = grad_k_cols + grad_vectors[:, :, 0] + by_row[:, :, 0]
-    grad_c = through_anchor.sum(dim=2)
-    if rows.g.shape[-1] == 1:
-        grad_c, grad_t, grad_e = (x.sum(dim=-1, keepdim=True) for x in (grad_c, grad_t, grad_e))
+        grad_t += grad_logs[:, :, :, 0].flatten(2, 3)
+        grad_k = by_col + grad_rows[:, :, :, 0].flatten(2, 3)
 
     # e is t at the block's end or at the row itself; t is a cumulative sum inside the block
     at_end = grad_e.masked_fill(~index.whole_block, 0)
@@ -189,14 +198,12 @@ def backward(
     grad_g = blocks.flip(3).cumsum(dim=3).flip(3).flatten(2, 3)
 
     # columns are shared with the clean backward, which subtracts k * grad_k itself; here only the anchors' part
-    grad_gam = torch.zeros(*grad_key.shape[:3], grad_c.shape[3], dtype=grad_c.dtype, device=grad_c.device)
+    grad_gam = grad_c.new_zeros(*grad_key.shape[:3], grad_c.shape[3])
     grad_c = grad_c.masked_fill(index.at_start, 0)
     grad_gam.scatter_add_(2, index.anchor_row.expand_as(grad_c), grad_c)
 
     def to_chunks(x: Tensor) -> Tensor:
-        return torch.zeros(schedule.chunks, *x.shape[1:], dtype=x.dtype, device=x.device).index_add_(
-            0, schedule.panel_chunk, x
-        )
+        return x.new_zeros(schedule.chunks, *x.shape[1:]).index_add_(0, schedule.panel_chunk, x)
 
     shared = FromNoisy(*(to_chunks(x) for x in (grad_states, grad_corrected, grad_key, grad_gam)))
-    return Rows(grad_q, grad_k, grad_v, grad_g, grad_beta), shared
+    return Rows(grad_q, grad_k, grad_v.flatten(2, 3), grad_g, grad_beta.flatten(2, 3)), shared

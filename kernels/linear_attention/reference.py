@@ -1,8 +1,8 @@
 """Linear attention with a decayed matrix state, as a loop over tokens: the specification (docs/semantics.md section 2).
 
-    S'  = exp(g_t) * S_{t-1}
-    S_t = S' + k_t (beta_t (v_t - [delta] S'^T k_t))^T
-    o_t = scale * S_t^T q_t
+S'  = exp(g_t) * S_{t-1}
+S_t = S' + k_t (beta_t (v_t - [delta] S'^T k_t))^T
+o_t = scale * S_t^T q_t
 """
 
 from __future__ import annotations

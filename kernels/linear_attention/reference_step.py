@@ -57,9 +57,7 @@ def reference_rows(
     return k_rows, d_rows, g_rows
 
 
-def reference_commit(
-    state: Tensor, k_rows: Tensor, d_rows: Tensor, g_rows: Tensor | None, accepted: Tensor
-) -> Tensor:
+def reference_commit(state: Tensor, k_rows: Tensor, d_rows: Tensor, g_rows: Tensor | None, accepted: Tensor) -> Tensor:
     """State [B, H, K, V] after the first `accepted[b]` rows; 0 keeps the state. Shapes as in `reference_rows`."""
     group = d_rows.shape[2] // k_rows.shape[2]
     result = []

@@ -1,4 +1,4 @@
-"""Gathers between the token-major tensors of a model and the schedule's rows (chunks of clean rows, panels of noisy rows)."""
+"""Gathers between the token-major tensors of a model and the schedule's rows (clean chunks, noisy panels)."""
 
 from __future__ import annotations
 
@@ -55,18 +55,15 @@ def gather(
 
     def take(x: Tensor, rows: Tensor) -> Tensor:
         taken = x.reshape(-1, x.shape[-1]).index_select(0, rows)
-        return taken.masked_fill_(index.padding, 0) if schedule.rows_padded else taken
+        return taken.index_fill_(0, index.padding, 0) if schedule.rows_padded else taken
 
     flat_q, flat_k, flat_v = take(q, index.key), take(k, index.key), take(v, index.value)
     flat_beta = take(beta[..., None], index.value)
-    if g is None:
-        flat_g = torch.zeros_like(flat_beta)
-    else:
-        flat_g = take(g[..., None] if g.ndim == 3 else g, index.value)
+    per_channel = g if g is None or g.ndim == 4 else g[..., None]
+    flat_g = torch.zeros_like(flat_beta) if per_channel is None else take(per_channel, index.value)
     q_norm = k_norm = None
     if l2norm:
-        q_norm = torch.rsqrt((flat_q * flat_q).sum(dim=-1, keepdim=True) + L2_EPSILON)
-        k_norm = torch.rsqrt((flat_k * flat_k).sum(dim=-1, keepdim=True) + L2_EPSILON)
+        q_norm, k_norm = _reciprocal_norm(flat_q), _reciprocal_norm(flat_k)
         flat_q.mul_(q_norm)
         flat_k.mul_(k_norm)
     pairs = [split_rows(x, schedule, heads) for x in (flat_q, flat_k, flat_v, flat_g, flat_beta)]
@@ -74,7 +71,7 @@ def gather(
 
 
 def scatter(clean: Tensor, noisy: Tensor, schedule: StateSchedule, key_heads: int | None = None) -> Tensor:
-    """Rows back to tokens, [B, T, H, D], padding slots 0; with key_heads, summed over the heads that share a key head."""
+    """Rows back to tokens, [B, T, H, D], padding slots 0; with key_heads, summed over heads of a key head."""
     heads = clean.shape[1]
     tokens = (schedule.rows, schedule.length, heads, clean.shape[-1])
     if schedule.chunks == 0:
@@ -89,6 +86,13 @@ def scatter(clean: Tensor, noisy: Tensor, schedule: StateSchedule, key_heads: in
     return out
 
 
+def _reciprocal_norm(x: Tensor) -> Tensor:
+    """[rows, 1]"""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().add_(L2_EPSILON).rsqrt_()
+
+
 def undo_normalise(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
     """Gradient of the raw vector from that of unit = raw * norm, norm = rsqrt(sum raw^2 + eps)."""
-    return norm * (grad - unit * (unit * grad).sum(dim=-1, keepdim=True))
+    along = (unit * grad).sum(dim=-1, keepdim=True)
+    return torch.addcmul(grad, unit, along, value=-1).mul_(norm)

@@ -1,12 +1,13 @@
 """The state schedule: the chunks, boundary states and noisy rows of a layout, as index tensors shared by all layers.
 
 Chunks of `chunk_size` clean tokens restart at every document. Chunks are numbered step by step: first every document's
-chunk 0, then every chunk 1, ..., with the documents that have most chunks first, so that the state recurrence is one loop
-over contiguous slices: step i covers `step_counts[i]` chunks, and its documents are a prefix of those of step i-1.
+chunk 0, then every chunk 1, ..., with the documents that have most chunks first, so that the state recurrence is one
+loop over contiguous slices: step i covers `step_counts[i]` chunks, and its documents are a prefix of those of step
+i-1.
 
-A noisy block belongs to the chunk that holds clean token anchor-1 (anchor at the document's start: its first chunk). The
-blocks of a chunk fill panels of `panel_slots` slots; a slot is `block_size` rows, so a panel is a dense matrix and a block
-is a fixed small square on its diagonal. Several slots form a tile, the unit of the products inside blocks.
+A noisy block belongs to the chunk that holds clean token anchor-1 (anchor at the document's start: its first chunk).
+The blocks of a chunk fill panels of `panel_slots` slots; a slot is `block_size` rows, so a panel is a dense matrix
+and a block is a fixed small square on its diagonal. Several slots form a tile, the unit of the products inside blocks.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ MAX_PANEL_ROWS = 256
 class HeadIndex:
     """Row gathers between token-major [B*T*heads, D] and the schedule's rows [N*H*C + M*H*R, D] (chunks, then panels).
 
-    value [rows]: gather for tensors with H heads; key [rows]: for tensors with Hk heads; padding [rows, 1]: rows without a
-    token (their gather index is 0); token [B*T*H]: the way back (0 where the token is padding).
+    value [rows]: gather for tensors with H heads; key [rows]: for tensors with Hk heads; padding [n]: the rows
+    without a token (their gather index is 0); token [B*T*H]: the way back (0 where the token is padding).
     """
 
     value: Tensor
@@ -49,7 +50,7 @@ class StateSchedule:
     panel_chunk   [M]      chunk whose tokens and entry state the panel reads
     panel_anchor  [M, R]   clean tokens of that chunk that the row's block reads, 0..C
     panel_causal  [M, R]   bool: the row reads its block up to itself (else the whole block)
-    token_group, token_local, token_stride [B*T]: with H heads, head h of a token sits in row group * H + h * stride + local
+    token_group, token_local, token_stride [B*T]: head h of H of a token is row group * H + h * stride + local
     token_padding [B*T, 1] bool
     first_chunk, first_row [n]: chunks that start document 0 of a row, and that row (where an initial state enters)
     """
@@ -108,7 +109,7 @@ class StateSchedule:
         index = HeadIndex(
             value=torch.cat([(s * value_heads + head[:, None]).reshape(-1) for s in source]),
             key=torch.cat([(s * key_heads + key_head[:, None]).reshape(-1) for s in source]),
-            padding=torch.cat([e.reshape(-1, 1) for e in empty]),
+            padding=torch.cat([e.reshape(-1) for e in empty]).nonzero().squeeze(1),
             token=torch.where(
                 self.token_padding,
                 0,
@@ -126,6 +127,16 @@ class StateSchedule:
         or behind the last clean token).
         """
         return _Builder(layout, chunk_size).build().to(layout.device)
+
+
+def _panel_shapes(most: int, block_size: int) -> list[tuple[int, int]]:
+    """(slots per panel, slots per tile) worth considering when the fullest chunk has `most` blocks."""
+    usual = max(1, TILE_ROWS // block_size)
+    tiles = max(1, -(-most // usual))
+    fitted = max(1, -(-most // tiles))  # the fullest chunk in one panel, with as little padding as equal tiles allow
+    most_tiles = max(1, MAX_PANEL_ROWS // (usual * block_size))
+    shapes = [(usual * count, usual) for count in range(1, min(tiles, most_tiles) + 1)]
+    return [*shapes, (fitted * tiles, fitted)] if tiles <= most_tiles else shapes
 
 
 class _Builder:
@@ -175,8 +186,8 @@ class _Builder:
             key = self.block_key[i]
             low, high = int(self.start[key]), int(self.start[key] + clean_tokens[key])
             raise LayoutError(
-                f"row {self.block_row[i]}: a block of document {self.document[i]} is anchored at {self.anchor[i]}; its state "
-                f"is known from position {low} to {high} only"
+                f"row {self.block_row[i]}: a block of document {self.document[i]} is anchored at {self.anchor[i]}; "
+                f"its state is known from position {low} to {high} only"
             )
         self.chunk_size = max(1, min(chunk_size, int(clean_tokens.max(initial=0))))
         documents = np.flatnonzero(exists)
@@ -194,20 +205,14 @@ class _Builder:
         per_chunk = np.bincount(block_chunk, minlength=int(self.step_offset[-1]))
         most = int(per_chunk.max(initial=0))
         self.block_size = int(self.block_length.max(initial=1))
-        best = (float("inf"), 1, 1)
-        for panels in range(1, most + 1):
-            slots = -(-most // panels)
-            tiles = -(-slots // max(1, TILE_ROWS // self.block_size))
-            tile_slots = -(-slots // tiles)
-            slots = tiles * tile_slots
-            if slots * self.block_size > MAX_PANEL_ROWS and tiles > 1:
-                continue
-            # work of a panel: its rows, and a copy of its chunk
-            work = float((-(-per_chunk // slots)).sum() * (slots * self.block_size + self.chunk_size // 2))
-            best = min(best, (work, slots, tile_slots))
-            if slots * self.block_size <= 32:
-                break
-        _, self.panel_slots, self.tile_slots = best
+        candidates = _panel_shapes(most, self.block_size)
+
+        def work(candidate: tuple[int, int]) -> tuple[int, int]:
+            """Rows of all panels, and of the chunk copies that they multiply with."""
+            panels = int((-(-per_chunk // candidate[0])).sum())
+            return panels * (candidate[0] * self.block_size + self.chunk_size), -candidate[1]
+
+        self.panel_slots, self.tile_slots = min(candidates, key=work)
         per_panel = -(-per_chunk // self.panel_slots)
         self.panel_chunk = np.repeat(np.arange(len(per_chunk)), per_panel)
         order = np.argsort(block_chunk, kind="stable")
@@ -218,7 +223,9 @@ class _Builder:
 
     def build(self) -> StateSchedule:
         size, chunks = self.chunk_size, int(self.step_offset[-1])
-        clean_row = (self.step_offset[self.clean_local // size] + self.rank[self.clean_key]) * size + self.clean_local % size
+        clean_row = (
+            self.step_offset[self.clean_local // size] + self.rank[self.clean_key]
+        ) * size + self.clean_local % size
         step = np.maximum(self.block_local - 1, 0) // size
         block_chunk = self.step_offset[step] + self.rank[self.block_key]
         self._panels(block_chunk)

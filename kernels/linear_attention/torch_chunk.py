@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import clean_chunks, noisy_panels
 from .reference import l2_normalise
-from .rows import Gathered, gather, join_rows, scatter, split_rows, undo_normalise
+from .rows import Gathered, gather, scatter, split_rows, undo_normalise
 from .schedule import StateSchedule
 
 
@@ -28,8 +28,8 @@ def two_stream(
 ) -> Tensor:
     """Output [B, T, H, V] in q's dtype; the same arguments and meaning as `reference`, with its layout's schedule.
 
-    Differentiable (once) in q, k, v, g, beta and initial_state. Padding slots are never read and output 0; their gradients
-    are 0. Log decays must be finite.
+    Differentiable (once) in q, k, v, g, beta and initial_state. Padding slots are never read and output 0; their
+    gradients are 0. Log decays must be finite.
     """
     dtype = _compute_dtype(q, v, initial_state)
     inputs = (_cast(x, dtype) for x in (q, k, v, g, beta, initial_state))
@@ -54,24 +54,27 @@ def two_stream_step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`two_stream` without gradients, and what a later `commit` needs of the clean slots (0 on padding):
 
-    out [B, T, H, V]; k_rows [B, Lc, Hk, K] keys as the state sees them (normalised); d_rows [B, Lc, H, V] corrected values;
-    g_rows [B, Lc, H] or [B, Lc, H, K] log decays, None without a gate. All rows in float32 (float64 for float64 inputs).
+    out [B, T, H, V]; k_rows [B, Lc, Hk, K] keys as the state sees them (normalised); d_rows [B, Lc, H, V] corrected
+    values; g_rows [B, Lc, H] or [B, Lc, H, K] log decays, None without a gate. All rows in float32 (float64 for
+    float64 inputs).
     """
     dtype = _compute_dtype(q, v, initial_state)
-    inputs = [_cast(x, dtype) for x in (q, k, v, g, beta, initial_state)]
-    rows = gather(*inputs[:5], schedule, l2norm=l2norm)  # type: ignore[arg-type]
-    clean_out, noisy_out, chunks, _ = _forward(rows, schedule, scale, delta, inputs[5])
+    out_dtype = q.dtype
+    q, k, v, beta = q.to(dtype), k.to(dtype), v.to(dtype), beta.to(dtype)
+    g, state = _cast(g, dtype), _cast(initial_state, dtype)
+    rows = gather(q, k, v, g, beta, schedule, l2norm=l2norm)
+    clean_out, noisy_out, chunks, _ = _forward(rows, schedule, scale, delta, state)
     out = scatter(clean_out, noisy_out, schedule)
     corrected = scatter(chunks.corrected, torch.zeros_like(noisy_out), schedule)[:, :clean_length]
     padding = schedule.token_padding.view(schedule.rows, schedule.length, 1)[:, :clean_length]
-    k_rows = inputs[1][:, :clean_length].masked_fill(padding[..., None], 0)  # type: ignore[index]
+    k_rows = k[:, :clean_length].masked_fill(padding[..., None], 0)
     if l2norm:
         k_rows = l2_normalise(k_rows)
     g_rows = None
-    if inputs[3] is not None:
-        g_rows = inputs[3][:, :clean_length]
+    if g is not None:
+        g_rows = g[:, :clean_length]
         g_rows = g_rows.masked_fill(padding if g_rows.ndim == 3 else padding[..., None], 0)
-    return out.to(q.dtype), k_rows, corrected, g_rows
+    return out.to(out_dtype), k_rows, corrected, g_rows
 
 
 def _compute_dtype(q: Tensor, v: Tensor, initial_state: Tensor | None) -> torch.dtype:
@@ -125,7 +128,7 @@ class _TwoStream(torch.autograd.Function):
         index = schedule.heads(heads, key_heads)
         taken = grad_out.reshape(-1, grad_out.shape[-1]).index_select(0, index.value)
         if schedule.rows_padded:
-            taken.masked_fill_(index.padding, 0)
+            taken.index_fill_(0, index.padding, 0)
         clean_grad, noisy_grad = split_rows(taken, schedule, heads)
         shared = None
         noisy = rows.noisy  # stands for the gradients of zero rows
@@ -133,14 +136,14 @@ class _TwoStream(torch.autograd.Function):
             noisy, shared = noisy_panels.backward(noisy_grad, rows.noisy, panels, schedule, scale=scale)
         clean, starts = clean_chunks.backward(clean_grad, rows.clean, chunks, shared, schedule, scale=scale)
 
-        def normalised(grads: tuple[Tensor, Tensor], units: tuple[Tensor, Tensor], norm: Tensor | None) -> Tensor:
-            if norm is None:
-                return scatter(*grads, schedule, key_heads)
-            raw = undo_normalise(join_rows(*grads), join_rows(*units), norm)
-            return scatter(*split_rows(raw, schedule, heads), schedule, key_heads)
+        def raw(grads: tuple[Tensor, Tensor], units: tuple[Tensor, Tensor], norm: Tensor | None) -> Tensor:
+            if norm is not None:
+                norms = split_rows(norm, schedule, heads)
+                grads = (undo_normalise(grads[0], units[0], norms[0]), undo_normalise(grads[1], units[1], norms[1]))
+            return scatter(*grads, schedule, key_heads)
 
-        grad_q = normalised((clean.q, noisy.q), (rows.clean.q, rows.noisy.q), rows.q_norm)
-        grad_k = normalised((clean.k, noisy.k), (rows.clean.k, rows.noisy.k), rows.k_norm)
+        grad_q = raw((clean.q, noisy.q), (rows.clean.q, rows.noisy.q), rows.q_norm)
+        grad_k = raw((clean.k, noisy.k), (rows.clean.k, rows.noisy.k), rows.k_norm)
         grad_v = scatter(clean.v, noisy.v, schedule)
         grad_beta = scatter(clean.beta, noisy.beta, schedule).squeeze(-1)
         grad_g = None

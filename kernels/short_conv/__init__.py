@@ -1,4 +1,4 @@
-"""Short causal convolution over a layout: `reference` (specification), `conv_windows` (indices), `two_stream` (fast form)."""
+"""Short causal convolution over a layout: `reference` (specification), `conv_windows` (indices), `two_stream` (fast)."""
 
 from .reference import reference
 from .torch_gather import commit_window, next_buffer, two_stream

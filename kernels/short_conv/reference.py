@@ -20,7 +20,8 @@ def apply_activation(x: Tensor, activation: str | None) -> Tensor:
 
 
 def lag_source(layout: Layout, row: int, slot: int, lag: int) -> tuple[str, int] | None:
-    """What the token in `slot` reads at `lag`: ("slot", index), ("past", document position of document 0), or None (zero)."""
+    """What the token in `slot` reads at `lag`: ("slot", index), ("past", document position of document 0), or None
+    (zero)."""
     if slot < layout.clean_length:
         document = int(layout.clean_document[row, slot])
         position = int(layout.clean_position[row, slot]) - lag

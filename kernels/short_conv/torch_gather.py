@@ -20,7 +20,8 @@ def two_stream(
     """Convolution output [B, C, T] in x's dtype, laid out token-major in memory (`y.transpose(1, 2)` is contiguous).
 
     x [B, C, T], weight [C, W], bias [C] or None, windows [B, T, W] from `conv_windows`, window [B, C, W-1] as in
-    `reference` (None: zeros). Padding slots output 0 and are never read. Computes in float32 (float64 for float64 inputs).
+    `reference` (None: zeros). Padding slots output 0 and are never read. Computes in float32 (float64 for float64
+    inputs).
     """
     batch, channels, length = x.shape
     width = weight.shape[1]
@@ -46,6 +47,6 @@ def next_buffer(x: Tensor, window: Tensor, clean_length: int) -> Tensor:
 
 
 def commit_window(buffer: Tensor, accepted: Tensor, width: int) -> Tensor:
-    """The window [B, C, W-1] after the first `accepted[b]` clean slots of `buffer` [B, C, W-1+Lc]; 0 keeps the old window."""
+    """The window [B, C, W-1] after the first `accepted[b]` clean slots of `buffer` [B, C, W-1+Lc]; 0 keeps the old."""
     columns = accepted[:, None] + torch.arange(width - 1, device=buffer.device)  # [B, W-1]
     return buffer.gather(2, columns[:, None, :].expand(-1, buffer.shape[1], -1))

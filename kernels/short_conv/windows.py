@@ -12,7 +12,8 @@ def conv_windows(layout: Layout, width: int) -> Tensor:
     """Indices [B, T, W] int64 into the axis [window (W-1) | slots (T) | one zero column]; entry [.., i] is lag i.
 
     Lag 0 is the token itself. Where nothing is read (before the document starts, padding) the index is W-1+T, the zero
-    column. Clean tokens of document 0 before `layout.cached` are window entries: position p is column p - cached + W - 1.
+    column. Clean tokens of document 0 before `layout.cached` are window entries: position p is column p - cached + W
+    - 1.
     """
     zero_column = width - 1 + layout.length
     lag = torch.arange(width, device=layout.device)
@@ -36,7 +37,8 @@ def conv_windows(layout: Layout, width: int) -> Tensor:
 
 
 def _slot_minus_position(layout: Layout) -> Tensor:
-    """[B, documents + 1]: clean slot minus document position, constant inside a document; the last column is scratch."""
+    """[B, documents + 1]: clean slot minus document position, constant inside a document; the last column is
+    scratch."""
     documents = int(layout.token_document().amax()) + 1 if layout.rows * layout.length else 0
     table = torch.zeros(layout.rows, documents + 1, dtype=torch.int64, device=layout.device)
     slots = torch.arange(layout.clean_length, device=layout.device)

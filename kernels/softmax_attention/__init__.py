@@ -1,4 +1,4 @@
-"""Softmax attention over a layout: `reference` (specification), `visibility` (mask), `two_stream` and `cached` (SDPA)."""
+"""Softmax attention over a layout: `reference` (specification), `visibility` (mask), `two_stream`, `cached`."""
 
 from .mask import visibility
 from .reference import reference

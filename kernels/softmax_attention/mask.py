@@ -15,8 +15,8 @@ def visibility(layout: Layout, window: int | None = None, cache_length: int | No
     Without a cache the keys are the slots themselves, S = T (clean | noisy). With a cache of M slots S = M + Ln
     (cache | noisy), for a cache in which the clean tokens of this layout have ALREADY been written at their positions;
     then every clean token must belong to document 0. window: only keys at positions > query position - window.
-    A padding query sees exactly one key, itself (clean padding with a cache: cache slot 0), so that its softmax is finite;
-    nothing reads a padding key but that key's own query.
+    A padding query sees exactly one key, itself (clean padding with a cache: cache slot 0), so that its softmax is
+    finite; nothing reads a padding key but that key's own query.
     Raises `LayoutError` if the layout does not fit the cache.
     """
     clean, length = layout.clean_length, layout.length
@@ -27,7 +27,9 @@ def visibility(layout: Layout, window: int | None = None, cache_length: int | No
 
     if cache_length is None:
         if bool((layout.cached > 0).any()):
-            raise LayoutError("this layout continues a cache; build its mask with cache_length, the number of cache slots")
+            raise LayoutError(
+                "this layout continues a cache; build its mask with cache_length, the number of cache slots"
+            )
         key_document, key_position = layout.clean_document, layout.clean_position
     else:
         _check_cache(layout, cache_length)
@@ -57,8 +59,15 @@ def visibility(layout: Layout, window: int | None = None, cache_length: int | No
 
 def _check_cache(layout: Layout, cache_length: int) -> None:
     if bool((layout.clean_document > 0).any()) or bool((layout.block_document > 0).any()):
-        raise LayoutError("a layout that continues a cache may hold document 0 of each row only; split the other documents off")
-    needed = int(torch.cat([(layout.clean_position + 1).amax(1), layout.cached]).amax()) if layout.clean_length else \
-        int(layout.cached.amax())
+        raise LayoutError(
+            "a layout that continues a cache may hold document 0 of each row only; split the other documents off"
+        )
+    needed = (
+        int(torch.cat([(layout.clean_position + 1).amax(1), layout.cached]).amax())
+        if layout.clean_length
+        else int(layout.cached.amax())
+    )
     if needed > cache_length:
-        raise LayoutError(f"the layout needs {needed} cache slots, the cache has {cache_length}; allocate a longer cache")
+        raise LayoutError(
+            f"the layout needs {needed} cache slots, the cache has {cache_length}; allocate a longer cache"
+        )

@@ -9,7 +9,8 @@ from flarec.layout import BLOCK_END, PADDING, Layout
 
 
 def visible_keys(layout: Layout, row: int, slot: int, window: int | None, cache_length: int) -> list[int]:
-    """Keys that the token in `slot` of `row` reads, as indices into the axis [cache slots | clean slots | noisy slots]."""
+    """Keys that the token in `slot` of `row` reads, as indices into the axis [cache slots | clean slots | noisy
+    slots]."""
     clean_document = layout.clean_document[row].tolist()
     clean_position = layout.clean_position[row].tolist()
     noisy_block = layout.noisy_block[row].tolist()
@@ -55,8 +56,8 @@ def reference(
 
     q [B, H, T, Dqk], k [B, Hkv, T, Dqk], v [B, Hkv, T, Dv]; H % Hkv == 0, head h reads key head h // (H // Hkv).
     k_cache, v_cache [B, Hkv, M, D]: slot j holds document 0's clean token at position j, for j < layout.cached.
-    window: a key is read only if its position > query position - window. softcap: scores become softcap * tanh(s / softcap).
-    Computes in float32, or float64 for float64 inputs, and returns q's dtype.
+    window: a key is read only if its position > query position - window. softcap: scores become softcap * tanh(s /
+    softcap). Computes in float32, or float64 for float64 inputs, and returns q's dtype.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]

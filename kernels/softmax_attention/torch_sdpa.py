@@ -10,13 +10,21 @@ from flarec.layout import Layout
 
 
 def two_stream(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, softcap: float | None = None, real: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    real: Tensor | None = None,
 ) -> Tensor:
-    """Attention output [B, T, H, Dv] in q's dtype. q [B, H, T, Dqk], k [B, Hkv, S, Dqk], v [B, Hkv, S, Dv], mask [B, T, S].
+    """Attention output [B, T, H, Dv] in q's dtype. q [B, H, T, Dqk], k [B, Hkv, S, Dqk], v [B, Hkv, S, Dv], mask [B,
+    T, S].
 
-    `mask` comes from `visibility`. `real` [B, T] bool (`layout.token_document() >= 0`, S = T) zeroes q, k and v on padding
-    slots first and the output there last; without it padding must hold finite numbers (0 * NaN is NaN in every softmax
-    kernel), and its output is finite but meaningless.
+    `mask` comes from `visibility`. `real` [B, T] bool (`layout.token_document() >= 0`, S = T) zeroes q, k and v on
+    padding slots first and the output there last; without it padding must hold finite numbers (0 * NaN is NaN in
+    every softmax kernel), and its output is finite but meaningless.
     """
     if real is not None:
         padding = ~real[:, None, :, None]
@@ -42,7 +50,8 @@ def write_cache(k_cache: Tensor, k_clean: Tensor, positions: Tensor, valid: Tens
     """Write clean keys (or values) into the cache slots of their positions, in place; padding is never written.
 
     k_cache [B, Hkv, M, D], k_clean [B, Hkv, Lc, D], positions [B, Lc] int64, valid [B, Lc] bool with padding last.
-    No host synchronisation: a padding slot repeats its row's last valid write; a row without any rewrites what is there.
+    No host synchronisation: a padding slot repeats its row's last valid write; a row without any rewrites what is
+    there.
     """
     rows, heads, length, dim = k_clean.shape
     if length == 0:
@@ -71,11 +80,12 @@ def cached(
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Write the layout's clean keys and values into the caches (in place), then attend to [cache | noisy]: [B, T, H, Dv].
+    """Write the layout's clean keys and values into the caches (in place), then attend to [cache | noisy]: [B, T, H,
+    Dv].
 
-    q [B, H, T, Dqk], k [B, Hkv, T, Dqk], v [B, Hkv, T, Dv]; caches [B, Hkv, M, D], allocated with finite numbers (zeros);
-    mask [B, T, M + Ln] from `visibility(layout, window, cache_length=M)`. Noisy keys and values are never stored. Padding
-    slots may hold anything, NaN included, and output 0.
+    q [B, H, T, Dqk], k [B, Hkv, T, Dqk], v [B, Hkv, T, Dv]; caches [B, Hkv, M, D], allocated with finite numbers
+    (zeros); mask [B, T, M + Ln] from `visibility(layout, window, cache_length=M)`. Noisy keys and values are never
+    stored. Padding slots may hold anything, NaN included, and output 0.
     """
     clean, real = layout.clean_length, layout.token_document() >= 0
     for cache, new in ((k_cache, k), (v_cache, v)):

@@ -57,4 +57,6 @@ def test_reference_equals_one_token_at_a_time() -> None:
 def test_unknown_activation_is_named() -> None:
     one = torch.ones(1, 1)
     with pytest.raises(CaptureError, match="tanh"):
-        grouped(one, torch.zeros(1, 1, dtype=torch.int64), one, torch.ones(1, 2, 1), torch.ones(1, 1, 1), activation="tanh")
+        grouped(
+            one, torch.zeros(1, 1, dtype=torch.int64), one, torch.ones(1, 2, 1), torch.ones(1, 1, 1), activation="tanh"
+        )

@@ -1,4 +1,5 @@
-"""The oracle and the strategy themselves: the worked example of docs/semantics.md, and coverage of the cases that matter."""
+"""The oracle and the strategy themselves: the worked example of docs/semantics.md, and coverage of the cases that
+matter."""
 
 from __future__ import annotations
 

@@ -153,7 +153,8 @@ def test_bfloat16_keeps_its_dtype() -> None:
 @settings(max_examples=15, deadline=None)
 @given(layout=layouts(cache=False, max_clean=6, max_block=3, max_documents=2))
 def test_no_leak(layout: Layout) -> None:
-    """The gradient of every output with respect to every input is zero exactly where the contract says "never reads"."""
+    """The gradient of every output with respect to every input is zero exactly where the contract says "never
+    reads"."""
     q, k, v = (x.requires_grad_() for x in make(layout, 1))
     out = two_stream(q, k, v, visibility(layout), scale=0.7, real=layout.token_document() >= 0)
     for row in range(layout.rows):

@@ -1,5 +1,6 @@
-"""Hypothesis strategies for valid layouts: several rows and documents, prompts without noisy copies, views, mixed readouts,
-short last blocks, anchors anywhere (document start, chunk borders, document end), padding, cached prefixes."""
+"""Hypothesis strategies for valid layouts: several rows and documents, prompts without noisy copies, views, mixed
+readouts, short last blocks, anchors anywhere (document start, chunk borders, document end), padding, cached
+prefixes."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def blocks_of_document(draw: st.DrawFn, document: int, first: int, last: int, ma
     else:  # blocks anywhere, as a draft-and-verify step has them
         for _ in range(draw(st.integers(0, 3))):
             anchor = draw(st.one_of(st.sampled_from([first, last]), st.integers(first, last)))
-            blocks.append(Block(document, anchor, draw(st.integers(1, max_block)), draw(st.integers(0, 1)), draw(readout)))
+            blocks.append(
+                Block(document, anchor, draw(st.integers(1, max_block)), draw(st.integers(0, 1)), draw(readout))
+            )
     return blocks
 
 
@@ -38,15 +41,18 @@ def layouts(
     cache: bool | None = None,
     single_document: bool = False,
 ) -> Layout:
-    """A valid layout with at least one token. cache: True = every row continues a cache, False = none does, None = either."""
+    """A valid layout with at least one real token. cache: True = every row continues a cache, False = none does, None
+    = either."""
     rows = draw(st.integers(1, max_rows))
     documents: list[list[int]] = []
     blocks: list[list[Block]] = []
     cached: list[int] = []
+    denoising = cache is not False and draw(st.integers(0, 5)) == 0  # no clean token at all, everything is cached
     for _ in range(rows):
-        past = draw(st.integers(1, 9)) if (draw(st.booleans()) if cache is None else cache) else 0
-        count = 1 if single_document else draw(st.integers(1, max_documents))
+        past = draw(st.integers(1, 9)) if denoising or (draw(st.booleans()) if cache is None else cache) else 0
+        count = 1 if single_document or denoising else draw(st.integers(1, max_documents))
         lengths = [draw(st.integers(0 if index == 0 and past else 1, max_clean)) for index in range(count)]
+        lengths = [0] if denoising else lengths
         row_blocks: list[Block] = []
         for index, length in enumerate(lengths):
             first = past if index == 0 else 0
@@ -54,14 +60,15 @@ def layouts(
         documents.append(lengths)
         blocks.append(draw(st.permutations(row_blocks)))
         cached.append(past)
+    if not any(sum(row) for row in documents) and not any(blocks):
+        blocks[0] = [Block(0, cached[0], 1)]
     clean, noisy = max(sum(row) for row in documents), max(sum(b.length for b in row) for row in blocks)
     extra = st.integers(0, 2)
-    at_least = 1 if clean + noisy == 0 else 0
     layout = build_layout(
         documents,
         blocks,
         cached=cached,
-        clean_length=clean + draw(extra) + at_least,
+        clean_length=clean + draw(extra),
         noisy_length=noisy + draw(extra),
     )
     return layout.validate()

@@ -23,7 +23,7 @@ class Copy(NamedTuple):
     """A noisy block as found in a batch."""
 
     row: int
-    index: int
+    block: int
     document: int
     anchor: int
     view: int
@@ -70,8 +70,9 @@ def copies_of(batch: Batch) -> list[Copy]:
             slots = [slot for slot, block in enumerate(blocks) if block == index]
             ids = batch.input_ids[row, layout.clean_length :][slots].tolist()
             columns = (layout.block_document, layout.block_anchor, layout.block_view, layout.block_readout)
-            values = [int(column[row, index]) for column in columns]
-            found.append(Copy(row, index, *values, tuple(ids), tuple(layout.noisy_position[row, slots].tolist())))
+            document, anchor, view, readout = (int(column[row, index]) for column in columns)
+            positions = tuple(layout.noisy_position[row, slots].tolist())
+            found.append(Copy(row, index, document, anchor, view, readout, tuple(ids), positions))
     return found
 
 
@@ -115,7 +116,7 @@ def oracle_signals(rows: list[PackedRow], diffusion: Diffusion, copies: list[Cop
 
 
 def batch_signals(batch: Batch) -> list[Signal]:
-    layout, by_place = batch.layout, {(copy.row, copy.index): copy for copy in copies_of(batch)}
+    layout, by_place = batch.layout, {(copy.row, copy.block): copy for copy in copies_of(batch)}
     found = []
     for i, flat in enumerate(batch.head_rows[batch.noisy_index].tolist()):
         row, slot = divmod(flat, layout.length)

@@ -53,6 +53,8 @@ def test_reasoning_templates_render_earlier_turns_differently() -> None:
     messages[-1]["reasoning"] = "think"
     # The generation prompt opens the reasoning, so that the last turn starts inside it; earlier turns have none.
     assert spans("THINKING", messages) == ["The answer is 42." + END, "think\n</think>\n\nFine, thanks!" + END]
+    messages[1]["reasoning"] = "x" * 99  # dropped in the whole conversation: that rendering is far longer
+    assert spans("THINKING", messages)[0] == "The answer is 42." + END
     assert spans("THINKING", messages[:3]) == ["The answer is 42." + END]
 
 

@@ -19,7 +19,8 @@ from tests.train.small_tokenizer import CHATML, small_tokenizer
 
 TOKENIZER = small_tokenizer()
 END = "<|im_end|>"
-CHAT = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "world"}], "extra": 1}
+TURNS = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "world"}]
+CHAT: dict[str, Any] = {"messages": TURNS, "extra": 1}
 PAIR = {"prompt": "What is 17 + 25? ", "response": "The answer is 42."}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_values_equal_the_oracle(
     batch = build_batch(rows, diffusion, MASK, step_generator(seed, 0))
     logits = logits_for(batch, seed)
     ar, noisy = oracle(logits, batch, suppress)
-    scales = {"ar_weight": 0.5, "diffusion_weight": 2.0, "ar_total": 10, "diffusion_total": 7}
+    scales: dict[str, Any] = {"ar_weight": 0.5, "diffusion_weight": 2.0, "ar_total": 10, "diffusion_total": 7}
     found = loss(logits, batch, suppress=suppress, chunk=chunk, **scales)
     assert float(found.ar) == pytest.approx(ar / 10)
     assert float(found.diffusion) == pytest.approx(noisy / 7, abs=1e-12)
@@ -79,7 +80,7 @@ def test_gradient(name: str) -> None:
     """d/dlogits = (softmax - target distribution) * weight / total, nothing more for the teacher's rows."""
     batch = build_batch(ROWS, load_recipe(name).diffusion, MASK, step_generator(0, 0))
     logits = logits_for(batch)
-    scales = {"ar_weight": 0.7, "diffusion_weight": 1.3, "ar_total": 11, "diffusion_total": 5}
+    scales: dict[str, Any] = {"ar_weight": 0.7, "diffusion_weight": 1.3, "ar_total": 11, "diffusion_total": 5}
     loss(logits, batch, suppress=MASK, **scales).total.backward()
     with torch.no_grad():
         q = logits.index_fill(1, torch.tensor([MASK]), -torch.inf).softmax(1)
@@ -140,7 +141,7 @@ def test_metrics() -> None:
     batch = build_batch(ROWS, load_recipe("dual").diffusion, MASK, step_generator(2, 0))
     logits = logits_for(batch)
     found = loss(logits, batch, suppress=MASK, ar_total=batch.ar_count, diffusion_total=batch.diffusion_count)
-    summary = found.metrics.summary()
+    summary: dict[str, Any] = found.metrics.summary()
     ar, noisy = oracle(logits, batch, MASK)
     assert summary["ar_loss"] == pytest.approx(ar / batch.ar_count) == pytest.approx(float(found.ar))
     assert summary["diffusion_loss"] == pytest.approx(noisy / batch.diffusion_count)

@@ -1,0 +1,73 @@
+"""`flarec eval`: held-out loss, exact-match accuracy and tokens per forward."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flarec.errors import UsageError
+
+from .options import decode_options, runtime_options
+
+
+@click.command("eval")
+@click.argument("checkpoint", metavar="CKPT")
+@click.option(
+    "--data", required=True, metavar="FILE", type=click.Path(path_type=Path),
+    help='Records as for training. Those with "answer" and "pattern" (a regular expression with a group) count for '
+    "accuracy.",
+)
+@decode_options
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N records.")
+@click.option("--max-new-tokens", type=int, default=256, show_default=True, metavar="N")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Prompts per batch.")
+@runtime_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def command(
+    checkpoint: str, data: Path, limit: int | None, device: str, dtype: str | None, kernels: str, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Evaluate CKPT (or a source model, causally) on held-out records.
+
+    The loss is that of the clean stream per response token. Every record with a prompt is generated greedily.
+    """
+    if not data.exists():
+        raise UsageError(f"--data {data} does not exist; give a JSONL or Parquet file")
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from flarec.api import Output, load  # slow to import: only once the arguments are known to be right
+    from flarec.evaluate import evaluate, read_examples
+
+    model = load(checkpoint, dtype=dtype, device=device, kernels=kernels)
+    examples = read_examples(data, model, limit=limit)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("generating", total=sum(bool(example.prompt) for example in examples))
+
+        def advance(index: int, output: Output) -> None:
+            progress.advance(task)
+
+        result = evaluate(model, examples, on_output=advance, **options)
+    if as_json:
+        click.echo(json.dumps(result, ensure_ascii=False, indent=1))
+        return
+    for name, value in _lines(result):
+        click.echo(f"{name:<20}{value}")
+
+
+def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("mode", result["mode"]), ("records", f"{result['records']:,}")]
+    if result["loss"] is not None:
+        rows.append(("held-out loss", f"{result['loss']:.4f} nats per token ({result['response_tokens']:,} tokens)"))
+    if result["accuracy"] is not None:
+        rows.append(("exact match", f"{result['accuracy']:.1%} ({result['correct']} of {result['answers']})"))
+    if result["tokens_per_forward"] is not None:
+        counts = f"{result['new_tokens']:,} tokens, {result['forwards']:,} forwards, {result['seconds']:.1f} s"
+        rows.append(("tokens per forward", f"{result['tokens_per_forward']:.2f} ({counts})"))
+        rows.append(("stopped by", ", ".join(f"{name} {count}" for name, count in result["stop_reasons"].items())))
+    if result["too_long"]:
+        rows.append(("left out", f"{result['too_long']} prompts that fill the model's context"))
+    return rows

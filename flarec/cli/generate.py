@@ -1,0 +1,125 @@
+"""`flarec generate`: text from a checkpoint or a source model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flarec.errors import DataError, UsageError
+
+from .options import decode_options, runtime_options
+
+if TYPE_CHECKING:
+    from flarec.api import Output
+
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+
+
+@click.command("generate")
+@click.argument("checkpoint", metavar="CKPT")
+@click.argument("prompt", metavar="[PROMPT|-]", required=False)
+@click.option(
+    "--prompts", "prompts_file", metavar="FILE", type=click.Path(path_type=Path),
+    help='A prompt per line, or JSONL with "prompt" or "messages" (a closing assistant message is left out). '
+    "All run as one batch.",
+)
+@click.option("--chat", is_flag=True, help="Put the prompt into the chat template; else it is continued as it is.")
+@decode_options
+@click.option("--max-new-tokens", type=int, default=256, show_default=True, metavar="N")
+@click.option("--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 is greedy.")
+@click.option("--top-k", type=int, default=0, show_default=True, metavar="K", help="0 keeps the whole vocabulary.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, metavar="P", help="1 keeps everything.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Equal seeds give equal texts.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text (repeatable).")
+@runtime_options
+@click.option("--stats", is_flag=True, help="Print tokens, forward passes and time on stderr.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array on stdout, an object per prompt, in order.")
+def command(
+    checkpoint: str, prompt: str | None, prompts_file: Path | None, chat: bool, device: str, dtype: str | None,
+    kernels: str, stats: bool, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Generate text with a converted checkpoint CKPT, or causally with any supported model.
+
+    Give one PROMPT (- reads it from stdin), or --prompts FILE. One prompt streams to the terminal.
+    """
+    prompts = _prompts(prompt, prompts_file)
+    from flarec.api import load  # slow to import: only once the arguments are known to be right
+
+    model = load(checkpoint, dtype=dtype, device=device, kernels=kernels)
+    stream = len(prompts) == 1 and not as_json
+    if stream:
+        options["on_text"] = lambda _, text: click.echo(text, nl=False)
+    outputs: list[Output] = model.generate(prompts, chat=chat, **options)
+    if as_json:
+        items = [json.dumps(output.to_dict(), ensure_ascii=False) for output in outputs]
+        click.echo("[\n" + ",\n".join(items) + "\n]")
+    elif stream:
+        click.echo()
+    else:
+        for number, output in enumerate(outputs, 1):
+            click.echo(f"--- prompt {number}")
+            click.echo(output.text)
+    if stats:
+        sys.stdout.flush()
+        for line in _stats(outputs):
+            click.echo(line, err=True)
+
+
+def _prompts(prompt: str | None, file: Path | None) -> list[Any]:
+    if (prompt is None) == (file is None):
+        raise UsageError("give one PROMPT (- reads it from stdin) or --prompts FILE")
+    if file is not None:
+        return list(_read_prompts(file))
+    if prompt != "-":
+        return [prompt]
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"stdin is not UTF-8 text ({error}); convert it") from None
+    return [text.removesuffix("\n")]  # the newline with which shells end a line is not meant
+
+
+def _read_prompts(file: Path) -> Iterator[Any]:
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"--prompts {file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"--prompts {file}: not UTF-8 text ({error}); convert it") from None
+    records = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()]
+    if not records:
+        raise DataError(f"--prompts {file}: no prompts; write one per line")
+    for number, line in records:
+        yield _parse(line, f"--prompts {file}, line {number}") if file.suffix in JSONL_SUFFIXES else line
+
+
+def _parse(line: str, where: str) -> Any:
+    """The prompt of a JSONL record: text, or messages up to the turn that the model writes."""
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error})") from None
+    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
+        return record["prompt"]
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages):
+        rest = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        if rest:
+            return rest
+    raise DataError(f'{where}: no "prompt" text and no "messages" list; give one of them')
+
+
+def _stats(outputs: list[Output]) -> Iterator[str]:
+    for number, output in enumerate(outputs, 1):
+        name = f"prompt {number}: " if len(outputs) > 1 else ""
+        steps = " ".join(f"{n}:{count}" for n, count in enumerate(output.accepted) if count)
+        yield (
+            f"{name}{output.mode}, {output.new_tokens} tokens in {output.forwards} forwards "
+            f"({output.tokens_per_forward:.2f} per forward), {output.seconds:.2f} s, stopped by {output.stop_reason}"
+            + (f", accepted per step {steps}" if steps else "")
+        )

@@ -1,0 +1,42 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+MODES = ("ar-trust", "diffusion-trust", "causal")
+
+
+def runtime_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--device`, `--dtype`, `--kernels`: where and in what a model computes."""
+    for option in reversed((
+        click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1 ..."),
+        click.option(
+            "--dtype", metavar="NAME", help="float32, bfloat16, float16. Default: float32 on the CPU, else as stored."
+        ),
+        click.option("--kernels", default="torch", show_default=True, metavar="NAME", help="torch or reference."),
+    )):
+        command = option(command)
+    return command
+
+
+def decode_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--mode`, `--threshold`, `--drafts`: how tokens are decoded."""
+    for option in reversed((
+        click.option(
+            "--mode", type=click.Choice(MODES), help="Default: ar-trust, or causal for a model that is not converted."
+        ),
+        click.option(
+            "--threshold", type=float, metavar="P",
+            help="diffusion-trust: commit every position this confident. Default: the checkpoint's.",
+        ),
+        click.option(
+            "--drafts", type=click.Choice(("branches", "single")),
+            help="ar-trust: a draft block per possible accepted length, or one. Default: the checkpoint's.",
+        ),
+    )):  # fmt: skip
+        command = option(command)
+    return command

@@ -1,0 +1,51 @@
+"""`flarec verify`: measure the invariants of docs/semantics.md section 5 on a real checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from flarec.verify import Result
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("--kernels", default="torch", show_default=True, metavar="NAME", help="torch or reference.")
+@click.option("--seed", default=0, show_default=True, help="Of the random layouts, tokens and sampling.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+def command(checkpoint: str, kernels: str, seed: int, as_json: bool) -> None:
+    """Check a CHECKPOINT (or a model that was not converted) against the invariants of the method.
+
+    Everything runs in float32 on the CPU, on small random inputs; transformers is the witness for invariants
+    1 and 6. Exit code 1 if one fails.
+    """
+    from flarec.verify import verify
+
+    results = []
+    for result in verify(checkpoint, kernels=kernels, seed=seed):
+        results.append(result)
+        if not as_json:
+            _print(result, first=len(results) == 1)
+    if as_json:
+        click.echo(json.dumps([asdict(result) for result in results], indent=2))
+    failed = sum(not result.passed for result in results)
+    click.echo(f"{len(results) - failed} of {len(results)} invariants hold", err=as_json)
+    if failed:
+        sys.exit(1)
+
+
+def _print(result: Result, first: bool) -> None:
+    """One row of the table as soon as it is known: the larger the model, the longer the wait."""
+    row = "{:<3}{:<32}{:<54}{:>11} {:>9}  {}"
+    if first:
+        click.echo(row.format("", "invariant", "compared", "difference", "bound", ""))
+    verdict = "pass" if result.passed else "FAIL"
+    difference, bound = f"{result.difference:.1e}", f"{result.bound:.1e}"
+    click.echo(row.format(result.invariant, result.title, result.compared, difference, bound, verdict))
+    for note in result.notes:
+        click.echo(f"   {note}")

@@ -1,0 +1,199 @@
+"""Evaluation on held-out records: loss of the clean stream, exact-match accuracy, tokens per forward.
+
+Records are those of training (`messages`, `prompt` and `response`, or `text`). A record that also has `answer` and
+`pattern` counts for accuracy: the last match of the pattern's first group in the generated text must equal the answer.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .api import Model, Output
+from .decode import Cache, DecodeProgram
+from .decode.plan import StepPlan, StepShape
+from .errors import DataError
+from .train.data import record_encoder
+from .train.data_files import BadRecord, read_records
+
+SCORE_ROWS = 1024  # clean rows per forward while scoring: bounds the logits
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record, tokenised. responses = spans [start, end) of ids; prompt = ids before the last response, or empty."""
+
+    ids: list[int]
+    responses: tuple[tuple[int, int], ...]
+    prompt: list[int]
+    answer: str | None = None
+    pattern: re.Pattern[str] | None = None
+
+
+def read_examples(path: Path, model: Model, *, limit: int | None = None) -> list[Example]:
+    """The first `limit` records of a data file. Raises `DataError` naming file and line."""
+    return list(_examples(read_records(path), model, str(path), limit))
+
+
+def to_examples(records: Iterable[Mapping[str, Any]], model: Model, *, limit: int | None = None) -> list[Example]:
+    """Records that are in memory already. Raises `DataError` naming the record's number."""
+    numbered = ((number, dict(record)) for number, record in enumerate(records, 1))
+    return list(_examples(numbered, model, "records", limit))
+
+
+def _examples(
+    records: Iterable[tuple[int, dict[str, Any] | BadRecord]], model: Model, where: str, limit: int | None
+) -> Iterator[Example]:
+    encode = None
+    count = 0
+    for number, record in records:
+        if limit is not None and count >= limit:
+            return
+        try:
+            if isinstance(record, BadRecord):
+                raise record
+            if encode is None:
+                encode = record_encoder(record, model.tokenizer, model.eos_ids, Path(where))
+            ids, found = encode(record)
+            spans = tuple((max(start, 1), end) for start, end in found if end > max(start, 1))
+            if not spans:
+                raise BadRecord("has no response")
+            prompt = [] if "messages" not in record and "prompt" not in record else ids[: spans[-1][0]]
+            yield Example(ids, spans, prompt, *_question(record))
+        except BadRecord as error:
+            raise DataError(f"{where}, line {number}: {error}; fix the line") from None
+        count += 1
+    if not count:
+        raise DataError(f"{where}: no records; give a file with data")
+
+
+def _question(record: Mapping[str, Any]) -> tuple[str, re.Pattern[str]] | tuple[None, None]:
+    answer, pattern = record.get("answer"), record.get("pattern")
+    if answer is None or pattern is None:
+        return None, None
+    try:
+        compiled = re.compile(str(pattern))
+    except re.error as error:
+        raise BadRecord(f"pattern {pattern!r} is not a regular expression ({error})") from None
+    if compiled.groups < 1:
+        raise BadRecord(f"pattern {pattern!r} has no group; put parentheses around the answer")
+    return str(answer), compiled
+
+
+def found_answer(pattern: re.Pattern[str], text: str) -> str | None:
+    """The last match of the pattern's first group, stripped; None without a match."""
+    found = [match[1] for match in pattern.finditer(text)]
+    return found[-1].strip() if found and found[-1] is not None else None
+
+
+def evaluate(
+    model: Model,
+    examples: Sequence[Example],
+    mode: str | None = None,
+    *,
+    max_new_tokens: int = 256,
+    batch: int = 8,
+    on_output: Callable[[int, Output], None] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Loss over all responses, then a generation for every example with a prompt.
+
+    mode, options  as in `Model.generate_ids`; batch = prompts per batch; on_output(index of the example, output).
+
+    Returns plain values: mode, records, loss (nats per response token), response_tokens, and, over the generated ones,
+    generated, new_tokens, forwards, tokens_per_forward, stop_reasons, seconds, too_long (prompts that fill the context,
+    left out), answers, correct, accuracy (None without answers).
+    """
+    total, tokens = response_loss(model, examples, batch)
+    room = model.engine.max_positions
+    asked = [index for index, example in enumerate(examples) if 0 < len(example.prompt) < room]
+    outputs: dict[int, Output] = {}
+    seconds = 0.0
+    for start in range(0, len(asked), batch):
+        part = asked[start : start + batch]
+        made = model.generate_ids(
+            [examples[index].prompt for index in part], mode=mode, max_new_tokens=max_new_tokens, **options
+        )
+        seconds += max(output.seconds for output in made)
+        for index, output in zip(part, made, strict=True):
+            outputs[index] = output
+            if on_output is not None:
+                on_output(index, output)
+    new = sum(output.new_tokens for output in outputs.values())
+    forwards = sum(output.forwards for output in outputs.values())
+    graded = [
+        found_answer(example.pattern, outputs[index].text) == example.answer.strip()
+        for index, example in enumerate(examples)
+        if index in outputs and example.pattern is not None and example.answer is not None
+    ]
+    return {
+        "mode": mode or ("ar-trust" if model.converted else "causal"),
+        "records": len(examples),
+        "loss": total / tokens if tokens else None,
+        "response_tokens": tokens,
+        "generated": len(outputs),
+        "too_long": sum(len(example.prompt) >= room for example in examples),
+        "new_tokens": new,
+        "forwards": forwards,
+        "tokens_per_forward": new / forwards if forwards else None,
+        "stop_reasons": dict(sorted(Counter(output.stop_reason for output in outputs.values()).items())),
+        "seconds": seconds,
+        "answers": len(graded),
+        "correct": sum(graded),
+        "accuracy": sum(graded) / len(graded) if graded else None,
+    }
+
+
+def response_loss(model: Model, examples: Sequence[Example], batch: int = 8) -> tuple[float, int]:
+    """(sum of the negative log-likelihoods in nats, number) of all response tokens, from the clean stream.
+
+    Documents are cut at the model's context. The mask token's logit is minus infinity, as in training.
+    """
+    room = model.engine.max_positions
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
+    total, tokens = 0.0, 0
+    for start in range(0, len(order), batch):
+        part = [examples[index] for index in order[start : start + batch]]
+        loss, count = _score([(example.ids[:room], example.responses) for example in part], model)
+        total, tokens = total + loss, tokens + count
+    return total, tokens
+
+
+@torch.no_grad()
+def _score(
+    documents: Sequence[tuple[Sequence[int], Sequence[tuple[int, int]]]], model: Model
+) -> tuple[float, int]:
+    """`response_loss` of documents that run as one batch, in chunks like a prefill."""
+    program: DecodeProgram = model.decode_program
+    lengths = [len(ids) for ids, _ in documents]
+    rows, longest, device = len(documents), max(lengths), program.device
+    ids = torch.zeros(rows, longest, dtype=torch.int64)
+    wanted = torch.zeros(rows, longest, dtype=torch.bool)  # rows of the clean stream that predict a response token
+    for row, (tokens, spans) in enumerate(documents):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        for start, end in spans:
+            wanted[row, start - 1 : min(end, len(tokens)) - 1] = True
+    ids, wanted = ids.to(device), wanted.to(device)
+    suppress = torch.tensor(model.engine.suppress, dtype=torch.int64, device=device)
+    cache = Cache.allocate(program.cache_slots, rows, longest, device)
+    chunk = max(1, SCORE_ROWS // rows)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for start in range(0, longest, chunk):
+        counts = tuple(min(max(length - start, 0), chunk) for length in lengths)
+        plan = StepPlan(StepShape(counts, ((),) * rows, counts, 1, 0, "causal"), device)
+        here = wanted[plan.clean_request, plan.clean_slot + start]
+        head = plan.head_rows[here]
+        width = plan.clean_length
+        logits = program.step(ids[:, start : start + width], plan.layout(cache.length), head, cache)
+        cache.accept(plan.counts)
+        target = ids[plan.clean_request[here], plan.clean_slot[here] + start + 1]
+        logits = logits.float().index_fill(1, suppress, -math.inf)
+        total += torch.nn.functional.cross_entropy(logits, target, reduction="sum").double()
+    return float(total), int(wanted.sum())

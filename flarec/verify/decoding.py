@@ -1,0 +1,148 @@
+"""Invariants of decoding with caches: 3 (split = whole), 4 (AR-Trust = causal), 5 (no trace), 6 (transformers)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flarec.decode import Engine, SamplingParams
+from flarec.decode.sampling import SamplingRows, choose
+from flarec.layout import build_layout
+
+from .inputs import all_logits, random_tokens
+from .session import Session, compare_caches
+from .subject import Comparison, Result, Subject
+
+NEAR_TIE_TRIALS = 64
+
+
+def split_is_whole(subject: Subject, cases: int = 4) -> Result:
+    """Invariant 3: prefill in pieces and step by step gives the logits and states of one pass."""
+    rng = random.Random(subject.seed + 3)
+    comparison, count = Comparison(), 0
+    for _ in range(cases):
+        lengths = [rng.randint(6, 20) for _ in range(2)]
+        tokens = [random_tokens(rng, subject, length) for length in lengths]
+        whole, split = Session(subject, tokens), Session(subject, tokens)
+        complete = whole.feed(lengths)
+        pieces: list[list[Tensor]] = [[], []]
+        while any(split.left()):
+            counts = [min(left, rng.randint(0, 5)) for left in split.left()]
+            if any(counts):
+                for request, logits in enumerate(split.feed(counts)):
+                    pieces[request].append(logits)
+        for request, length in enumerate(lengths):
+            with torch.no_grad():
+                row = torch.tensor([tokens[request]])
+                trained = all_logits(subject.train, row, build_layout([[length]], [[]]))[0]
+            comparison.add(trained, complete[request])
+            comparison.add(trained, torch.cat(pieces[request]))
+        whole.flush()
+        split.flush()
+        count += compare_caches(comparison, whole, split)
+    return comparison.result(3, "prefill + steps = one pass", f"logits of {2 * cases} texts, {count} caches")
+
+
+def ar_trust_is_causal(
+    subject: Subject, cases: int = 8, *, drafts: Sequence[str] = ("branches", "single"), new_tokens: int = 24
+) -> Result:
+    """Invariant 4: AR-Trust gives the tokens of causal decoding with the same seed, greedy and sampled.
+
+    Rounding differs between forwards with different row counts: a first difference is excused if the choice between the
+    two tokens changes within the logit error, which is measured there. The difference counts the texts without excuse.
+    """
+    rng = random.Random(subject.seed + 4)
+    prompts = [random_tokens(rng, subject, rng.randint(1, 12)) for _ in range(cases)]
+    settings = [random_sampling(rng) for _ in range(cases)]
+    compared, excused, forwards = 0, 0, 0
+    notes: list[str] = []
+    for readout in subject.readouts:
+        engine = Engine(
+            subject.decode,
+            mask_token_id=subject.mask_token_id,
+            block_size=subject.block_size,
+            readouts={"ar-trust": readout},
+            eos_ids=(),
+            max_positions=4096,
+            suppress=subject.suppress,
+        )
+        causal = engine.generate(prompts, "causal", settings, new_tokens)
+        for scheme in drafts:
+            trusted = engine.generate(prompts, "ar-trust", settings, new_tokens, drafts=scheme)
+            for prompt, setting, a, b in zip(prompts, settings, causal, trusted, strict=True):
+                compared, forwards = compared + 1, forwards + b.forwards
+                if a.token_ids == b.token_ids:
+                    continue
+                if _near_tie(subject, prompt, setting, a.token_ids, b.token_ids):
+                    excused += 1
+                else:
+                    notes.append(f"{readout}, {scheme}, {setting}: causal {a.token_ids}, AR-Trust {b.token_ids}")
+    text = f"{compared} texts, {compared * new_tokens / forwards:.2f} tokens per forward"
+    text += f", {excused} with a near tie" if excused else ""
+    passed = not notes and excused <= compared // 100
+    return Result(4, "AR-Trust = causal", text, float(len(notes)), 0.0, passed, tuple(notes[:3]))
+
+
+def random_sampling(rng: random.Random) -> SamplingParams:
+    """Greedy or sampled, with and without truncation."""
+    return SamplingParams(
+        temperature=rng.choice([0.0, 0.5, 1.0, 1.7]),
+        top_k=rng.choice([0, 0, 3, 40]),
+        top_p=rng.choice([1.0, 1.0, 0.9, 0.5]),
+        seed=rng.randrange(1 << 62),
+    )
+
+
+def _near_tie(subject: Subject, prompt: list[int], setting: SamplingParams, a: list[int], b: list[int]) -> bool:
+    """True if logits within the logit error of each other lead to both tokens of the first difference."""
+    first = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+    tokens = [*prompt, *a[:first]]
+    whole = Session(subject, [tokens]).feed([len(tokens)])[0][-1]
+    stepwise = Session(subject, [tokens])
+    last = [stepwise.feed([1])[0][-1] for _ in tokens][-1]
+    error = 4 * max(float((last - whole).abs().max()), torch.finfo(torch.float32).eps * float(whole.abs().max()))
+    noise = torch.rand(NEAR_TIE_TRIALS, len(whole), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    trials = SamplingRows.build([setting] * NEAR_TIE_TRIALS)
+    positions = torch.full((NEAR_TIE_TRIALS,), len(tokens))
+    chosen, _ = choose(last + error * noise, trials, positions, subject.suppress)
+    return {a[first], b[first]} <= set(chosen.tolist())
+
+
+def rejected_draft_leaves_no_trace(subject: Subject, cases: int = 4) -> Result:
+    """Invariant 5: after a rejected draft, caches and next logits equal those of a run that never saw it."""
+    rng = random.Random(subject.seed + 5)
+    comparison, count = Comparison(), 0
+    for _ in range(cases):
+        known = [rng.randint(3, 10) for _ in range(2)]
+        accepted = [rng.randint(1, 3) for _ in range(2)]
+        tokens = [random_tokens(rng, subject, n + a + 2) for n, a in zip(known, accepted, strict=True)]
+        wrong = [random_tokens(rng, subject, rng.randint(1, subject.block_size)) for _ in range(2)]
+        plain, drafted = Session(subject, tokens), Session(subject, tokens)
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for step in ("prompt", "verify", "next"):
+            counts = {"prompt": known, "verify": accepted, "next": [2, 2]}[step]
+            pairs += zip(plain.feed(counts), drafted.feed(counts, wrong if step == "verify" else None), strict=True)
+        for a, b in pairs:
+            comparison.add(a, b)
+        plain.flush()
+        drafted.flush()
+        count += compare_caches(comparison, plain, drafted)
+    return comparison.result(5, "rejected drafts leave no trace", f"logits of {2 * cases} texts, {count} caches")
+
+
+def opens_in_transformers(subject: Subject, cases: int = 3) -> Result:
+    """Invariant 6: transformers alone gives the causal logits that flarec decodes with, token by token."""
+    rng = random.Random(subject.seed + 6)
+    comparison, count = Comparison(), 0
+    for _ in range(cases):
+        tokens = random_tokens(rng, subject, rng.randint(8, 24))
+        session = Session(subject, [tokens])
+        ours = torch.cat([session.feed([1])[0] for _ in tokens])
+        with torch.no_grad():
+            theirs = subject.source(torch.tensor([tokens])).logits[0]
+        comparison.add(theirs, ours)
+        count += len(tokens)
+    return comparison.result(6, "opens in transformers", f"logits of {count} causal decode steps")

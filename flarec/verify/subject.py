@@ -1,0 +1,110 @@
+"""What is verified, and how a comparison becomes a result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flarec.capture import capture
+from flarec.checkpoint import open_checkpoint
+from flarec.errors import CheckpointError
+from flarec.passes import lower
+from flarec.passes.embed_mask import PARAMETER
+from flarec.program import Program
+
+ROUNDING_STEPS = 1000
+"""Differences up to this many rounding steps of the largest compared number count as rounding."""
+DEFAULT_BLOCK = 4
+READOUTS = ("block_end", "causal")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The lowered programs, how they decode, and the model in plain transformers as an independent witness.
+
+    train, decode   lowered programs that share their parameters
+    source          the model in plain transformers, None where invariants 1 and 6 are not asked for
+    mask_token_id   input id of masked positions; for a model that was not converted any id serves
+    readouts        of the checkpoint's blocks; suppress: ids that are never generated
+    """
+
+    train: Program
+    decode: Program
+    source: Any
+    mask_token_id: int
+    block_size: int = DEFAULT_BLOCK
+    readouts: tuple[str, ...] = READOUTS
+    suppress: tuple[int, ...] = ()
+    seed: int = 0
+
+    @property
+    def vocab_size(self) -> int:
+        return self.train.vocab_size
+
+
+@dataclass(frozen=True)
+class Result:
+    """One invariant: what was compared, and the largest difference with its bound (largest in units of the bound)."""
+
+    invariant: int
+    title: str
+    compared: str
+    difference: float
+    bound: float
+    passed: bool
+    notes: tuple[str, ...] = field(default=())
+
+
+class Comparison:
+    """Collects differences; keeps the one that is largest in units of its bound."""
+
+    def __init__(self) -> None:
+        self.difference, self.bound, self.worst = 0.0, 0.0, -1.0
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Compare two tensors of one shape. The bound is `ROUNDING_STEPS` rounding steps at the size of `a`."""
+        assert a.shape == b.shape, (a.shape, b.shape)
+        if not a.numel():
+            return
+        difference = float((a - b).detach().abs().max())
+        dtype = torch.float64 if a.dtype == b.dtype == torch.float64 else torch.float32
+        bound = ROUNDING_STEPS * torch.finfo(dtype).eps * float(a.detach().abs().max())
+        ratio = difference / bound if bound else float(difference > 0)
+        if not ratio <= self.worst:  # NaN is worse than anything
+            self.difference, self.bound, self.worst = difference, bound, ratio
+
+    def result(self, invariant: int, title: str, compared: str) -> Result:
+        assert self.worst >= 0 or self.worst != self.worst, "nothing was compared"
+        return Result(invariant, title, compared, self.difference, self.bound, self.difference <= self.bound)
+
+
+def open_subject(path: str | Path, *, kernels: str = "torch", seed: int = 0) -> Subject:
+    """Open a checkpoint or model in float32 on the CPU, capture it and lower both programs, checking every pass.
+
+    Raises `CheckpointError` for a directory that is damaged or holds no model.
+    """
+    checkpoint = open_checkpoint(path)
+    manifest = checkpoint.manifest
+    source = checkpoint.load_model(torch.float32)
+    program = capture(source)
+    program.extra.update(checkpoint.load_extra(torch.float32))
+    vector = manifest is not None and manifest.mask.kind == "vector"
+    if vector and PARAMETER not in program.extra:
+        raise CheckpointError(f"{checkpoint.path} has no mask vector ({PARAMETER}); copy the checkpoint again")
+    train, decode = (lower(program, t, mask_vector=vector, kernels=kernels, debug=True) for t in ("train", "decode"))
+    if manifest is None:
+        return Subject(train, decode, source, mask_token_id=0, seed=seed)
+    return Subject(
+        train,
+        decode,
+        source,
+        mask_token_id=manifest.mask.token_id,
+        block_size=manifest.decode.block_size,
+        readouts=tuple(dict.fromkeys(manifest.decode.readouts.values())) or READOUTS,
+        suppress=() if vector else (manifest.mask.token_id,),
+        seed=seed,
+    )

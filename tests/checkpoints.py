@@ -1,0 +1,50 @@
+"""Converted checkpoints without the training: a tiny source's weights, written as `flarec convert` writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flarec.checkpoint import describe_source, open_checkpoint, write_checkpoint
+from flarec.manifest import DecodeDefaults, Manifest, Mask
+from flarec.passes.embed_mask import PARAMETER
+from tests.models import VOCABULARY, tiny_checkpoint
+
+MASK_ROW = VOCABULARY - 1
+READOUTS = {"ar-trust": "causal", "diffusion-trust": "block_end"}
+
+
+def manifest_for(source: Path, kind: str = "row", block_size: int = 3) -> Manifest:
+    token = MASK_ROW if kind == "row" else VOCABULARY
+    return Manifest(
+        describe_source(source),
+        Mask(kind, token),  # type: ignore[arg-type]
+        DecodeDefaults(block_size, dict(READOUTS)),
+        recipe={"name": "draft"},
+        pipelines={"train": "canonicalize()", "decode": "canonicalize()"},
+        data={"train.jsonl": {"documents": 3, "tokens": 120}},
+        metrics={"ar_loss": 1.25},
+    )
+
+
+def mask_vector(width: int = 64) -> dict[str, nn.Parameter]:
+    values = torch.randn(width, generator=torch.Generator().manual_seed(5))
+    return {PARAMETER: nn.Parameter(values)}
+
+
+def converted(directory: Path, family: str = "bamba", kind: str = "row", **options: Any) -> tuple[Path, Path]:
+    """(source, checkpoint) below `directory`; `options` go to `write_checkpoint`."""
+    source = tiny_checkpoint(directory / "source", family)
+    opened = open_checkpoint(source)
+    out = write_checkpoint(
+        directory / f"{family}-{kind}",
+        opened.load_model(torch.float32),
+        opened.load_tokenizer(),
+        manifest_for(source, kind),
+        mask_vector() if kind == "vector" else None,
+        **options,
+    )
+    return source, out

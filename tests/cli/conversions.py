@@ -1,0 +1,33 @@
+"""Inputs for the tests of `flarec convert`: tiny sources, a data file, and a way to run the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+from flarec.cli import main
+
+WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five"]
+QUICK = [
+    "--steps", "6", "--max-length", "96", "--device", "cpu", "--set", "optimizer.lr=1e-3",
+    "--set", "optimizer.warmup_steps=0", "--set", "optimizer.batch_rows=2", "--set", "evaluation.every=4",
+    "--set", "evaluation.prompts=2", "--set", "evaluation.max_new_tokens=8", "--set", "save.every=2",
+]  # fmt: skip
+
+
+def write_data(path: Path, documents: int = 12) -> Path:
+    """Chat records; the answer repeats the question."""
+    records = []
+    for number in range(documents):
+        text = f"{WORDS[number % 8]} {WORDS[number * 3 % 8]}"
+        turns = [{"role": "user", "content": f"say {text}"}, {"role": "assistant", "content": f"{text} and {text}"}]
+        records.append({"messages": turns})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def flarec(*arguments: object) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])

@@ -1,0 +1,127 @@
+"""`flarec convert` from a source to a checkpoint, its dry run, and what it does to directories."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import flarec as package
+from flarec.manifest import Manifest
+from flarec.train.metrics import read_metrics
+from tests.cli.conversions import QUICK, flarec, write_data
+from tests.models import TOKENS, tiny_checkpoint
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path / "data.jsonl")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe", "mask", "overrides"),
+    [
+        ("qwen3_5_text", "dual", "row", {"tie_word_embeddings": True}),
+        ("kimi_linear", "flare", "row", {}),
+        ("bamba", "draft", "vector", {"vocab_size": TOKENS}),  # no spare row
+    ],
+)
+def test_a_source_becomes_a_checkpoint(
+    place: Path, family: str, recipe: str, mask: str, overrides: dict[str, Any]
+) -> None:
+    source = tiny_checkpoint(place, family, **overrides)
+    result = flarec("convert", source, "--data", "data.jsonl", "--recipe", recipe, *QUICK)
+    assert result.exit_code == 0, result.output
+    out = place / f"{family}-flarec"
+    assert sorted(path.name for path in place.iterdir()) == sorted(["data.jsonl", family, out.name])
+    for text in ("12 documents (messages)", "held out for evaluation: 2 documents", "optimizer", "step 6 of 6",
+                 "held-out before", "held-out after", f"checkpoint: {out.name}", "flarec generate"):  # fmt: skip
+        assert text in result.stderr
+    assert result.stdout == ""
+
+    manifest = Manifest.read(out)
+    assert manifest is not None
+    manifest.check_files(out)
+    assert manifest.source.name == family
+    assert manifest.source.sha256
+    assert manifest.recipe["name"] == recipe
+    assert manifest.recipe["optimizer"]["steps"] == 6
+    assert (manifest.mask.kind, manifest.mask.token_id) == (mask, TOKENS)
+    assert manifest.pipelines["train"].startswith("canonicalize()")
+    lines = list(read_metrics(out / "metrics.jsonl"))
+    steps = [line for line in lines if "evaluation" not in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "evaluation" in line] == [0, 4, 6]
+    assert manifest.data["clean_tokens"] == sum(line["clean_tokens"] for line in steps)
+    assert manifest.metrics["held_out"]["step 6"]["tokens_per_forward"] >= 1.0
+
+    model = AutoModelForCausalLM.from_pretrained(out)
+    before = AutoModelForCausalLM.from_pretrained(source)
+    assert model.dtype == before.dtype
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
+    assert changed >= {name for name, _ in model.named_parameters()}, "everything was trained"
+    loaded = package.load(out)
+    assert loaded.generate("say red one", max_new_tokens=4).mode == "ar-trust"
+
+
+def test_source_dtype_is_kept(place: Path) -> None:
+    """Training computes in float32; the checkpoint has the source's dtype."""
+    source = tiny_checkpoint(place, "qwen3_5_text")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model.save_pretrained(source)
+    out = package.convert(
+        source, ["data.jsonl"], out=place / "out", steps=1, max_length=64, device="cpu",
+        overrides=["evaluation.every=0", "optimizer.batch_rows=1"],
+    )  # fmt: skip
+    assert out == place / "out"
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+def test_dry_run_says_what_would_run_and_writes_nothing(place: Path) -> None:
+    source = tiny_checkpoint(place, "qwen3_5_text")
+    before = sorted(place.rglob("*"))
+    result = flarec("convert", source, "--data", "data.jsonl:2", *QUICK, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert sorted(place.rglob("*")) == before
+    model = AutoModelForCausalLM.from_pretrained(source)
+    parameters = sum(value.numel() for value in model.parameters())
+    for text in (f"{parameters:,} parameters", "12 documents (messages)", "weight 2", "2 documents", "2 of 96 tokens",
+                 "row, id 300", "s per step", "memory", "activations", "duplicate-streams()", "thread-cache()",
+                 "block_size = 4"):  # fmt: skip
+        assert text in result.stdout
+
+
+def test_overwrite_replaces_only_after_success(place: Path) -> None:
+    source = tiny_checkpoint(place, "qwen3_5_text")
+    (place / "out").mkdir()
+    (place / "out" / "precious").write_text("kept until then")
+    arguments = ["convert", source, "--data", "data.jsonl", "--out", "out", *QUICK, "--set", "evaluation.every=0"]
+    result = flarec(*arguments)
+    assert (result.exit_code, "out is not empty" in result.stderr) == (2, True)
+    # a learning rate that cannot work: the run fails after its start
+    result = flarec(*arguments, "--overwrite", "--set", "optimizer.lr=1e38")
+    assert result.exit_code == 1
+    assert (place / "out" / "precious").exists()
+    result = flarec(*arguments, "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert not (place / "out" / "precious").exists()
+    assert (place / "out" / "flarec.json").exists()
+    assert sorted(path.name for path in place.iterdir()) == ["data.jsonl", "out", "qwen3_5_text"]
+
+
+def test_evaluation_data_of_its_own(place: Path) -> None:
+    """Then nothing is taken out of the training data."""
+    source = tiny_checkpoint(place, "qwen3_5_text")
+    write_data(place / "held.jsonl", 3)
+    result = flarec("convert", source, "--data", "data.jsonl", "--eval-data", "held.jsonl", *QUICK, "--out", "out",
+                    "--steps", "1")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "held out for evaluation: 2 documents" in result.stderr
+    manifest = json.loads((place / "out" / "flarec.json").read_text())
+    assert manifest["data"]["sources"]["1: data.jsonl"]["documents"] == 12

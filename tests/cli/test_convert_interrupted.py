@@ -1,0 +1,95 @@
+"""Ctrl-C and kill -9: a real process is stopped twice, and the resumed result equals that of an uninterrupted run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flarec.train.metrics import read_metrics
+from tests.cli.conversions import QUICK, flarec, write_data
+from tests.models import tiny_checkpoint
+
+STEPS = 40
+EXECUTABLE = [sys.executable, "-c", "from flarec.cli import main; main()"]
+TIMEOUT = 120.0
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path / "data.jsonl")
+    tiny_checkpoint(tmp_path, "qwen3_5_text")
+    return tmp_path
+
+
+def arguments(out: str) -> list[str]:
+    return ["convert", "qwen3_5_text", "--data", "data.jsonl", "--recipe", "dual", "--out", out, *QUICK,
+            "--steps", str(STEPS), "--set", "save.every=1", "--set", "evaluation.every=10"]  # fmt: skip
+
+
+def saved_step(place: Path) -> int:
+    try:
+        return int((place / "out.partial" / "latest").read_text().removeprefix("state-"))
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def stop_after(place: Path, command: list[str], step: int, signal_number: signal.Signals) -> tuple[int, str]:
+    """Start a process, send it a signal once `step` is saved; its exit code and stderr."""
+    # in a session of its own, so that a signal for the test's process group does not reach it
+    process = subprocess.Popen(
+        command, cwd=place, stderr=subprocess.PIPE, text=True, start_new_session=True, env=dict(os.environ)
+    )
+    try:
+        end = time.monotonic() + TIMEOUT
+        while saved_step(place) < step:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < end, "no save in time"
+            time.sleep(0.01)
+        process.send_signal(signal_number)
+        _, errors = process.communicate(timeout=TIMEOUT)
+        return process.returncode, errors
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_interrupted_twice_and_resumed_equals_uninterrupted(place: Path) -> None:
+    whole = flarec(*arguments("whole"))
+    assert whole.exit_code == 0, whole.output
+
+    code, errors = stop_after(place, [*EXECUTABLE, *arguments("out")], 3, signal.SIGINT)
+    assert code == 130, errors
+    assert "Traceback" not in errors
+    interrupted_at = saved_step(place)
+    assert 3 <= interrupted_at < STEPS, "the signal came too late for this test"
+    assert f"step {interrupted_at} is saved" in errors
+    command = shlex.split(errors.strip().splitlines()[-1])
+    assert command[:2] == ["flarec", "convert"]
+    assert "--resume" in command
+
+    code, errors = stop_after(place, [*EXECUTABLE, *command[1:]], interrupted_at + 4, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert f"continuing after step {interrupted_at} of {STEPS}" in errors
+    assert interrupted_at + 4 <= saved_step(place) < STEPS, "the signal came too late for this test"
+    assert not (place / "out").exists()
+
+    resumed = flarec(*command[1:])
+    assert resumed.exit_code == 0, resumed.output
+    for name in ("model.safetensors", "tokenizer.json", "config.json", "generation_config.json"):
+        assert (place / "out" / name).read_bytes() == (place / "whole" / name).read_bytes(), name
+    timing = ("seconds", "tokens_per_second")
+    logs = [
+        [{key: value for key, value in line.items() if key not in timing and key != "evaluation"}
+         for line in read_metrics(place / out / "metrics.jsonl")]
+        for out in ("whole", "out")
+    ]  # fmt: skip
+    assert logs[0] == logs[1]
+    assert not (place / "out.partial").exists()

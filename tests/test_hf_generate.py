@@ -1,0 +1,169 @@
+"""`model.generate(..., custom_generate=DIR)`: the decode modes as transformers reaches them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
+from transformers.generation.streamers import BaseStreamer
+
+from flarec.errors import GenerationError
+from tests.checkpoints import MASK_ROW, converted
+
+IDS = torch.tensor([[40, 51, 62, 73, 84, 95]])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """transformers copies custom code into a cache: not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(converted(tmp_path_factory.mktemp("generate"), "bamba")[1])
+
+
+@pytest.fixture(scope="module")
+def model(path: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.fixture
+def custom(path: str) -> dict[str, Any]:
+    return {"custom_generate": path, "trust_remote_code": True}
+
+
+@pytest.mark.parametrize("mode", ["causal", "ar-trust"])
+def test_greedy_is_what_transformers_generates(mode: str, model: Any, custom: dict[str, Any]) -> None:
+    expected = model.generate(IDS, max_new_tokens=20, do_sample=False)
+    assert torch.equal(model.generate(IDS, max_new_tokens=20, do_sample=False, mode=mode, **custom), expected)
+    assert torch.equal(model.generate(input_ids=IDS, max_new_tokens=20, mode=mode, **custom), expected)
+    config = GenerationConfig(max_new_tokens=20, do_sample=False, suppress_tokens=[MASK_ROW])
+    assert torch.equal(model.generate(IDS, config, mode=mode, **custom), expected)
+    assert torch.equal(model.generate(IDS, max_length=26, mode=mode, **custom), expected)
+
+
+def test_diffusion_trust_is_the_apis(model: Any, path: str, custom: dict[str, Any]) -> None:
+    from flarec.api import load
+
+    expected = load(path).generate_ids(IDS.tolist(), mode="diffusion-trust", max_new_tokens=9)[0].token_ids
+    result = model.generate(IDS, max_new_tokens=9, mode="diffusion-trust", **custom)
+    assert result[0, IDS.shape[1] :].tolist() == expected
+
+
+def test_trusting_the_code_at_load_makes_it_the_default(path: str, model: Any) -> None:
+    bound = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    expected = model.generate(IDS, max_new_tokens=12, do_sample=False)
+    assert torch.equal(bound.generate(IDS, max_new_tokens=12), expected)
+    assert torch.equal(bound.generate(inputs=IDS, max_new_tokens=12, mode="causal"), expected)
+
+
+def test_sampling_follows_the_seed(model: Any, custom: dict[str, Any]) -> None:
+    options = {"max_new_tokens": 20, "do_sample": True, "temperature": 1.0, "top_k": 50, **custom}
+    modes = [model.generate(IDS, seed=3, mode=mode, **options) for mode in ("causal", "ar-trust")]
+    assert torch.equal(*modes)
+    set_seed(1)
+    first = model.generate(IDS, **options)
+    assert not torch.equal(model.generate(IDS, **options), first)  # the generator has moved on
+    set_seed(1)
+    assert torch.equal(model.generate(IDS, **options), first)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches(side: str, model: Any, custom: dict[str, Any]) -> None:
+    short = IDS[:, :4]
+    padding = torch.zeros(1, 2, dtype=torch.int64)
+    parts = [padding, short] if side == "left" else [short, padding]
+    batch = torch.cat([IDS, torch.cat(parts, dim=1)])
+    mask = torch.ones_like(batch)
+    mask[1, slice(0, 2) if side == "left" else slice(4, 6)] = 0
+    result = model.generate(batch, attention_mask=mask, max_new_tokens=8, **custom)
+    assert torch.equal(result[:, :6], batch)
+    alone = [model.generate(row, max_new_tokens=8, **custom)[0, row.shape[1] :] for row in (IDS, short)]
+    for row, expected in zip(result, alone, strict=True):
+        assert torch.equal(row[6 : 6 + len(expected)], expected)
+        assert (row[6 + len(expected) :] == model.generation_config.pad_token_id).all()
+
+
+def test_eos_of_the_call_is_honoured(model: Any, custom: dict[str, Any]) -> None:
+    free = model.generate(IDS, max_new_tokens=12, **custom)[0, 6:]
+    ended = model.generate(IDS, max_new_tokens=12, eos_token_id=int(free[4]), **custom)[0, 6:]
+    assert ended.tolist() == free[: free.tolist().index(int(free[4])) + 1].tolist()
+    assert torch.equal(model.generate(IDS, max_new_tokens=12, **custom)[0, 6:], free)
+
+
+def test_suppressed_tokens_of_the_call_are_honoured(model: Any, custom: dict[str, Any]) -> None:
+    free = model.generate(IDS, max_new_tokens=12, **custom)[0, 6:]
+    result = model.generate(IDS, max_new_tokens=12, suppress_tokens=[int(free[0])], **custom)[0, 6:]
+    assert int(free[0]) not in result.tolist()
+
+
+def test_changed_weights_are_used(path: str, custom: dict[str, Any]) -> None:
+    for dtype in (torch.float32, torch.bfloat16):  # shared parameters, and a float32 copy
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        before = model.generate(IDS, max_new_tokens=8, **custom)
+        with torch.no_grad():
+            model.get_output_embeddings().weight.neg_()
+        assert not torch.equal(model.generate(IDS, max_new_tokens=8, **custom), before)
+        assert model.dtype == dtype
+
+
+def test_streamer_and_returned_object(model: Any, custom: dict[str, Any]) -> None:
+    class Streamer(BaseStreamer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+            self.ended = False
+
+        def put(self, value: torch.Tensor) -> None:
+            self.seen += value.reshape(-1).tolist()
+
+        def end(self) -> None:
+            self.ended = True
+
+    streamer = Streamer()
+    result = model.generate(IDS, max_new_tokens=9, streamer=streamer, return_dict_in_generate=True, **custom)
+    assert streamer.seen == result.sequences[0].tolist()
+    assert streamer.ended
+
+
+class _Processor:
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 2}, "num_beams"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty"),
+        ({"min_new_tokens": 4}, "min_new_tokens"),
+        ({"logits_processor": [_Processor()]}, "logits_processor"),
+        ({"nonsense": 1}, "unknown arguments for generate: nonsense"),
+        ({"max_new_tokens": None, "max_length": 6}, "max_length = 6"),
+        ({"attention_mask": torch.ones(1, 3)}, "attention_mask has shape"),
+        ({"mode": "backwards"}, "unknown mode"),
+    ],
+)
+def test_what_cannot_be_honoured_is_an_error(
+    options: dict[str, Any], message: str, model: Any, custom: dict[str, Any]
+) -> None:
+    with pytest.raises(GenerationError, match=message):
+        model.generate(IDS, **{"max_new_tokens": 4, **options}, **custom)
+
+
+def test_no_prompt(model: Any, custom: dict[str, Any]) -> None:
+    with pytest.raises(GenerationError, match="input_ids"):
+        model.generate(max_new_tokens=4, **custom)
+
+
+def test_the_file_is_plain_text_of_the_package(path: str) -> None:
+    import flarec
+
+    template = Path(flarec.__file__).parent / "templates" / "generate.py"
+    assert (Path(path) / "custom_generate" / "generate.py").read_bytes() == template.read_bytes()

@@ -1,0 +1,65 @@
+"""A small training set-up around the models of `tests.models`: random documents, a short recipe, a trainer."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+
+from flarec.capture import capture
+from flarec.config import Recipe, load_recipe
+from flarec.passes import lower
+from flarec.program import Program
+from flarec.train.data import DataStats, TokenSource
+from flarec.train.loop import Trainer
+from flarec.train.mask_token import MaskToken, choose_mask_token, initialise_mask_token
+from flarec.train.packing import RowStream
+from tests.models import TOKENS, tiny_model, tiny_tokenizer
+
+SMALL = [
+    "optimizer.lr=3e-3", "optimizer.warmup_steps=0", "optimizer.batch_rows=2", "optimizer.micro_rows=1",
+    "data.max_length=32", "diffusion.block_size=3",
+]  # fmt: skip
+
+
+def recipe(name: str = "dual", *overrides: str) -> Recipe:
+    return load_recipe(name).override([*SMALL, *overrides])
+
+
+def source(documents: int = 4, seed: int = 0) -> TokenSource:
+    """Documents of 10 to 23 random tokens; all but the first four of each are its response."""
+    generator = np.random.default_rng(seed)
+    texts = [generator.integers(3, TOKENS, size=generator.integers(10, 24)) for _ in range(documents)]
+    starts = np.cumsum([0, *map(len, texts)]).astype(np.int64)
+    spans = np.array([[4, len(text)] for text in texts], dtype=np.int64)
+    tokens = np.concatenate(texts).astype(np.int32)
+    index = np.arange(documents + 1, dtype=np.int64)
+    return TokenSource(DataStats("random"), 1.0, tokens, starts, spans, index, index[:-1])
+
+
+class Small:
+    """A model, its captured and its training program, and the parameters that it starts with."""
+
+    def __init__(self, family: str, choice: str = "auto") -> None:
+        self.model = tiny_model(family)
+        self.captured = capture(self.model)
+        self.mask: MaskToken = choose_mask_token(choice, self.model.config, tiny_tokenizer())
+        initialise_mask_token(self.mask, self.model, self.captured, tiny_tokenizer())
+        self.program: Program = lower(self.captured, "train", mask_vector=self.mask.kind == "vector")
+        self.start = {name: value.detach().clone() for name, value in self.program.parameters().items()}
+
+    def trainer(self, chosen: Recipe, *, seed: int = 0, data: TokenSource | None = None) -> Trainer:
+        """A fresh trainer; the parameters start again."""
+        with torch.no_grad():
+            for name, value in self.program.parameters().items():
+                value.copy_(self.start[name])
+                value.grad = None
+        rows = RowStream([data or source()], max_length=chosen.data.max_length, seed=seed, lookahead=4)
+        return Trainer(self.program, chosen, self.mask, rows, seed)
+
+
+@functools.cache
+def small(family: str, choice: str = "auto") -> Small:
+    """Made once per session; `trainer` resets it."""
+    return Small(family, choice)

@@ -1,0 +1,176 @@
+"""The training state: a resumed run equals an uninterrupted one bit for bit; no interruption loses the last save."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from flarec.errors import CheckpointError, TrainingError, UsageError
+from flarec.train.loop import Trainer
+from flarec.train.metrics import MetricsLog, read_metrics
+from flarec.train.state import SavedState, StateDirectory
+from tests.models import tiny_tokenizer
+from tests.train.small_run import recipe, small, source
+
+
+@contextlib.contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """Files of this process cannot grow beyond `limit` bytes: writes fail in the system, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def everything(trainer: Trainer) -> dict[str, Tensor]:
+    """Weights and optimizer tensors, copied."""
+    state = trainer.state()
+    return {
+        **{f"model {name}": value.clone() for name, value in state.model.items()},
+        **{f"optimizer {name}": value.clone() for name, value in state.optimizer.items()},
+    }
+
+
+def run(trainer: Trainer, steps: int) -> list[dict[str, object]]:
+    return [trainer.advance().read(tiny_tokenizer()) for _ in range(steps)]
+
+
+@pytest.mark.parametrize(("family", "choice"), [("qwen3_5_text", "auto"), ("qwen3_5_text", "vector")])
+@pytest.mark.parametrize("stop", [0, 1, 4])
+def test_a_resumed_run_equals_an_uninterrupted_one(family: str, choice: str, stop: int, tmp_path: Path) -> None:
+    """Weights, moments, data order and noise; steps 5 to 7 start the second epoch of the data."""
+    set_up, chosen, steps = small(family, choice), recipe("dual", "optimizer.warmup_steps=5"), 7
+    whole = set_up.trainer(chosen)
+    log = run(whole, steps)
+    expected = everything(whole)
+
+    first = set_up.trainer(chosen)
+    assert run(first, stop) == log[:stop]
+    directory = StateDirectory(tmp_path / "out.partial")
+    directory.create({})
+    directory.save(stop, first.state(evaluations={"0": {"ar_loss": 1.5}}))
+
+    second = set_up.trainer(chosen)
+    with torch.no_grad():
+        for value in second.parameters.values():
+            value.fill_(7.0)
+    state = directory.latest()
+    assert state is not None
+    assert state.values["evaluations"] == {"0": {"ar_loss": 1.5}}
+    second.load(state)
+    assert second.step == stop
+    assert run(second, steps - stop) == log[stop:]
+    result = everything(second)
+    assert result.keys() == expected.keys()
+    assert [name for name, value in result.items() if not torch.equal(value, expected[name])] == []
+
+
+def test_another_model_or_other_data_cannot_continue() -> None:
+    set_up, chosen = small("qwen3_5_text"), recipe("dual")
+    trainer = set_up.trainer(chosen)
+    run(trainer, 1)
+    state = trainer.state()
+    with pytest.raises(CheckpointError, match=r"the data, its weights, its tokenisation or the seed changed"):
+        set_up.trainer(chosen, data=source(5)).load(state)
+    with pytest.raises(CheckpointError, match=r"the data, its weights, its tokenisation or the seed changed"):
+        set_up.trainer(chosen, seed=1).load(state)
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        small("qwen3_5_text", "vector").trainer(chosen).load(state)
+
+
+def values(step: int) -> SavedState:
+    return SavedState({"w": torch.full((4000,), float(step))}, {"w.step": torch.tensor(float(step))}, {"step": step})
+
+
+def step_of(directory: StateDirectory) -> int:
+    state = directory.latest()
+    assert state is not None
+    assert state.values["step"] == int(state.model["w"][0]) == int(state.optimizer["w.step"])
+    return int(state.values["step"])
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> StateDirectory:
+    made = StateDirectory(tmp_path / "deep" / "out.partial")
+    made.create({"recipe": {"optimizer": {"lr": 0.1, "steps": 5}}, "seed": 0})
+    return made
+
+
+def test_one_save_is_kept(directory: StateDirectory) -> None:
+    assert directory.latest() is None
+    for step in (3, 6, 9):
+        directory.save(step, values(step))
+        assert step_of(directory) == step
+    assert sorted(path.name for path in directory.path.iterdir()) == ["latest", "run.json", "state-00000009"]
+
+
+@pytest.mark.parametrize("limit", [0, 100, 10_000])
+def test_a_full_disk_keeps_the_last_good_save(directory: StateDirectory, limit: int) -> None:
+    directory.save(3, values(3))
+    with full_disk(limit), pytest.raises(TrainingError, match=r"cannot write .*continue with --resume"):
+        directory.save(6, values(6))
+    assert step_of(directory) == 3
+    assert not list(directory.path.glob("*06*")), "nothing half-written stays"
+    directory.save(6, values(6))
+    assert step_of(directory) == 6
+
+
+@pytest.mark.parametrize("left", ["state-00000006.writing", "state-00000006"])
+def test_a_kill_while_saving_leaves_the_last_save(directory: StateDirectory, left: str) -> None:
+    """Between writing and renaming the directory, and between that and moving the pointer."""
+    directory.save(3, values(3))
+    (directory.path / left).mkdir()
+    (directory.path / left / "model.safetensors").write_bytes(b"half")
+    assert step_of(directory) == 3
+    directory.save(6, values(6))
+    assert step_of(directory) == 6
+    assert sorted(path.name for path in directory.path.glob("state-*")) == ["state-00000006"]
+
+
+def test_a_damaged_save_is_refused(directory: StateDirectory) -> None:
+    directory.save(3, values(3))
+    weights = directory.path / "state-00000003" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"state-00000003 cannot be read .*--overwrite"):
+        directory.latest()
+
+
+def test_identity_names_what_differs(directory: StateDirectory) -> None:
+    same = {"recipe": {"optimizer": {"lr": 0.1, "steps": 5}}, "seed": 0}
+    directory.check_identity(same)
+    with pytest.raises(CheckpointError, match=r"recipe.optimizer.lr was 0.1 and is now 0.2; seed was 0 and is now 1"):
+        directory.check_identity({"recipe": {"optimizer": {"lr": 0.2, "steps": 5}}, "seed": 1})
+    (directory.path / "run.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"run.json cannot be read"):
+        directory.check_identity(same)
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"cannot make .*choose another --out"):
+        StateDirectory(tmp_path / "file" / "out.partial").create({})
+
+
+def test_metrics_continue_at_the_save(tmp_path: Path) -> None:
+    """Lines after the save would come twice; a kill can cut the last line."""
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    for step in range(1, 6):
+        log.write({"step": step, "ar_loss": 1 / step})
+    log.close()
+    with path.open("a") as file:
+        file.write('{"step": 6, "ar_l')
+    log = MetricsLog(path, resume_at=3)
+    log.write({"step": 4, "ar_loss": 0.0})
+    log.close()
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4]
+    assert json.loads(path.read_text().splitlines()[-1]) == {"step": 4, "ar_loss": 0.0}
