@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -31,8 +32,8 @@ TARGET = 4.0
 ROWS, TOKENS, HEADS, DIM, BLOCK = 2, 1024, 4, 64, 4
 
 
-def inputs(layout: Layout, heads: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v, g, beta of one layer as leaves; scalar gate."""
+def inputs(layout: Layout, heads: int, dim: int, dtype: torch.dtype) -> Any:  # unpacked before keywords
+    """q, k, v, g, beta of one layer as a list of leaves; scalar gate."""
     gen = torch.Generator().manual_seed(0)
     shape = (layout.rows, layout.length, heads)
     q, k, v = (torch.randn(*shape, dim, generator=gen, dtype=torch.float64) for _ in range(3))
@@ -45,7 +46,7 @@ def two_views(rows: int, tokens: int) -> Layout:
     return build_layout([[tokens]] * rows, [grid] * rows)
 
 
-def options(dim: int) -> dict[str, float]:
+def options(dim: int) -> dict[str, Any]:
     return {"scale": dim**-0.5, "delta": True, "l2norm": True}
 
 
@@ -54,7 +55,11 @@ def check() -> float:
     layout = two_views(1, 72)
     leaves = inputs(layout, 2, 8, torch.float64)
     results = []
-    for op, where in ((reference, layout), (two_stream, StateSchedule.from_layout(layout, 16))):
+    ops: list[tuple[Callable[..., Tensor], object]] = [
+        (reference, layout),
+        (two_stream, StateSchedule.from_layout(layout, 16)),
+    ]
+    for op, where in ops:
         out = op(*leaves, where, **options(8))
         results.append([out.detach(), *torch.autograd.grad((out * out.detach().cos()).sum(), leaves)])
     worst = max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
@@ -90,14 +95,13 @@ def training_steps() -> dict[str, Callable[[], object]]:
     clean, views = build_layout([[TOKENS]] * ROWS, [[]] * ROWS), two_views(ROWS, TOKENS)
     clean_schedule, views_schedule = StateSchedule.from_layout(clean), StateSchedule.from_layout(views)
     name = "torch_chunk_gated_delta_rule"
+    fast: Callable[..., Tensor] = two_stream
     plain = getattr(modeling_qwen3_5, name)
     plain = getattr(plain, "__wrapped__", plain)
     clean_leaves, views_leaves = (inputs(layout, HEADS, DIM, torch.float32) for layout in (clean, views))
     return {
-        "clean stream": training_step(lambda *x: two_stream(*x, clean_schedule, **options(DIM)), clean_leaves),
-        "clean stream + 2 views": training_step(
-            lambda *x: two_stream(*x, views_schedule, **options(DIM)), views_leaves
-        ),
+        "clean stream": training_step(lambda *x: fast(*x, clean_schedule, **options(DIM)), clean_leaves),
+        "clean stream + 2 views": training_step(lambda *x: fast(*x, views_schedule, **options(DIM)), views_leaves),
         f"transformers {name}": training_step(lambda *x: plain(*x, use_qk_l2norm_in_kernel=True)[0], clean_leaves),
     }
 
@@ -111,13 +115,13 @@ def decode_steps() -> dict[str, Callable[[], object]]:
     state, accepted = torch.zeros(8, 4, 32, 32), torch.full((8,), 3)
 
     def step() -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        return two_stream_step(*leaves, schedule, **options(32), initial_state=state, clean_length=5)
+        return two_stream_step(*[*leaves, schedule], **options(32), initial_state=state, clean_length=5)
 
-    _, *kept = step()
+    kept: Any = step()[1:]
     return {
         "decode: schedule": lambda: StateSchedule.from_layout(layout),
         "decode: step": step,
-        "decode: commit": lambda: commit(state, *kept, accepted),
+        "decode: commit": lambda: commit(state, *[*kept, accepted]),
     }
 
 

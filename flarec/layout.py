@@ -154,6 +154,11 @@ def _validate_row(layout: Layout, row: int) -> None:
             seen.add(block)
             last, offset = block, 0
             document, anchor = int(layout.block_document[row, block]), int(layout.block_anchor[row, block])
+            if document == 0 and anchor < cached:
+                raise LayoutError(
+                    f"row {row}: block {block} is anchored at {anchor}, before the cached {cached} tokens; no state is "
+                    "kept there"
+                )
             if not 0 <= anchor <= length.get(document, 0):
                 raise LayoutError(
                     f"row {row}: block {block} is anchored at {anchor}, but document {document} has "

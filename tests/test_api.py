@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @functools.cache
-def loaded(directory: Path, family: str, kind: str = "row") -> Model:
-    """A model per family and kind of mask token; capturing costs a second or two."""
+def _load(directory: Path, family: str, kind: str) -> Model:
     source, out = converted(directory / family / kind, family, kind if kind != "source" else "row")
     return load(source if kind == "source" else out)
+
+
+def loaded(directory: Path, family: str, kind: str = "row") -> Model:
+    """One model per family and kind of mask token: capturing costs a second or two."""
+    return _load(directory, family, kind)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +165,9 @@ def test_chat_goes_through_the_template(model: Model) -> None:
 def test_an_empty_prompt_starts_from_bos(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GenerationError, match="prompt 0 is empty"):
         model.generate("")
-    monkeypatch.setattr(model.tokenizer, "bos_token", "<|im_start|>")
+    with_bos = copy.deepcopy(model.tokenizer)
+    with_bos.bos_token = "<|im_start|>"
+    monkeypatch.setattr(model, "tokenizer", with_bos)
     assert model.encode("") == [1]
 
 
@@ -172,9 +180,9 @@ def test_the_checkpoints_defaults_are_used(model: Model, monkeypatch: pytest.Mon
         return real(*args, **kwargs)
 
     monkeypatch.setattr(model.engine, "generate", spy)
-    monkeypatch.setattr(model.manifest.decode, "__dict__", {
-        **model.manifest.decode.__dict__, "confidence_threshold": 0.3, "denoising_steps": 2, "drafts": "single",
-    })  # fmt: skip
+    assert model.manifest is not None
+    decode = replace(model.manifest.decode, confidence_threshold=0.3, denoising_steps=2, drafts="single")
+    monkeypatch.setattr(model, "manifest", replace(model.manifest, decode=decode))
     model.generate("a", max_new_tokens=2)
     assert (seen["mode"], seen["threshold"], seen["denoising_steps"], seen["drafts"]) == ("ar-trust", 0.3, 2, "single")
     model.generate("a", max_new_tokens=2, mode="causal", threshold=0.5, denoising_steps=1, drafts="branches")

@@ -26,8 +26,8 @@ from .prepare import Run, prepare
 from .progress import Reporter, describe_evaluation
 from .state import METRICS, StateDirectory
 
-READ_EVERY = 10
-"""Steps between reads of the losses on an accelerator: each read waits for the device."""
+READ_EVERY = {"cpu": 1, "cuda": 10}
+"""Steps between reads of the losses, by device: on an accelerator each read waits until everything queued is done."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -41,7 +41,7 @@ class Interrupted(KeyboardInterrupt):
 
 def convert(
     source: str | Path,
-    data: Sequence[str | Path],
+    data: str | Path | Sequence[str | Path],
     *,
     recipe: str | Path = "flare",
     out: str | Path | None = None,
@@ -53,7 +53,7 @@ def convert(
     resume: bool = False,
     overwrite: bool = False,
     skip_bad_lines: bool = False,
-    eval_data: Sequence[str | Path] = (),
+    eval_data: str | Path | Sequence[str | Path] = (),
     kernels: str = "torch",
     debug: bool = False,
     reporter: Reporter | None = None,
@@ -65,7 +65,7 @@ def convert(
     """
     options = Options(
         source=str(source),
-        data=[str(item) for item in data],
+        data=_texts(data),
         recipe=str(recipe),
         out=None if out is None else Path(out),
         overrides=list(overrides),
@@ -76,11 +76,15 @@ def convert(
         resume=resume,
         overwrite=overwrite,
         skip_bad_lines=skip_bad_lines,
-        eval_data=[str(item) for item in eval_data],
+        eval_data=_texts(eval_data),
         kernels=kernels,
         debug=debug,
     )
     return run(options, reporter or Reporter())
+
+
+def _texts(paths: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(item) for item in ([paths] if isinstance(paths, (str, Path)) else paths)]
 
 
 def run(options: Options, reporter: Reporter) -> Path:
@@ -88,10 +92,18 @@ def run(options: Options, reporter: Reporter) -> Path:
     prepared = prepare(options, reporter)
     for source in prepared.sources:
         reporter.note(str(source.stats))
-    reporter.note(f"held out for evaluation: {prepared.held_documents} documents")
+    reporter.note(held_out_text(prepared))
     reporter.note(f"recipe:\n{prepared.recipe.to_toml()}".rstrip())
     with reporter:
         return _Conversion(prepared, reporter).finish()
+
+
+def held_out_text(run: Run) -> str:
+    """How many documents are evaluated, and why there are none."""
+    text = f"held out for evaluation: {run.held_documents} documents"
+    if run.held_documents or not run.recipe.evaluation.every:
+        return text
+    return f"{text}, there are too few: nothing is measured (name other documents with --eval-data)"
 
 
 class _Conversion:
@@ -156,7 +168,7 @@ class _Conversion:
     def _train(self) -> None:
         recipe, trainer = self.run.recipe, self.trainer
         steps, every = recipe.optimizer.steps, recipe.evaluation.every
-        read_every = 1 if trainer.program.device.type == "cpu" else READ_EVERY
+        read_every = READ_EVERY[trainer.program.device.type]
         pending: list[Step] = []
         with _Interruption() as interruption:
             if 0 not in self.evaluations and trainer.step == 0:
@@ -164,7 +176,7 @@ class _Conversion:
             self.reporter.begin(trainer.step, steps)
             clock = time.perf_counter()
             while trainer.step < steps and not interruption.requested:
-                pending.append(trainer.advance())
+                pending.append(self._advance())
                 last = trainer.step == steps
                 evaluate = bool(every) and (trainer.step % every == 0 or last)
                 save = trainer.step % recipe.save.every == 0 or last or interruption.requested
@@ -180,6 +192,15 @@ class _Conversion:
                 self._read(pending, clock)
                 self._save()
                 raise Interrupted(self.directory.path, trainer.step)
+
+    def _advance(self) -> Step:
+        try:
+            return self.trainer.advance()
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"out of memory in step {self.trainer.step + 1}; lower optimizer.micro_rows or --max-length and start "
+                "again with --overwrite"
+            ) from error
 
     def _read(self, pending: Sequence[Step], clock: float) -> None:
         """Check, log and report the steps since the last read. Comes before every save: a bad step is never saved."""

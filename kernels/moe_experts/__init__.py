@@ -1,4 +1,4 @@
-"""Mixture-of-experts feed-forward: `reference` (specification, a loop over experts) and `grouped` (sorted by expert)."""
+"""Mixture-of-experts feed-forward: `reference` (the specification) and `grouped` (sorted by expert)."""
 
 from .reference import reference
 from .torch_grouped import grouped

@@ -1,4 +1,4 @@
-"""Short causal convolution over a layout: `reference` (specification), `conv_windows` (indices), `two_stream` (fast)."""
+"""Short causal convolution over a layout: `reference` (specification), `conv_windows` (indices), `two_stream`."""
 
 from .reference import reference
 from .torch_gather import commit_window, next_buffer, two_stream

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import flarec as package
 from flarec.manifest import Manifest
+from flarec.train.convert import READ_EVERY
 from flarec.train.metrics import read_metrics
+from flarec.train.progress import Reporter
 from tests.cli.conversions import QUICK, flarec, write_data
 from tests.models import TOKENS, tiny_checkpoint
 
@@ -115,13 +117,36 @@ def test_overwrite_replaces_only_after_success(place: Path) -> None:
     assert sorted(path.name for path in place.iterdir()) == ["data.jsonl", "out", "qwen3_5_text"]
 
 
-def test_evaluation_data_of_its_own(place: Path) -> None:
-    """Then nothing is taken out of the training data."""
+def test_evaluation_data_of_its_own(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then nothing is taken out of the training data. Losses that are read late are still all logged, in order."""
+    monkeypatch.setitem(READ_EVERY, "cpu", 3)
     source = tiny_checkpoint(place, "qwen3_5_text")
     write_data(place / "held.jsonl", 3)
     result = flarec("convert", source, "--data", "data.jsonl", "--eval-data", "held.jsonl", *QUICK, "--out", "out",
-                    "--steps", "1")  # fmt: skip
+                    "--set", "save.every=10")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "held out for evaluation: 2 documents" in result.stderr
     manifest = json.loads((place / "out" / "flarec.json").read_text())
     assert manifest["data"]["sources"]["1: data.jsonl"]["documents"] == 12
+    lines = [(line["step"], "evaluation" in line) for line in read_metrics(place / "out" / "metrics.jsonl")]
+    steps = [(step, False) for step in range(1, 7)]
+    assert lines == [(0, True), *steps[:4], (4, True), *steps[4:], (6, True)]
+
+
+def test_too_few_documents_to_hold_any_out(place: Path) -> None:
+    """A string is one data source; the only document is trained on, and the user is told what is missing."""
+
+    class Notes(Reporter):
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    source, reporter = tiny_checkpoint(place, "qwen3_5_text"), Notes()
+    data = write_data(place / "one.jsonl", 1)
+    out = package.convert(source, data, out="out", steps=1, max_length=64, device="cpu", reporter=reporter)
+    assert any(note.startswith("held out for evaluation: 0 documents, there are too few") for note in reporter.notes)
+    manifest = Manifest.read(out)
+    assert manifest is not None
+    assert manifest.metrics["held_out"] == {}

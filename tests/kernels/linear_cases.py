@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -44,7 +45,7 @@ class Case:
         leaves: dict[str, Tensor | None] = {n: t.to(dtype).requires_grad_() for n, t in tensors.items()}
         return {"g": None, **leaves}
 
-    def options(self) -> dict[str, float | bool]:
+    def options(self) -> dict[str, Any]:
         return {"scale": 0.6, "delta": self.delta, "l2norm": self.l2norm}
 
 

@@ -46,7 +46,7 @@ def assert_equal_to_reference(case: Case, layout: Layout, chunk_size: int) -> No
     got, grads = forward_and_gradients(two_stream, case, poison_padding(inputs, layout), schedule)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
     for name, grad in expected_grads.items():
-        torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-10, msg=f"the gradient of {name} differs")
 
 
 @hypothesis_settings(max_examples=120, deadline=None)
@@ -97,9 +97,9 @@ def test_gradcheck(gate: str, delta: bool) -> None:
         given_inputs = {**inputs, **dict(zip(names, leaves, strict=True))}
         state = given_inputs.pop("initial_state")
         arguments: Any = [given_inputs[name] for name in ("q", "k", "v", "g", "beta")]
-        return two_stream(*arguments, schedule, scale=0.6, delta=delta, l2norm=True, initial_state=state)
+        return two_stream(*[*arguments, schedule], scale=0.6, delta=delta, l2norm=True, initial_state=state)
 
-    leaves = [inputs[name] for name in names]
+    leaves: Any = [inputs[name] for name in names]
     assert torch.autograd.gradcheck(op, leaves)
 
 
@@ -112,7 +112,7 @@ def test_no_leak(layout: Layout, gate: str) -> None:
     inputs = case.inputs(layout)
     arguments: Any = [inputs[name] for name in ("q", "k", "v", "g", "beta")]
     schedule = StateSchedule.from_layout(layout, 4)
-    out = two_stream(*arguments, schedule, **case.options(), initial_state=inputs["initial_state"])  # type: ignore[arg-type]
+    out = two_stream(*[*arguments, schedule], **case.options(), initial_state=inputs["initial_state"])
     v, k = arguments[2], arguments[1]
     for row in range(layout.rows):
         seen = visible_slots(layout, row)
@@ -126,13 +126,13 @@ def test_no_leak(layout: Layout, gate: str) -> None:
 def test_bfloat16_inputs_compute_in_float32() -> None:
     layout = build_layout([[40]], [[Block(0, a, 4) for a in range(8, 40, 4)]])
     case = Case("scalar", True, True, 1, seed=2)
-    low = {n: None if x is None else x.detach().bfloat16() for n, x in case.inputs(layout).items()}
-    high = {n: None if x is None else x.double() for n, x in low.items()}
+    low: dict[str, Any] = {n: None if x is None else x.detach().bfloat16() for n, x in case.inputs(layout).items()}
+    high: dict[str, Any] = {n: None if x is None else x.double() for n, x in low.items()}
     schedule = StateSchedule.from_layout(layout)
     names = ("q", "k", "v", "g", "beta")
     options: Any = {**case.options(), "initial_state": None}
-    got = two_stream(*(low[n] for n in names), schedule, **options)  # type: ignore[arg-type]
-    exact = two_stream(*(high[n] for n in names), schedule, **options)  # type: ignore[arg-type]
+    got = two_stream(*[*(low[n] for n in names), schedule], **options)
+    exact = two_stream(*[*(high[n] for n in names), schedule], **options)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got, exact.bfloat16(), rtol=0.01, atol=1e-6)
 
@@ -145,7 +145,7 @@ def test_equals_transformers_gated_delta_rule() -> None:
     layout = build_layout([[37]], [[Block(0, 9, 4), Block(0, 20, 4)]])
     inputs = case.inputs(layout, torch.float32)
     arguments: Any = [inputs[name] for name in ("q", "k", "v", "g", "beta")]
-    ours = two_stream(*arguments, StateSchedule.from_layout(layout, 8), scale=4**-0.5, delta=True, l2norm=True)
+    ours = two_stream(*[*arguments, StateSchedule.from_layout(layout, 8)], scale=4**-0.5, delta=True, l2norm=True)
     plain = getattr(torch_recurrent_gated_delta_rule, "__wrapped__", torch_recurrent_gated_delta_rule)
     clean = [x[:, :37] for x in arguments]
     theirs, _ = plain(*clean, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=True)

@@ -1,0 +1,40 @@
+"""The demo's picture: accuracy and tokens per forward of every mode, and the conversion's losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+NAMES = ("source", "causal", "ar-trust", "diffusion-trust")
+COLOURS = ("#7f7f7f", "#4c72b0", "#55a868", "#dd8452")
+
+
+def draw(report: dict[str, Any], metrics: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write a PNG of three panels to `path`."""
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4))
+    for axes, key, title, form in (
+        (left, "accuracy", "accuracy on held-out tasks", "{:.1%}"),
+        (middle, "tokens_per_forward", "tokens per forward pass", "{:.2f}"),
+    ):
+        bars = axes.bar(NAMES, [report[name][key] for name in NAMES], color=COLOURS)
+        axes.bar_label(bars, [form.format(report[name][key]) for name in NAMES])
+        axes.set_title(title)
+        axes.tick_params(axis="x", rotation=15)
+        axes.spines[["top", "right"]].set_visible(False)
+    steps = [row for row in metrics if "diffusion_loss" in row]
+    for key, label, colour in (("ar_loss", "AR (clean stream)", COLOURS[1]), ("diffusion_loss", "diffusion", COLOURS[3])):
+        right.plot([row["step"] for row in steps], [row[key] for row in steps], label=label, color=colour)
+    right.set_yscale("log")
+    right.set_xlabel("optimizer step")
+    right.set_title("losses of the conversion")
+    right.legend(frameon=False)
+    right.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

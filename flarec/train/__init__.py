@@ -1,0 +1,1 @@
+"""Conversion: data, noise, objective, the training loop, and `convert` itself."""

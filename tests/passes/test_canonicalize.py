@@ -1,0 +1,68 @@
+"""canonicalize: guards, regions, device constants, no-op slices and dead code go; the logits stay bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.models import FAMILIES, captured
+from tests.passes.snippets import before_and_after, count, plain
+
+ATEN = torch.ops.aten
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_stay_bit_for_bit(family: str) -> None:
+    before, after = before_and_after("canonicalize", family)
+    ids = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(plain(before, ids), plain(after, ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_export_leaves_is_gone(family: str) -> None:
+    before, after = before_and_after("canonicalize", family)
+    assert count(before, "_assert_tensor_metadata") > 0
+    for name in ("_assert_tensor_metadata", "wrap_with_set_grad_enabled", "alias", "view", "cumsum", "diff"):
+        assert count(after, name) == 0, name
+    assert not after.calls(ATEN.to.device)
+    assert not [node for node in after.graph.nodes if node.op == "call_module"]
+
+
+def test_before_and_after_of_the_docstring() -> None:
+    """slice(all), to.device and view become to.dtype and reshape."""
+    program = captured("bamba").clone()
+    hidden = program.calls(ATEN.linear.default)[0]
+    users = list(hidden.users)
+    graph = program.graph
+    with graph.inserting_after(hidden):
+        sliced = graph.call_function(ATEN.slice.Tensor, (hidden, 1, 0, 9223372036854775807))
+    with graph.inserting_after(sliced):
+        moved = graph.call_function(ATEN.to.device, (sliced, torch.device("cpu"), torch.float32))
+    with graph.inserting_after(moved):
+        viewed = graph.call_function(ATEN.view.default, (moved, [2, 17, hidden.meta["val"].shape[-1]]))
+    for node in (sliced, moved, viewed):
+        node.meta = dict(hidden.meta)
+    for user in users:
+        user.replace_input_with(hidden, viewed)
+    program.finish()
+
+    from flarec.passes import pipeline
+    from flarec.pipeline import run_pipeline
+    from flarec.properties import CHECKERS
+
+    after = run_pipeline(program, pipeline("train")[:1], CHECKERS)
+    hidden = after.calls(ATEN.linear.default)[0]
+    (cast,) = hidden.users
+    assert cast.target is ATEN.to.dtype
+    assert cast.args == (hidden, torch.float32)
+    (reshaped,) = cast.users
+    assert reshaped.target is ATEN.reshape.default
+    ids = torch.randint(0, 300, (2, 17))
+    assert torch.equal(plain(after, ids), plain(captured("bamba"), ids))
+
+
+def test_a_view_that_is_written_through_stays_a_view() -> None:
+    """`copy_` into a slice must reach the tensor (partial rotary embeddings are built like this)."""
+    _, after = before_and_after("canonicalize", "qwen3_5_text")
+    for node in after.calls(ATEN.copy_.default):
+        assert node.args[0].target is not ATEN.reshape.default  # type: ignore[union-attr]

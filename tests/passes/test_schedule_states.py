@@ -1,0 +1,38 @@
+"""schedule-states: convolutions and recurrences read the layout; then a program over a layout is complete."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flarec import ops, stream_ops
+from tests.models import FAMILIES, shared_model
+from tests.passes.snippets import arguments, before_and_after, example, on_layout
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_before_and_after_of_the_docstring(family: str) -> None:
+    before, after = before_and_after("schedule-states", family)
+    assert not after.calls(ops.SHORT_CONV, ops.LINEAR_ATTENTION)
+    for was, node in zip(before.calls(ops.SHORT_CONV), after.calls(stream_ops.two_stream_short_conv), strict=True):
+        x, weight, bias, activation = arguments(was)
+        assert arguments(node) == [x, weight, bias, "layout", activation]
+    olds, news = before.calls(ops.LINEAR_ATTENTION), after.calls(stream_ops.two_stream_linear_attention)
+    for was, node in zip(olds, news, strict=True):
+        *operands, scale, delta, l2norm = arguments(was)
+        assert arguments(node) == [*operands, "layout", scale, delta, l2norm]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_references_give_the_source_model_on_every_document(family: str) -> None:
+    """Before any lowering: the definition itself, against transformers."""
+    _, after = before_and_after("schedule-states", family)
+    ids, layout = example(seed=4)
+    logits = on_layout(after, ids, layout)
+    for row in range(layout.rows):
+        documents = layout.clean_document[row]
+        for document in documents[documents >= 0].unique():
+            slots = (documents == document).nonzero().squeeze(1)
+            with torch.no_grad():
+                expected = shared_model(family)(ids[row, slots][None]).logits[0]
+            assert torch.allclose(logits[row, slots], expected, atol=1e-4)
