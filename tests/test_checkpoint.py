@@ -262,7 +262,7 @@ def test_an_edited_file_is_named(copy: Path, name: str) -> None:
 
 def test_a_missing_file_is_named(copy: Path) -> None:
     (copy / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match="tokenizer.json is missing"):
+    with pytest.raises(CheckpointError, match=r"tokenizer.json is missing"):
         open_checkpoint(copy)
 
 
@@ -274,7 +274,7 @@ def test_large_files_are_checked_by_size(copy: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("flarec.manifest.HASHED_AT_OPEN", len(data) - 1)
     assert open_checkpoint(copy).manifest is not None
     path.write_bytes(data + b"\0")
-    with pytest.raises(CheckpointError, match="model.safetensors is changed"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors is changed"):
         open_checkpoint(copy)
 
 
@@ -313,7 +313,7 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 def test_a_tokenizer_that_cannot_be_read(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path, "bamba")
     (source / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="the tokenizer in .* cannot be read"):
+    with pytest.raises(CheckpointError, match=r"the tokenizer in .* cannot be read"):
         open_checkpoint(source).load_tokenizer()
 
 
@@ -321,7 +321,7 @@ def test_weights_that_cannot_be_read(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path, "bamba")
     path = source / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="the weights in .* cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"the weights in .* cannot be loaded"):
         open_checkpoint(source).load_model()
 
 
@@ -362,7 +362,7 @@ def test_a_full_disk_leaves_nothing_behind(
     step: str, failure: Any, parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_at(step, monkeypatch, parts, failure)
-    with pytest.raises(CheckpointError, match="the disk is full: .*free some space"):
+    with pytest.raises(CheckpointError, match=r"the disk is full: .*free some space"):
         write_checkpoint(tmp_path / "out", **parts)
     assert list(tmp_path.iterdir()) == []
 
@@ -404,7 +404,7 @@ def test_a_rename_that_fails_brings_the_old_one_back(
         real(old, new)
 
     monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(CheckpointError, match="cannot be written .*refused"):
+    with pytest.raises(CheckpointError, match=r"cannot be written .*refused"):
         write_checkpoint(tmp_path / "out", **parts, overwrite=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
 
@@ -424,7 +424,7 @@ def test_own_mistakes_are_not_dressed_up(
 def test_a_directory_in_the_way(parts: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("old")
-    with pytest.raises(CheckpointError, match="is not empty; .*--overwrite"):
+    with pytest.raises(CheckpointError, match=r"is not empty; .*--overwrite"):
         write_checkpoint(tmp_path / "out", **parts)
     assert (tmp_path / "out" / "precious").read_text() == "old"
     write_checkpoint(tmp_path / "out", **parts, overwrite=True)
@@ -464,7 +464,9 @@ def test_source_description(tmp_path: Path) -> None:
     assert describe_source(source).sha256 != described.sha256
 
 
-@pytest.mark.parametrize("text", [None, "# no front matter\nlicense: mit\n", "---\ntags: []\n---\nlicense: mit\n", "---\n"])
+@pytest.mark.parametrize(
+    "text", [None, "# no front matter\nlicense: mit\n", "---\ntags: []\n---\nlicense: mit\n", "---\n"]
+)
 def test_no_licence_stated(text: str | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "README.md").write_text(text)

@@ -24,7 +24,7 @@ CHATS = [
         {"role": "user", "content": "Nothing"}, {"role": "assistant", "content": "Fine"},
     ]},
 ]  # fmt: skip
-PAIRS = [{"prompt": "one, two, ", "response": "three"}, {"prompt": "", "response": "a response alone"}]
+PAIRS = [{"prompt": "one, two,", "response": " three"}, {"prompt": "", "response": "a response alone"}]
 TEXTS = [{"text": "The sky is blue."}, {"text": "Short"}, {"text": "A longer text than the others, by some tokens."}]
 
 
@@ -89,8 +89,8 @@ def test_loss_of_pairs_and_texts(model: Model, path: Path) -> None:
         ids = [*model.tokenizer(pair["prompt"] + pair["response"])["input_ids"], eos]
         documents.append((ids, [(len(model.tokenizer(pair["prompt"])["input_ids"]), len(ids))]))
     assert response_loss(model, to_examples(PAIRS, model)) == pytest.approx(expected_loss(path, documents), rel=1e-5)
-    whole = [([*model.tokenizer(text["text"])["input_ids"], eos], [(0, 10**6)]) for text in TEXTS]
-    whole = [(ids, [(0, len(ids))]) for ids, _ in whole]
+    tokens = [[*model.tokenizer(text["text"])["input_ids"], eos] for text in TEXTS]
+    whole = [(ids, [(0, len(ids))]) for ids in tokens]
     for batch in (1, 2, 8):
         result = response_loss(model, to_examples(TEXTS, model), batch)
         assert result == pytest.approx(expected_loss(path, whole), rel=1e-5)
@@ -99,7 +99,7 @@ def test_loss_of_pairs_and_texts(model: Model, path: Path) -> None:
 def test_documents_are_cut_at_the_context(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.engine, "max_positions", 8)
     examples = to_examples(TEXTS, model)
-    total, count = response_loss(model, examples)
+    _, count = response_loss(model, examples)
     assert count == sum(min(len(example.ids), 8) - 1 for example in examples)
     result = evaluate(model, to_examples(CHATS, model), max_new_tokens=2)
     assert (result["too_long"], result["generated"], result["tokens_per_forward"]) == (2, 0, None)
@@ -109,7 +109,7 @@ def test_generation_starts_where_the_last_response_does(model: Model) -> None:
     for example, chat in zip(to_examples(CHATS, model), CHATS, strict=True):
         assert example.prompt == model.encode(chat["messages"][:-1])
     pair, alone = to_examples(PAIRS, model)
-    assert pair.prompt == model.encode("one, two, ")
+    assert pair.prompt == model.encode("one, two,")
     assert len(alone.prompt) == 1  # the first token cannot be predicted
     assert [example.prompt for example in to_examples(TEXTS, model)] == [[], [], []]
 

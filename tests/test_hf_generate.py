@@ -115,7 +115,7 @@ def test_changed_weights_are_used(path: str, custom: dict[str, Any]) -> None:
 
 
 def test_streamer_and_returned_object(model: Any, custom: dict[str, Any]) -> None:
-    class Streamer(BaseStreamer):  # type: ignore[misc]
+    class Streamer(BaseStreamer):
         def __init__(self) -> None:
             self.seen: list[int] = []
             self.ended = False

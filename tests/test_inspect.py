@@ -35,6 +35,13 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("small")
+    shared_model("bamba").config.save_pretrained(path)
+    return path
+
+
 def run(*arguments: str) -> str:
     result = CliRunner().invoke(main, ["inspect", *arguments])
     assert result.exit_code == 0, result.output
@@ -124,20 +131,20 @@ def test_a_model_of_24_layers_fits_on_a_screen(deep: Path) -> None:
     assert "18 x state" in text
 
 
-def test_after_shows_the_program_behind_a_pass(deep: Path) -> None:
+def test_after_shows_the_program_behind_a_pass(small: Path) -> None:
     names = [step.name for step in pipeline("train")]
-    before = run(str(deep), "--after", "capture")
+    before = run(str(small), "--after", "capture")
     assert "flarec.linear_attention" in before
     assert "canonicalize" not in before
-    text = run(str(deep), "--after", "schedule-states")
+    text = run(str(small), "--after", "schedule-states")
     assert "stream_ops.two_stream_linear_attention" in text
     assert f"passes     capture -> {' -> '.join(names[: names.index('schedule-states') + 1])}" in text
 
 
-def test_diff_names_sites_and_ops(deep: Path) -> None:
-    text = run(str(deep), "--diff")
-    assert "sites: 18 x two_stream_short_conv, 18 x two_stream_linear_attention" in text
-    assert "stream_ops.two_stream_softmax_attention +6" in text
+def test_diff_names_sites_and_ops(small: Path) -> None:
+    text = run(str(small), "--diff")
+    assert "sites: 2 x two_stream_short_conv, 2 x two_stream_linear_attention" in text
+    assert "stream_ops.two_stream_softmax_attention +2" in text
 
 
 def test_ops_lists_one_layer_of_each_group() -> None:
@@ -149,33 +156,32 @@ def test_ops_lists_one_layer_of_each_group() -> None:
     assert text.count("= flarec.linear_attention(") == 1
 
 
-def test_json_is_the_summary(deep: Path) -> None:
-    data = json.loads(run(str(deep), "--format", "json", "--after", "capture"))
-    expected = json.loads(json.dumps(asdict(summarize(open_program(deep, after="capture")))))
+def test_json_is_the_summary(small: Path) -> None:
+    data = json.loads(run(str(small), "--format", "json", "--after", "capture"))
+    expected = json.loads(json.dumps(asdict(summarize(open_program(small, after="capture")))))
     for item in (data, expected):
         for step in item["steps"]:
             step.pop("seconds")
     assert data == expected
-    assert data["layers"] == 24
-    assert [len(group["layers"]) for group in data["groups"]] == [18, 6]
+    assert data["layers"] == 4
+    assert [group["layers"] for group in data["groups"]] == [[0, 2], [1, 3]]
 
 
-def test_the_meta_program_is_the_real_one(tmp_path: Path) -> None:
+def test_the_meta_program_is_the_real_one(small: Path) -> None:
     """What is shown from a configuration is what the weights run: equal summaries, names and sites included."""
-    shared_model("bamba").config.save_pretrained(tmp_path)
-    shown, real = summarize(open_program(tmp_path, "decode")), summarize(lower(captured("bamba"), "decode"))
+    shown, real = summarize(open_program(small, "decode")), summarize(lower(captured("bamba"), "decode"))
     assert shown.groups == real.groups
     assert shown.caches == real.caches
     assert shown.ops == real.ops
     assert shown.parameters == real.parameters
 
 
-def test_svg_draws_every_layer_and_every_pair(tmp_path: Path, deep: Path) -> None:
+def test_svg_draws_every_layer_and_every_pair(tmp_path: Path, small: Path) -> None:
     out = tmp_path / "program.svg"
-    run(str(deep), "--format", "svg", "--out", str(out))
+    run(str(small), "--format", "svg", "--out", str(out))
     root = ElementTree.parse(out).getroot()
     titles = [title.text or "" for title in root.iter(f"{SVG}title")]
-    assert sum(title.startswith("layer ") for title in titles) == 24
+    assert sum(title.startswith("layer ") for title in titles) == 4
     assert sum(" reads " in title for title in titles) == int(visibility(example_layout()).sum())
     width, height = float(root.attrib["width"]), float(root.attrib["height"])
     for rect in root.iter(f"{SVG}rect"):
@@ -208,8 +214,8 @@ def test_the_drawn_schedule_starts_every_block_at_its_anchor() -> None:
         (["--format", "svg", "--diff"], "belong to --format text"),
     ],
 )
-def test_wrong_usage(deep: Path, arguments: list[str], words: str) -> None:
-    result = CliRunner().invoke(main, ["inspect", str(deep), *arguments])
+def test_wrong_usage(small: Path, arguments: list[str], words: str) -> None:
+    result = CliRunner().invoke(main, ["inspect", str(small), *arguments])
     assert result.exit_code == 2
     assert words in result.stderr
     assert result.stdout == ""
@@ -222,8 +228,8 @@ def test_a_path_without_a_model(tmp_path: Path) -> None:
         assert result.stderr.startswith("Error: ")
 
 
-def test_an_output_that_cannot_be_written(deep: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["inspect", str(deep), "--out", str(tmp_path / "no" / "where.txt")])
+def test_an_output_that_cannot_be_written(small: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["inspect", str(small), "--out", str(tmp_path / "no" / "where.txt")])
     assert result.exit_code == 2
     assert "cannot be written" in result.stderr
 

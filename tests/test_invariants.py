@@ -15,6 +15,7 @@ import torch
 
 from flarec.decode import Engine
 from flarec.derive import ConvWindows, Schedule, SoftmaxMask
+from flarec.kernels.linear_attention.schedule import StateSchedule
 from flarec.layout import Layout
 from flarec.passes import lower
 from flarec.verify import (
@@ -179,7 +180,7 @@ class EverythingVisible(SoftmaxMask):
 class OneDocument(Schedule):
     """A state schedule that does not know documents: states flow from one into the next."""
 
-    def build(self, layout: Layout, capacity: int | None) -> object:
+    def build(self, layout: Layout, capacity: int | None) -> StateSchedule:
         positions = torch.arange(layout.clean_length).expand(layout.rows, -1)
         merged = dataclasses.replace(
             layout, clean_document=layout.clean_document.clamp_max(0), clean_position=positions,

@@ -14,7 +14,6 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -67,11 +66,9 @@ class ConsoleReporter(Reporter):
         if not self.console.is_terminal:
             return
         self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
+            BarColumn(bar_width=12),  # the line fits into 80 columns
             MofNCompleteColumn(),
             TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
@@ -81,7 +78,7 @@ class ConsoleReporter(Reporter):
 
     def step(self, values: Mapping[str, Any]) -> None:
         text = f"ar {values['ar_loss']:.3f}  diffusion {values['diffusion_loss']:.3f}"
-        text += f"  {values['tokens_per_second']:,.0f} tokens/s"
+        text += f"  {values['tokens_per_second']:,.0f} tok/s"
         if self._progress is not None:
             self._progress.update(self._task, completed=values["step"], text=text)
         elif time.monotonic() - self._last >= PLAIN_SECONDS or values["step"] == self._steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,12 @@ class Comparison:
         dtype = torch.float64 if a.dtype == b.dtype == torch.float64 else torch.float32
         bound = ROUNDING_STEPS * torch.finfo(dtype).eps * float(a.detach().abs().max())
         ratio = difference / bound if bound else float(difference > 0)
-        if not ratio <= self.worst:  # NaN is worse than anything
+        ratio = math.inf if math.isnan(ratio) else ratio
+        if ratio > self.worst:
             self.difference, self.bound, self.worst = difference, bound, ratio
 
     def result(self, invariant: int, title: str, compared: str) -> Result:
-        assert self.worst >= 0 or self.worst != self.worst, "nothing was compared"
+        assert self.worst >= 0, "nothing was compared"
         return Result(invariant, title, compared, self.difference, self.bound, self.difference <= self.bound)
 
 

@@ -42,8 +42,8 @@ def test_lowered_equals_reference_with_gradients(family: str) -> None:
         for program in programs:
             logits = program(ids, layout=layout, head_rows=rows)
             parameters = list(program.module.parameters())
-            gradients = torch.autograd.grad((logits * weight)[real].sum(), parameters, allow_unused=True)
-            results.append((logits[real], [g for g in gradients if g is not None]))
+            found = torch.autograd.grad((logits * weight)[real].sum(), parameters, allow_unused=True)
+            results.append((logits[real], [g for g in found if g is not None]))
         (logits, gradients), (expected, expected_gradients) = results
         assert torch.allclose(logits, expected, rtol=0, atol=1e-10)
         for got, wanted in zip(gradients, expected_gradients, strict=True):

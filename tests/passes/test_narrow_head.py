@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,9 +20,9 @@ def test_before_and_after_of_the_docstring() -> None:
     before, after = before_and_after("narrow-head")
     head = find_head(after)
     assert head is not None
-    picked = head.args[0]
-    assert picked.target is ATEN.index_select.default  # type: ignore[union-attr]
-    flat, dim, rows = picked.args  # type: ignore[union-attr]
+    picked: Any = head.args[0]
+    assert picked.target is ATEN.index_select.default
+    flat, dim, rows = picked.args
     assert (dim, rows) == (0, after.placeholder("head_rows"))
     assert flat.target is ATEN.reshape.default
     assert flat.args[1] == [-1, 64]
@@ -49,7 +51,7 @@ def test_the_head_is_the_language_model_head(family: str) -> None:
 
 def test_a_head_behind_a_scaling_is_found() -> None:
     before, _ = before_and_after("narrow-head")
-    logits = before.output_node().args[0][0]  # type: ignore[index]
+    logits: Any = before.output_node().args[0][0]  # type: ignore[index]
     with before.graph.inserting_after(logits):
         scaled = before.graph.call_function(ATEN.mul.Tensor, (logits, 0.5))
     before.output_node().args = ((scaled,),)
@@ -58,7 +60,7 @@ def test_a_head_behind_a_scaling_is_found() -> None:
 
 def test_an_output_that_is_no_linear_layer_is_refused() -> None:
     before, _ = before_and_after("narrow-head")
-    logits = before.output_node().args[0][0]  # type: ignore[index]
+    logits: Any = before.output_node().args[0][0]  # type: ignore[index]
     with before.graph.inserting_after(logits):
         summed = before.graph.call_function(ATEN.add.Tensor, (logits, before.calls(ATEN.embedding.default)[0]))
     before.output_node().args = ((summed,),)
