@@ -2,7 +2,8 @@
 
     python examples/demo.py            # what `make demo` runs; writes out/demo/
 
-Source and checkpoint solve the same held-out tasks by greedy decoding. The checkpoint is measured as reloaded from disk.
+Source and checkpoint solve the same held-out tasks by greedy decoding; the checkpoint is measured as reloaded from
+disk.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw(report, list(read_metrics(checkpoint / "metrics.jsonl")), options.out / "report.png")
     console.print(table(results, len(tasks)))
     samples(console, model, tasks[0])
-    console.print(f"report {options.out / 'report.json'}, picture {options.out / 'report.png'}, checkpoint {checkpoint}")
+    console.print(f"report {options.out / 'report.json'}, picture {options.out / 'report.png'}")
+    console.print(f"checkpoint {checkpoint}")
     console.print(f"{report['run']['seconds']:.0f} s in all")
 
 

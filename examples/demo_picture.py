@@ -28,7 +28,8 @@ def draw(report: dict[str, Any], metrics: Sequence[dict[str, Any]], path: Path) 
         axes.tick_params(axis="x", rotation=15)
         axes.spines[["top", "right"]].set_visible(False)
     steps = [row for row in metrics if "diffusion_loss" in row]
-    for key, label, colour in (("ar_loss", "AR (clean stream)", COLOURS[1]), ("diffusion_loss", "diffusion", COLOURS[3])):
+    losses = (("ar_loss", "AR (clean stream)", COLOURS[1]), ("diffusion_loss", "diffusion", COLOURS[3]))
+    for key, label, colour in losses:
         right.plot([row["step"] for row in steps], [row[key] for row in steps], label=label, color=colour)
     right.set_yscale("log")
     right.set_xlabel("optimizer step")

@@ -6,7 +6,9 @@ converted decode causally.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -17,7 +19,8 @@ from torch import nn
 from .capture import capture
 from .checkpoint import open_checkpoint
 from .decode import Engine, Generation, SamplingParams, StopStrings
-from .errors import CheckpointError, GenerationError, UsageError
+from .device import torch_device, torch_dtype
+from .errors import CheckpointError, GenerationError
 from .manifest import Manifest
 from .passes import lower
 from .passes.embed_mask import PARAMETER
@@ -261,35 +264,25 @@ def load(
     Raises `CheckpointError` for a directory that cannot be used, `UsageError` for the other arguments.
     """
     place = torch_device(device)
-    checkpoint = open_checkpoint(path)
-    tokenizer = checkpoint.load_tokenizer()
     wanted = torch_dtype(dtype) or (torch.float32 if place.type == "cpu" else None)
-    hf_model = checkpoint.load_model(wanted, place)
-    extra = checkpoint.load_extra(next(hf_model.parameters()).dtype, place)
-    return Model(hf_model, tokenizer, checkpoint.manifest, extra, kernels=kernels)
+    checkpoint = open_checkpoint(path)
+    with _collector_paused():
+        tokenizer = checkpoint.load_tokenizer()
+        hf_model = checkpoint.load_model(wanted, place)
+        extra = checkpoint.load_extra(next(hf_model.parameters()).dtype, place)
+        return Model(hf_model, tokenizer, checkpoint.manifest, extra, kernels=kernels)
 
 
-def torch_device(device: torch.device | str) -> torch.device:
-    """The device of that name, "auto" resolved. Raises `UsageError` for one that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Tracing makes millions of objects; looking for cycles among them takes a tenth of the time to load."""
+    was_enabled = gc.isenabled()
+    gc.disable()
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise UsageError(f"device '{device}' cannot be used ({first}); choose cpu, or auto") from None
-    return place
-
-
-def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The floating dtype of that name. Raises `UsageError` for an unknown one."""
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise UsageError(f"dtype '{dtype}' is unknown; choose float32, bfloat16, float16 or float64")
-    return found
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _eos_ids(hf_model: Any, tokenizer: Any) -> frozenset[int]:

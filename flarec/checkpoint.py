@@ -214,6 +214,8 @@ def write_checkpoint(
             names = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
             entries = {name: FileEntry.of(partial / name) for name in names}
             (partial / MANIFEST).write_text(replace(manifest, files=entries).to_json(), encoding="utf-8")
+            for name in names:  # safetensors writes files that nobody else may read
+                (partial / name).chmod((partial / MANIFEST).stat().st_mode)
             _sync(partial)
             _move_into_place(partial, out)
     finally:

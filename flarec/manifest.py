@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -93,7 +94,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        table = asdict(self)
+        table = _finite(asdict(self))
         order = ["format_version", *(item.name for item in fields(self) if item.name != "format_version")]
         return json.dumps({name: table[name] for name in order}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -155,6 +156,15 @@ def sha256_of(*paths: Path) -> str:
             while piece := file.read(1 << 20):
                 digest.update(piece)
     return digest.hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: a metric that is not a number becomes null."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read(table: Mapping[str, Any]) -> Manifest:

@@ -8,6 +8,9 @@ Shapes: B rows, T = Lc + Ln tokens (clean first), R pending rows, M cache slots;
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -113,12 +116,12 @@ def cached_linear_attention(
     return (out, state, *(row for row in rows if row is not None))
 
 
-TWO_STREAM = {
+TWO_STREAM: dict[str, Callable[..., Any]] = {
     "softmax_attention": two_stream_softmax_attention,
     "short_conv": two_stream_short_conv,
     "linear_attention": two_stream_linear_attention,
 }
-CACHED = {
+CACHED: dict[object, Callable[..., Any]] = {
     two_stream_softmax_attention: cached_softmax_attention,
     two_stream_short_conv: cached_short_conv,
     two_stream_linear_attention: cached_linear_attention,

@@ -129,9 +129,7 @@ class _Threader:
 
 
 def _cached(node: fx.Node) -> Callable[..., Any]:
-    assert callable(node.target)
-    replacement: Callable[..., Any] = CACHED[node.target]
-    return replacement
+    return CACHED[node.target]
 
 
 def _size(operand: Any, dim: int) -> int:

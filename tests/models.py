@@ -71,8 +71,9 @@ def tiny_config(family: str, **overrides: Any) -> Any:
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:
     """A small Hugging Face model in float32, in eval mode."""
-    torch.manual_seed(seed)
-    model = getattr(transformers, _CONFIGS[family][1])(tiny_config(family, **overrides)).float().eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, _CONFIGS[family][1])(tiny_config(family, **overrides)).float().eval()
     _randomize(model, torch.Generator().manual_seed(seed))
     return model
 

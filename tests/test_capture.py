@@ -1,4 +1,4 @@
-"""Capture: the program equals the eager model at other shapes, keeps its parameters, and refuses what it does not know."""
+"""Capture: the program equals the eager model at other shapes, keeps its parameters, refuses what it does not know."""
 
 from __future__ import annotations
 

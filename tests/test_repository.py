@@ -18,7 +18,7 @@ PYTHON_FOLDERS = [*PACKAGE_FOLDERS.values(), "tests", "tools", "examples", "benc
 LONGEST_FILE = 500
 
 # Which module belongs to which layer: the longest prefix decides.
-BASE = ("errors", "layout", "cache_spec", "config")
+BASE = ("errors", "layout", "cache_spec", "config", "device")
 KERNELS = ("linear_attention", "short_conv", "softmax_attention", "moe_experts")
 OPS = ("ops", "stream_ops", "lowered", "derive")  # what the graph calls, and what those calls read from the layout
 LAYER_OF = {
@@ -39,7 +39,8 @@ LAYER_OF = {
     "flarec.decode": "decode",
     "flarec.verify": "verify",
     "flarec.inspect": "inspect",
-    "flarec.checkpoint": "checkpoint",
+    **{f"flarec.{name}": "checkpoint" for name in ("checkpoint", "manifest", "model_card")},
+    **{f"flarec.{name}": "api" for name in ("api", "streaming", "hf_generate", "evaluate")},
     "flarec.cli": "cli",
 }
 
@@ -51,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "layout": set(),
     "cache_spec": set(),
+    "device": set(),
     "config": {"recipes", "layout"},
     "recipes": set(),
     "kernels": {"layout"},
@@ -63,15 +65,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "properties": {"ops", "program", "pipeline"},
     "passes": {*ALL_KERNELS, "ops", "program", "pipeline", "properties", "layout", "cache_spec"},
     "decode": {"layout", "cache_spec"},
-    "train": {"program", "layout", "config", "decode", "recipes"},
+    "train": {
+        "program", "pipeline", "layout", "config", "device", "decode", "recipes", "capture", "passes", "checkpoint",
+    },
     "verify": BELOW_CLI,
     "inspect": BELOW_CLI - {"train", "decode", "verify"},
-    "checkpoint": BELOW_CLI - {"verify", "inspect"},  # itself included, which is no edge
+    "checkpoint": {"capture", "layout"},
+    "api": {"device", "capture", "passes", "program", "decode", "checkpoint", "train"},
     "cli": BELOW_CLI,
 }
 
 # transformers enters in capture and leaves in checkpoint: what lies between knows a program and a layout.
-KNOWS_TRANSFORMERS = {"adapters", "capture", "checkpoint", "verify", "cli"}
+KNOWS_TRANSFORMERS = {"adapters", "capture", "checkpoint", "api", "verify", "cli"}
 # numpy: schedules are index arithmetic on the host.
 KERNEL_LIBRARIES = {"torch", "triton", "numpy"}
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..api import torch_device
 from ..capture import capture
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..config import Recipe
+from ..device import torch_device
 from ..errors import CheckpointError, DataError, UsageError
 from ..passes import lower, pipeline
 from ..passes.lower_mixers import IMPLEMENTATIONS

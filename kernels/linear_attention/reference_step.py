@@ -1,6 +1,7 @@
 """Deferred commit of a decode step, as loops: the specification of `torch_chunk.commit` and of the pending rows.
 
-A step keeps, for every clean row, its key, its corrected value D = beta (v - [delta] S'^T k) and its log decay. The state
+A step keeps, for every clean row, its key, its corrected value D = beta (v - [delta] S'^T k) and its log decay. The
+state
 after the first r rows is then a walk over r outer products (docs/kernels.md, "Decode").
 """
 
@@ -27,7 +28,8 @@ def reference_rows(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(k_rows [B, Lc, Hk, K], d_rows [B, Lc, H, V], g_rows [B, Lc, H(, K)] or None) of the clean slots of document 0.
 
-    Arguments as in `reference`; initial_state [B, H, K, V]. Padding slots hold zeros. float32, or float64 if any input is.
+    Arguments as in `reference`; initial_state [B, H, K, V]. Padding slots hold zeros. float32, or float64 if any input
+    is.
     """
     dtype = torch.promote_types(torch.promote_types(k.dtype, v.dtype), torch.float32)
     clean, group = layout.clean_length, v.shape[2] // k.shape[2]
