@@ -16,11 +16,11 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from .capture import capture
 from .checkpoint import open_checkpoint
 from .decode import Engine, Generation, SamplingParams, StopStrings
 from .device import torch_device, torch_dtype
 from .errors import CheckpointError, GenerationError
+from .frontend import capture
 from .manifest import Manifest
 from .passes import lower
 from .passes.embed_mask import PARAMETER

@@ -59,7 +59,7 @@ class Checkpoint:
 
     def load_model(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
         """The transformers model in `dtype` (default: as stored), in eval mode."""
-        from .capture import load_model
+        from .frontend import load_model
 
         try:
             return load_model(self.path, dtype, device).eval()

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import fx
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from flarec.capture import capture
+from flarec.frontend import capture
 from flarec.program import Program
 
 FAMILIES = ("qwen3_5_text", "kimi_linear", "bamba")

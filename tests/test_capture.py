@@ -10,8 +10,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from flarec import adapters, ops
-from flarec.capture import capture, check_rotary, load_model
 from flarec.errors import CaptureError, UsageError
+from flarec.frontend import capture, check_rotary, load_model
 from flarec.program import layer_of, module_of, source_line
 from tests.models import FAMILIES, captured, shared_model, tiny_checkpoint, tiny_model
 

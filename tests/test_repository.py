@@ -29,7 +29,7 @@ LAYER_OF = {
     **{f"flarec.kernels.{name}": f"kernels.{name}" for name in KERNELS},
     **{f"flarec.{name}": "ops" for name in OPS},
     "flarec.adapters": "adapters",
-    "flarec.capture": "capture",
+    "flarec.frontend": "capture",
     "flarec.program": "program",
     "flarec.pipeline": "pipeline",
     "flarec.properties": "properties",

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-import flarec.capture
+import flarec.frontend
 import flarec.verify
 from flarec.checkpoint import write_checkpoint
 from flarec.cli import main
@@ -119,7 +119,7 @@ def test_a_broken_model_fails(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """The witness is independent: a program whose captured constants are wrong differs from transformers."""
     import flarec.verify.subject as module
 
-    original = flarec.capture.capture
+    original = flarec.frontend.capture
 
     def wrong(source: object) -> object:
         program = original(source)  # type: ignore[arg-type]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flarec.capture import capture
 from flarec.checkpoint import open_checkpoint
 from flarec.errors import UsageError
+from flarec.frontend import capture
 from flarec.passes import pipeline
 from flarec.pipeline import run_pipeline
 from flarec.program import Program

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from ..capture import capture
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..config import Recipe
 from ..device import torch_device
 from ..errors import CheckpointError, DataError, UsageError
+from ..frontend import capture
 from ..passes import lower, pipeline
 from ..passes.lower_mixers import IMPLEMENTATIONS
 from ..pipeline import pipeline_text

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flarec.capture import capture
 from flarec.checkpoint import open_checkpoint
 from flarec.errors import CheckpointError
+from flarec.frontend import capture
 from flarec.passes import lower
 from flarec.passes.embed_mask import PARAMETER
 from flarec.program import Program

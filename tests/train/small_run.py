@@ -7,8 +7,8 @@ import functools
 import numpy as np
 import torch
 
-from flarec.capture import capture
 from flarec.config import Recipe, load_recipe
+from flarec.frontend import capture
 from flarec.passes import lower
 from flarec.program import Program
 from flarec.train.data import DataStats, TokenSource
