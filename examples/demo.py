@@ -28,6 +28,7 @@ import flarec
 from flarec.api import Model
 from flarec.evaluate import Example, evaluate, read_examples
 from flarec.train.metrics import read_metrics
+from flarec.train.progress import ConsoleReporter
 
 TINY = Path(__file__).parent / "tiny"
 MODES = ("causal", "ar-trust", "diffusion-trust")
@@ -38,10 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="directory for everything that is written")
     parser.add_argument("--tasks", type=int, default=200, help="held-out tasks to solve in every mode")
     parser.add_argument("--recipe", default=str(TINY / "recipe.toml"), help="recipe name or file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps (default: the recipe's)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="seed of data order and noise")
     options = parser.parse_args(arguments)
+    transformers.logging.disable_progress_bar()
     console = Console()
     start = time.perf_counter()
 
@@ -56,10 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         [TINY / "data" / "train.jsonl"],
         recipe=options.recipe,
         out=options.out / "checkpoint",
+        overrides=options.set,
         steps=options.steps,
         device=options.device,
         seed=options.seed,
         overwrite=True,
+        reporter=ConsoleReporter(),
         eval_data=[TINY / "data" / "test.jsonl"],
     )
     converted = time.perf_counter()

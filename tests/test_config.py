@@ -31,7 +31,8 @@ def test_builtin_recipes_are_those_of_the_contract() -> None:
     draft = ("all", 1, "masked-input", "causal", "kl")
     assert kinds("flare") == [(1.0, *flare)]
     assert kinds("draft") == [(1.0, *draft)]
-    assert kinds("dual") == [(0.5, *flare), (0.5, *draft)]
+    denoise = ("random", 2, "masked-target", "block_end", "ce")  # trains the rows that a denoising step uses
+    assert kinds("dual") == [(0.5, *denoise), (0.5, *draft)]
     assert load_recipe("flare").readouts() == {"ar-trust": "block_end", "diffusion-trust": "block_end"}
     assert load_recipe("draft").readouts() == {"ar-trust": "causal", "diffusion-trust": "causal"}
     assert load_recipe("dual").readouts() == {"ar-trust": "causal", "diffusion-trust": "block_end"}
