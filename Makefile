@@ -42,8 +42,8 @@ lint: $(VENV)/.installed-test typecheck  ## ruff and the type check
 typecheck: $(VENV)/.installed-test  ## mypy --strict on the packages, plain mypy on tests and tools
 	$(BIN)/python tools/typecheck.py
 
-demo: $(VENV)/.installed  ## run examples/demo.py
-	$(BIN)/python examples/demo.py
+demo: $(VENV)/.installed  ## run examples/demo.py on all cores
+	env -u OMP_NUM_THREADS $(BIN)/python examples/demo.py
 
 bench-cpu: $(VENV)/.installed  ## time the two-stream linear attention on the CPU
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/cpu_linear_attention.py

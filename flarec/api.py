@@ -6,9 +6,7 @@ converted decode causally.
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -16,12 +14,12 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from .checkpoint import open_checkpoint
+from .checkpoint import Checkpoint, context_of, open_checkpoint
+from .collector import collector_paused
 from .decode import Engine, Generation, SamplingParams, StopStrings
 from .device import torch_device, torch_dtype
 from .errors import CheckpointError, GenerationError
 from .frontend import capture
-from .manifest import Manifest
 from .passes import lower
 from .passes.embed_mask import PARAMETER
 from .streaming import ShownText, cut
@@ -29,8 +27,6 @@ from .streaming import ShownText, cut
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Messages
 OnText = Callable[[int, str], None]
-NO_LIMIT = 1 << 20  # context of a model that states none
-FALLBACK_LIMIT = 10**9  # tokenizers without a limit state a huge one
 
 
 @dataclass(frozen=True)
@@ -76,11 +72,14 @@ class Model:
         self,
         hf_model: Any,
         tokenizer: Any,
-        manifest: Manifest | None = None,
+        checkpoint: Checkpoint,
         extra: Mapping[str, nn.Parameter] | None = None,
         *,
         kernels: str = "torch",
+        cache: bool = False,
     ) -> None:
+        """The model of a checkpoint, loaded. `cache`: see `flarec.capture`; for a model as it came from its files."""
+        manifest = checkpoint.manifest
         vector = manifest is not None and manifest.mask.kind == "vector"
         if vector and PARAMETER not in (extra or {}):
             raise CheckpointError(
@@ -89,10 +88,10 @@ class Model:
         self.hf_model = hf_model
         self.tokenizer = tokenizer
         self.manifest = manifest
-        self.program = capture(hf_model)
+        self.program = capture(hf_model, cache=cache)
         self.program.extra.update(extra or {})
         self.decode_program = lower(self.program, "decode", mask_vector=vector, kernels=kernels)
-        self.eos_ids = _eos_ids(hf_model, tokenizer)
+        self.eos_ids = checkpoint.eos_ids(hf_model.config, tokenizer)
         self.engine = self._engine()
 
     def _engine(self) -> Engine:
@@ -104,7 +103,7 @@ class Model:
             block_size=manifest.decode.block_size if manifest else None,
             readouts=manifest.decode.readouts if manifest else {},
             eos_ids=self.eos_ids,
-            max_positions=_context(self.program.config, self.tokenizer),
+            max_positions=context_of(self.program.config, self.tokenizer),
             suppress=suppress,
         )
 
@@ -266,37 +265,8 @@ def load(
     place = torch_device(device)
     wanted = torch_dtype(dtype) or (torch.float32 if place.type == "cpu" else None)
     checkpoint = open_checkpoint(path)
-    with _collector_paused():
+    with collector_paused():
         tokenizer = checkpoint.load_tokenizer()
         hf_model = checkpoint.load_model(wanted, place)
         extra = checkpoint.load_extra(next(hf_model.parameters()).dtype, place)
-        return Model(hf_model, tokenizer, checkpoint.manifest, extra, kernels=kernels)
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Tracing makes millions of objects; looking for cycles among them takes a tenth of the time to load."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _eos_ids(hf_model: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a text: those of the generation config and the tokenizer's own."""
-    stated = getattr(getattr(hf_model, "generation_config", None), "eos_token_id", None)
-    ids = set(stated) if isinstance(stated, (list, tuple)) else {stated}
-    ids.add(getattr(tokenizer, "eos_token_id", None))
-    return frozenset(int(token) for token in ids if token is not None)
-
-
-def _context(config: Any, tokenizer: Any) -> int:
-    """Positions that the model has; what the tokenizer says where the configuration says nothing."""
-    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if stated is None:
-        limit = getattr(tokenizer, "model_max_length", None)
-        stated = limit if limit is not None and limit < FALLBACK_LIMIT else NO_LIMIT
-    return int(stated)
+        return Model(hf_model, tokenizer, checkpoint, extra, kernels=kernels, cache=True)

@@ -34,6 +34,9 @@ from .model_card import licence_of, model_card
 
 EXTRA = "flarec.safetensors"
 GENERATION_CONFIG = "generation_config.json"
+NO_LIMIT = 1 << 20
+"""Context of a model that states none."""
+_TOKENIZER_WITHOUT_LIMIT = 10**9  # such tokenizers state a huge number
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -80,6 +83,28 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read: {_first_line(error)}; copy the checkpoint again") from error
         return {name: nn.Parameter(tensor.to(dtype or tensor.dtype)) for name, tensor in tensors.items()}
+
+    def eos_ids(self, config: Any, tokenizer: Any) -> frozenset[int]:
+        """Ids that end a text: those of the generation config (else of the configuration) and the tokenizer's own."""
+        path = self.path / GENERATION_CONFIG
+        stated = getattr(config.get_text_config(), "eos_token_id", None)
+        if path.is_file():
+            try:
+                stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            except (OSError, ValueError, AttributeError) as error:
+                raise CheckpointError(f"{path} cannot be read: {_first_line(error)}; copy the model again") from error
+        ids = {*stated} if isinstance(stated, (list, tuple)) else {stated}
+        ids.add(getattr(tokenizer, "eos_token_id", None))
+        return frozenset(int(token) for token in ids if token is not None)
+
+
+def context_of(config: Any, tokenizer: Any) -> int:
+    """Positions that a model has; what the tokenizer says where the configuration says nothing."""
+    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if stated is None:
+        limit = getattr(tokenizer, "model_max_length", None)
+        stated = limit if limit is not None and limit < _TOKENIZER_WITHOUT_LIMIT else NO_LIMIT
+    return int(stated)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

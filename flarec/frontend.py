@@ -1,23 +1,28 @@
 """Capture: a Hugging Face causal LM becomes a `Program` with one semantic op per token mixer and per expert layer.
 
 `torch.export` traces the model with dynamic batch and length while the adapter table's hooks stand in for its mixers.
-The result is checked: every decoder layer must hold a mixer op, and parameters keep their Hugging Face names.
+The result is checked: every decoder layer must hold a mixer op, and parameters keep their Hugging Face names. The
+tracer's objects stay behind: nodes keep plain metadata (see `flarec.program`).
 """
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from . import ops
+from . import ops, program_cache
 from .adapters import Family, family_of, hooked
-from .errors import CaptureError, UsageError
+from .errors import CaptureError, PropertyError, UsageError
 from .program import Program, Record, layer_of
+from .properties import check_captured
+from .spec import spec_of, symbol_names
 
 EXAMPLE_ROWS = 2
 EXAMPLE_LENGTH = 24
@@ -28,6 +33,7 @@ def capture(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    cache: bool = False,
 ) -> Program:
     """Capture a causal LM as a program.
 
@@ -36,18 +42,35 @@ def capture(
     default (an fp32 capture bakes casts to fp32 in, so capture in the dtype that runs). Raises `CaptureError` for a
     family without an adapter row or a layer whose mixer was not recognised, `UsageError` for a path that holds no
     model.
+
+    cache: take the graph from the user's program cache if the same model was captured before, else put it there
+    (`flarec.program_cache`). Either way the result passes the same checks.
     """
     model = model_or_path if isinstance(model_or_path, nn.Module) else load_model(model_or_path, dtype, device)
     family = family_of(model.config)
     start = time.perf_counter()
-    module = _export(model, family)
+    entry = program_cache.entry_of(model, family.model_type) if cache else None
+    restored = entry.restore(model) if entry is not None else None
+    if restored is not None:
+        try:
+            return _program(restored, model, family, "capture(cached=True)", start)
+        except (CaptureError, PropertyError):
+            pass  # what was stored is not a capture of this model: capture it
+    program = _program(_export(model, family), model, family, "capture()", start)
+    if entry is not None:
+        entry.store(program.module, model)
+    return program
+
+
+def _program(module: fx.GraphModule, model: nn.Module, family: Family, step: str, start: float) -> Program:
+    """The captured graph with its contract, checked."""
     program = Program(
         module=module, config=model.config, family=family.model_type, dtype=next(model.parameters()).dtype
     )
     _check_layers(program, model)
+    check_captured(program)
     delta = dict(sorted(program.op_counts().items()))
-    record = Record("capture()", (), delta, time.perf_counter() - start, ("captured",))
-    program.history = (record,)
+    program.history = (Record(step, (), delta, time.perf_counter() - start, ("captured",)),)
     program.properties = frozenset({"captured"})
     return program
 
@@ -67,12 +90,15 @@ def load_model(path: str | Path, dtype: torch.dtype | None, device: torch.device
         if torch.device(device).type == "meta":
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True)
     except CaptureError:
         raise
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"{name} cannot be opened as a causal language model: {reason}") from error
+    if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UsageError(f"{name} holds no weights for {', '.join(missing[:3])}{more}; copy the model again")
     check_rotary(model)
     return model.to(device)
 
@@ -112,7 +138,8 @@ def _export(model: nn.Module, family: Family) -> fx.GraphModule:
         model.train(training)
     assert isinstance(module, fx.GraphModule)
     _plain_signature(module)
-    return module
+    _plain_metadata(module)
+    return fx.GraphModule(module, module.graph)  # without what else export hangs on to it
 
 
 def _plain_signature(module: fx.GraphModule) -> None:
@@ -132,6 +159,33 @@ def _plain_signature(module: fx.GraphModule) -> None:
                 )
             node.args = ((flat[0],),)
     module.recompile()
+
+
+def _plain_metadata(module: fx.GraphModule) -> None:
+    """Replace what the tracer noted at each node by what a program keeps."""
+    traced = next((node.meta.get("val") for node in module.graph.nodes if node.name == "input_ids"), None)
+    names = symbol_names(traced) if isinstance(traced, torch.Tensor) else {}
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                node.meta = dict(_metadata(node, names))
+
+
+def _metadata(node: fx.Node, names: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        yield "val", spec_of(value, names)
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    if stack:
+        yield "modules", tuple((str(path), _class_name(cls)) for path, cls in stack)
+    lines = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace") or ""))
+    if lines:
+        path, number = lines[-1]
+        yield "source", f"{Path(path).name}:{number}"
+
+
+def _class_name(cls: Any) -> str:
+    return str(cls if isinstance(cls, str) else getattr(cls, "__name__", cls)).rsplit(".", 1)[-1]
 
 
 def _check_layers(program: Program, model: nn.Module) -> None:

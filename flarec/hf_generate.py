@@ -155,7 +155,7 @@ def _runner(model: Any, tokenizer: Any) -> Model:
     checkpoint = open_checkpoint(model.name_or_path)
     work = copy.deepcopy(model).float() if copied else model
     extra = checkpoint.load_extra(work.dtype, device)
-    runner = Model(work, tokenizer or checkpoint.load_tokenizer(), checkpoint.manifest, extra)
+    runner = Model(work, tokenizer or checkpoint.load_tokenizer(), checkpoint, extra)
     model.__dict__[_CACHED] = (runner, device, dtype)
     return runner
 

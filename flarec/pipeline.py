@@ -13,13 +13,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import networkx as nx
 from torch import fx
 
 from .errors import FlarecError, PassError, PropertyError, UsageError
 from .program import Program, Record, locate
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 Checker = Callable[[Program], None]
 """Raises `PropertyError` if the property does not hold."""
@@ -74,6 +76,8 @@ def parse_pipeline(text: str, known: Mapping[str, type[Pass]]) -> list[Pass]:
 
 def dependency_graph(pipeline: Pipeline, given: frozenset[str]) -> nx.DiGraph[str]:
     """Passes and properties of a pipeline; edges run provider -> property -> user. For checking and for drawing."""
+    import networkx as nx  # slow to import, and no compilation needs it
+
     graph: nx.DiGraph[str] = nx.DiGraph()
     for name in given:
         graph.add_node(name, kind="property")
@@ -91,10 +95,9 @@ def dependency_graph(pipeline: Pipeline, given: frozenset[str]) -> nx.DiGraph[st
 def check_order(pipeline: Pipeline, given: frozenset[str]) -> None:
     """Every required property is given or provided by an earlier pass; else `PassError` names both sides."""
     have = set(given)
-    graph = dependency_graph(pipeline, given)
     for step in pipeline:
         for name in sorted(step.requires - have):
-            providers = [str(p) for p in graph.predecessors(name)]
+            providers = [other.text() for other in pipeline if name in other.provides]
             where = f"it is provided only later, by {', '.join(providers)}" if providers else "no pass provides it"
             raise PassError(f"pass '{step.name}' requires '{name}': {where}; reorder the pipeline")
         have |= step.provides

@@ -3,6 +3,9 @@
 The graph's parameters are those of the Hugging Face model, under their names. Besides `input_ids` the graph may take
 the layout, tensors derived from it once per batch (`derivations`), rows for the head, and caches (`cache_slots`);
 `outputs` names what it returns. Running a program feeds all of these by name.
+
+Metadata of a node (`node.meta`), where it is known: "val", the `TensorSpec` of its result; "modules", the (path, class
+name) pairs of the modules it was made in, the outermost first; "source", `file:line` of the model code.
 """
 
 from __future__ import annotations
@@ -149,7 +152,7 @@ class Program:
     def placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 
-    def placeholder(self, name: str, value: object = None) -> fx.Node:
+    def placeholder(self, name: str) -> fx.Node:
         """The graph input of that name, made after the existing ones if it is not there yet."""
         existing = self.placeholders()
         for node in existing:
@@ -158,7 +161,6 @@ class Program:
         with self.graph.inserting_after(existing[-1]):
             node = self.graph.placeholder(name)
         assert node.name == name, f"graph input {name} collides with a node"
-        node.meta["val"] = value
         return node
 
     def output_node(self) -> fx.Node:
@@ -202,28 +204,29 @@ def target_name(node: fx.Node) -> str:
 
 def layer_of(node: fx.Node) -> int | None:
     """Index of the decoder layer a node belongs to, None outside of the layers."""
-    stack = node.meta.get("nn_module_stack") or {}
-    for path, _ in stack.values():
-        match = LAYER.search(str(path))
+    for path, _ in modules_of(node):
+        match = LAYER.search(path)
         if match:
             return int(match.group(1))
     return None
 
 
+def modules_of(node: fx.Node) -> tuple[tuple[str, str], ...]:
+    """(module path, class name) of the modules that a node was made in, the outermost first."""
+    modules: tuple[tuple[str, str], ...] = node.meta.get("modules", ())
+    return modules
+
+
 def module_of(node: fx.Node) -> tuple[str, str]:
     """(module path, class name) of the innermost module that made the node; empty strings if unknown."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    if not stack:
-        return "", ""
-    path, cls = stack[-1]
-    name = cls if isinstance(cls, str) else getattr(cls, "__name__", str(cls))
-    return str(path), name.rsplit(".", 1)[-1]
+    modules = modules_of(node)
+    return modules[-1] if modules else ("", "")
 
 
 def source_line(node: fx.Node) -> str:
     """`file:line` of the model code that made the node, or an empty string."""
-    found = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace") or ""))
-    return f"{found[-1][0].rsplit('/', 1)[-1]}:{found[-1][1]}" if found else ""
+    line: str = node.meta.get("source", "")
+    return line
 
 
 def locate(node: fx.Node) -> str:

@@ -8,7 +8,7 @@ from . import ops, stream_ops
 from .errors import PropertyError
 from .pipeline import Checker
 from .program import Program, locate, placeholder_name
-from .token_local import mixing_reason, token_symbol
+from .token_local import has_token_dimension, mixing_reason
 
 ATEN = torch.ops.aten
 
@@ -58,8 +58,7 @@ def check_canonical(program: Program) -> None:
 
 def check_two_stream(program: Program) -> None:
     """Outside of the mixers nothing moves information between tokens, and nothing reads a token's slot number."""
-    symbol = token_symbol(program)
-    if symbol is None:
+    if not has_token_dimension(program):
         raise PropertyError("the sequence length of the capture is not symbolic, so streams cannot be told apart")
     mixers = set(ops.TOKEN_MIXERS)
     for node in program.graph.nodes:
@@ -67,7 +66,7 @@ def check_two_stream(program: Program) -> None:
             continue
         if getattr(node.target, "__module__", "").startswith("flarec.lowered"):
             continue
-        reason = mixing_reason(node, symbol)
+        reason = mixing_reason(node)
         if reason is not None:
             raise PropertyError(
                 f"{locate(node)} {reason}; a noisy token could reach a clean one. Make it a semantic op (flarec/ops.py)"

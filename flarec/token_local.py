@@ -1,8 +1,8 @@
 """Is an ATen node token-local? Decided from its symbolic shapes, so it works without weights and without running.
 
-A captured graph keeps the sequence length as a symbol. A node is token-local if its result for one token depends on
-that token alone: elementwise ops, views, and ops that reduce, contract or index over dimensions free of the symbol.
-Unknown ops count as mixing: better an error that names the op than a leak.
+A captured graph keeps the sequence length as a symbol (`flarec.spec`). A node is token-local if its result for one
+token depends on that token alone: elementwise ops, views, and ops that reduce, contract or index over dimensions free
+of the symbol. Unknown ops count as mixing: better an error that names the op than a leak.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
 from .program import Program, target_name
+from .spec import LENGTH, TensorSpec, holds_tokens
 
 ATEN = torch.ops.aten
 
@@ -116,17 +116,13 @@ LAST_DIMENSIONS = {"rms_norm", "layer_norm", "native_layer_norm", "linear"}
 CONTRACTIONS = {"matmul", "bmm", "mm", "baddbmm"}
 
 
-def token_symbol(program: Program) -> sympy.Symbol | None:
-    """The symbol of the sequence length in the capture, None if it was specialised to a number."""
-    value = program.placeholder("input_ids").meta.get("val")
-    size = value.shape[1] if isinstance(value, torch.Tensor) else None
-    if not isinstance(size, torch.SymInt):
-        return None
-    expression = size.node.expr
-    return expression if isinstance(expression, sympy.Symbol) else None
+def has_token_dimension(program: Program) -> bool:
+    """Whether the sequence length of the capture is a symbol; if it was specialised, tokens cannot be told apart."""
+    spec = _spec(program.placeholder("input_ids"))
+    return spec is not None and spec.shape[1] == LENGTH
 
 
-def mixing_reason(node: fx.Node, symbol: sympy.Symbol) -> str | None:
+def mixing_reason(node: fx.Node) -> str | None:
     """Why a call node is not token-local, or None if it is."""
     if node.target is operator.getitem or getattr(node.target, "__module__", "") in ("_operator", "math"):
         return None
@@ -136,60 +132,53 @@ def mixing_reason(node: fx.Node, symbol: sympy.Symbol) -> str | None:
     if target._schema.name.startswith("flarec::"):
         return None
     name = target_name(node)
-    value = node.meta.get("val")
-    if isinstance(value, torch.Tensor) and sum(_holds(size, symbol) for size in value.shape) > 1:
+    spec = _spec(node)
+    token_dimensions = sum(map(holds_tokens, spec.shape)) if spec is not None else 0
+    if token_dimensions > 1:
         return "makes a tensor over pairs of tokens"
     if name == "arange":
-        return (
-            "reads token slots (arange over the sequence) instead of position_ids" if _any_size(value, symbol) else None
-        )
+        return "reads token slots (arange over the sequence) instead of position_ids" if token_dimensions else None
     if torch.Tag.pointwise in target.tags or name in ELEMENTWISE or name in VIEWS:
         return None
     if name == "embedding" or name in LAST_DIMENSIONS:
-        return None if not _holds_last(node, symbol) else "contracts over tokens"
+        return None if not _holds_last(node) else "contracts over tokens"
     if name in CONTRACTIONS:
-        return _contraction(node, symbol)
+        return _contraction(node)
     if name in DIMENSION:
-        return _dimension(node, name, symbol)
+        return _dimension(node, name)
     return f"uses {target}, which is not known to be token-local"
 
 
-def _holds(size: Any, symbol: sympy.Symbol) -> bool:
-    return isinstance(size, torch.SymInt) and symbol in size.node.expr.free_symbols
+def _spec(operand: Any) -> TensorSpec | None:
+    spec = operand.meta.get("val") if isinstance(operand, fx.Node) else None
+    assert spec is None or isinstance(spec, TensorSpec), f"{operand} has {type(spec).__name__} for a spec"
+    return spec
 
 
-def _any_size(value: Any, symbol: sympy.Symbol) -> bool:
-    return isinstance(value, torch.Tensor) and any(_holds(size, symbol) for size in value.shape)
+def _holds_last(node: fx.Node) -> bool:
+    spec = _spec(node.args[0])
+    return spec is not None and bool(spec.shape) and target_name(node) != "embedding" and holds_tokens(spec.shape[-1])
 
 
-def _shape(operand: Any) -> list[Any] | None:
-    value = operand.meta.get("val") if isinstance(operand, fx.Node) else None
-    return list(value.shape) if isinstance(value, torch.Tensor) else None
-
-
-def _holds_last(node: fx.Node, symbol: sympy.Symbol) -> bool:
-    shape = _shape(node.args[0])
-    return bool(shape) and target_name(node) != "embedding" and _holds(shape[-1], symbol)  # type: ignore[index]
-
-
-def _contraction(node: fx.Node, symbol: sympy.Symbol) -> str | None:
-    shapes = [shape for shape in map(_shape, node.args) if shape is not None]
+def _contraction(node: fx.Node) -> str | None:
+    shapes = [spec.shape for spec in map(_spec, node.args) if spec is not None]
     for shape in shapes[:-1]:
-        if _holds(shape[-1], symbol):
+        if holds_tokens(shape[-1]):
             return "contracts over tokens"
-    last = shapes[-1] if shapes else []
-    return "contracts over tokens" if len(last) > 1 and _holds(last[-2], symbol) else None
+    last = shapes[-1] if shapes else ()
+    return "contracts over tokens" if len(last) > 1 and holds_tokens(last[-2]) else None
 
 
-def _dimension(node: fx.Node, name: str, symbol: sympy.Symbol) -> str | None:
+def _dimension(node: fx.Node, name: str) -> str | None:
     position = DIMENSION[name]
     dim: Any = node.kwargs.get("dim", node.args[position] if len(node.args) > position else None)
     source = node.args[0]
     if isinstance(source, (list, tuple)):
         source = source[0]
-    shape = _shape(source)
-    if shape is None:
+    spec = _spec(source)
+    if spec is None:
         return None  # an operand that an earlier pass made (a gathered row): checked where it was made
+    shape = spec.shape
     if dim is None:
         dims: Iterable[int] = (
             range(len(shape))
@@ -199,6 +188,6 @@ def _dimension(node: fx.Node, name: str, symbol: sympy.Symbol) -> str | None:
     else:
         dims = dim if isinstance(dim, (list, tuple)) else [dim]
     for index in dims:
-        if _holds(shape[index if index >= 0 else len(shape) + index], symbol):
+        if holds_tokens(shape[index]):
             return f"works along the token dimension ({name})"
     return None

@@ -121,9 +121,9 @@ def _keeps_everything(node: fx.Node) -> bool:
     args = node.args
     step = args[4] if len(args) > 4 else 1
     before, after = (n.meta.get("val") for n in (args[0], node) if isinstance(n, fx.Node))
-    if node.kwargs or step != 1 or not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+    if node.kwargs or step != 1 or before is None or after is None:
         return False
-    return str(before.shape) == str(after.shape)
+    return bool(before.shape == after.shape)
 
 
 def _written_through(node: fx.Node) -> bool:

@@ -94,6 +94,6 @@ class LowerMixers(Pass):
             assert window is None or isinstance(window, int)
             return ("softmax_mask" if window is None else f"softmax_mask_{window}"), SoftmaxMask(window)
         if node.target in (two_stream_short_conv, cached_short_conv):
-            width = int(node.args[1].meta["val"].shape[-1])  # type: ignore[union-attr]
+            width = int(node.args[1].meta["val"].size(-1))  # type: ignore[union-attr]
             return f"conv_windows_{width}", ConvWindows(width)
         return "state_schedule", Schedule(self.chunk_size)

@@ -34,10 +34,10 @@ class NarrowHead(Pass):
         hidden = head.args[0]
         assert isinstance(hidden, fx.Node)
         rows = program.placeholder("head_rows")
-        width = hidden.meta["val"].shape[-1]
+        width = hidden.meta["val"].size(-1)
         graph = program.graph
         with graph.inserting_before(head):
-            flat = graph.call_function(ATEN.reshape.default, (hidden, [-1, int(width)]))
+            flat = graph.call_function(ATEN.reshape.default, (hidden, [-1, width]))
             picked = graph.call_function(ATEN.index_select.default, (flat, 0, rows))
         for node in (flat, picked):
             node.meta = {key: value for key, value in head.meta.items() if key != "val"}

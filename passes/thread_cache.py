@@ -133,7 +133,7 @@ def _cached(node: fx.Node) -> Callable[..., Any]:
 
 
 def _size(operand: Any, dim: int) -> int:
-    return int(operand.meta["val"].shape[dim])
+    return int(operand.meta["val"].size(dim))
 
 
 def _dtype(operand: Any) -> torch.dtype:

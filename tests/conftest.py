@@ -6,10 +6,14 @@ Shared test code is imported from the repository root: `from tests.oracles.layou
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before torch and huggingface_hub are imported: both read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Not the user's own program cache: one that lasts for this session, shared by the processes that tests start.
+_CACHE = tempfile.TemporaryDirectory(prefix="flarec-tests-")
+os.environ["FLAREC_CACHE_DIR"] = _CACHE.name
 
 import hypothesis
 import pytest

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from flarec.frontend import capture
 from flarec.program import Program
+from flarec.spec import TensorSpec
 
 FAMILIES = ("qwen3_5_text", "kimi_linear", "bamba")
 VOCABULARY = 512
@@ -160,9 +161,9 @@ def captured_float64(family: str) -> Program:
     for node in program.graph.nodes:
         node.args = fx.node.map_aggregate(node.args, _widen)
         node.kwargs = fx.node.map_aggregate(node.kwargs, _widen)
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
-            node.meta["val"] = value.double()
+        spec = node.meta.get("val")
+        if spec is not None and spec.dtype == torch.float32:
+            node.meta["val"] = TensorSpec(spec.shape, torch.float64)
     program.finish()
     return program
 

@@ -6,7 +6,6 @@ import copy
 import functools
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import flarec
-from flarec.api import Model, _eos_ids, load
-from flarec.checkpoint import open_checkpoint, write_checkpoint
+from flarec.api import Model, load
+from flarec.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from flarec.errors import CheckpointError, GenerationError, UsageError
 from flarec.manifest import Mask
 from tests.checkpoints import MASK_ROW, converted, manifest_for, mask_vector
-from tests.models import END_ID, FAMILIES, VOCABULARY, tiny_checkpoint
+from tests.models import END_ID, FAMILIES, VOCABULARY, tiny_checkpoint, tiny_config
 
 PROMPTS = ["What is 12 + 30?", "x", "The sky is blue because"]
 SAMPLED = {"temperature": 1.0, "top_k": 40, "top_p": 0.95, "seed": 11}
@@ -136,11 +135,18 @@ def test_eos_ends_the_text_and_is_not_part_of_it(model: Model, monkeypatch: pyte
     assert (ended.token_ids, ended.stop_reason) == (free.token_ids[:cut], "eos")
 
 
-def test_eos_ids_come_from_generation_config_and_tokenizer(model: Model) -> None:
+def test_eos_ids_come_from_generation_config_and_tokenizer(model: Model, tmp_path: Path) -> None:
     assert model.eos_ids == {END_ID}
-    stated = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=[7, 8]))
-    assert _eos_ids(stated, model.tokenizer) == {7, 8, END_ID}
-    assert _eos_ids(SimpleNamespace(generation_config=GenerationConfig(eos_token_id=7)), None) == {7}
+    checkpoint = Checkpoint(tmp_path, None)
+    config = tiny_config("bamba", eos_token_id=9)
+    assert checkpoint.eos_ids(config, None) == {9}, "without a generation config"
+    GenerationConfig(eos_token_id=[7, 8]).save_pretrained(tmp_path)
+    assert checkpoint.eos_ids(config, model.tokenizer) == {7, 8, END_ID}
+    GenerationConfig(eos_token_id=7).save_pretrained(tmp_path)
+    assert checkpoint.eos_ids(config, None) == {7}
+    (tmp_path / "generation_config.json").write_text("[")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json cannot be read"):
+        checkpoint.eos_ids(config, None)
 
 
 def test_chat_goes_through_the_template(model: Model) -> None:

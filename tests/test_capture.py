@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
@@ -150,6 +151,25 @@ def test_hook_refuses_what_no_op_covers() -> None:
 def test_no_model_directory(tmp_path) -> None:
     with pytest.raises(UsageError, match=r"not a model directory \(no config.json\)"):
         load_model(tmp_path, None, "cpu")
+
+
+def test_missing_weights_are_an_error_not_random_numbers(tmp_path) -> None:
+    path = tiny_checkpoint(tmp_path, "bamba")
+    state = load_file(path / "model.safetensors")
+    names = [name for name in state if "layers.2" in name] + ["model.final_layernorm.weight"]
+    for name in names:
+        del state[name]
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    words = rf"bamba holds no weights for model\.final_layernorm\.weight, model\.layers\.2.* and {len(names) - 3} more"
+    with pytest.raises(UsageError, match=words):
+        load_model(path, None, "cpu")
+
+
+def test_tied_weights_are_not_missing(tmp_path) -> None:
+    path = tiny_checkpoint(tmp_path, "qwen3_5_text", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(path / "model.safetensors")
+    model = load_model(path, None, "cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_zero_rotary_buffers_are_noticed() -> None:

@@ -18,7 +18,7 @@ PYTHON_FOLDERS = [*PACKAGE_FOLDERS.values(), "tests", "tools", "examples", "benc
 LONGEST_FILE = 500
 
 # Which module belongs to which layer: the longest prefix decides.
-BASE = ("errors", "layout", "cache_spec", "config", "device")
+BASE = ("errors", "layout", "cache_spec", "config", "device", "spec", "collector")
 KERNELS = ("linear_attention", "short_conv", "softmax_attention", "moe_experts")
 OPS = ("ops", "stream_ops", "lowered", "derive")  # what the graph calls, and what those calls read from the layout
 LAYER_OF = {
@@ -29,7 +29,7 @@ LAYER_OF = {
     **{f"flarec.kernels.{name}": f"kernels.{name}" for name in KERNELS},
     **{f"flarec.{name}": "ops" for name in OPS},
     "flarec.adapters": "adapters",
-    "flarec.frontend": "capture",
+    **{f"flarec.{name}": "capture" for name in ("frontend", "program_cache", "program_json")},
     "flarec.program": "program",
     "flarec.pipeline": "pipeline",
     "flarec.properties": "properties",
@@ -53,6 +53,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layout": set(),
     "cache_spec": set(),
     "device": set(),
+    "spec": set(),
+    "collector": set(),
     "config": {"recipes", "layout"},
     "recipes": set(),
     "kernels": {"layout"},
@@ -60,9 +62,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {*ALL_KERNELS, "layout"},
     "adapters": {"ops"},
     "program": {"layout", "cache_spec"},
-    "capture": {"adapters", "ops", "program"},
+    "capture": {"adapters", "ops", "program", "properties", "spec"},
     "pipeline": {"program"},
-    "properties": {"ops", "program", "pipeline"},
+    "properties": {"ops", "program", "pipeline", "spec"},
     "passes": {*ALL_KERNELS, "ops", "program", "pipeline", "properties", "layout", "cache_spec"},
     "decode": {"layout", "cache_spec"},
     "train": {
@@ -71,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verify": BELOW_CLI,
     "inspect": BELOW_CLI - {"train", "decode", "verify"},
     "checkpoint": {"capture", "layout"},
-    "api": {"device", "capture", "passes", "program", "decode", "checkpoint", "train"},
+    "api": {"device", "collector", "capture", "passes", "program", "decode", "checkpoint", "train"},
     "cli": BELOW_CLI,
 }
 

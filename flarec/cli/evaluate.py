@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from flarec.errors import UsageError
 
+from .loading import open_model
 from .options import decode_options, runtime_options
+
+if TYPE_CHECKING:
+    from flarec.api import Output
 
 
 @click.command("eval")
@@ -39,10 +43,9 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
-    from flarec.api import Output, load  # slow to import: only once the arguments are known to be right
-    from flarec.evaluate import evaluate, read_examples
+    model = open_model(checkpoint, dtype=dtype, device=device, kernels=kernels)
+    from flarec.evaluate import evaluate, read_examples  # slow to import, like everything below flarec.api
 
-    model = load(checkpoint, dtype=dtype, device=device, kernels=kernels)
     examples = read_examples(data, model, limit=limit)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("generating", total=sum(bool(example.prompt) for example in examples))

@@ -12,6 +12,7 @@ import click
 
 from flarec.errors import DataError, UsageError
 
+from .loading import open_model
 from .options import decode_options, runtime_options
 
 if TYPE_CHECKING:
@@ -48,9 +49,7 @@ def command(
     Give one PROMPT (- reads it from stdin), or --prompts FILE. One prompt streams to the terminal.
     """
     prompts = _prompts(prompt, prompts_file)
-    from flarec.api import load  # slow to import: only once the arguments are known to be right
-
-    model = load(checkpoint, dtype=dtype, device=device, kernels=kernels)
+    model = open_model(checkpoint, dtype=dtype, device=device, kernels=kernels)
     stream = len(prompts) == 1 and not as_json
     if stream:
         options["on_text"] = lambda _, text: click.echo(text, nl=False)

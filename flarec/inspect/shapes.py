@@ -1,40 +1,30 @@
-"""Shapes of a captured graph as text: the symbols of rows and sequence length get their names back."""
+"""Shapes of a captured graph as text: `rows` and `T` (tokens per row) for what depends on the input."""
 
 from __future__ import annotations
 
-import sympy
-import torch
+import re
+
 from torch import fx
 
-from flarec.program import Program
+from flarec.spec import LENGTH, ROWS, Size, TensorSpec
+
+_NAME = re.compile(rf"\b{LENGTH}\b")
+_PRODUCT = re.compile(r"\w+(\*\w+)*")
 
 
-class ShapeNames:
-    """Prints shapes with `rows` and `T` (tokens per row, clean and noisy) in place of the capture's symbols."""
+def shape_text(node: fx.Node) -> str:
+    """`[rows, T, 16, 128]`, or an empty string if the node has no tensor value."""
+    spec = node.meta.get("val")
+    if not isinstance(spec, TensorSpec):
+        return ""
+    return "[" + ", ".join(size_text(size) for size in spec.shape) + "]"
 
-    def __init__(self, program: Program) -> None:
-        value = program.placeholder("input_ids").meta.get("val")
-        self.names: dict[sympy.Symbol, sympy.Symbol] = {}
-        if isinstance(value, torch.Tensor):
-            for size, name in zip(value.shape, ("rows", "T"), strict=True):
-                if isinstance(size, torch.SymInt):
-                    self.names[size.node.expr] = sympy.Symbol(name)
 
-    def of(self, node: fx.Node) -> str:
-        """`[rows, T, 16, 128]`, or an empty string if the node has no tensor value."""
-        value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor):
-            return ""
-        return "[" + ", ".join(self.size(size) for size in value.shape) + "]"
-
-    def size(self, size: int | torch.SymInt) -> str:
-        """One dimension; factors of a product are written `rows*T*4`."""
-        if isinstance(size, int):
-            return str(size)
-        expression = size.node.expr.xreplace(self.names)
-        factors = sorted((str(factor) for factor in expression.as_ordered_factors()), key=_order)
-        return "*".join(factors)
+def size_text(size: Size) -> str:
+    """One dimension; factors of a product are written `rows*T*4`."""
+    text = _NAME.sub("T", str(size))
+    return "*".join(sorted(text.split("*"), key=_order)) if _PRODUCT.fullmatch(text) else text
 
 
 def _order(factor: str) -> tuple[int, str]:
-    return (0 if factor == "rows" else 1 if factor == "T" else 2), factor
+    return (0 if factor == ROWS else 1 if factor == "T" else 2), factor

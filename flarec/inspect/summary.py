@@ -13,9 +13,19 @@ from torch import fx
 
 from flarec import lowered, ops, stream_ops
 from flarec.passes.narrow_head import find_head
-from flarec.program import LAYER, Program, layer_of, placeholder_name, source_line, target_name
+from flarec.program import (
+    LAYER,
+    Program,
+    layer_of,
+    module_of,
+    modules_of,
+    placeholder_name,
+    source_line,
+    target_name,
+)
+from flarec.spec import TensorSpec
 
-from .shapes import ShapeNames
+from .shapes import shape_text
 
 KINDS = ("softmax_attention", "short_conv", "linear_attention", "moe_experts")
 READS = {
@@ -116,7 +126,6 @@ class Summary:
 
 def summarize(program: Program) -> Summary:
     """Describe a program at any point of its pipeline; nothing is run."""
-    shapes = ShapeNames(program)
     layers = _layers(program)
     config = program.config
     names = getattr(config, "architectures", None) or [type(config).__name__]
@@ -129,11 +138,11 @@ def summarize(program: Program) -> Summary:
         layers=len(layers),
         vocab_size=program.vocab_size,
         properties=tuple(sorted(program.properties)),
-        inputs=tuple(_inputs(program, shapes)),
+        inputs=tuple(_inputs(program)),
         derived=tuple((name, item.describe()) for name, item in program.derivations.items()),
         embedding=_embedding(program),
         extra=tuple((name, str(list(p.shape))) for name, p in program.extra.items()),
-        groups=tuple(_groups(program, layers, shapes)),
+        groups=tuple(_groups(program, layers)),
         head=_head(program),
         outputs=program.outputs,
         caches=tuple(_caches(program)),
@@ -169,12 +178,12 @@ def _layers(program: Program) -> dict[int, list[fx.Node]]:
     return dict(sorted(layers.items()))
 
 
-def _groups(program: Program, layers: dict[int, list[fx.Node]], shapes: ShapeNames) -> Iterator[Group]:
+def _groups(program: Program, layers: dict[int, list[fx.Node]]) -> Iterator[Group]:
     """Fold layers with equal structure; groups are ordered by their first layer."""
     folded: dict[object, Group] = {}
     for index, nodes in layers.items():
         cls, parts = _parts(program, nodes)
-        mixers = tuple(_mixer(program, node, kind, shapes) for node in nodes if (kind := mixer_kind(node)))
+        mixers = tuple(_mixer(program, node, kind) for node in nodes if (kind := mixer_kind(node)))
         key = (cls, parts, tuple(replace(mixer, node="", source="") for mixer in mixers), len(nodes))
         known = folded.get(key)
         group = Group((), cls, parts, mixers, len(nodes)) if known is None else known
@@ -192,31 +201,24 @@ def _parts(program: Program, nodes: Sequence[fx.Node]) -> tuple[str, tuple[Part,
     cls, classes = "", dict[str, str]()
     linears: dict[str, Counter[tuple[int, int]]] = {}
     for node in nodes:
-        for path, made_by in (node.meta.get("nn_module_stack") or {}).values():
-            inside = _inside(str(path))
+        for path, name in modules_of(node):
+            inside = _inside(path)
             if inside is None:
                 continue
-            name = str(made_by if isinstance(made_by, str) else getattr(made_by, "__name__", made_by)).rsplit(".", 1)[
-                -1
-            ]
             child = inside.split(".")[0]
             if not child:
                 cls = name
             elif child not in classes or inside == child:
                 classes[child] = name
-            if inside and node.target is torch.ops.aten.linear.default and path == _last_path(node):
+            if inside and node.target is torch.ops.aten.linear.default and path == module_of(node)[0]:
                 weight = node.args[1]
-                if isinstance(weight, fx.Node) and isinstance(weight.meta.get("val"), torch.Tensor):
-                    size = weight.meta["val"].shape
-                    linears.setdefault(child, Counter())[int(size[1]), int(size[0])] += 1
+                if isinstance(weight, fx.Node) and "val" in weight.meta:
+                    spec: TensorSpec = weight.meta["val"]
+                    linears.setdefault(child, Counter())[spec.size(1), spec.size(0)] += 1
     return cls, tuple(
         Part(child, name, tuple((i, o, n) for (i, o), n in linears.get(child, Counter()).items()))
         for child, name in classes.items()
     )
-
-
-def _last_path(node: fx.Node) -> str:
-    return str(list(node.meta["nn_module_stack"].values())[-1][0])
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -229,7 +231,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
-def _mixer(program: Program, node: fx.Node, kind: str, shapes: ShapeNames) -> Mixer:
+def _mixer(program: Program, node: fx.Node, kind: str) -> Mixer:
     arguments = _arguments(node)
     slots = {placeholder_name(slot.name): slot.kind for slot in program.cache_slots}
     operands, inputs, caches = [], [], []
@@ -241,10 +243,9 @@ def _mixer(program: Program, node: fx.Node, kind: str, shapes: ShapeNames) -> Mi
         elif value.op == "placeholder" and (value.name in program.derivations or value.name in ("layout", "accepted")):
             inputs.append(value.name)
         else:
-            operands.append((name, shapes.of(value)))
+            operands.append((name, shape_text(value)))
     aware = not isinstance(node.target, torch._ops.OpOverload)
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    inside = _inside(str(stack[-1][0])) if stack else None
+    inside = _inside(module_of(node)[0])
     module = str(getattr(node.target, "__module__", "")).rsplit(".", 1)[-1]
     local = kind == "moe_experts"
     return Mixer(
@@ -271,7 +272,7 @@ def _options(kind: str, arguments: dict[str, Any]) -> Iterator[str]:
         if arguments["l2norm"]:
             yield "q, k normalised"
     if kind == "short_conv":
-        yield f"width {int(arguments['weight'].meta['val'].shape[-1])}"
+        yield f"width {arguments['weight'].meta['val'].size(-1)}"
         yield f"activation {arguments.get('activation') or 'none'}"
     if kind == "softmax_attention":
         for name in ("window", "softcap"):
@@ -283,14 +284,14 @@ def _options(kind: str, arguments: dict[str, Any]) -> Iterator[str]:
         yield f"scale {arguments['scale']:.4g}"
 
 
-def _inputs(program: Program, shapes: ShapeNames) -> Iterator[tuple[str, str]]:
+def _inputs(program: Program) -> Iterator[tuple[str, str]]:
     slots = {placeholder_name(slot.name) for slot in program.cache_slots}
     known = {"input_ids": "token ids", "head_rows": "[N] rows of the head", "accepted": "[rows] pending rows to commit",
              "layout": "where clean and noisy tokens sit", "position_ids": "positions"}  # fmt: skip
     for node in program.placeholders():
         if node.name in slots or node.name in program.derivations:
             continue
-        shape = shapes.of(node)
+        shape = shape_text(node)
         text = known.get(node.name, "")
         yield node.name, f"{shape} {text}".strip()
 
@@ -311,8 +312,8 @@ def _head(program: Program) -> str:
     weight = node.args[1]
     rows = "N" if "narrowed" in program.properties else "rows, T"
     target = weight.target if isinstance(weight, fx.Node) else "?"
-    value = weight.meta.get("val") if isinstance(weight, fx.Node) else None
-    size = list(value.shape) if isinstance(value, torch.Tensor) else []
+    spec: TensorSpec | None = weight.meta.get("val") if isinstance(weight, fx.Node) else None
+    size = spec.shape if spec is not None else ()
     shape = f"[{rows}, {size[1]}] -> [{rows}, {size[0]}]" if len(size) == 2 else f"[{rows}, ...]"
     return f"{target} {shape}"
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from flarec.program import Program, module_of, source_line, target_name
 
-from .shapes import ShapeNames
+from .shapes import shape_text
 from .summary import Group, Mixer, Part, Step, Summary, layer_nodes
 
 WIDTH = 118
@@ -112,12 +112,11 @@ def _diff(steps: Sequence[Step]) -> Iterator[str]:
 
 
 def _nodes(program: Program, layer: int) -> Iterator[str]:
-    shapes = ShapeNames(program)
     for node in layer_nodes(program, layer):
         path, _ = module_of(node)
         arguments = ", ".join(_argument(value) for value in node.args)
         text = f"  %{node.name} = {target_name(node)}({arguments})"
-        where = " ".join(filter(None, (shapes.of(node), path.split(f"layers.{layer}.")[-1], source_line(node))))
+        where = " ".join(filter(None, (shape_text(node), path.split(f"layers.{layer}.")[-1], source_line(node))))
         yield f"{text:<88} {where}"
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint import Checkpoint, context_of, open_checkpoint
 from ..config import Recipe
 from ..device import torch_device
 from ..errors import CheckpointError, DataError, UsageError
@@ -26,8 +25,6 @@ from .mask_token import MaskToken, choose_mask_token, initialise_mask_token
 from .options import Options
 from .packing import RowStream
 from .progress import Reporter
-
-NO_LIMIT = 1 << 30  # positions, for models without rotary or learned positions
 
 
 @dataclass(frozen=True)
@@ -64,14 +61,14 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     options.check_output()
     tokenizer = source.load_tokenizer()
     config = source.load_model(device="meta").config  # the configuration and the family, without weights
-    context = _context(config)
+    context = context_of(config, tokenizer)
     if recipe.data.max_length > context:
         raise UsageError(
             f"data.max_length = {recipe.data.max_length} is longer than the model's context of {context} positions; "
             f"use --max-length {context} or less"
         )
     mask = choose_mask_token(recipe.mask_token, config, tokenizer)
-    eos_ids = _eos_ids(source.path, config, tokenizer)
+    eos_ids = tuple(sorted(source.eos_ids(config, tokenizer)))
 
     reporter.note("reading data")
     sources, held = _read_data(options, recipe, tokenizer, eos_ids)
@@ -79,7 +76,7 @@ def prepare(options: Options, reporter: Reporter) -> Run:
 
     reporter.note(f"loading {options.source} on {device}")
     model = source.load_model(torch.float32, device)
-    captured = capture(model)
+    captured = capture(model, cache=True)
     initialise_mask_token(mask, model, captured, tokenizer)
     vector = mask.kind == "vector"
     train = lower(captured, "train", mask_vector=vector, kernels=options.kernels, debug=options.debug)
@@ -105,23 +102,6 @@ def _open_source(location: str) -> Checkpoint:
             f"{location} is a converted checkpoint already; convert its source model ({source.manifest.source.name})"
         )
     return source
-
-
-def _context(config: Any) -> int:
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if limit else NO_LIMIT
-
-
-def _eos_ids(path: Path, config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end a generation: those of the generation config (else the configuration) and the tokenizer's EOS."""
-    from transformers import GenerationConfig
-
-    try:
-        declared = GenerationConfig.from_pretrained(str(path)).eos_token_id
-    except OSError:
-        declared = getattr(config.get_text_config(), "eos_token_id", None)
-    ids = list(declared) if isinstance(declared, (list, tuple)) else [declared]
-    return tuple(sorted({int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None}))
 
 
 def _read_data(

@@ -19,7 +19,7 @@ def test_before_and_after_of_the_docstring(family: str) -> None:
         q, k, v, scale = arguments(was)[:4]
         assert arguments(node) == [q, k, v, "layout", scale, None, None]
         assert node.meta["val"] is was.meta["val"]
-        assert node.meta["nn_module_stack"] == was.meta["nn_module_stack"], "errors can still name the module"
+        assert node.meta["modules"] == was.meta["modules"], "errors can still name the module"
     assert after.history[-1].sites == tuple(node.name for node in new)
 
 

@@ -1,0 +1,18 @@
+"""Opening a model for a command: imports and weights, as quickly as they come."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flarec.collector import collector_paused
+
+if TYPE_CHECKING:
+    from flarec.api import Model
+
+
+def open_model(checkpoint: str, *, dtype: str | None, device: str, kernels: str) -> Model:
+    """`flarec.load`, imported here: a command calls this once it knows its arguments to be right."""
+    with collector_paused():
+        from flarec.api import load
+
+        return load(checkpoint, dtype=dtype, device=device, kernels=kernels)
