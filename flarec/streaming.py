@@ -10,8 +10,13 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """`text` up to the first stop string in it, that string left out; all of it if there is none."""
-    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
+    """`text` before the stop string that is complete first; all of it if there is none.
+
+    "Complete first", not "begins first": that is where a generation stops, however its text is split into tokens. Of
+    two that end together the longer one counts.
+    """
+    found = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
+    return text[: min(found)[1]] if found else text
 
 
 class ShownText:

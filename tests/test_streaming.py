@@ -44,6 +44,12 @@ def test_cut(text: str, stops: list[str]) -> None:
     assert result == text or any(text.startswith(stop, len(result)) for stop in stops)
 
 
+def test_the_stop_that_is_complete_first_cuts() -> None:
+    assert cut("xabc", ["abc", "b"]) == "xa", "`b` is complete before `abc` is"
+    assert cut("xabc", ["bc", "abc"]) == "x", "both end together: the longer one"
+    assert "".join(stream(b"xabc", [1], ["abc", "b"])) == "".join(stream(b"xabc", [4], ["abc", "b"])) == "xa"
+
+
 def test_a_possible_stop_is_held_back_and_then_shown() -> None:
     shown = ShownText(decode, ["STOP"])
     assert shown.push(list(b"go ST")) == "go "
