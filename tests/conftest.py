@@ -11,7 +11,7 @@ import tempfile
 # Before torch and huggingface_hub are imported: both read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Not the user's own program cache: one that lasts for this session, shared by the processes that tests start.
+# Not the user's own program cache: one that lasts for this run, shared by the processes that tests start.
 _CACHE = tempfile.TemporaryDirectory(prefix="flarec-tests-")
 os.environ["FLAREC_CACHE_DIR"] = _CACHE.name
 

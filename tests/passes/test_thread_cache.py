@@ -48,7 +48,7 @@ EXPECTED = {
 
 
 def _repeats_key_heads() -> bool:
-    """Older transformers repeat qwen3_5 key heads to the value heads before the mixer, newer ones leave them grouped."""
+    """Older transformers repeat qwen3_5 key heads before the mixer, newer ones leave them grouped."""
     import inspect
 
     from transformers.models.qwen3_5 import modeling_qwen3_5
