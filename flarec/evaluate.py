@@ -37,9 +37,9 @@ class Example:
     pattern: re.Pattern[str] | None = None
 
 
-def read_examples(path: Path, model: Model, *, limit: int | None = None) -> list[Example]:
+def read_examples(path: str | Path, model: Model, *, limit: int | None = None) -> list[Example]:
     """The first `limit` records of a data file. Raises `DataError` naming file and line."""
-    return list(_examples(read_records(path), model, str(path), limit))
+    return list(_examples(read_records(Path(path)), model, str(path), limit))
 
 
 def to_examples(records: Iterable[Mapping[str, Any]], model: Model, *, limit: int | None = None) -> list[Example]:
