@@ -10,14 +10,13 @@ from __future__ import annotations
 import abc
 import ast
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import fx
 
-from .errors import FlarecError, PassError, PropertyError, UsageError
+from .errors import PassError, PropertyError, UsageError
 from .program import Program, Record, locate
 
 if TYPE_CHECKING:
@@ -142,26 +141,3 @@ def check_properties(program: Program, checkers: Mapping[str, Checker]) -> None:
         except PropertyError as error:
             provider = next((r.step for r in reversed(program.history) if name in r.provides), "capture()")
             raise PropertyError(f"property '{name}' (claimed by {provider}) does not hold: {error}") from error
-
-
-def op_delta(history: Sequence[Record]) -> Counter[str]:
-    """Sum of the op-count changes of several records."""
-    total: Counter[str] = Counter()
-    for record in history:
-        total.update(record.delta)
-    return total
-
-
-__all__ = [
-    "Checker",
-    "FlarecError",
-    "Pass",
-    "Pipeline",
-    "check_order",
-    "check_properties",
-    "dependency_graph",
-    "op_delta",
-    "parse_pipeline",
-    "pipeline_text",
-    "run_pipeline",
-]

@@ -116,11 +116,6 @@ def cached_linear_attention(
     return (out, state, *(row for row in rows if row is not None))
 
 
-TWO_STREAM: dict[str, Callable[..., Any]] = {
-    "softmax_attention": two_stream_softmax_attention,
-    "short_conv": two_stream_short_conv,
-    "linear_attention": two_stream_linear_attention,
-}
 CACHED: dict[object, Callable[..., Any]] = {
     two_stream_softmax_attention: cached_softmax_attention,
     two_stream_short_conv: cached_short_conv,
@@ -130,7 +125,7 @@ CACHED: dict[object, Callable[..., Any]] = {
 
 def is_stream_op(target: object) -> bool:
     """True for a semantic op that reads a layout (not yet lowered)."""
-    return target in TWO_STREAM.values() or target in CACHED.values()
+    return target in CACHED or target in CACHED.values()
 
 
 def clean_state_dtype(dtype: torch.dtype) -> torch.dtype:
