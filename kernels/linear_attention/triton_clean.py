@@ -1,0 +1,246 @@
+"""The clean stream, forward: the triangular inverse of every chunk, the states between chunks, the outputs.
+
+Per head and chunk with entry state S0 (kernels.md): gam the inclusive cumulative log decay, A the strictly lower decayed
+key-key products, Z = (I + A diag(beta))^-1 (v - exp(gam) k S0), D = beta Z, next state exp(gam_C) S0 + (exp(gam_C -
+gam) k)^T D, output scale (exp(gam) q S0 + A_q D). Without the delta rule Z = v.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_common import (
+    load_beta,
+    load_log_decay,
+    load_matrix,
+    load_rows,
+    normalised,
+    prefix_decay,
+    store_rows,
+    unit_lower_inverse,
+)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def clean_inverse_kernel(
+    k,
+    g,
+    beta,
+    weights,
+    inverse,
+    chunk_token,
+    chunk_length,
+    chunks,
+    key_dim,
+    k_token,
+    k_head,
+    g_token,
+    beta_token,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    BK: tl.constexpr,
+    C: tl.constexpr,
+    GATE: tl.constexpr,
+    L2NORM: tl.constexpr,
+    EXACT_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """inverse [N, H, C, C] = (I + A diag(beta))^-1. Channel gates: A is read from weights [N, H, C, C]."""
+    pid = tl.program_id(0)
+    head, chunk = pid % H, pid // H
+    row = tl.arange(0, C)
+    token = (tl.load(chunk_token + chunk) + row).to(tl.int64)
+    valid = row < tl.load(chunk_length + chunk)
+    place = (chunk.to(tl.int64) * H + head) * C * C + row[:, None] * C + row[None, :]
+    below = row[:, None] > row[None, :]
+    b = load_beta(beta + head, token, valid, beta_token)
+    if GATE == 2:
+        lower = tl.load(weights + place).to(tl.float32)
+    else:
+        keys = normalised(load_rows(k + (head // GROUP) * k_head, token, valid, k_token, key_dim, BK, EXACT_K), L2NORM)
+        lower = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+        if GATE == 1:
+            gam = tl.cumsum(load_log_decay(g + head, token, valid, g_token), 0)
+            lower = lower * prefix_decay(gam, gam, below)
+    lower = tl.where(below, lower * b[None, :], 0.0)
+    result = unit_lower_inverse(lower, row, C, C, PRECISION)
+    tl.store(inverse + place, result.to(inverse.dtype.element_ty))
+
+
+@triton.jit
+def clean_states_kernel(
+    k,
+    v,
+    g,
+    beta,
+    decayed_k,
+    tail_k,
+    total,
+    inverse,
+    initial,
+    values,
+    states,
+    final,
+    document_token,
+    document_length,
+    document_chunk,
+    document_row,
+    key_dim,
+    value_dim,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    g_token,
+    beta_token,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    NV: tl.constexpr,
+    C: tl.constexpr,
+    GATE: tl.constexpr,
+    DELTA: tl.constexpr,
+    L2NORM: tl.constexpr,
+    INITIAL: tl.constexpr,
+    FINAL: tl.constexpr,
+    EXACT_K: tl.constexpr,
+    EXACT_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program walks the chunks of a (document, head, tile of V): states [N, H, K, V] before each chunk, values Z."""
+    pid = tl.program_id(0)
+    tile, pid = pid % NV, pid // NV
+    head, document = pid % H, pid // H
+    first = tl.load(document_token + document)
+    length = tl.load(document_length + document)
+    begin = tl.load(document_chunk + document)
+    end = tl.load(document_chunk + document + 1)
+    source = tl.load(document_row + document)
+
+    row, kc, vc = tl.arange(0, C), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    state_place = kc[:, None] * value_dim + vc[None, :]
+    state_mask = (kc < key_dim)[:, None] & (vc < value_dim)[None, :]
+    state = tl.zeros([BK, BV], dtype=tl.float32)
+    if INITIAL:
+        if source >= 0:
+            state = tl.load(
+                initial + (source.to(tl.int64) * H + head) * key_dim * value_dim + state_place, mask=state_mask, other=0.0
+            ).to(tl.float32)
+    for step in range(0, end - begin):
+        chunk = begin.to(tl.int64) + step
+        local = step * C + row
+        valid = local < length
+        token = (first + local).to(tl.int64)
+        chunk_head = chunk.to(tl.int64) * H + head
+        out = states + chunk_head * key_dim * value_dim + state_place
+        rounded = state.to(states.dtype.element_ty)
+        if EXACT_K and EXACT_V:
+            tl.store(out, rounded)
+        else:
+            tl.store(out, rounded, mask=state_mask)
+        keys = normalised(load_rows(k + (head // GROUP) * k_head, token, valid, k_token, key_dim, BK, EXACT_K), L2NORM)
+        z = load_rows(v + head * v_head + tile * BV, token, valid, v_token, value_dim - tile * BV, BV, EXACT_V)
+        b = load_beta(beta + head, token, valid, beta_token)
+        if GATE == 1:
+            gam = tl.cumsum(load_log_decay(g + head, token, valid, g_token), 0)
+            last = tl.sum(tl.where(row == C - 1, gam, 0.0), 0)
+        if DELTA:
+            if GATE == 2:
+                grown = load_rows(decayed_k + head * key_dim, token, valid, H * key_dim, key_dim, BK, EXACT_K)
+                read = tl.dot(grown, rounded.to(grown.dtype), input_precision=PRECISION)
+            else:
+                read = tl.dot(keys, rounded.to(keys.dtype), input_precision=PRECISION)
+                if GATE == 1:
+                    read = read * tl.exp2(gam)[:, None]
+            solve = tl.load(inverse + chunk_head * C * C + row[:, None] * C + row[None, :])
+            result = tl.dot(solve, (z.to(tl.float32) - read).to(solve.dtype), input_precision=PRECISION)
+            store_rows(values + head * value_dim + tile * BV, result, token, valid, H * value_dim,
+                       value_dim - tile * BV, BV, EXACT_V)
+            added = result * b[:, None]
+        else:
+            added = z.to(tl.float32) * b[:, None]
+        if GATE == 1:
+            added = added * tl.exp2(last - gam)[:, None]
+            state = state * tl.exp2(last)
+        if GATE == 2:
+            keys = load_rows(tail_k + head * key_dim, token, valid, H * key_dim, key_dim, BK, EXACT_K)
+            state = state * tl.load(total + chunk_head * key_dim + kc, mask=kc < key_dim, other=0.0)[:, None]
+        state += tl.dot(tl.trans(keys), added.to(keys.dtype), input_precision=PRECISION)
+    if FINAL:
+        if source >= 0:
+            tl.store(
+                final + (source.to(tl.int64) * H + head) * key_dim * value_dim + state_place, state, mask=state_mask
+            )
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def clean_outputs_kernel(
+    q,
+    k,
+    g,
+    beta,
+    decayed_q,
+    weights,
+    values,
+    states,
+    out,
+    chunk_token,
+    chunk_length,
+    chunks,
+    scale,
+    key_dim,
+    value_dim,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    z_token,
+    z_head,
+    g_token,
+    beta_token,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    NV: tl.constexpr,
+    C: tl.constexpr,
+    GATE: tl.constexpr,
+    L2NORM: tl.constexpr,
+    EXACT_K: tl.constexpr,
+    EXACT_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out [B, T, H, V] of the clean rows; values are Z (delta) or v, with their own strides."""
+    pid = tl.program_id(0)
+    tile, pid = pid % NV, pid // NV
+    head, chunk = pid % H, pid // H
+    row = tl.arange(0, C)
+    token = (tl.load(chunk_token + chunk) + row).to(tl.int64)
+    valid = row < tl.load(chunk_length + chunk)
+    chunk_head = chunk.to(tl.int64) * H + head
+    key_head = head // GROUP
+    seen = row[:, None] >= row[None, :]
+    state = load_matrix(states + chunk_head * key_dim * value_dim + tile * BV, key_dim, value_dim, BK, BV,
+                        EXACT_K and EXACT_V, value_dim - tile * BV)
+    if GATE == 2:
+        grown = load_rows(decayed_q + head * key_dim, token, valid, H * key_dim, key_dim, BK, EXACT_K)
+        result = tl.dot(grown, state, input_precision=PRECISION)
+        weight = tl.load(weights + chunk_head * C * C + row[:, None] * C + row[None, :]).to(tl.float32)
+    else:
+        queries = normalised(load_rows(q + key_head * q_head, token, valid, q_token, key_dim, BK, EXACT_K), L2NORM)
+        keys = normalised(load_rows(k + key_head * k_head, token, valid, k_token, key_dim, BK, EXACT_K), L2NORM)
+        weight = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        result = tl.dot(queries, state, input_precision=PRECISION)
+        if GATE == 1:
+            gam = tl.cumsum(load_log_decay(g + head, token, valid, g_token), 0)
+            weight = weight * prefix_decay(gam, gam, seen)
+            result = result * tl.exp2(gam)[:, None]
+    b = load_beta(beta + head, token, valid, beta_token)
+    weight = tl.where(seen, weight, 0.0)
+    z = load_rows(values + head * z_head + tile * BV, token, valid, z_token, value_dim - tile * BV, BV, EXACT_V)
+    corrected = (z.to(tl.float32) * b[:, None]).to(z.dtype)
+    result += tl.dot(weight.to(z.dtype), corrected, input_precision=PRECISION)
+    store_rows(out + head * value_dim + tile * BV, result * scale, token, valid, H * value_dim,
+               value_dim - tile * BV, BV, EXACT_V)
