@@ -11,16 +11,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import load_beta, load_log_decay, load_rows, normalised, prefix_decay, store_rows
-from .triton_noisy import anchor_decay, block_sums, masked_decay
+from .triton_common import load_rows, log_weights, row_norm, store_rows
+
+
+@triton.jit
+def add_readers(
+    rows, grad, keys, z, row_factor, decay, corrected_sum, keys_sum, states_sum, PRECISION: tl.constexpr
+):
+    """Add what one tile of readers sends back. rows [r, K] and grad [r, V] as in memory; decay [C, r] weights of row l on
+    column j without the rows' own factors, row_factor [r] = norm (and sign, scale); grown rows come with the caller."""
+    dtype = keys.dtype
+    weight = tl.dot(keys, tl.trans(rows), input_precision=PRECISION)
+    weight = (weight * decay).to(dtype)
+    corrected_sum = tl.dot(weight, grad, corrected_sum, input_precision=PRECISION)
+    weight = tl.dot(z, tl.trans(grad), input_precision=PRECISION)
+    weight = (weight * decay).to(dtype)
+    keys_sum = tl.dot(weight, rows, keys_sum, input_precision=PRECISION)
+    grown = (grad.to(tl.float32) * row_factor[:, None]).to(dtype)
+    states_sum = tl.dot(tl.trans(rows), grown, states_sum, input_precision=PRECISION)
+    return corrected_sum, keys_sum, states_sum
 
 
 @triton.jit(do_not_specialize=["chunks"])
 def chunk_grad_kernel(
     q,
     k,
-    g,
-    beta,
     values,
     grad_out,
     noisy_error,
@@ -29,25 +44,24 @@ def chunk_grad_kernel(
     grad_corrected,
     grad_keys,
     grad_gam,
+    chunk_gam,
+    chunk_beta,
+    tile_logs,
     chunk_token,
     chunk_length,
     chunk_tile,
     tile_token,
     tile_anchor,
-    tile_start,
-    tile_stop,
     chunks,
     scale,
-    key_dim,
-    value_dim,
+    key_dim: tl.constexpr,
+    value_dim: tl.constexpr,
     q_token,
     q_head,
     k_token,
     k_head,
     z_token,
     z_head,
-    g_token,
-    beta_token,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     BK: tl.constexpr,
@@ -62,8 +76,9 @@ def chunk_grad_kernel(
     EXACT_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grad_states [N, H, K, V] and grad_corrected [T', H, V] (token-major), their part of this tile of V; grad_keys
-    [NV, T', H, K] partial over tiles of V; grad_gam [N, C, H] from anchors. noisy_error = E (gradient of v~)."""
+    """grad_states [N, H, K, V] and grad_corrected [N * C, H, V], their part of this tile of V; grad_keys
+    [NV, N * C, H, K] (of normalised keys) partial over tiles of V; grad_gam [N, H, C] from anchors. noisy_error = E
+    (gradient of v~). Weights are formed transposed, so that they are left operands as they come."""
     pid = tl.program_id(0)
     vt, pid = pid % NV, pid // NV
     head, chunk = pid % H, pid // H
@@ -73,87 +88,79 @@ def chunk_grad_kernel(
     clean_valid = column < tl.load(chunk_length + chunk)
     begin, end = tl.load(chunk_tile + chunk), tl.load(chunk_tile + chunk + 1)
     width = value_dim - vt * BV
+    chunk_head = chunk.to(tl.int64) * H + head
+    out_stride = H * value_dim
+    q_base, k_base = q + key_head * q_head, k + key_head * k_head
+    out_base, error_base = grad_out + head * value_dim + vt * BV, noisy_error + head * value_dim + vt * BV
 
-    b = load_beta(beta + head, clean_token, clean_valid, beta_token)
+    clean_b = tl.load(chunk_beta + chunk_head * C + column)
+    gam = clean_b
     if GATE == 1:
-        gam = tl.cumsum(load_log_decay(g + head, clean_token, clean_valid, g_token), 0)
-    else:
-        gam = column * 0.0
-    keys = normalised(load_rows(k + key_head * k_head, clean_token, clean_valid, k_token, key_dim, BK, EXACT_K), L2NORM)
-    dtype = keys.dtype
+        gam = tl.load(chunk_gam + chunk_head * C + column)
+    keys = load_rows(k_base, clean_token, clean_valid, k_token, key_dim, BK, EXACT_K)
+    norm = row_norm(keys, C, L2NORM)
     z = load_rows(values + head * z_head + vt * BV, clean_token, clean_valid, z_token, width, BV, EXACT_V)
-    corrected = (z.to(tl.float32) * b[:, None]).to(dtype)
+
+    # Sums are taken for raw columns; the columns' factors (norm for grad_D, beta for grad_k) follow at the end.
+    corrected_sum = tl.zeros([C, BV], dtype=tl.float32)
+    keys_sum = tl.zeros([C, BK], dtype=tl.float32)
+    states_sum = tl.zeros([BK, BV], dtype=tl.float32)
+    gam_sum = tl.zeros([C], dtype=tl.float32)
 
     # the chunk's own queries
-    queries = normalised(load_rows(q + key_head * q_head, clean_token, clean_valid, q_token, key_dim, BK, EXACT_K), L2NORM)
-    grad = load_rows(grad_out + head * value_dim + vt * BV, clean_token, clean_valid, H * value_dim, width, BV, EXACT_V)
-    seen = column[:, None] >= column[None, :]
-    if GATE == 1:
-        decay = prefix_decay(gam, gam, seen) * scale
-        grown = tl.exp2(gam) * scale
-    else:
-        decay = tl.where(seen, scale, 0.0)
-        grown = column * 0.0 + scale
-    weight = (tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * decay).to(dtype)
-    corrected_sum = tl.dot(tl.trans(weight), grad, input_precision=PRECISION)
-    weight = (tl.dot(grad, tl.trans(corrected), input_precision=PRECISION) * decay).to(dtype)
-    keys_sum = tl.dot(tl.trans(weight), queries, input_precision=PRECISION)
-    grown_rows = (queries.to(tl.float32) * grown[:, None]).to(dtype)
-    states_sum = tl.dot(tl.trans(grown_rows), grad, input_precision=PRECISION)
-    gam_sum = column * 0.0
-
+    rows = load_rows(q_base, clean_token, clean_valid, q_token, key_dim, BK, EXACT_K)
+    grad = load_rows(out_base, clean_token, clean_valid, out_stride, width, BV, EXACT_V)
+    factor = row_norm(rows, C, L2NORM) * scale
+    decay = log_weights(-gam, -gam, column[:, None] <= column[None, :], GATE) * factor[None, :]
+    grown = tl.exp2(gam) * factor if GATE == 1 else factor
+    corrected_sum, keys_sum, states_sum = add_readers(
+        rows, grad, keys, z, grown, decay, corrected_sum, keys_sum, states_sum, PRECISION
+    )
     for step in range(0, end - begin):
-        meta = (begin.to(tl.int64) + step) * R + row
+        tile = begin.to(tl.int64) + step
+        meta = tile * R + row
         token = tl.load(tile_token + meta).to(tl.int64)
         valid = token >= 0
         anchor = tl.load(tile_anchor + meta)
-        before = column[None, :] < anchor[:, None]
+        before = column[:, None] < anchor[None, :]
+        key_log, query_log = gam, gam
         if GATE == 1:
-            start = tl.load(tile_start + meta)
-            stop = tl.load(tile_stop + meta)
-            t, e = block_sums(load_log_decay(g + head, token, valid, g_token), start, stop, R)
-            c = anchor_decay(gam, anchor, C)
+            logs = tile_logs + (tile * H + head) * 3 * R + row
+            c = tl.load(logs + 2 * R)
+            key_log, query_log = c + tl.load(logs), c + tl.load(logs + R)
             if vt == 0:
-                at_anchor = tl.load(grad_anchor + meta * H + head)
-                gam_sum += tl.sum(tl.where(column[None, :] == anchor[:, None] - 1, at_anchor[:, None], 0.0), 0)
-        else:
-            t, e, c = row * 0.0, row * 0.0, row * 0.0
-        noisy = normalised(load_rows(q + key_head * q_head, token, valid, q_token, key_dim, BK, EXACT_K), L2NORM)
-        grad = load_rows(grad_out + head * value_dim + vt * BV, token, valid, H * value_dim, width, BV, EXACT_V)
-        decay = masked_decay(c + e, gam, before, GATE) * scale
-        weight = (tl.dot(noisy, tl.trans(keys), input_precision=PRECISION) * decay).to(dtype)
-        corrected_sum += tl.dot(tl.trans(weight), grad, input_precision=PRECISION)
-        weight = (tl.dot(grad, tl.trans(corrected), input_precision=PRECISION) * decay).to(dtype)
-        keys_sum += tl.dot(tl.trans(weight), noisy, input_precision=PRECISION)
-        factor = tl.exp2(c + e) * scale if GATE == 1 else row * 0.0 + scale
-        grown_rows = (noisy.to(tl.float32) * factor[:, None]).to(dtype)
-        states_sum += tl.dot(tl.trans(grown_rows), grad, input_precision=PRECISION)
+                at_anchor = tl.load(grad_anchor + (tile * H + head) * R + row)
+                gam_sum += tl.sum(tl.where(column[:, None] == anchor[None, :] - 1, at_anchor[None, :], 0.0), 1)
+        rows = load_rows(q_base, token, valid, q_token, key_dim, BK, EXACT_K)
+        grad = load_rows(out_base, token, valid, out_stride, width, BV, EXACT_V)
+        factor = row_norm(rows, R, L2NORM) * scale
+        decay = log_weights(-gam, -query_log, before, GATE) * factor[None, :]
+        grown = tl.exp2(query_log) * factor if GATE == 1 else factor
+        corrected_sum, keys_sum, states_sum = add_readers(
+            rows, grad, keys, z, grown, decay, corrected_sum, keys_sum, states_sum, PRECISION
+        )
         if DELTA:
-            noisy = normalised(load_rows(k + key_head * k_head, token, valid, k_token, key_dim, BK, EXACT_K), L2NORM)
-            grad = load_rows(noisy_error + head * value_dim + vt * BV, token, valid, H * value_dim, width, BV, EXACT_V)
-            decay = -masked_decay(c + t, gam, before, GATE)
-            weight = (tl.dot(noisy, tl.trans(keys), input_precision=PRECISION) * decay).to(dtype)
-            corrected_sum += tl.dot(tl.trans(weight), grad, input_precision=PRECISION)
-            weight = (tl.dot(grad, tl.trans(corrected), input_precision=PRECISION) * decay).to(dtype)
-            keys_sum += tl.dot(tl.trans(weight), noisy, input_precision=PRECISION)
-            factor = -tl.exp2(c + t) if GATE == 1 else row * 0.0 - 1.0
-            grown_rows = (noisy.to(tl.float32) * factor[:, None]).to(dtype)
-            states_sum += tl.dot(tl.trans(grown_rows), grad, input_precision=PRECISION)
+            rows = load_rows(k_base, token, valid, k_token, key_dim, BK, EXACT_K)
+            grad = load_rows(error_base, token, valid, out_stride, width, BV, EXACT_V)
+            factor = -row_norm(rows, R, L2NORM)
+            decay = log_weights(-gam, -key_log, before, GATE) * factor[None, :]
+            grown = tl.exp2(key_log) * factor if GATE == 1 else factor
+            corrected_sum, keys_sum, states_sum = add_readers(
+                rows, grad, keys, z, grown, decay, corrected_sum, keys_sum, states_sum, PRECISION
+            )
 
     kc, vc = tl.arange(0, BK), tl.arange(0, BV)
-    place = (
-        grad_states + (chunk.to(tl.int64) * H + head) * key_dim * value_dim + vt * BV
-        + kc[:, None] * value_dim + vc[None, :]
-    )
+    place = grad_states + chunk_head * key_dim * value_dim + vt * BV + kc[:, None] * value_dim + vc[None, :]
     states_sum = states_sum.to(grad_states.dtype.element_ty)
     if EXACT_K and EXACT_V:
         tl.store(place, states_sum)
     else:
         tl.store(place, states_sum, mask=(kc < key_dim)[:, None] & (vc < width)[None, :])
     flat = chunk.to(tl.int64) * C + column  # chunk rows, padding included: nothing here is read behind chunk_length
-    store_rows(grad_corrected + head * value_dim + vt * BV, corrected_sum, flat, clean_valid, H * value_dim, width, BV,
-               EXACT_V)
-    store_rows(grad_keys + head * key_dim, keys_sum, flat + vt * chunks * C, clean_valid, H * key_dim, key_dim, BK, EXACT_K)
+    store_rows(grad_corrected + head * value_dim + vt * BV, corrected_sum * norm[:, None], flat, clean_valid,
+               out_stride, width, BV, EXACT_V)  # fmt: skip
+    store_rows(grad_keys + head * key_dim, keys_sum * clean_b[:, None], flat + vt * chunks * C, clean_valid,
+               H * key_dim, key_dim, BK, EXACT_K)  # fmt: skip
     if GATE == 1:
         if vt == 0:
-            tl.store(grad_gam + flat * H + head, gam_sum)
+            tl.store(grad_gam + chunk_head * C + column, gam_sum)

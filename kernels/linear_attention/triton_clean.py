@@ -10,33 +10,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import (
-    load_beta,
-    load_log_decay,
-    load_matrix,
-    load_rows,
-    normalised,
-    prefix_decay,
-    store_rows,
-    unit_lower_inverse,
-)
+from .triton_common import load_matrix, load_rows, log_weights, row_norm, store_rows, unit_triangular_inverse
 
 
 @triton.jit(do_not_specialize=["chunks"])
 def clean_inverse_kernel(
     k,
-    g,
-    beta,
     weights,
     inverse,
+    chunk_gam,
+    chunk_beta,
     chunk_token,
     chunk_length,
     chunks,
-    key_dim,
+    key_dim: tl.constexpr,
     k_token,
     k_head,
-    g_token,
-    beta_token,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     BK: tl.constexpr,
@@ -50,21 +39,23 @@ def clean_inverse_kernel(
     pid = tl.program_id(0)
     head, chunk = pid % H, pid // H
     row = tl.arange(0, C)
-    token = (tl.load(chunk_token + chunk) + row).to(tl.int64)
-    valid = row < tl.load(chunk_length + chunk)
-    place = (chunk.to(tl.int64) * H + head) * C * C + row[:, None] * C + row[None, :]
+    chunk_head = pid.to(tl.int64)
+    place = chunk_head * C * C + row[:, None] * C + row[None, :]
     below = row[:, None] > row[None, :]
-    b = load_beta(beta + head, token, valid, beta_token)
+    b = tl.load(chunk_beta + chunk_head * C + row)
     if GATE == 2:
-        lower = tl.load(weights + place).to(tl.float32)
+        lower = tl.where(below, tl.load(weights + place).to(tl.float32) * b[None, :], 0.0)
     else:
-        keys = normalised(load_rows(k + (head // GROUP) * k_head, token, valid, k_token, key_dim, BK, EXACT_K), L2NORM)
-        lower = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+        token = (tl.load(chunk_token + chunk) + row).to(tl.int64)
+        valid = row < tl.load(chunk_length + chunk)
+        keys = load_rows(k + (head // GROUP) * k_head, token, valid, k_token, key_dim, BK, EXACT_K)
+        norm = row_norm(keys, C, L2NORM)
+        gam = b
         if GATE == 1:
-            gam = tl.cumsum(load_log_decay(g + head, token, valid, g_token), 0)
-            lower = lower * prefix_decay(gam, gam, below)
-    lower = tl.where(below, lower * b[None, :], 0.0)
-    result = unit_lower_inverse(lower, row, C, C, PRECISION)
+            gam = tl.load(chunk_gam + chunk_head * C + row)
+        lower = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+        lower = lower * (log_weights(gam, gam, below, GATE) * (norm[:, None] * (norm * b)[None, :]))
+    result = unit_triangular_inverse(lower, row, False, C, C, PRECISION, tl.float32)
     tl.store(inverse + place, result.to(inverse.dtype.element_ty))
 
 
@@ -72,8 +63,6 @@ def clean_inverse_kernel(
 def clean_states_kernel(
     k,
     v,
-    g,
-    beta,
     decayed_k,
     tail_k,
     total,
@@ -82,18 +71,18 @@ def clean_states_kernel(
     values,
     states,
     final,
+    chunk_gam,
+    chunk_beta,
     document_token,
     document_length,
     document_chunk,
     document_row,
-    key_dim,
-    value_dim,
+    key_dim: tl.constexpr,
+    value_dim: tl.constexpr,
     k_token,
     k_head,
     v_token,
     v_head,
-    g_token,
-    beta_token,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     BK: tl.constexpr,
@@ -140,20 +129,20 @@ def clean_states_kernel(
             tl.store(out, rounded)
         else:
             tl.store(out, rounded, mask=state_mask)
-        keys = normalised(load_rows(k + (head // GROUP) * k_head, token, valid, k_token, key_dim, BK, EXACT_K), L2NORM)
+        keys = load_rows(k + (head // GROUP) * k_head, token, valid, k_token, key_dim, BK, EXACT_K)
+        norm = row_norm(keys, C, L2NORM)
         z = load_rows(v + head * v_head + tile * BV, token, valid, v_token, value_dim - tile * BV, BV, EXACT_V)
-        b = load_beta(beta + head, token, valid, beta_token)
+        b = tl.load(chunk_beta + chunk_head * C + row)
         if GATE == 1:
-            gam = tl.cumsum(load_log_decay(g + head, token, valid, g_token), 0)
-            last = tl.sum(tl.where(row == C - 1, gam, 0.0), 0)
+            gam = tl.load(chunk_gam + chunk_head * C + row)
+            last = tl.load(chunk_gam + chunk_head * C + C - 1)
         if DELTA:
             if GATE == 2:
                 grown = load_rows(decayed_k + head * key_dim, token, valid, H * key_dim, key_dim, BK, EXACT_K)
                 read = tl.dot(grown, rounded.to(grown.dtype), input_precision=PRECISION)
             else:
                 read = tl.dot(keys, rounded.to(keys.dtype), input_precision=PRECISION)
-                if GATE == 1:
-                    read = read * tl.exp2(gam)[:, None]
+                read = read * (norm * tl.exp2(gam) if GATE == 1 else norm)[:, None]
             solve = tl.load(inverse + chunk_head * C * C + row[:, None] * C + row[None, :])
             result = tl.dot(solve, (z.to(tl.float32) - read).to(solve.dtype), input_precision=PRECISION)
             store_rows(values + head * value_dim + tile * BV, result, token, valid, H * value_dim,
@@ -162,10 +151,12 @@ def clean_states_kernel(
         else:
             added = z.to(tl.float32) * b[:, None]
         if GATE == 1:
-            added = added * tl.exp2(last - gam)[:, None]
+            added = added * (norm * tl.exp2(last - gam))[:, None]
             state = state * tl.exp2(last)
+        if GATE == 0:
+            added = added * norm[:, None]
         if GATE == 2:
-            keys = load_rows(tail_k + head * key_dim, token, valid, H * key_dim, key_dim, BK, EXACT_K)
+            keys = load_rows(tail_k + head * key_dim, chunk * C + row, valid, H * key_dim, key_dim, BK, EXACT_K)
             state = state * tl.load(total + chunk_head * key_dim + kc, mask=kc < key_dim, other=0.0)[:, None]
         state += tl.dot(tl.trans(keys), added.to(keys.dtype), input_precision=PRECISION)
     if FINAL:
@@ -179,27 +170,25 @@ def clean_states_kernel(
 def clean_outputs_kernel(
     q,
     k,
-    g,
-    beta,
     decayed_q,
     weights,
     values,
     states,
     out,
+    chunk_gam,
+    chunk_beta,
     chunk_token,
     chunk_length,
     chunks,
     scale,
-    key_dim,
-    value_dim,
+    key_dim: tl.constexpr,
+    value_dim: tl.constexpr,
     q_token,
     q_head,
     k_token,
     k_head,
     z_token,
     z_head,
-    g_token,
-    beta_token,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     BK: tl.constexpr,
@@ -214,33 +203,35 @@ def clean_outputs_kernel(
 ):
     """out [B, T, H, V] of the clean rows; values are Z (delta) or v, with their own strides."""
     pid = tl.program_id(0)
-    tile, pid = pid % NV, pid // NV
+    vt, pid = pid % NV, pid // NV
     head, chunk = pid % H, pid // H
     row = tl.arange(0, C)
     token = (tl.load(chunk_token + chunk) + row).to(tl.int64)
     valid = row < tl.load(chunk_length + chunk)
-    chunk_head = chunk.to(tl.int64) * H + head
+    chunk_head = pid.to(tl.int64)
     key_head = head // GROUP
+    width = value_dim - vt * BV
     seen = row[:, None] >= row[None, :]
-    state = load_matrix(states + chunk_head * key_dim * value_dim + tile * BV, key_dim, value_dim, BK, BV,
-                        EXACT_K and EXACT_V, value_dim - tile * BV)
+    b = tl.load(chunk_beta + chunk_head * C + row)
+    state = load_matrix(states + chunk_head * key_dim * value_dim + vt * BV, key_dim, value_dim, BK, BV,
+                        EXACT_K and EXACT_V, width)  # fmt: skip
+    z = load_rows(values + head * z_head + vt * BV, token, valid, z_token, width, BV, EXACT_V)
     if GATE == 2:
         grown = load_rows(decayed_q + head * key_dim, token, valid, H * key_dim, key_dim, BK, EXACT_K)
         result = tl.dot(grown, state, input_precision=PRECISION)
         weight = tl.load(weights + chunk_head * C * C + row[:, None] * C + row[None, :]).to(tl.float32)
+        weight = tl.where(seen, weight * b[None, :], 0.0).to(z.dtype)
     else:
-        queries = normalised(load_rows(q + key_head * q_head, token, valid, q_token, key_dim, BK, EXACT_K), L2NORM)
-        keys = normalised(load_rows(k + key_head * k_head, token, valid, k_token, key_dim, BK, EXACT_K), L2NORM)
-        weight = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        result = tl.dot(queries, state, input_precision=PRECISION)
+        queries = load_rows(q + key_head * q_head, token, valid, q_token, key_dim, BK, EXACT_K)
+        keys = load_rows(k + key_head * k_head, token, valid, k_token, key_dim, BK, EXACT_K)
+        norm = row_norm(queries, C, L2NORM)
+        gam = b
         if GATE == 1:
-            gam = tl.cumsum(load_log_decay(g + head, token, valid, g_token), 0)
-            weight = weight * prefix_decay(gam, gam, seen)
-            result = result * tl.exp2(gam)[:, None]
-    b = load_beta(beta + head, token, valid, beta_token)
-    weight = tl.where(seen, weight, 0.0)
-    z = load_rows(values + head * z_head + tile * BV, token, valid, z_token, value_dim - tile * BV, BV, EXACT_V)
-    corrected = (z.to(tl.float32) * b[:, None]).to(z.dtype)
-    result += tl.dot(weight.to(z.dtype), corrected, input_precision=PRECISION)
-    store_rows(out + head * value_dim + tile * BV, result * scale, token, valid, H * value_dim,
-               value_dim - tile * BV, BV, EXACT_V)
+            gam = tl.load(chunk_gam + chunk_head * C + row)
+        weight = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        factor = norm[:, None] * (b * row_norm(keys, C, L2NORM))[None, :]
+        weight = (weight * (log_weights(gam, gam, seen, GATE) * factor)).to(z.dtype)
+        result = tl.dot(queries, state, input_precision=PRECISION)
+        result = result * (norm * tl.exp2(gam) if GATE == 1 else norm)[:, None]
+    result = tl.dot(weight, z, result, input_precision=PRECISION)
+    store_rows(out + head * value_dim + vt * BV, result * scale, token, valid, H * value_dim, width, BV, EXACT_V)

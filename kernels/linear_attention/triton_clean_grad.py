@@ -6,38 +6,39 @@ import triton
 import triton.language as tl
 
 from .triton_common import (
-    load_beta,
-    load_log_decay,
     load_matrix,
     load_rows,
-    normalised,
-    prefix_decay,
+    log_weights,
+    product_of_tiles,
+    product_with_state,
+    row_norm,
     store_rows,
-    through_norm,
+    through_factor,
 )
 
 
 @triton.jit
 def states_grad_kernel(
     k,
-    g,
-    beta,
+    decayed_k,
+    tail_k,
+    total,
     inverse,
     grad_final,
     grad_corrected,
     grad_states,
     grad_v,
     grad_initial,
+    chunk_gam,
+    chunk_beta,
     document_token,
     document_length,
     document_chunk,
     document_row,
-    key_dim,
-    value_dim,
+    key_dim: tl.constexpr,
+    value_dim: tl.constexpr,
     k_token,
     k_head,
-    g_token,
-    beta_token,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     BK: tl.constexpr,
@@ -90,20 +91,29 @@ def states_grad_kernel(
             from_readers = tl.load(place).to(tl.float32)
         else:
             from_readers = tl.load(place, mask=state_mask, other=0.0).to(tl.float32)
-        keys = normalised(load_rows(k + (head // GROUP) * k_head, token, valid, k_token, key_dim, BK, EXACT_K), L2NORM)
+        flat = chunk.to(tl.int64) * C + row
+        if GATE == 2:
+            keys = load_rows(tail_k + head * key_dim, flat, valid, H * key_dim, key_dim, BK, EXACT_K)
+        else:
+            keys = load_rows(k + (head // GROUP) * k_head, token, valid, k_token, key_dim, BK, EXACT_K)
+            norm = row_norm(keys, C, L2NORM)
         rounded = grad_state.to(keys.dtype)
         if EXACT_K and EXACT_V:
             tl.store(place, rounded.to(grad_states.dtype.element_ty))
         else:
             tl.store(place, rounded.to(grad_states.dtype.element_ty), mask=state_mask)
-        b = load_beta(beta + head, token, valid, beta_token)
-        flat = chunk.to(tl.int64) * C + row
+        b = tl.load(chunk_beta + chunk_head * C + row)
         error = tl.dot(keys, rounded, input_precision=PRECISION)
+        if GATE == 0:
+            error = error * norm[:, None]
         if GATE == 1:
-            gam = tl.cumsum(load_log_decay(g + head, token, valid, g_token), 0)
-            last = tl.sum(tl.where(row == C - 1, gam, 0.0), 0)
-            error = error * tl.exp2(last - gam)[:, None]
+            gam = tl.load(chunk_gam + chunk_head * C + row)
+            last = tl.load(chunk_gam + chunk_head * C + C - 1)
+            error = error * (norm * tl.exp2(last - gam))[:, None]
             grad_state = grad_state * tl.exp2(last)
+        if GATE == 2:
+            passed = tl.load(total + chunk_head * key_dim + kc, mask=kc < key_dim, other=0.0)
+            grad_state = grad_state * passed[:, None]
         error += load_rows(
             grad_corrected + head * value_dim + vt * BV, flat, valid, H * value_dim, width, BV, EXACT_V
         ).to(tl.float32)
@@ -112,7 +122,13 @@ def states_grad_kernel(
         if DELTA:
             solve = tl.load(inverse + chunk_head * C * C + row[:, None] * C + row[None, :])
             error = tl.dot(tl.trans(solve), error.to(solve.dtype), input_precision=PRECISION)
-            grown = error * tl.exp2(gam)[:, None] if GATE == 1 else error
+            grown = error
+            if GATE == 0:
+                grown = error * norm[:, None]
+            if GATE == 1:
+                grown = error * (norm * tl.exp2(gam))[:, None]
+            if GATE == 2:
+                keys = load_rows(decayed_k + head * key_dim, token, valid, H * key_dim, key_dim, BK, EXACT_K)
             grad_state -= tl.dot(tl.trans(keys), grown.to(keys.dtype), input_precision=PRECISION)
         store_rows(grad_v + head * value_dim + vt * BV, error, token, valid, H * value_dim, width, BV, EXACT_V)
     if INITIAL:
@@ -127,8 +143,6 @@ def states_grad_kernel(
 def clean_grad_kernel(
     q,
     k,
-    g,
-    beta,
     values,
     states,
     grad_out,
@@ -140,20 +154,20 @@ def clean_grad_kernel(
     grad_v,
     grad_g,
     grad_beta,
+    chunk_gam,
+    chunk_beta,
     chunk_token,
     chunk_length,
     chunks,
     scale,
-    key_dim,
-    value_dim,
+    key_dim: tl.constexpr,
+    value_dim: tl.constexpr,
     q_token,
     q_head,
     k_token,
     k_head,
     z_token,
     z_head,
-    g_token,
-    beta_token,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     BK: tl.constexpr,
@@ -176,84 +190,84 @@ def clean_grad_kernel(
     row = tl.arange(0, C)
     token = (tl.load(chunk_token + chunk) + row).to(tl.int64)
     valid = row < tl.load(chunk_length + chunk)
-    state_place = (chunk.to(tl.int64) * H + head) * key_dim * value_dim
-    b = load_beta(beta + head, token, valid, beta_token)
-    seen, below = row[:, None] >= row[None, :], row[:, None] > row[None, :]
+    chunk_head = pid.to(tl.int64)
+    state, after = states + chunk_head * key_dim * value_dim, grad_states + chunk_head * key_dim * value_dim
+    b = tl.load(chunk_beta + chunk_head * C + row)
+    out_stride = H * value_dim
+    error_base, out_base, z_base = grad_v + head * value_dim, grad_out + head * value_dim, values + head * z_head
+    gam, last = b, 0.0
     if GATE == 1:
-        gam = tl.cumsum(load_log_decay(g + head, token, valid, g_token), 0)
-        last = tl.sum(tl.where(row == C - 1, gam, 0.0), 0)
-        ends = 0.0
-    keys = normalised(load_rows(k + key_head * k_head, token, valid, k_token, key_dim, BK, EXACT_K), L2NORM)
-    dtype = keys.dtype
+        gam = tl.load(chunk_gam + chunk_head * C + row)
+        last = tl.load(chunk_gam + chunk_head * C + C - 1)
 
     # queries
-    rows_grad = tl.zeros([C, BK], dtype=tl.float32)
-    weight = tl.zeros([C, C], dtype=tl.float32)
-    for vt in tl.static_range(NV):
-        width = value_dim - vt * BV
-        grad = load_rows(grad_out + head * value_dim + vt * BV, token, valid, H * value_dim, width, BV, EXACT_V)
-        z = load_rows(values + head * z_head + vt * BV, token, valid, z_token, width, BV, EXACT_V)
-        corrected = (z.to(tl.float32) * b[:, None]).to(dtype)
-        weight += tl.dot(grad, tl.trans(corrected), input_precision=PRECISION)
-        state = load_matrix(states + state_place + vt * BV, key_dim, value_dim, BK, BV, EXACT_K and EXACT_V, width)
-        rows_grad += tl.dot(grad, tl.trans(state), input_precision=PRECISION)
+    keys = load_rows(k + key_head * k_head, token, valid, k_token, key_dim, BK, EXACT_K)
+    queries = load_rows(q + key_head * q_head, token, valid, q_token, key_dim, BK, EXACT_K)
+    dtype = keys.dtype
+    k_norm, q_norm = row_norm(keys, C, L2NORM), row_norm(queries, C, L2NORM)
+    seen, below = row[:, None] >= row[None, :], row[:, None] > row[None, :]
+    grad_rows = product_with_state(out_base, state, token, valid, out_stride, key_dim, value_dim, C, BK, BV, NV,
+                                   EXACT_K, EXACT_V, PRECISION)  # fmt: skip
     if GATE == 1:
-        weight = weight * prefix_decay(gam, gam, seen)
-        rows_grad = rows_grad * tl.exp2(gam)[:, None]
-    weight = tl.where(seen, weight, 0.0).to(dtype)
-    rows_grad += tl.dot(weight, keys, input_precision=PRECISION)
-    rows_grad = rows_grad * scale
-    raw = load_rows(q + key_head * q_head, token, valid, q_token, key_dim, BK, EXACT_K)
+        grad_rows = grad_rows * tl.exp2(gam)[:, None]
+    weight = product_of_tiles(out_base, z_base, token, token, valid, valid, out_stride, z_token,
+                              tl.zeros([C, C], dtype=tl.float32), value_dim, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+    weight = (weight * (log_weights(gam, gam, seen, GATE) * (b * k_norm)[None, :])).to(dtype)
+    grad_rows = tl.dot(weight, keys, grad_rows, input_precision=PRECISION) * scale
     if GATE == 1:
-        gate = tl.sum(rows_grad * normalised(raw, L2NORM).to(tl.float32), 1)
-    store_rows(grad_q + head * key_dim, through_norm(rows_grad, raw, L2NORM), token, valid, H * key_dim, key_dim, BK,
-               EXACT_K)
+        gate = tl.sum(grad_rows * queries.to(tl.float32), 1) * q_norm
+    grad_rows = through_factor(grad_rows, queries, q_norm, L2NORM)
+    store_rows(grad_q + head * key_dim, grad_rows, token, valid, H * key_dim, key_dim, BK, EXACT_K)
 
-    # keys: columns of every reader (grad_keys), of the next state, and of the chunk's own solve; rows of that solve
-    column_grad = tl.zeros([C, BK], dtype=tl.float32)
-    rows_grad = tl.zeros([C, BK], dtype=tl.float32)
-    weight = tl.zeros([C, C], dtype=tl.float32)
+    # keys as rows of the chunk's own solve
+    grad_rows = tl.zeros([C, BK], dtype=tl.float32)
+    row_sum = tl.zeros([C], dtype=tl.float32)
+    if DELTA:
+        grad_rows = product_with_state(error_base, state, token, valid, out_stride, key_dim, value_dim, C, BK, BV, NV,
+                                       EXACT_K, EXACT_V, PRECISION)  # fmt: skip
+        grad_rows = grad_rows * -tl.exp2(gam)[:, None] if GATE == 1 else -grad_rows
+        weight = product_of_tiles(error_base, z_base, token, token, valid, valid, out_stride, z_token,
+                                  tl.zeros([C, C], dtype=tl.float32), value_dim, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+        weight = (weight * (log_weights(gam, gam, below, GATE) * (-b * k_norm)[None, :])).to(dtype)
+        grad_rows = tl.dot(weight, keys, grad_rows, input_precision=PRECISION)
+        if GATE == 1:
+            row_sum = tl.sum(grad_rows * keys.to(tl.float32), 1) * k_norm
+        # ... and as its columns
+        above = row[:, None] < row[None, :]
+        weight = product_of_tiles(z_base, error_base, token, token, valid, valid, z_token, out_stride,
+                                  tl.zeros([C, C], dtype=tl.float32), value_dim, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+        factor = b[:, None] * (-k_norm)[None, :]
+        weight = (weight * (log_weights(-gam, -gam, above, GATE) * factor)).to(dtype)
+        grad_rows = tl.dot(weight, keys, grad_rows, input_precision=PRECISION)
+
+    # keys as columns of the next state, and of every reader
     beta_sum = tl.zeros([C], dtype=tl.float32)
+    ends = 0.0
+    tail = tl.zeros([C, BK], dtype=tl.float32)
     for vt in tl.static_range(NV):
         width = value_dim - vt * BV
-        z = load_rows(values + head * z_head + vt * BV, token, valid, z_token, width, BV, EXACT_V)
-        corrected = (z.to(tl.float32) * b[:, None]).to(dtype)
-        error = load_rows(grad_v + head * value_dim + vt * BV, token, valid, H * value_dim, width, BV, EXACT_V)
+        z = load_rows(z_base + vt * BV, token, valid, z_token, width, BV, EXACT_V)
+        error = load_rows(error_base + vt * BV, token, valid, out_stride, width, BV, EXACT_V)
         beta_sum += tl.sum(error.to(tl.float32) * z.to(tl.float32), 1)
-        after = load_matrix(grad_states + state_place + vt * BV, key_dim, value_dim, BK, BV, EXACT_K and EXACT_V, width)
-        column_grad += tl.dot(corrected, tl.trans(after), input_precision=PRECISION)
-        if DELTA or GATE == 1:
-            state = load_matrix(states + state_place + vt * BV, key_dim, value_dim, BK, BV, EXACT_K and EXACT_V, width)
+        next_grad = load_matrix(after + vt * BV, key_dim, value_dim, BK, BV, EXACT_K and EXACT_V, width)
         if GATE == 1:
-            ends += tl.sum(tl.sum(state.to(tl.float32) * after.to(tl.float32), 1), 0)
-        if DELTA:
-            weight += tl.dot(error, tl.trans(corrected), input_precision=PRECISION)
-            rows_grad += tl.dot(error, tl.trans(state), input_precision=PRECISION)
+            entry = load_matrix(state + vt * BV, key_dim, value_dim, BK, BV, EXACT_K and EXACT_V, width)
+            ends += tl.sum(tl.sum(entry.to(tl.float32) * next_grad.to(tl.float32), 1), 0)
+        tail = tl.dot(z, tl.trans(next_grad), tail, input_precision=PRECISION)
     tl.store(grad_beta + token * H + head, (beta_sum / b).to(grad_beta.dtype.element_ty), mask=valid)
+    tail = tail * (b * tl.exp2(last - gam) if GATE == 1 else b)[:, None]
     if GATE == 1:
-        column_grad = column_grad * tl.exp2(last - gam)[:, None]
-        at_end = ends * tl.exp2(last) + tl.sum(tl.sum(column_grad * keys.to(tl.float32), 1), 0)
-    if DELTA:
-        if GATE == 1:
-            weight = weight * prefix_decay(gam, gam, below)
-            rows_grad = rows_grad * tl.exp2(gam)[:, None]
-        weight = tl.where(below, weight, 0.0).to(dtype)
-        rows_grad += tl.dot(weight, keys, input_precision=PRECISION)
-        column_grad -= tl.dot(tl.trans(weight), keys, input_precision=PRECISION)
-        if GATE == 1:
-            gate -= tl.sum(rows_grad * keys.to(tl.float32), 1)
+        at_end = ends * tl.exp2(last) + tl.sum(tl.sum(tail * keys.to(tl.float32), 1) * k_norm, 0)
+    grad_rows += tail
     flat = chunk.to(tl.int64) * C + row
     for part in tl.static_range(NK):
-        part_row = flat + part * chunks * C
-        column_grad += load_rows(
-            grad_keys + head * key_dim, part_row, valid, H * key_dim, key_dim, BK, EXACT_K
+        grad_rows += load_rows(
+            grad_keys + head * key_dim, flat + part * chunks * C, valid, H * key_dim, key_dim, BK, EXACT_K
         ).to(tl.float32)
-    raw = load_rows(k + key_head * k_head, token, valid, k_token, key_dim, BK, EXACT_K)
-    store_rows(grad_k + head * key_dim, through_norm(column_grad - rows_grad, raw, L2NORM), token, valid, H * key_dim,
-               key_dim, BK, EXACT_K)
     if GATE == 1:
-        gate -= tl.sum(column_grad * keys.to(tl.float32), 1)
-        gate += tl.load(grad_gam + flat * H + head)
-        gate += tl.where(row == C - 1, at_end, 0.0)
+        gate += 2.0 * row_sum - tl.sum(grad_rows * keys.to(tl.float32), 1) * k_norm
+        gate += tl.load(grad_gam + chunk_head * C + row) + tl.where(row == C - 1, at_end, 0.0)
         gate = tl.cumsum(gate, 0, reverse=True)
         tl.store(grad_g + token * H + head, gate.to(grad_g.dtype.element_ty), mask=valid)
+    grad_rows = through_factor(grad_rows, keys, k_norm, L2NORM)
+    store_rows(grad_k + head * key_dim, grad_rows, token, valid, H * key_dim, key_dim, BK, EXACT_K)

@@ -68,6 +68,83 @@ def through_norm(grad, raw, L2NORM: tl.constexpr):
 
 
 @triton.jit
+def row_norm(x, ROWS: tl.constexpr, L2NORM: tl.constexpr):
+    """[ROWS] fp32 factors that normalise the rows: products take raw rows, and weights carry their factors."""
+    if L2NORM:
+        return reciprocal_norm(x)
+    return tl.full([ROWS], 1.0, dtype=tl.float32)
+
+
+@triton.jit
+def through_factor(grad, raw, norm, L2NORM: tl.constexpr):
+    """Gradient of the raw rows from that of the normalised ones, norm [n] as from `row_norm`."""
+    if L2NORM:
+        x = raw.to(tl.float32)
+        along = tl.sum(x * grad, 1) * norm * norm
+        return norm[:, None] * (grad - x * along[:, None])
+    return grad
+
+
+@triton.jit
+def product_of_tiles(
+    a,
+    b,
+    a_token,
+    b_token,
+    a_valid,
+    b_valid,
+    a_stride,
+    b_stride,
+    total,
+    width: tl.constexpr,
+    BV: tl.constexpr,
+    NV: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """total + A B^T for token-major rows of `width` columns, in NV tiles of BV columns."""
+    for vt in tl.static_range(NV):
+        left = load_rows(a + vt * BV, a_token, a_valid, a_stride, width - vt * BV, BV, EXACT)
+        right = load_rows(b + vt * BV, b_token, b_valid, b_stride, width - vt * BV, BV, EXACT)
+        total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def product_with_state(
+    a,
+    state,
+    token,
+    valid,
+    stride,
+    key_dim: tl.constexpr,
+    width: tl.constexpr,
+    ROWS: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    NV: tl.constexpr,
+    EXACT_K: tl.constexpr,
+    EXACT_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A S^T [ROWS, BK] for token-major rows A and a state [key_dim, width] in memory."""
+    total = tl.zeros([ROWS, BK], dtype=tl.float32)
+    for vt in tl.static_range(NV):
+        rows = load_rows(a + vt * BV, token, valid, stride, width - vt * BV, BV, EXACT_V)
+        part = load_matrix(state + vt * BV, key_dim, width, BK, BV, EXACT_K and EXACT_V, width - vt * BV)
+        total = tl.dot(rows, tl.trans(part), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def log_weights(row_log, column_log, read, GATE: tl.constexpr):
+    """Decays exp2(row_log - column_log) where read, else 0; without a gate per head just the mask as numbers."""
+    if GATE == 1:
+        return tl.exp2(tl.where(read, row_log[:, None] - column_log[None, :], float("-inf")))
+    return tl.where(read, 1.0, 0.0)
+
+
+@triton.jit
 def load_log_decay(g, token, valid, stride):
     """[n] fp32 log2 decays, 0 on padding."""
     return tl.load(g + token * stride, mask=valid, other=0.0).to(tl.float32) * LOG2E
@@ -81,30 +158,42 @@ def load_beta(beta, token, valid, stride):
 
 
 @triton.jit
-def prefix_decay(row_log, column_log, read):
-    """exp2(row_log - column_log) [l, j] where read, else 0; the exponent is masked before it is used."""
-    return tl.where(read, tl.exp2(tl.where(read, row_log[:, None] - column_log[None, :], 0.0)), 0.0)
+def unit_triangular_inverse(
+    part_of,
+    offset,
+    UPPER: tl.constexpr,
+    SIZE: tl.constexpr,
+    LARGEST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """(I + part_of)^-1 [SIZE, SIZE] fp32 of a strictly triangular, block-diagonal matrix (lower, or UPPER).
 
-
-@triton.jit
-def unit_lower_inverse(lower, offset, SIZE: tl.constexpr, LARGEST: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + lower)^-1 [SIZE, SIZE] fp32 for a strictly lower, block-diagonal matrix; offset [SIZE]: row inside its block.
-
-    Block elimination by doubling: with the inverse of all diagonal pieces of `half` rows known, that of pieces of
-    2 half rows is X - X lower' X, lower' being the entries between the two halves. As stable as forward substitution
-    (no powers of `lower` appear), and dense products only. LARGEST: rows of the largest block.
+    offset [SIZE]: row inside its block. Block elimination by doubling: with the inverse X of all diagonal pieces of n
+    rows known, that of pieces of 2n rows is X - X part X, part being the entries between two halves. As stable as
+    substitution (no powers of the matrix appear), and dense products only, with operands of `dtype`. LARGEST: rows of
+    the largest block (power of two).
     """
     row = tl.arange(0, SIZE)
     inverse = tl.where(row[:, None] == row[None, :], 1.0, 0.0)
     for level in tl.static_range(6):
         if (1 << level) < LARGEST:
             piece = offset >> level
-            between = ((piece & 1) == 1)[:, None] & ((piece[:, None] - 1) == piece[None, :])
-            part = tl.where(between, lower, 0.0)
+            if UPPER:
+                between = ((piece & 1) == 0)[:, None] & ((piece[:, None] + 1) == piece[None, :])
+            else:
+                between = ((piece & 1) == 1)[:, None] & ((piece[:, None] - 1) == piece[None, :])
+            part = tl.where(between, part_of, 0.0)
             if level == 0:
                 inverse -= part
             else:
-                inverse -= tl.dot(
-                    inverse, tl.dot(part, inverse, input_precision=PRECISION), input_precision=PRECISION
-                )
+                x = inverse.to(dtype)
+                inner = tl.dot(part.to(dtype), x, input_precision=PRECISION)
+                inverse -= tl.dot(x, inner.to(dtype), input_precision=PRECISION)
     return inverse
+
+
+@triton.jit
+def unit_lower_inverse(lower, offset, SIZE: tl.constexpr, LARGEST: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + lower)^-1 with float32 operands."""
+    return unit_triangular_inverse(lower, offset, False, SIZE, LARGEST, PRECISION, tl.float32)

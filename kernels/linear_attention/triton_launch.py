@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_chunk_grad, triton_clean, triton_clean_grad, triton_noisy, triton_noisy_grad
+from . import triton_chunk_grad, triton_clean, triton_clean_grad, triton_gates, triton_noisy, triton_noisy_grad
 from .tile_schedule import TileSchedule
 
 
@@ -24,6 +25,8 @@ class Launch:
 
 # Measured on an H100 with K = V = 128 (benchmarks/NOTES.md); wider heads take narrower tiles of V.
 LAUNCHES = {
+    "chunk_gates": Launch(16, 1, 1),
+    "tile_gates": Launch(16, 2, 1),
     "clean_inverse": Launch(64, 4, 1),
     "clean_states": Launch(32, 4, 2),
     "clean_outputs": Launch(128, 4, 1),
@@ -34,10 +37,12 @@ LAUNCHES = {
     "clean_grad": Launch(128, 8, 1),
 }
 
+PER_TILE_OF_V = ("clean_states", "clean_outputs", "noisy_outputs", "chunk_grad", "states_grad")
+
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes and flags of one call; `options(name)` are the constexpr arguments and launch parameters of a kernel."""
+    """Sizes and flags of one call."""
 
     heads: int
     group: int
@@ -72,10 +77,10 @@ class Problem:
     def tiles_of_v(self, name: str) -> int:
         return -(-self.value_dim // self.tile_v(name))
 
-    def options(self, name: str, kernel: Any) -> dict[str, Any]:
-        launch = LAUNCHES[name]
+    def flags(self, name: str) -> dict[str, Any]:
+        """Values of the constexpr arguments, by name."""
         tile_v = self.tile_v(name)
-        flags = {
+        return {
             "H": self.heads,
             "GROUP": self.group,
             "BK": self.block_k,
@@ -90,14 +95,19 @@ class Problem:
             "EXACT_K": self.key_dim == self.block_k,
             "EXACT_V": self.value_dim % tile_v == 0,
             "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
+            "key_dim": self.key_dim,
+            "value_dim": self.value_dim,
         }
-        known = set(kernel.arg_names)
-        return {n: x for n, x in flags.items() if n in known} | {"num_warps": launch.warps, "num_stages": launch.stages}
 
-
-def token_strides(x: Tensor) -> tuple[int, int]:
-    """Strides of token and head of [B, T, heads, D] seen as [B * T, heads, D]."""
-    return x.stride(1), x.stride(2)
+    def launch(self, name: str, kernel: Any, programs: int, operands: dict[str, Any], **more: Any) -> None:
+        """Run `programs` programs (times the tiles of V if the kernel has them); its arguments are taken by name."""
+        names = kernel.arg_names
+        known = operands | self.flags(name) | more
+        if name in PER_TILE_OF_V:
+            programs *= self.tiles_of_v(name)
+        if programs:
+            launch = LAUNCHES[name]
+            kernel[(programs,)](**{n: known[n] for n in names}, num_warps=launch.warps, num_stages=launch.stages)
 
 
 def flat_tokens(x: Tensor) -> Tensor:
@@ -109,22 +119,79 @@ def flat_tokens(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Saved:
-    """What the backward reads: chunk entry states [N, H, K, V], Z [B, T, H, V] (delta), inverses [N, H, C, C] (delta)."""
+    """What the backward reads beside the inputs.
+
+    states [N, H, K, V]: entry state of each chunk. values [B, T, H, V]: Z (delta, else empty). inverse [N, H, C, C]
+    (delta, else empty). gates: `chunk_gam`, `chunk_beta`, `tile_logs`, `tile_beta` of triton_gates.
+    """
 
     states: Tensor
     values: Tensor
     inverse: Tensor
+    gates: tuple[Tensor, ...]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.states, self.values, self.inverse, *self.gates
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> Saved:
+        states, values, inverse, *gates = tensors
+        return Saved(states, values, inverse, tuple(gates))
 
 
-def _tokens(like: Tensor, schedule: TileSchedule, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+GATE_NAMES = ("chunk_gam", "chunk_beta", "tile_logs", "tile_beta")
+
+
+def _tokens(like: Tensor, schedule: TileSchedule, *shape: int) -> Tensor:
     """[B, T, *shape]; zeros if there are padding slots, which no kernel writes."""
     make = torch.zeros if schedule.tokens_padded else torch.empty
-    return make(schedule.rows, schedule.length, *shape, dtype=dtype or like.dtype, device=like.device)
+    return make(schedule.rows, schedule.length, *shape, dtype=like.dtype, device=like.device)
 
 
-def run(kernel: Any, programs: int, *arguments: object, **options: object) -> None:
-    if programs:
-        kernel[(programs,)](*arguments, **options)
+def _operands(
+    p: Problem, q: Tensor, k: Tensor, v: Tensor, z: Tensor, schedule: TileSchedule, scale: float
+) -> dict[str, Any]:
+    """What every kernel may ask for by name."""
+    empty = q.new_empty(0)
+    strides = {"q": q, "k": k, "v": v, "z": z}
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "values": z,
+        "clean_values": z,
+        "scale": scale,
+        "chunks": schedule.chunks,
+        "tiles": schedule.tiles,
+        **{f"{name}_token": x.stride(1) for name, x in strides.items()},
+        **{f"{name}_head": x.stride(2) for name, x in strides.items()},
+        **{n: getattr(schedule, n) for n in SCHEDULE_NAMES},
+        # of channel gates
+        **{n: empty for n in ("decayed_q", "decayed_k", "tail_k", "total", "weights", "clean_weights", "block_weights")},
+    }
+
+
+SCHEDULE_NAMES = (
+    "document_token", "document_length", "document_chunk", "document_row", "chunk_token", "chunk_length", "chunk_tile",
+    "tile_chunk", "tile_token", "tile_anchor", "tile_start", "tile_stop",
+)  # fmt: skip
+
+
+def new_gates(schedule: TileSchedule, heads: int, scalar: bool, device: torch.device) -> tuple[Tensor, ...]:
+    """Unwritten `GATE_NAMES` tensors; the log decays are empty unless there is one decay per head (scalar)."""
+    n, m, c, r = schedule.chunks, schedule.tiles, schedule.chunk_size, schedule.tile_rows
+    shapes = ((n, heads, c) if scalar else 0, (n, heads, c), (m, heads, 3, r) if scalar else 0, (m, heads, r))
+    return tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
+
+
+def _gates(p: Problem, g: Tensor | None, beta: Tensor, operands: dict[str, Any], schedule: TileSchedule) -> None:
+    """Fill `GATE_NAMES` and add them to the operands."""
+    scalar = p.gate == 1
+    operands |= dict(zip(GATE_NAMES, new_gates(schedule, p.heads, scalar, beta.device), strict=True))
+    per_head = g if scalar and g is not None else beta  # without a decay per head it is not read
+    gates = {"g": per_head, "g_token": per_head.stride(1), "beta": beta, "beta_token": beta.stride(1)}
+    p.launch("chunk_gates", triton_gates.chunk_gates_kernel, schedule.chunks * p.heads, operands | gates)
+    p.launch("tile_gates", triton_gates.tile_gates_kernel, schedule.tiles * p.heads, operands | gates)
 
 
 def forward(
@@ -143,51 +210,30 @@ def forward(
 ) -> tuple[Tensor, Tensor, Saved]:
     """(out [B, T, H, V], final states [B, H, K, V] float32 or empty, what the backward reads)."""
     p = Problem.of(q, v, g, schedule, delta, l2norm)
-    chunks, heads, size = schedule.chunks, p.heads, p.chunk_size
-    q, k, v, g, beta = flat_tokens(q), flat_tokens(k), flat_tokens(v), _flat(g), _flat(beta)
-    empty = q.new_empty(0)
-    out = _tokens(q, schedule, heads, p.value_dim)
-    values = q.new_empty(schedule.rows, schedule.length, heads, p.value_dim) if delta else q.new_empty(0)
+    chunks, tiles, heads, size = schedule.chunks, schedule.tiles, p.heads, p.chunk_size
+    q, k, v, beta = flat_tokens(q), flat_tokens(k), flat_tokens(v), flat_tokens(beta)
+    g = None if g is None else flat_tokens(g)
+    values = q.new_empty(schedule.rows, schedule.length, heads, p.value_dim) if delta else v
+    operands = _operands(p, q, k, v, values, schedule, scale)
+    _gates(p, g, beta, operands, schedule)
     states = q.new_empty(chunks, heads, p.key_dim, p.value_dim)
-    inverse = q.new_empty(chunks, heads, size, size) if delta else q.new_empty(0)
-    last = q.new_empty(0, dtype=torch.float32)
-    if final:
-        last = q.new_zeros(schedule.rows, heads, p.key_dim, p.value_dim, dtype=torch.float32)
-    z = values if delta else v
-    gate, gate_token = _gate(g, q)
-    beta_token = beta.stride(1)
-    dims = (p.key_dim, p.value_dim)
+    inverse = q.new_empty((chunks, heads, size, size) if delta else 0)
+    last = q.new_zeros((schedule.rows, heads, p.key_dim, p.value_dim) if final else 0, dtype=torch.float32)
+    out = _tokens(q, schedule, heads, p.value_dim)
+    operands |= {"states": states, "inverse": inverse, "final": last, "out": out, "noisy_values": values}
+    operands["initial"] = last if initial is None else initial.contiguous()
 
     if delta:
-        kernel = triton_clean.clean_inverse_kernel
-        run(
-            kernel, chunks * heads, k, gate, beta, empty, inverse, schedule.chunk_token, schedule.chunk_length, chunks,
-            p.key_dim, *token_strides(k), gate_token, beta_token, **p.options("clean_inverse", kernel),
-        )  # fmt: skip
-    kernel = triton_clean.clean_states_kernel
-    run(
-        kernel, schedule.documents * heads * p.tiles_of_v("clean_states"),
-        k, v, gate, beta, empty, empty, empty, inverse, empty if initial is None else initial.contiguous(), values,
-        states, last, schedule.document_token, schedule.document_length, schedule.document_chunk,
-        schedule.document_row, *dims, *token_strides(k), *token_strides(v), gate_token, beta_token,
-        INITIAL=initial is not None, FINAL=final, **p.options("clean_states", kernel),
+        p.launch("clean_inverse", triton_clean.clean_inverse_kernel, chunks * heads, operands)
+    p.launch(
+        "clean_states", triton_clean.clean_states_kernel, schedule.documents * heads, operands,
+        INITIAL=initial is not None, FINAL=final,
     )  # fmt: skip
-    kernel = triton_clean.clean_outputs_kernel
-    run(
-        kernel, chunks * heads * p.tiles_of_v("clean_outputs"),
-        q, k, gate, beta, empty, empty, z, states, out, schedule.chunk_token, schedule.chunk_length, chunks, scale,
-        *dims, *token_strides(q), *token_strides(k), *token_strides(z), gate_token, beta_token,
-        **p.options("clean_outputs", kernel),
-    )  # fmt: skip
-    kernel = triton_noisy.noisy_outputs_kernel
-    run(
-        kernel, schedule.tiles * heads * p.tiles_of_v("noisy_outputs"),
-        q, k, v, gate, beta, empty, empty, empty, empty, z, states, values, out,
-        schedule.chunk_token, schedule.chunk_length, schedule.tile_chunk, schedule.tile_token, schedule.tile_anchor,
-        schedule.tile_start, schedule.tile_stop, schedule.tiles, scale, *dims, *token_strides(q), *token_strides(k),
-        *token_strides(v), *token_strides(z), gate_token, beta_token, **p.options("noisy_outputs", kernel),
-    )  # fmt: skip
-    return out, last, Saved(states, values, inverse)
+    p.launch("clean_outputs", triton_clean.clean_outputs_kernel, chunks * heads, operands)
+    p.launch("noisy_outputs", triton_noisy.noisy_outputs_kernel, tiles * heads, operands)
+    return out, last, Saved(
+        states, values if delta else q.new_empty(0), inverse, tuple(operands[n] for n in GATE_NAMES)
+    )
 
 
 def backward(
@@ -209,74 +255,46 @@ def backward(
     """Gradients of q, k, v, g, beta and the initial state (empty where there is none)."""
     p = Problem.of(q, v, g, schedule, delta, l2norm)
     chunks, tiles, heads, size = schedule.chunks, schedule.tiles, p.heads, p.chunk_size
-    q, k, v, g, beta = flat_tokens(q), flat_tokens(k), flat_tokens(v), _flat(g), _flat(beta)
-    grad_out = grad_out.contiguous()
+    q, k, v = flat_tokens(q), flat_tokens(k), flat_tokens(v)
     z = saved.values if delta else v
-    gate, gate_token = _gate(g, q)
-    beta_token = beta.stride(1)
-    dims = (p.key_dim, p.value_dim)
-    empty = q.new_empty(0)
-    single = {"dtype": torch.float32, "device": q.device}
-
-    grad_q, grad_k = _tokens(q, schedule, heads, p.key_dim), _tokens(k, schedule, heads, p.key_dim)
-    grad_v = _tokens(v, schedule, heads, p.value_dim)
-    grad_beta = _tokens(beta, schedule, heads)
-    grad_g = q.new_empty(0) if g is None else _tokens(g, schedule, heads)
-    grad_anchor = torch.empty(tiles * p.tile_rows, heads, **single) if p.gate == 1 else empty
-    kernel: Any = triton_noisy_grad.noisy_grad_kernel
-    run(
-        kernel, tiles * heads, q, k, v, gate, beta, z, saved.states, z, grad_out, grad_q, grad_k, grad_v, grad_g,
-        grad_beta, grad_anchor, schedule.chunk_token, schedule.chunk_length, schedule.tile_chunk, schedule.tile_token,
-        schedule.tile_anchor, schedule.tile_start, schedule.tile_stop, tiles, scale, *dims, *token_strides(q),
-        *token_strides(k), *token_strides(v), *token_strides(z), gate_token, beta_token,
-        **p.options("noisy_grad", kernel),
-    )  # fmt: skip
-
     parts = p.tiles_of_v("chunk_grad")
-    grad_states = torch.empty_like(saved.states)
-    grad_corrected = q.new_empty(chunks * size, heads, p.value_dim)
-    grad_keys = q.new_empty(parts, chunks * size, heads, p.key_dim)
-    grad_gam = torch.empty(chunks * size, heads, **single) if p.gate == 1 else empty
-    kernel = triton_chunk_grad.chunk_grad_kernel
-    run(
-        kernel, chunks * heads * parts, q, k, gate, beta, z, grad_out, grad_v, grad_anchor, grad_states,
-        grad_corrected, grad_keys, grad_gam, schedule.chunk_token, schedule.chunk_length, schedule.chunk_tile,
-        schedule.tile_token, schedule.tile_anchor, schedule.tile_start, schedule.tile_stop, chunks, scale, *dims,
-        *token_strides(q), *token_strides(k), *token_strides(z), gate_token, beta_token,
-        **p.options("chunk_grad", kernel),
+    single = {"dtype": torch.float32, "device": q.device}
+    scalar = p.gate == 1
+    grad_q, grad_k = _tokens(q, schedule, heads, p.key_dim), _tokens(k, schedule, heads, p.key_dim)
+    grad_v, grad_beta = _tokens(v, schedule, heads, p.value_dim), _tokens(beta, schedule, heads)
+    grad_g = q.new_empty(0) if g is None else _tokens(g, schedule, *g.shape[2:])
+    grad_initial = torch.zeros((schedule.rows, heads, p.key_dim, p.value_dim) if initial else 0, **single)
+    operands = _operands(p, q, k, v, z, schedule, scale) | dict(zip(GATE_NAMES, saved.gates, strict=True))
+    operands |= {
+        "states": saved.states,
+        "noisy_values": z,
+        "inverse": saved.inverse,
+        "grad_out": grad_out.contiguous(),
+        "grad_q": grad_q,
+        "grad_k": grad_k,
+        "grad_v": grad_v,
+        "noisy_error": grad_v,
+        "grad_g": grad_g,
+        "grad_beta": grad_beta,
+        "grad_initial": grad_initial,
+        "grad_final": grad_initial if grad_final is None else grad_final.contiguous(),
+        "grad_anchor": torch.empty((tiles, heads, p.tile_rows) if scalar else 0, **single),
+    }
+    p.launch("noisy_grad", triton_noisy_grad.noisy_grad_kernel, tiles * heads, operands)
+    operands |= {
+        "grad_states": torch.empty_like(saved.states),
+        "grad_corrected": q.new_empty(chunks * size, heads, p.value_dim),
+        "grad_keys": q.new_empty(parts, chunks * size, heads, p.key_dim),
+        "grad_gam": torch.empty((chunks, heads, size) if scalar else 0, **single),
+    }
+    p.launch("chunk_grad", triton_chunk_grad.chunk_grad_kernel, chunks * heads, operands)
+    p.launch(
+        "states_grad", triton_clean_grad.states_grad_kernel, schedule.documents * heads, operands, INITIAL=initial,
+        FINAL=grad_final is not None,
     )  # fmt: skip
-
-    grad_initial = q.new_empty(0)
-    if initial:
-        grad_initial = torch.zeros(schedule.rows, heads, p.key_dim, p.value_dim, **single)
-    kernel = triton_clean_grad.states_grad_kernel
-    run(
-        kernel, schedule.documents * heads * p.tiles_of_v("states_grad"),
-        k, gate, beta, saved.inverse, empty if grad_final is None else grad_final.contiguous(), grad_corrected,
-        grad_states, grad_v, grad_initial, schedule.document_token, schedule.document_length, schedule.document_chunk,
-        schedule.document_row, *dims, *token_strides(k), gate_token, beta_token, INITIAL=initial,
-        FINAL=grad_final is not None, **p.options("states_grad", kernel),
-    )  # fmt: skip
-    kernel = triton_clean_grad.clean_grad_kernel
-    run(
-        kernel, chunks * heads, q, k, gate, beta, z, saved.states, grad_out, grad_states, grad_keys, grad_gam, grad_q,
-        grad_k, grad_v, grad_g, grad_beta, schedule.chunk_token, schedule.chunk_length, chunks, scale, *dims,
-        *token_strides(q), *token_strides(k), *token_strides(z), gate_token, beta_token, NK=parts,
-        **p.options("clean_grad", kernel),
-    )  # fmt: skip
+    p.launch("clean_grad", triton_clean_grad.clean_grad_kernel, chunks * heads, operands, NK=parts)
     return _per_key_head(grad_q, p.group), _per_key_head(grad_k, p.group), grad_v, grad_g, grad_beta, grad_initial
-
-
-def _flat(x: Any) -> Any:
-    """[B, T, H] with heads dense and rows that collapse; None stays None."""
-    return None if x is None else flat_tokens(x)
-
-
-def _gate(g: Tensor | None, q: Tensor) -> tuple[Tensor, int]:
-    return (q.new_empty(0), 0) if g is None else (g, g.stride(1))
 
 
 def _per_key_head(grad: Tensor, group: int) -> Tensor:
     return grad if group == 1 else grad.unflatten(2, (grad.shape[2] // group, group)).sum(dim=3)
-
-

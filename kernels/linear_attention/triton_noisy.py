@@ -12,40 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import (
-    load_beta,
-    load_log_decay,
-    load_matrix,
-    load_rows,
-    normalised,
-    store_rows,
-    unit_lower_inverse,
-)
-
-
-@triton.jit
-def block_sums(log_decay, start, stop, R: tl.constexpr):
-    """t [R] (inclusive, inside the block) and e [R] (up to the last row that the query reads)."""
-    row = tl.arange(0, R)
-    in_block = row[None, :] >= start[:, None]
-    t = tl.sum(tl.where(in_block & (row[None, :] <= row[:, None]), log_decay[None, :], 0.0), 1)
-    e = tl.sum(tl.where(in_block & (row[None, :] < stop[:, None]), log_decay[None, :], 0.0), 1)
-    return t, e
-
-
-@triton.jit
-def anchor_decay(gam, anchor, C: tl.constexpr):
-    """c [R] = gam[anchor - 1], 0 for an anchor at the chunk's start."""
-    column = tl.arange(0, C)
-    return tl.sum(tl.where(column[None, :] == anchor[:, None] - 1, gam[None, :], 0.0), 1)
-
-
-@triton.jit
-def masked_decay(row_log, column_log, read, GATE: tl.constexpr):
-    """exp2(row_log - column_log) where read, else 0; without a gate just the mask."""
-    if GATE == 1:
-        return tl.where(read, tl.exp2(tl.where(read, row_log[:, None] - column_log[None, :], 0.0)), 0.0)
-    return tl.where(read, 1.0, 0.0)
+from .triton_common import load_matrix, load_rows, log_weights, row_norm, store_rows, unit_triangular_inverse
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -53,8 +20,6 @@ def noisy_outputs_kernel(
     q,
     k,
     v,
-    g,
-    beta,
     decayed_q,
     decayed_k,
     clean_weights,
@@ -63,6 +28,10 @@ def noisy_outputs_kernel(
     states,
     noisy_values,
     out,
+    chunk_gam,
+    chunk_beta,
+    tile_logs,
+    tile_beta,
     chunk_token,
     chunk_length,
     tile_chunk,
@@ -72,8 +41,8 @@ def noisy_outputs_kernel(
     tile_stop,
     tiles,
     scale,
-    key_dim,
-    value_dim,
+    key_dim: tl.constexpr,
+    value_dim: tl.constexpr,
     q_token,
     q_head,
     k_token,
@@ -82,8 +51,6 @@ def noisy_outputs_kernel(
     v_head,
     z_token,
     z_head,
-    g_token,
-    beta_token,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     BK: tl.constexpr,
@@ -99,12 +66,16 @@ def noisy_outputs_kernel(
     EXACT_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out and noisy_values (Z~, delta only) [B, T, H, V] of the noisy rows; clean_values are Z (delta) or v."""
+    """out and noisy_values (Z~, delta only) [B, T, H, V] of the noisy rows; clean_values are Z (delta) or v.
+
+    Products take the rows as they lie in memory: norms, beta and decays are factors of the small weight matrices.
+    """
     pid = tl.program_id(0)
     vt, pid = pid % NV, pid // NV
     head, tile = pid % H, pid // H
     key_head = head // GROUP
     row, column = tl.arange(0, R), tl.arange(0, C)
+    width = value_dim - vt * BV
     chunk = tl.load(tile_chunk + tile)
     clean_token = (tl.load(chunk_token + chunk) + column).to(tl.int64)
     clean_valid = column < tl.load(chunk_length + chunk)
@@ -116,69 +87,70 @@ def noisy_outputs_kernel(
     stop = tl.load(tile_stop + meta)
     chunk_head = chunk.to(tl.int64) * H + head
     tile_head = tile.to(tl.int64) * H + head
-
-    state = load_matrix(states + chunk_head * key_dim * value_dim + vt * BV, key_dim, value_dim, BK, BV,
-                        EXACT_K and EXACT_V, value_dim - vt * BV)
-    z = load_rows(clean_values + head * z_head + vt * BV, clean_token, clean_valid, z_token, value_dim - vt * BV, BV,
-                  EXACT_V)
-    b = load_beta(beta + head, clean_token, clean_valid, beta_token)
-    corrected = (z.to(tl.float32) * b[:, None]).to(z.dtype)
+    clean_b = tl.load(chunk_beta + chunk_head * C + column)
+    own_b = tl.load(tile_beta + tile_head * R + row)
+    gam, t, e, c = clean_b, own_b, own_b, own_b  # without a gate per head they are not used
+    if GATE == 1:
+        gam = tl.load(chunk_gam + chunk_head * C + column)
+        logs = tile_logs + tile_head * 3 * R + row
+        t, e, c = tl.load(logs), tl.load(logs + R), tl.load(logs + 2 * R)
     before = column[None, :] < anchor[:, None]
-    strict = (row[None, :] >= start[:, None]) & (row[None, :] < row[:, None])
-    inside = (row[None, :] >= start[:, None]) & (row[None, :] < stop[:, None])
-    if GATE != 2:
-        keys = normalised(load_rows(k + key_head * k_head, clean_token, clean_valid, k_token, key_dim, BK, EXACT_K), L2NORM)
-        noisy_keys = normalised(load_rows(k + key_head * k_head, token, valid, k_token, key_dim, BK, EXACT_K), L2NORM)
-        if GATE == 1:
-            gam = tl.cumsum(load_log_decay(g + head, clean_token, clean_valid, g_token), 0)
-            t, e = block_sums(load_log_decay(g + head, token, valid, g_token), start, stop, R)
-            c = anchor_decay(gam, anchor, C)
-        else:
-            gam, t, e, c = column * 0.0, row * 0.0, row * 0.0, row * 0.0
     clean_place = tile_head * 2 * R * C + row[:, None] * C + column[None, :]
     block_place = tile_head * 2 * R * R + row[:, None] * R + row[None, :]
 
-    values = load_rows(v + head * v_head + vt * BV, token, valid, v_token, value_dim - vt * BV, BV, EXACT_V)
-    noisy_b = load_beta(beta + head, token, valid, beta_token)
-    solved = values.to(tl.float32)
+    state = load_matrix(states + chunk_head * key_dim * value_dim + vt * BV, key_dim, value_dim, BK, BV,
+                        EXACT_K and EXACT_V, width)  # fmt: skip
+    z = load_rows(clean_values + head * z_head + vt * BV, clean_token, clean_valid, z_token, width, BV, EXACT_V)
+    own = load_rows(v + head * v_head + vt * BV, token, valid, v_token, width, BV, EXACT_V)
+    dtype = z.dtype
+    if GATE != 2:
+        keys = load_rows(k + key_head * k_head, clean_token, clean_valid, k_token, key_dim, BK, EXACT_K)
+        noisy_keys = load_rows(k + key_head * k_head, token, valid, k_token, key_dim, BK, EXACT_K)
+        noisy_norm = row_norm(noisy_keys, R, L2NORM)
+        clean_factor = clean_b * row_norm(keys, C, L2NORM)
     if DELTA:
         if GATE == 2:
             grown = load_rows(decayed_k + head * key_dim, token, valid, H * key_dim, key_dim, BK, EXACT_K)
-            solved -= tl.dot(grown, state, input_precision=PRECISION)
-            weight = tl.load(clean_weights + clean_place)
-            lower = tl.where(strict, tl.load(block_weights + block_place).to(tl.float32), 0.0)
+            weight = (tl.load(clean_weights + clean_place).to(tl.float32) * clean_b[None, :]).to(dtype)
+            read = tl.dot(grown, state, input_precision=PRECISION)
         else:
-            read = tl.dot(noisy_keys, state, input_precision=PRECISION)
-            solved -= read * tl.exp2(c + t)[:, None] if GATE == 1 else read
             weight = tl.dot(noisy_keys, tl.trans(keys), input_precision=PRECISION)
-            weight = (weight * masked_decay(c + t, gam, before, GATE)).to(z.dtype)
-            lower = tl.zeros([R, R], dtype=tl.float32)
-            if LARGEST > 1:
-                lower = tl.dot(noisy_keys, tl.trans(noisy_keys), input_precision=PRECISION)
-                lower = lower * masked_decay(t, t, strict, GATE)
-        solved -= tl.dot(weight, corrected, input_precision=PRECISION)
+            factor = noisy_norm[:, None] * clean_factor[None, :]
+            weight = (weight * (log_weights(c + t, gam, before, GATE) * factor)).to(dtype)
+            read = tl.dot(noisy_keys, state, input_precision=PRECISION)
+            read = read * (noisy_norm * tl.exp2(c + t) if GATE == 1 else noisy_norm)[:, None]
+        read = tl.dot(weight, z, read, input_precision=PRECISION)
+        solved = own.to(tl.float32) - read
         if LARGEST > 1:
-            inverse = unit_lower_inverse(lower * noisy_b[None, :], row - start, R, LARGEST, PRECISION)
-            solved = tl.dot(inverse.to(z.dtype), solved.to(z.dtype), input_precision=PRECISION)
-        store_rows(noisy_values + head * value_dim + vt * BV, solved, token, valid, H * value_dim,
-                   value_dim - vt * BV, BV, EXACT_V)
-    own = (solved * noisy_b[:, None]).to(z.dtype)
+            strict = (row[None, :] >= start[:, None]) & (row[None, :] < row[:, None])
+            if GATE == 2:
+                lower = tl.where(strict, tl.load(block_weights + block_place).to(tl.float32), 0.0) * own_b[None, :]
+            else:
+                lower = tl.dot(noisy_keys, tl.trans(noisy_keys), input_precision=PRECISION)
+                factor = noisy_norm[:, None] * (noisy_norm * own_b)[None, :]
+                lower = lower * (log_weights(t, t, strict, GATE) * factor)
+            inverse = unit_triangular_inverse(lower, row - start, False, R, LARGEST, PRECISION, dtype)
+            solved = tl.dot(inverse.to(dtype), solved.to(dtype), input_precision=PRECISION)
+        own = solved.to(dtype)
+        store_rows(noisy_values + head * value_dim + vt * BV, own, token, valid, H * value_dim, width, BV, EXACT_V)
 
+    inside = (row[None, :] >= start[:, None]) & (row[None, :] < stop[:, None])
     if GATE == 2:
         grown = load_rows(decayed_q + head * key_dim, token, valid, H * key_dim, key_dim, BK, EXACT_K)
         result = tl.dot(grown, state, input_precision=PRECISION)
-        weight = tl.load(clean_weights + clean_place + R * C)
-        block_weight = tl.load(block_weights + block_place + R * R)
+        weight = (tl.load(clean_weights + clean_place + R * C).to(tl.float32) * clean_b[None, :]).to(dtype)
+        block_weight = (tl.load(block_weights + block_place + R * R).to(tl.float32) * own_b[None, :]).to(dtype)
     else:
-        queries = normalised(load_rows(q + key_head * q_head, token, valid, q_token, key_dim, BK, EXACT_K), L2NORM)
-        result = tl.dot(queries, state, input_precision=PRECISION)
-        if GATE == 1:
-            result = result * tl.exp2(c + e)[:, None]
-        weight = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        weight = (weight * masked_decay(c + e, gam, before, GATE)).to(z.dtype)
+        queries = load_rows(q + key_head * q_head, token, valid, q_token, key_dim, BK, EXACT_K)
+        norm = row_norm(queries, R, L2NORM)
         block_weight = tl.dot(queries, tl.trans(noisy_keys), input_precision=PRECISION)
-        block_weight = (block_weight * masked_decay(e, t, inside, GATE)).to(z.dtype)
-    result += tl.dot(weight, corrected, input_precision=PRECISION)
-    result += tl.dot(block_weight, own, input_precision=PRECISION)
-    store_rows(out + head * value_dim + vt * BV, result * scale, token, valid, H * value_dim, value_dim - vt * BV, BV,
-               EXACT_V)
+        factor = norm[:, None] * (noisy_norm * own_b)[None, :]
+        block_weight = (block_weight * (log_weights(e, t, inside, GATE) * factor)).to(dtype)
+        weight = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        factor = norm[:, None] * clean_factor[None, :]
+        weight = (weight * (log_weights(c + e, gam, before, GATE) * factor)).to(dtype)
+        result = tl.dot(queries, state, input_precision=PRECISION)
+        result = result * (norm * tl.exp2(c + e) if GATE == 1 else norm)[:, None]
+    result = tl.dot(weight, z, result, input_precision=PRECISION)
+    result = tl.dot(block_weight, own, result, input_precision=PRECISION)
+    store_rows(out + head * value_dim + vt * BV, result * scale, token, valid, H * value_dim, width, BV, EXACT_V)

@@ -10,25 +10,21 @@ import triton
 import triton.language as tl
 
 from .triton_common import (
-    load_beta,
-    load_log_decay,
-    load_matrix,
     load_rows,
-    normalised,
+    log_weights,
+    product_of_tiles,
+    product_with_state,
+    row_norm,
     store_rows,
-    through_norm,
-    unit_lower_inverse,
+    through_factor,
+    unit_triangular_inverse,
 )
-from .triton_noisy import anchor_decay, block_sums, masked_decay
 
 
 @triton.jit(do_not_specialize=["tiles"])
 def noisy_grad_kernel(
     q,
     k,
-    v,
-    g,
-    beta,
     clean_values,
     states,
     noisy_values,
@@ -39,6 +35,10 @@ def noisy_grad_kernel(
     grad_g,
     grad_beta,
     grad_anchor,
+    chunk_gam,
+    chunk_beta,
+    tile_logs,
+    tile_beta,
     chunk_token,
     chunk_length,
     tile_chunk,
@@ -48,18 +48,14 @@ def noisy_grad_kernel(
     tile_stop,
     tiles,
     scale,
-    key_dim,
-    value_dim,
+    key_dim: tl.constexpr,
+    value_dim: tl.constexpr,
     q_token,
     q_head,
     k_token,
     k_head,
-    v_token,
-    v_head,
     z_token,
     z_head,
-    g_token,
-    beta_token,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     BK: tl.constexpr,
@@ -76,7 +72,7 @@ def noisy_grad_kernel(
     PRECISION: tl.constexpr,
 ):
     """grad_q, grad_k [B,T,H,K], grad_v [B,T,H,V] (= E), grad_g, grad_beta [B,T,H] of the noisy rows, and grad_anchor
-    [M, R, H]: what each row adds to the gradient of gam[anchor - 1]. noisy_values are Z~ (delta) or v."""
+    [M, H, R]: what each row adds to the gradient of gam[anchor - 1]. noisy_values are Z~ (delta) or v."""
     pid = tl.program_id(0)
     head, tile = pid % H, pid // H
     key_head = head // GROUP
@@ -90,121 +86,115 @@ def noisy_grad_kernel(
     anchor = tl.load(tile_anchor + meta)
     start = tl.load(tile_start + meta)
     stop = tl.load(tile_stop + meta)
-    state_base = states + (chunk.to(tl.int64) * H + head) * key_dim * value_dim
+    chunk_head = chunk.to(tl.int64) * H + head
+    tile_head = tile.to(tl.int64) * H + head
+    state = states + chunk_head * key_dim * value_dim
+    clean_b = tl.load(chunk_beta + chunk_head * C + column)
+    own_b = tl.load(tile_beta + tile_head * R + row)
+    gam, t, e, c = clean_b, own_b, own_b, own_b  # without a gate per head they are not used
+    if GATE == 1:
+        gam = tl.load(chunk_gam + chunk_head * C + column)
+        logs = tile_logs + tile_head * 3 * R + row
+        t, e, c = tl.load(logs), tl.load(logs + R), tl.load(logs + 2 * R)
     before = column[None, :] < anchor[:, None]
+    # the masks [l, m] of what a row reads of its block, and the same transposed, [m, l]
     strict = (row[None, :] >= start[:, None]) & (row[None, :] < row[:, None])
     inside = (row[None, :] >= start[:, None]) & (row[None, :] < stop[:, None])
+    strict_t = (row[:, None] >= start[None, :]) & (row[:, None] < row[None, :])
+    inside_t = (row[:, None] >= start[None, :]) & (row[:, None] < stop[None, :])
+    out_stride = H * value_dim
+    error_base, out_base = grad_v + head * value_dim, grad_out + head * value_dim
+    z_base, own_base = clean_values + head * z_head, noisy_values + head * z_head
 
-    b = load_beta(beta + head, clean_token, clean_valid, beta_token)
-    noisy_b = load_beta(beta + head, token, valid, beta_token)
-    if GATE == 1:
-        gam = tl.cumsum(load_log_decay(g + head, clean_token, clean_valid, g_token), 0)
-        t, e = block_sums(load_log_decay(g + head, token, valid, g_token), start, stop, R)
-        c = anchor_decay(gam, anchor, C)
-    else:
-        gam, t, e, c = column * 0.0, row * 0.0, row * 0.0, row * 0.0
-    noisy_keys = normalised(load_rows(k + key_head * k_head, token, valid, k_token, key_dim, BK, EXACT_K), L2NORM)
-    queries = normalised(load_rows(q + key_head * q_head, token, valid, q_token, key_dim, BK, EXACT_K), L2NORM)
+    # E = gradient of v~, and of beta~: back through the block's readout and solve
+    noisy_keys = load_rows(k + key_head * k_head, token, valid, k_token, key_dim, BK, EXACT_K)
+    queries = load_rows(q + key_head * q_head, token, valid, q_token, key_dim, BK, EXACT_K)
     dtype = queries.dtype
-
-    # E = gradient of v~, and of beta~: through the block's own readout and solve
-    weight = tl.dot(noisy_keys, tl.trans(queries), input_precision=PRECISION)  # M transposed: [m, l]
-    decay = tl.where(tl.trans(inside), 1.0, 0.0)
-    if GATE == 1:
-        decay = tl.where(tl.trans(inside), tl.exp2(tl.where(tl.trans(inside), e[None, :] - t[:, None], 0.0)), 0.0)
-    weight = (weight * decay * scale).to(dtype)
-    inverse = tl.zeros([R, R], dtype=dtype)
+    k_norm, q_norm = row_norm(noisy_keys, R, L2NORM), row_norm(queries, R, L2NORM)
+    weight = tl.dot(noisy_keys, tl.trans(queries), input_precision=PRECISION)  # M transposed
+    factor = k_norm[:, None] * (q_norm * scale)[None, :]
+    weight = (weight * (log_weights(-t, -e, inside_t, GATE) * factor)).to(dtype)
     if DELTA and LARGEST > 1:
-        lower = tl.dot(noisy_keys, tl.trans(noisy_keys), input_precision=PRECISION)
-        lower = lower * masked_decay(t, t, strict, GATE) * noisy_b[None, :]
-        inverse = tl.trans(unit_lower_inverse(lower, row - start, R, LARGEST, PRECISION)).to(dtype)
+        upper = tl.dot(noisy_keys, tl.trans(noisy_keys), input_precision=PRECISION)
+        factor = (k_norm * own_b)[:, None] * k_norm[None, :]
+        upper = upper * (log_weights(-t, -t, strict_t, GATE) * factor)
+        inverse = unit_triangular_inverse(upper, row - start, True, R, LARGEST, PRECISION, dtype).to(dtype)
     beta_sum = tl.zeros([R], dtype=tl.float32)
-    grad_clean = tl.zeros([R, C], dtype=tl.float32)  # of Pq
-    grad_block = tl.zeros([R, R], dtype=tl.float32)  # of M
-    rows_grad = tl.zeros([R, BK], dtype=tl.float32)
     for vt in tl.static_range(NV):
         width = value_dim - vt * BV
-        grad = load_rows(grad_out + head * value_dim + vt * BV, token, valid, H * value_dim, width, BV, EXACT_V)
-        error = tl.dot(weight, grad, input_precision=PRECISION)
-        error = error * noisy_b[:, None]
+        grad = load_rows(out_base + vt * BV, token, valid, out_stride, width, BV, EXACT_V)
+        error = tl.dot(weight, grad, input_precision=PRECISION) * own_b[:, None]
         if DELTA and LARGEST > 1:
             error = tl.dot(inverse, error.to(dtype), input_precision=PRECISION)
-        z = load_rows(noisy_values + head * z_head + vt * BV, token, valid, z_token, width, BV, EXACT_V)
-        beta_sum += tl.sum(error * z.to(tl.float32), 1)
-        store_rows(grad_v + head * value_dim + vt * BV, error, token, valid, H * value_dim, width, BV, EXACT_V)
-        own = (z.to(tl.float32) * noisy_b[:, None]).to(dtype)
-        grad_block += tl.dot(grad, tl.trans(own), input_precision=PRECISION)
-        clean_z = load_rows(clean_values + head * z_head + vt * BV, clean_token, clean_valid, z_token, width, BV, EXACT_V)
-        corrected = (clean_z.to(tl.float32) * b[:, None]).to(dtype)
-        grad_clean += tl.dot(grad, tl.trans(corrected), input_precision=PRECISION)
-        state = load_matrix(state_base + vt * BV, key_dim, value_dim, BK, BV, EXACT_K and EXACT_V, width)
-        rows_grad += tl.dot(grad, tl.trans(state), input_precision=PRECISION)
-    tl.store(grad_beta + token * H + head, (beta_sum / noisy_b).to(grad_beta.dtype.element_ty), mask=valid)
+        own = load_rows(own_base + vt * BV, token, valid, z_token, width, BV, EXACT_V)
+        beta_sum += tl.sum(error * own.to(tl.float32), 1)
+        store_rows(error_base + vt * BV, error, token, valid, out_stride, width, BV, EXACT_V)
+    tl.store(grad_beta + token * H + head, (beta_sum / own_b).to(grad_beta.dtype.element_ty), mask=valid)
+    tl.debug_barrier()  # E is read back below
 
     # queries: of the clean state at the anchor, then of the block
-    keys = normalised(load_rows(k + key_head * k_head, clean_token, clean_valid, k_token, key_dim, BK, EXACT_K), L2NORM)
+    keys = load_rows(k + key_head * k_head, clean_token, clean_valid, k_token, key_dim, BK, EXACT_K)
+    clean_norm = row_norm(keys, C, L2NORM)
+    grad_rows = product_with_state(out_base, state, token, valid, out_stride, key_dim, value_dim, R, BK, BV, NV,
+                                   EXACT_K, EXACT_V, PRECISION)  # fmt: skip
     if GATE == 1:
-        rows_grad = rows_grad * tl.exp2(c + e)[:, None]
-    grad_clean = (grad_clean * masked_decay(c + e, gam, before, GATE)).to(dtype)
-    rows_grad += tl.dot(grad_clean, keys, input_precision=PRECISION)
+        grad_rows = grad_rows * tl.exp2(c + e)[:, None]
+    weight = product_of_tiles(out_base, z_base, token, clean_token, valid, clean_valid, out_stride, z_token,
+                              tl.zeros([R, C], dtype=tl.float32), value_dim, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+    weight = (weight * (log_weights(c + e, gam, before, GATE) * (clean_b * clean_norm)[None, :])).to(dtype)
+    grad_rows = tl.dot(weight, keys, grad_rows, input_precision=PRECISION)
     if GATE == 1:
-        anchor_sum = tl.sum(rows_grad * queries.to(tl.float32), 1) * scale
-    grad_block = (grad_block * masked_decay(e, t, inside, GATE)).to(dtype)
-    rows_grad += tl.dot(grad_block, noisy_keys, input_precision=PRECISION)
-    rows_grad = rows_grad * scale
+        anchor_sum = tl.sum(grad_rows * queries.to(tl.float32), 1) * (q_norm * scale)
+    weight = product_of_tiles(out_base, own_base, token, token, valid, valid, out_stride, z_token,
+                              tl.zeros([R, R], dtype=tl.float32), value_dim, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+    weight = (weight * (log_weights(e, t, inside, GATE) * (own_b * k_norm)[None, :])).to(dtype)
+    grad_rows = tl.dot(weight, noisy_keys, grad_rows, input_precision=PRECISION) * scale
     if GATE == 1:
-        stop_sum = tl.sum(rows_grad * queries.to(tl.float32), 1)
-    column_grad = tl.dot(tl.trans(grad_block), queries, input_precision=PRECISION) * scale
-    raw = load_rows(q + key_head * q_head, token, valid, q_token, key_dim, BK, EXACT_K)
-    store_rows(grad_q + head * key_dim, through_norm(rows_grad, raw, L2NORM), token, valid, H * key_dim, key_dim, BK,
-               EXACT_K)
+        stop_sum = tl.sum(grad_rows * queries.to(tl.float32), 1) * q_norm
+    grad_rows = through_factor(grad_rows, queries, q_norm, L2NORM)
+    store_rows(grad_q + head * key_dim, grad_rows, token, valid, H * key_dim, key_dim, BK, EXACT_K)
 
-    # keys: as rows (of P and N, delta only), and as columns (of N and M)
-    if GATE == 1:
-        row_sum = tl.zeros([R], dtype=tl.float32)
+    # keys as rows (of P and N, delta only)
     if DELTA:
-        rows_grad = tl.zeros([R, BK], dtype=tl.float32)
-        grad_clean = tl.zeros([R, C], dtype=tl.float32)  # of -P
-        grad_block = tl.zeros([R, R], dtype=tl.float32)  # of -N
-        if NV > 1:
-            tl.debug_barrier()  # E of the other tiles of V comes back from memory
-        for vt in tl.static_range(NV):
-            width = value_dim - vt * BV
-            if NV == 1:
-                rounded = error.to(dtype)
-            else:
-                rounded = load_rows(grad_v + head * value_dim + vt * BV, token, valid, H * value_dim, width, BV, EXACT_V)
-            state = load_matrix(state_base + vt * BV, key_dim, value_dim, BK, BV, EXACT_K and EXACT_V, width)
-            rows_grad += tl.dot(rounded, tl.trans(state), input_precision=PRECISION)
-            clean_z = load_rows(clean_values + head * z_head + vt * BV, clean_token, clean_valid, z_token, width, BV,
-                                EXACT_V)
-            corrected = (clean_z.to(tl.float32) * b[:, None]).to(dtype)
-            grad_clean += tl.dot(rounded, tl.trans(corrected), input_precision=PRECISION)
-            if LARGEST > 1:
-                z = load_rows(noisy_values + head * z_head + vt * BV, token, valid, z_token, width, BV, EXACT_V)
-                own = (z.to(tl.float32) * noisy_b[:, None]).to(dtype)
-                grad_block += tl.dot(rounded, tl.trans(own), input_precision=PRECISION)
+        grad_rows = product_with_state(error_base, state, token, valid, out_stride, key_dim, value_dim, R, BK, BV, NV,
+                                       EXACT_K, EXACT_V, PRECISION)  # fmt: skip
+        grad_rows = grad_rows * -tl.exp2(c + t)[:, None] if GATE == 1 else -grad_rows
+        weight = product_of_tiles(error_base, z_base, token, clean_token, valid, clean_valid, out_stride, z_token,
+                                  tl.zeros([R, C], dtype=tl.float32), value_dim, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+        weight = (weight * (log_weights(c + t, gam, before, GATE) * (-clean_b * clean_norm)[None, :])).to(dtype)
+        grad_rows = tl.dot(weight, keys, grad_rows, input_precision=PRECISION)
         if GATE == 1:
-            rows_grad = rows_grad * tl.exp2(c + t)[:, None]
-        grad_clean = (grad_clean * masked_decay(c + t, gam, before, GATE)).to(dtype)
-        rows_grad += tl.dot(grad_clean, keys, input_precision=PRECISION)
-        if GATE == 1:
-            anchor_sum -= tl.sum(rows_grad * noisy_keys.to(tl.float32), 1)
+            row_sum = tl.sum(grad_rows * noisy_keys.to(tl.float32), 1) * k_norm
+            anchor_sum += row_sum
         if LARGEST > 1:
-            grad_block = (grad_block * masked_decay(t, t, strict, GATE)).to(dtype)
-            rows_grad += tl.dot(grad_block, noisy_keys, input_precision=PRECISION)
-            column_grad -= tl.dot(tl.trans(grad_block), noisy_keys, input_precision=PRECISION)
-        if GATE == 1:
-            row_sum -= tl.sum(rows_grad * noisy_keys.to(tl.float32), 1)
-        total = column_grad - rows_grad
+            weight = product_of_tiles(error_base, own_base, token, token, valid, valid, out_stride, z_token,
+                                      tl.zeros([R, R], dtype=tl.float32), value_dim, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+            weight = (weight * (log_weights(t, t, strict, GATE) * (-own_b * k_norm)[None, :])).to(dtype)
+            grad_rows = tl.dot(weight, noisy_keys, grad_rows, input_precision=PRECISION)
+            if GATE == 1:
+                row_sum = tl.sum(grad_rows * noisy_keys.to(tl.float32), 1) * k_norm
+            # keys as columns, of N
+            weight = product_of_tiles(own_base, error_base, token, token, valid, valid, z_token, out_stride,
+                                      tl.zeros([R, R], dtype=tl.float32), value_dim, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+            factor = own_b[:, None] * (-k_norm)[None, :]
+            weight = (weight * (log_weights(-t, -t, strict_t, GATE) * factor)).to(dtype)
+            grad_rows = tl.dot(weight, noisy_keys, grad_rows, input_precision=PRECISION)
     else:
-        total = column_grad
-    raw = load_rows(k + key_head * k_head, token, valid, k_token, key_dim, BK, EXACT_K)
-    store_rows(grad_k + head * key_dim, through_norm(total, raw, L2NORM), token, valid, H * key_dim, key_dim, BK, EXACT_K)
-
+        grad_rows = tl.zeros([R, BK], dtype=tl.float32)
+        if GATE == 1:
+            row_sum = tl.zeros([R], dtype=tl.float32)
+    # ... and of M
+    weight = product_of_tiles(own_base, out_base, token, token, valid, valid, z_token, out_stride,
+                              tl.zeros([R, R], dtype=tl.float32), value_dim, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+    factor = own_b[:, None] * (q_norm * scale)[None, :]
+    weight = (weight * (log_weights(-t, -e, inside_t, GATE) * factor)).to(dtype)
+    grad_rows = tl.dot(weight, queries, grad_rows, input_precision=PRECISION)
     if GATE == 1:
-        row_sum -= tl.sum(column_grad * noisy_keys.to(tl.float32), 1)  # gradient of t
+        # a row's decay grows what it reads (row_sum) and shrinks what reads it (the rest of the total)
+        gate_row = 2.0 * row_sum - tl.sum(grad_rows * noisy_keys.to(tl.float32), 1) * k_norm
         up_to_here = (row[None, :] >= start[:, None]) & (row[None, :] <= row[:, None])
-        gate = tl.sum(tl.where(up_to_here, row_sum[:, None], 0.0) + tl.where(inside, stop_sum[:, None], 0.0), 0)
+        gate = tl.sum(tl.where(up_to_here, gate_row[:, None], 0.0) + tl.where(inside, stop_sum[:, None], 0.0), 0)
         tl.store(grad_g + token * H + head, gate.to(grad_g.dtype.element_ty), mask=valid)
-        tl.store(grad_anchor + meta * H + head, anchor_sum)
+        tl.store(grad_anchor + tile_head * R + row, anchor_sum)
+    grad_rows = through_factor(grad_rows, noisy_keys, k_norm, L2NORM)
+    store_rows(grad_k + head * key_dim, grad_rows, token, valid, H * key_dim, key_dim, BK, EXACT_K)

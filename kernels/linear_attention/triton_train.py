@@ -79,12 +79,12 @@ def _forward(
     delta: bool,
     l2norm: bool,
     final: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     schedule = TileSchedule.rebuild(sizes, index)
     out, last, saved = triton_launch.forward(
         q, k, v, g, beta, initial, schedule, scale=scale, delta=delta, l2norm=l2norm, final=final
     )
-    return out, last, saved.states, saved.values, saved.inverse
+    return out, last, list(saved.tensors())
 
 
 @_forward.register_fake
@@ -101,14 +101,16 @@ def _forward_fake(
     delta: bool,
     l2norm: bool,
     final: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     schedule = TileSchedule.rebuild(sizes, index)
     heads, key_dim, value_dim, size = v.shape[2], q.shape[3], v.shape[3], schedule.chunk_size
     out = q.new_empty(v.shape)
     last = q.new_empty((schedule.rows, heads, key_dim, value_dim) if final else (0,), dtype=torch.float32)
     states = q.new_empty(schedule.chunks, heads, key_dim, value_dim)
     values = q.new_empty(v.shape if delta else (0,))
-    return out, last, states, values, q.new_empty((schedule.chunks, heads, size, size) if delta else (0,))
+    inverse = q.new_empty((schedule.chunks, heads, size, size) if delta else (0,))
+    gates = triton_launch.new_gates(schedule, heads, g is not None and g.ndim == 3, q.device)
+    return out, last, [states, values, inverse, *gates]
 
 
 @torch.library.custom_op("flarec::linear_attention_two_stream_backward", mutates_args=())
@@ -121,9 +123,7 @@ def _backward(
     g: Tensor | None,
     beta: Tensor,
     initial: bool,
-    states: Tensor,
-    values: Tensor,
-    inverse: Tensor,
+    saved: list[Tensor],
     sizes: list[int],
     index: list[Tensor],
     scale: float,
@@ -131,9 +131,8 @@ def _backward(
     l2norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     schedule = TileSchedule.rebuild(sizes, index)
-    saved = Saved(states, values, inverse)
     return triton_launch.backward(
-        grad_out, grad_final, q, k, v, g, beta, initial, saved, schedule, scale=scale, delta=delta, l2norm=l2norm
+        grad_out, grad_final, q, k, v, g, beta, initial, Saved.of(saved), schedule, scale=scale, delta=delta, l2norm=l2norm
     )
 
 
@@ -147,9 +146,7 @@ def _backward_fake(
     g: Tensor | None,
     beta: Tensor,
     initial: bool,
-    states: Tensor,
-    values: Tensor,
-    inverse: Tensor,
+    saved: list[Tensor],
     sizes: list[int],
     index: list[Tensor],
     scale: float,
@@ -167,24 +164,25 @@ def _backward_fake(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     q, k, v, g, beta, initial, sizes, index, scale, delta, l2norm, final = inputs
-    _, _, states, values, inverse = output
-    ctx.save_for_backward(q, k, v, g, beta, states, values, inverse, *index)
+    ctx.save_for_backward(q, k, v, g, beta, *index, *output[2])
+    ctx.index = len(index)
     ctx.initial = None if initial is None else initial.dtype
     ctx.options = (sizes, scale, delta, l2norm)
     ctx.final = final
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, g, beta, states, values, inverse, *index = ctx.saved_tensors
+def _gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    q, k, v, g, beta, *rest = ctx.saved_tensors
+    index, saved = rest[: ctx.index], rest[ctx.index :]
     sizes, scale, delta, l2norm = ctx.options
     grad_out = q.new_zeros(v.shape) if grads[0] is None else grads[0]
     grad_final = grads[1] if ctx.final else None
     result = _backward(
-        grad_out, grad_final, q, k, v, g, beta, ctx.initial is not None, states, values, inverse, sizes, index, scale,
-        delta, l2norm,
+        grad_out, grad_final, q, k, v, g, beta, ctx.initial is not None, saved, sizes, index, scale, delta,
+        l2norm,
     )  # fmt: skip
     grad_q, grad_k, grad_v, grad_g, grad_beta, grad_initial = result
     return (
