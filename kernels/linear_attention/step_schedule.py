@@ -15,10 +15,8 @@ from torch import Tensor
 from flarec.errors import LayoutError
 from flarec.layout import CAUSAL, PADDING, Layout
 
-MAX_CLEAN_ROWS = 64
-MAX_BLOCK = 64
 MIN_TILE = 16  # rows of the smallest matrix product
-FULL_TILE = 64
+MAX_TILE = 64
 
 
 @dataclass(frozen=True)
@@ -63,14 +61,9 @@ class StepSchedule:
         device has to be asked for it if it is not given. Nothing else waits for a GPU, hence values of a layout on a GPU
         are not checked.
 
-        Raises `LayoutError` for more than 64 clean slots, blocks of more than 64 tokens, and (layouts on the host) for a
-        token of another document than 0, or a block anchored outside the clean rows of the step.
+        Raises `LayoutError` if the clean slots and one block are more than 64 rows, and (layouts on the host) for a token
+        of another document than 0, or a block anchored outside the clean rows of the step.
         """
-        if layout.clean_length > MAX_CLEAN_ROWS:
-            raise LayoutError(
-                f"a decode step takes at most {MAX_CLEAN_ROWS} clean rows per request, this layout has "
-                f"{layout.clean_length}: run it as a prefill, in chunks"
-            )
         first, last = _block_bounds(layout)
         tile_rows, window = _tile_shape(layout, max_block, first)
         slot = torch.arange(layout.clean_length, dtype=torch.int64, device=layout.device).expand(layout.rows, -1)
@@ -110,15 +103,18 @@ def _block_bounds(layout: Layout) -> tuple[Tensor, Tensor]:
 
 def _tile_shape(layout: Layout, max_block: int | None, first: Tensor) -> tuple[int, int]:
     """(rows of a tile, noisy slots after which the next tile starts)."""
-    if layout.length <= FULL_TILE:
-        return max(MIN_TILE, 1 << (layout.length - 1).bit_length() if layout.length else 0), max(layout.noisy_length, 1)
+    clean, noisy = layout.clean_length, layout.noisy_length
+    if clean + noisy <= MAX_TILE:
+        return MIN_TILE << max(0, (clean + noisy - 1) // MIN_TILE).bit_length(), max(noisy, 1)
     if max_block is None:
-        slot = torch.arange(layout.noisy_length, device=layout.device)
-        max_block = int((slot - first).max()) + 1 if first.numel() else 1
-    if max_block > MAX_BLOCK:
-        raise LayoutError(f"a decode step takes blocks of at most {MAX_BLOCK} tokens, this layout has {max_block}")
-    rows = FULL_TILE if layout.clean_length + 2 * max_block <= FULL_TILE else 2 * FULL_TILE
-    return rows, rows - layout.clean_length - max_block + 1
+        slot = torch.arange(noisy, device=layout.device)
+        max_block = int((slot - first).max()) + 1 if first.numel() else 0
+    if clean + max_block > MAX_TILE:
+        raise LayoutError(
+            f"a decode step takes at most {MAX_TILE} clean rows and noisy rows of one block per request, this layout has "
+            f"{clean} and {max_block}: run it as a prefill, in chunks"
+        )
+    return MAX_TILE, MAX_TILE - clean - max_block + 1
 
 
 def _tile_starts(first: Tensor, window: int) -> Tensor:

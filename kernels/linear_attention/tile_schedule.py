@@ -3,8 +3,9 @@
 Clean tokens of a document are consecutive slots, so a chunk is a first token and a length and needs no gather; chunks
 restart at every document. A noisy block belongs to the chunk that holds clean token `anchor` if its document has one
 there, else to the document's last chunk (anchor at the document's end); it reads that chunk's entry state and its
-first (anchor - chunk start) rows. The blocks of a chunk fill tiles of `tile_rows` rows in slot order, whole blocks
-only, so that every product of a block is a dense square inside its tile.
+first (anchor - chunk start) rows. Blocks of one chunk whose slots follow each other fill tiles of at most `tile_rows`
+consecutive tokens, whole blocks only: a tile needs no gather either, and every product of a block is a dense square
+inside its tile.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ IntArray = npt.NDArray[np.int64]
 class TileSchedule:
     """Index tensors (int32) of one layout: D documents, N chunks of at most C clean rows, M tiles of R noisy rows.
 
+    chunk_size C, tile_rows R: rows of the kernels' matrices; chunk_step: clean tokens of a full chunk, at most C.
+
     document_token  [D]     flat token index (row * T + slot) of the document's first clean token
     document_length [D]     clean tokens of the document in this layout
     document_chunk  [D + 1] chunks of document d are document_chunk[d] .. document_chunk[d + 1]
@@ -34,6 +37,8 @@ class TileSchedule:
     chunk_length    [N]     clean tokens in the chunk, 0..C
     chunk_tile      [N + 1] tiles of chunk n are chunk_tile[n] .. chunk_tile[n + 1]
     tile_chunk      [M]     the chunk a tile reads
+    tile_first      [M]     flat token index of the tile's first row
+    tile_count      [M]     rows of the tile, 1..R; the others are padding
     tile_token      [M, R]  flat token index of the row, -1 on padding
     tile_anchor     [M, R]  rows of the chunk that the row's block reads, 0..C
     tile_start      [M, R]  first row of the block inside the tile (padding: the row itself)
@@ -44,6 +49,7 @@ class TileSchedule:
     rows: int
     length: int
     chunk_size: int
+    chunk_step: int
     tile_rows: int
     largest_block: int
     tokens_padded: bool
@@ -55,6 +61,8 @@ class TileSchedule:
     chunk_length: Tensor
     chunk_tile: Tensor
     tile_chunk: Tensor
+    tile_first: Tensor
+    tile_count: Tensor
     tile_token: Tensor
     tile_anchor: Tensor
     tile_start: Tensor
@@ -82,8 +90,8 @@ class TileSchedule:
 
     @staticmethod
     def rebuild(sizes: list[int], tensors: list[Tensor]) -> TileSchedule:
-        rows, length, chunk_size, tile_rows, largest_block, padded = sizes
-        return TileSchedule(rows, length, chunk_size, tile_rows, largest_block, bool(padded), *tensors)
+        rows, length, chunk_size, step, tile_rows, largest_block, padded = sizes
+        return TileSchedule(rows, length, chunk_size, step, tile_rows, largest_block, bool(padded), *tensors)
 
     def to(self, device: torch.device | str) -> TileSchedule:
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor"})
@@ -92,6 +100,8 @@ class TileSchedule:
     def from_layout(layout: Layout, chunk_size: int = 64, tile_rows: int = 64) -> TileSchedule:
         """Derive the schedule on the host and move it to the layout's device.
 
+        If all blocks have one length, chunks hold the largest multiple of it up to `chunk_size` tokens (63 for blocks of
+        3), so that blocks on a grid fill whole tiles; kernels pad chunks to `chunk_size` rows.
         Raises `LayoutError` for a block longer than `tile_rows`, or anchored outside its document's clean tokens (before
         the cache ends, or behind the last clean token).
         """
@@ -157,7 +167,9 @@ class _Builder:
         exists[block_key] = True
         exists[::stride] |= host["cached"] > 0  # an initial state passes through, also where nothing reads it
         documents = np.flatnonzero(exists)
-        chunks = np.maximum(1, -(-tokens[documents] // self.chunk_size))
+        lengths = np.unique(self.block_length)
+        step_size = self.chunk_size - (self.chunk_size % int(lengths[0]) if len(lengths) == 1 else 0)
+        chunks = np.maximum(1, -(-tokens[documents] // step_size))
         order = np.argsort(-chunks, kind="stable")
         documents, chunks = documents[order], chunks[order]
         self.document_length, self.document_token = tokens[documents], first[documents]
@@ -165,15 +177,16 @@ class _Builder:
         self.document_chunk = np.concatenate([[0], np.cumsum(chunks)])
         inside = np.arange(int(chunks.sum())) - np.repeat(self.document_chunk[:-1], chunks)
         of = np.repeat(np.arange(len(documents)), chunks)
-        self.chunk_token = self.document_token[of] + inside * self.chunk_size
-        self.chunk_length = np.clip(self.document_length[of] - inside * self.chunk_size, 0, self.chunk_size)
+        self.chunk_token = self.document_token[of] + inside * step_size
+        self.chunk_length = np.clip(self.document_length[of] - inside * step_size, 0, step_size)
+        self.step_size = step_size
 
         rank = np.zeros(keys, dtype=np.int64)
         rank[documents] = np.arange(len(documents))
         position = rank[block_key]
-        step = np.minimum(local // self.chunk_size, chunks[position] - 1) if len(local) else local
+        step = np.minimum(local // step_size, chunks[position] - 1) if len(local) else local
         self.block_chunk = self.document_chunk[position] + step
-        self.block_local = local - step * self.chunk_size
+        self.block_local = local - step * step_size
 
     def _tiles(self) -> tuple[IntArray, IntArray, IntArray, IntArray]:
         """Blocks by chunk, then slot: (order, tile of each, first row of each, chunk of each tile), next-fit."""
@@ -181,9 +194,13 @@ class _Builder:
         length, chunk = self.block_length[order], self.block_chunk[order]
         ends = np.cumsum(length)
         begins = ends - length
-        chunk_end = np.searchsorted(chunk, chunk, side="right")  # blocks of one chunk are consecutive
+        token = self.block_token[order]
+        breaks = np.ones(len(order), dtype=bool)  # a run: blocks of one chunk whose slots follow each other
+        breaks[1:] = (chunk[1:] != chunk[:-1]) | (token[1:] != token[:-1] + length[:-1])
+        run = np.cumsum(breaks)
+        run_end = np.searchsorted(run, run, side="right")
         # the block that opens the next tile if this one opens a tile
-        following = np.minimum(np.searchsorted(ends, begins + self.tile_rows, side="right"), chunk_end).tolist()
+        following = np.minimum(np.searchsorted(ends, begins + self.tile_rows, side="right"), run_end).tolist()
         opens, at = [], 0
         while at < len(order):
             opens.append(at)
@@ -202,6 +219,8 @@ class _Builder:
         place = tile[block] * size + row
 
         own = np.tile(np.arange(size), tiles)
+        opens = first_row == 0
+        tile_count = np.bincount(tile, weights=length, minlength=tiles)
         tile_token, tile_anchor = np.full(tiles * size, -1, dtype=np.int64), np.zeros(tiles * size, dtype=np.int64)
         tile_start, tile_stop = own.copy(), own.copy()
         tile_token[place] = self.block_token[order][block] + offset
@@ -219,6 +238,7 @@ class _Builder:
             rows=layout.rows,
             length=layout.length,
             chunk_size=self.chunk_size,
+            chunk_step=self.step_size,
             tile_rows=size,
             largest_block=int(self.block_length.max(initial=0)),
             tokens_padded=tokens < layout.rows * layout.length,
@@ -230,6 +250,8 @@ class _Builder:
             chunk_length=int32(self.chunk_length),
             chunk_tile=int32(np.concatenate([[0], np.cumsum(counts)])),
             tile_chunk=int32(tile_chunk),
+            tile_first=int32(self.block_token[order][opens]),
+            tile_count=int32(tile_count),
             tile_token=int32(tile_token, tiles, size),
             tile_anchor=int32(tile_anchor, tiles, size),
             tile_start=int32(tile_start, tiles, size),

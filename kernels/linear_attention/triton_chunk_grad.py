@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import load_rows, log_weights, row_norm, store_rows
+from .triton_common import load_tile, log_weights, row_norm, store_tile
 
 
 @triton.jit
@@ -50,18 +50,19 @@ def chunk_grad_kernel(
     chunk_token,
     chunk_length,
     chunk_tile,
-    tile_token,
+    tile_first,
+    tile_count,
     tile_anchor,
     chunks,
     scale,
     key_dim: tl.constexpr,
     value_dim: tl.constexpr,
-    q_token,
-    q_head,
-    k_token,
-    k_head,
-    z_token,
-    z_head,
+    q_token: tl.constexpr,
+    q_head: tl.constexpr,
+    k_token: tl.constexpr,
+    k_head: tl.constexpr,
+    z_token: tl.constexpr,
+    z_head: tl.constexpr,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     BK: tl.constexpr,
@@ -84,8 +85,8 @@ def chunk_grad_kernel(
     head, chunk = pid % H, pid // H
     key_head = head // GROUP
     row, column = tl.arange(0, R), tl.arange(0, C)
-    clean_token = (tl.load(chunk_token + chunk) + column).to(tl.int64)
-    clean_valid = column < tl.load(chunk_length + chunk)
+    clean_first = tl.load(chunk_token + chunk).to(tl.int64)
+    clean_count = tl.load(chunk_length + chunk)
     begin, end = tl.load(chunk_tile + chunk), tl.load(chunk_tile + chunk + 1)
     width = value_dim - vt * BV
     chunk_head = chunk.to(tl.int64) * H + head
@@ -97,9 +98,9 @@ def chunk_grad_kernel(
     gam = clean_b
     if GATE == 1:
         gam = tl.load(chunk_gam + chunk_head * C + column)
-    keys = load_rows(k_base, clean_token, clean_valid, k_token, key_dim, BK, EXACT_K)
+    keys = load_tile(k_base, clean_first, clean_count, k_token, key_dim, C, BK, EXACT_K)
     norm = row_norm(keys, C, L2NORM)
-    z = load_rows(values + head * z_head + vt * BV, clean_token, clean_valid, z_token, width, BV, EXACT_V)
+    z = load_tile(values + head * z_head + vt * BV, clean_first, clean_count, z_token, width, C, BV, EXACT_V)
 
     # Sums are taken for raw columns; the columns' factors (norm for grad_D, beta for grad_k) follow at the end.
     corrected_sum = tl.zeros([C, BV], dtype=tl.float32)
@@ -108,8 +109,8 @@ def chunk_grad_kernel(
     gam_sum = tl.zeros([C], dtype=tl.float32)
 
     # the chunk's own queries
-    rows = load_rows(q_base, clean_token, clean_valid, q_token, key_dim, BK, EXACT_K)
-    grad = load_rows(out_base, clean_token, clean_valid, out_stride, width, BV, EXACT_V)
+    rows = load_tile(q_base, clean_first, clean_count, q_token, key_dim, C, BK, EXACT_K)
+    grad = load_tile(out_base, clean_first, clean_count, out_stride, width, C, BV, EXACT_V)
     factor = row_norm(rows, C, L2NORM) * scale
     decay = log_weights(-gam, -gam, column[:, None] <= column[None, :], GATE) * factor[None, :]
     grown = tl.exp2(gam) * factor if GATE == 1 else factor
@@ -119,8 +120,8 @@ def chunk_grad_kernel(
     for step in range(0, end - begin):
         tile = begin.to(tl.int64) + step
         meta = tile * R + row
-        token = tl.load(tile_token + meta).to(tl.int64)
-        valid = token >= 0
+        first = tl.load(tile_first + tile).to(tl.int64)
+        count = tl.load(tile_count + tile)
         anchor = tl.load(tile_anchor + meta)
         before = column[:, None] < anchor[None, :]
         key_log, query_log = gam, gam
@@ -131,8 +132,8 @@ def chunk_grad_kernel(
             if vt == 0:
                 at_anchor = tl.load(grad_anchor + (tile * H + head) * R + row)
                 gam_sum += tl.sum(tl.where(column[:, None] == anchor[None, :] - 1, at_anchor[None, :], 0.0), 1)
-        rows = load_rows(q_base, token, valid, q_token, key_dim, BK, EXACT_K)
-        grad = load_rows(out_base, token, valid, out_stride, width, BV, EXACT_V)
+        rows = load_tile(q_base, first, count, q_token, key_dim, R, BK, EXACT_K)
+        grad = load_tile(out_base, first, count, out_stride, width, R, BV, EXACT_V)
         factor = row_norm(rows, R, L2NORM) * scale
         decay = log_weights(-gam, -query_log, before, GATE) * factor[None, :]
         grown = tl.exp2(query_log) * factor if GATE == 1 else factor
@@ -140,8 +141,8 @@ def chunk_grad_kernel(
             rows, grad, keys, z, grown, decay, corrected_sum, keys_sum, states_sum, PRECISION
         )
         if DELTA:
-            rows = load_rows(k_base, token, valid, k_token, key_dim, BK, EXACT_K)
-            grad = load_rows(error_base, token, valid, out_stride, width, BV, EXACT_V)
+            rows = load_tile(k_base, first, count, k_token, key_dim, R, BK, EXACT_K)
+            grad = load_tile(error_base, first, count, out_stride, width, R, BV, EXACT_V)
             factor = -row_norm(rows, R, L2NORM)
             decay = log_weights(-gam, -key_log, before, GATE) * factor[None, :]
             grown = tl.exp2(key_log) * factor if GATE == 1 else factor
@@ -156,11 +157,11 @@ def chunk_grad_kernel(
         tl.store(place, states_sum)
     else:
         tl.store(place, states_sum, mask=(kc < key_dim)[:, None] & (vc < width)[None, :])
-    flat = chunk.to(tl.int64) * C + column  # chunk rows, padding included: nothing here is read behind chunk_length
-    store_rows(grad_corrected + head * value_dim + vt * BV, corrected_sum * norm[:, None], flat, clean_valid,
-               out_stride, width, BV, EXACT_V)  # fmt: skip
-    store_rows(grad_keys + head * key_dim, keys_sum * clean_b[:, None], flat + vt * chunks * C, clean_valid,
-               H * key_dim, key_dim, BK, EXACT_K)  # fmt: skip
+    flat = chunk.to(tl.int64) * C  # these rows are padded to whole chunks
+    store_tile(grad_corrected + head * value_dim + vt * BV, corrected_sum * norm[:, None], flat, clean_count,
+               out_stride, width, C, BV, EXACT_V)  # fmt: skip
+    store_tile(grad_keys + head * key_dim, keys_sum * clean_b[:, None], flat + vt * chunks * C, clean_count,
+               H * key_dim, key_dim, C, BK, EXACT_K)  # fmt: skip
     if GATE == 1:
         if vt == 0:
             tl.store(grad_gam + chunk_head * C + column, gam_sum)

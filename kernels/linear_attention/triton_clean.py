@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import load_matrix, load_rows, log_weights, row_norm, store_rows, unit_triangular_inverse
+from .triton_common import load_matrix, load_tile, log_weights, row_norm, store_tile, unit_triangular_inverse
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -24,8 +24,8 @@ def clean_inverse_kernel(
     chunk_length,
     chunks,
     key_dim: tl.constexpr,
-    k_token,
-    k_head,
+    k_token: tl.constexpr,
+    k_head: tl.constexpr,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     BK: tl.constexpr,
@@ -46,9 +46,9 @@ def clean_inverse_kernel(
     if GATE == 2:
         lower = tl.where(below, tl.load(weights + place).to(tl.float32) * b[None, :], 0.0)
     else:
-        token = (tl.load(chunk_token + chunk) + row).to(tl.int64)
-        valid = row < tl.load(chunk_length + chunk)
-        keys = load_rows(k + (head // GROUP) * k_head, token, valid, k_token, key_dim, BK, EXACT_K)
+        first = tl.load(chunk_token + chunk).to(tl.int64)
+        count = tl.load(chunk_length + chunk)
+        keys = load_tile(k + (head // GROUP) * k_head, first, count, k_token, key_dim, C, BK, EXACT_K)
         norm = row_norm(keys, C, L2NORM)
         gam = b
         if GATE == 1:
@@ -59,7 +59,7 @@ def clean_inverse_kernel(
     tl.store(inverse + place, result.to(inverse.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk_step"])
 def clean_states_kernel(
     k,
     v,
@@ -77,12 +77,13 @@ def clean_states_kernel(
     document_length,
     document_chunk,
     document_row,
+    chunk_step,
     key_dim: tl.constexpr,
     value_dim: tl.constexpr,
-    k_token,
-    k_head,
-    v_token,
-    v_head,
+    k_token: tl.constexpr,
+    k_head: tl.constexpr,
+    v_token: tl.constexpr,
+    v_head: tl.constexpr,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     BK: tl.constexpr,
@@ -102,7 +103,7 @@ def clean_states_kernel(
     pid = tl.program_id(0)
     tile, pid = pid % NV, pid // NV
     head, document = pid % H, pid // H
-    first = tl.load(document_token + document)
+    begin_token = tl.load(document_token + document).to(tl.int64)
     length = tl.load(document_length + document)
     begin = tl.load(document_chunk + document)
     end = tl.load(document_chunk + document + 1)
@@ -119,9 +120,8 @@ def clean_states_kernel(
             ).to(tl.float32)
     for step in range(0, end - begin):
         chunk = begin.to(tl.int64) + step
-        local = step * C + row
-        valid = local < length
-        token = (first + local).to(tl.int64)
+        first = begin_token + step * chunk_step
+        count = tl.minimum(length - step * chunk_step, chunk_step)
         chunk_head = chunk.to(tl.int64) * H + head
         out = states + chunk_head * key_dim * value_dim + state_place
         rounded = state.to(states.dtype.element_ty)
@@ -129,24 +129,23 @@ def clean_states_kernel(
             tl.store(out, rounded)
         else:
             tl.store(out, rounded, mask=state_mask)
-        keys = load_rows(k + (head // GROUP) * k_head, token, valid, k_token, key_dim, BK, EXACT_K)
+        keys = load_tile(k + (head // GROUP) * k_head, first, count, k_token, key_dim, C, BK, EXACT_K)
         norm = row_norm(keys, C, L2NORM)
-        z = load_rows(v + head * v_head + tile * BV, token, valid, v_token, value_dim - tile * BV, BV, EXACT_V)
+        z = load_tile(v + head * v_head + tile * BV, first, count, v_token, value_dim - tile * BV, C, BV, EXACT_V)
         b = tl.load(chunk_beta + chunk_head * C + row)
         if GATE == 1:
             gam = tl.load(chunk_gam + chunk_head * C + row)
             last = tl.load(chunk_gam + chunk_head * C + C - 1)
         if DELTA:
             if GATE == 2:
-                grown = load_rows(decayed_k + head * key_dim, token, valid, H * key_dim, key_dim, BK, EXACT_K)
+                grown = load_tile(decayed_k + head * key_dim, first, count, H * key_dim, key_dim, C, BK, EXACT_K)
                 read = tl.dot(grown, rounded.to(grown.dtype), input_precision=PRECISION)
             else:
                 read = tl.dot(keys, rounded.to(keys.dtype), input_precision=PRECISION)
                 read = read * (norm * tl.exp2(gam) if GATE == 1 else norm)[:, None]
             solve = tl.load(inverse + chunk_head * C * C + row[:, None] * C + row[None, :])
             result = tl.dot(solve, (z.to(tl.float32) - read).to(solve.dtype), input_precision=PRECISION)
-            store_rows(values + head * value_dim + tile * BV, result, token, valid, H * value_dim,
-                       value_dim - tile * BV, BV, EXACT_V)
+            store_tile(values + head * value_dim + tile * BV, result, first, count, H * value_dim, value_dim - tile * BV, C, BV, EXACT_V)
             added = result * b[:, None]
         else:
             added = z.to(tl.float32) * b[:, None]
@@ -156,7 +155,7 @@ def clean_states_kernel(
         if GATE == 0:
             added = added * norm[:, None]
         if GATE == 2:
-            keys = load_rows(tail_k + head * key_dim, chunk * C + row, valid, H * key_dim, key_dim, BK, EXACT_K)
+            keys = load_tile(tail_k + head * key_dim, chunk * C, count, H * key_dim, key_dim, C, BK, EXACT_K)
             state = state * tl.load(total + chunk_head * key_dim + kc, mask=kc < key_dim, other=0.0)[:, None]
         state += tl.dot(tl.trans(keys), added.to(keys.dtype), input_precision=PRECISION)
     if FINAL:
@@ -183,12 +182,12 @@ def clean_outputs_kernel(
     scale,
     key_dim: tl.constexpr,
     value_dim: tl.constexpr,
-    q_token,
-    q_head,
-    k_token,
-    k_head,
-    z_token,
-    z_head,
+    q_token: tl.constexpr,
+    q_head: tl.constexpr,
+    k_token: tl.constexpr,
+    k_head: tl.constexpr,
+    z_token: tl.constexpr,
+    z_head: tl.constexpr,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     BK: tl.constexpr,
@@ -206,8 +205,8 @@ def clean_outputs_kernel(
     vt, pid = pid % NV, pid // NV
     head, chunk = pid % H, pid // H
     row = tl.arange(0, C)
-    token = (tl.load(chunk_token + chunk) + row).to(tl.int64)
-    valid = row < tl.load(chunk_length + chunk)
+    first = tl.load(chunk_token + chunk).to(tl.int64)
+    count = tl.load(chunk_length + chunk)
     chunk_head = pid.to(tl.int64)
     key_head = head // GROUP
     width = value_dim - vt * BV
@@ -215,15 +214,15 @@ def clean_outputs_kernel(
     b = tl.load(chunk_beta + chunk_head * C + row)
     state = load_matrix(states + chunk_head * key_dim * value_dim + vt * BV, key_dim, value_dim, BK, BV,
                         EXACT_K and EXACT_V, width)  # fmt: skip
-    z = load_rows(values + head * z_head + vt * BV, token, valid, z_token, width, BV, EXACT_V)
+    z = load_tile(values + head * z_head + vt * BV, first, count, z_token, width, C, BV, EXACT_V)
     if GATE == 2:
-        grown = load_rows(decayed_q + head * key_dim, token, valid, H * key_dim, key_dim, BK, EXACT_K)
+        grown = load_tile(decayed_q + head * key_dim, first, count, H * key_dim, key_dim, C, BK, EXACT_K)
         result = tl.dot(grown, state, input_precision=PRECISION)
         weight = tl.load(weights + chunk_head * C * C + row[:, None] * C + row[None, :]).to(tl.float32)
         weight = tl.where(seen, weight * b[None, :], 0.0).to(z.dtype)
     else:
-        queries = load_rows(q + key_head * q_head, token, valid, q_token, key_dim, BK, EXACT_K)
-        keys = load_rows(k + key_head * k_head, token, valid, k_token, key_dim, BK, EXACT_K)
+        queries = load_tile(q + key_head * q_head, first, count, q_token, key_dim, C, BK, EXACT_K)
+        keys = load_tile(k + key_head * k_head, first, count, k_token, key_dim, C, BK, EXACT_K)
         norm = row_norm(queries, C, L2NORM)
         gam = b
         if GATE == 1:
@@ -234,4 +233,4 @@ def clean_outputs_kernel(
         result = tl.dot(queries, state, input_precision=PRECISION)
         result = result * (norm * tl.exp2(gam) if GATE == 1 else norm)[:, None]
     result = tl.dot(weight, z, result, input_precision=PRECISION)
-    store_rows(out + head * value_dim + vt * BV, result * scale, token, valid, H * value_dim, width, BV, EXACT_V)
+    store_tile(out + head * value_dim + vt * BV, result * scale, first, count, H * value_dim, width, C, BV, EXACT_V)

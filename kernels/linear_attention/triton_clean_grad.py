@@ -7,17 +7,17 @@ import triton.language as tl
 
 from .triton_common import (
     load_matrix,
-    load_rows,
+    load_tile,
     log_weights,
     product_of_tiles,
     product_with_state,
     row_norm,
-    store_rows,
+    store_tile,
     through_factor,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk_step"])
 def states_grad_kernel(
     k,
     decayed_k,
@@ -35,10 +35,11 @@ def states_grad_kernel(
     document_length,
     document_chunk,
     document_row,
+    chunk_step,
     key_dim: tl.constexpr,
     value_dim: tl.constexpr,
-    k_token,
-    k_head,
+    k_token: tl.constexpr,
+    k_head: tl.constexpr,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     BK: tl.constexpr,
@@ -62,7 +63,7 @@ def states_grad_kernel(
     pid = tl.program_id(0)
     vt, pid = pid % NV, pid // NV
     head, document = pid % H, pid // H
-    first = tl.load(document_token + document)
+    begin_token = tl.load(document_token + document).to(tl.int64)
     length = tl.load(document_length + document)
     begin = tl.load(document_chunk + document)
     end = tl.load(document_chunk + document + 1)
@@ -82,20 +83,18 @@ def states_grad_kernel(
     for back in range(0, end - begin):
         step = end - begin - 1 - back
         chunk = begin.to(tl.int64) + step
-        local = step * C + row
-        valid = local < length
-        token = (first + local).to(tl.int64)
+        first = begin_token + step * chunk_step
+        count = tl.minimum(length - step * chunk_step, chunk_step)
         chunk_head = chunk.to(tl.int64) * H + head
         place = grad_states + chunk_head * key_dim * value_dim + state_place
         if EXACT_K and EXACT_V:
             from_readers = tl.load(place).to(tl.float32)
         else:
             from_readers = tl.load(place, mask=state_mask, other=0.0).to(tl.float32)
-        flat = chunk.to(tl.int64) * C + row
         if GATE == 2:
-            keys = load_rows(tail_k + head * key_dim, flat, valid, H * key_dim, key_dim, BK, EXACT_K)
+            keys = load_tile(tail_k + head * key_dim, chunk * C, count, H * key_dim, key_dim, C, BK, EXACT_K)
         else:
-            keys = load_rows(k + (head // GROUP) * k_head, token, valid, k_token, key_dim, BK, EXACT_K)
+            keys = load_tile(k + (head // GROUP) * k_head, first, count, k_token, key_dim, C, BK, EXACT_K)
             norm = row_norm(keys, C, L2NORM)
         rounded = grad_state.to(keys.dtype)
         if EXACT_K and EXACT_V:
@@ -114,8 +113,8 @@ def states_grad_kernel(
         if GATE == 2:
             passed = tl.load(total + chunk_head * key_dim + kc, mask=kc < key_dim, other=0.0)
             grad_state = grad_state * passed[:, None]
-        error += load_rows(
-            grad_corrected + head * value_dim + vt * BV, flat, valid, H * value_dim, width, BV, EXACT_V
+        error += load_tile(
+            grad_corrected + head * value_dim + vt * BV, chunk * C, count, H * value_dim, width, C, BV, EXACT_V
         ).to(tl.float32)
         error = error * b[:, None]
         grad_state += from_readers
@@ -128,15 +127,30 @@ def states_grad_kernel(
             if GATE == 1:
                 grown = error * (norm * tl.exp2(gam))[:, None]
             if GATE == 2:
-                keys = load_rows(decayed_k + head * key_dim, token, valid, H * key_dim, key_dim, BK, EXACT_K)
+                keys = load_tile(decayed_k + head * key_dim, first, count, H * key_dim, key_dim, C, BK, EXACT_K)
             grad_state -= tl.dot(tl.trans(keys), grown.to(keys.dtype), input_precision=PRECISION)
-        store_rows(grad_v + head * value_dim + vt * BV, error, token, valid, H * value_dim, width, BV, EXACT_V)
+        store_tile(grad_v + head * value_dim + vt * BV, error, first, count, H * value_dim, width, C, BV, EXACT_V)
     if INITIAL:
         if source >= 0:
             tl.store(
                 grad_initial + (source.to(tl.int64) * H + head) * key_dim * value_dim + state_place, grad_state,
                 mask=state_mask,
             )
+
+
+@triton.jit
+def inner_product(a, b, SIZE: tl.constexpr):
+    """Sum of a[i] b[i] in fp32, a small piece at a time: whole states would not fit in registers."""
+    total = tl.zeros([1024], dtype=tl.float32)
+    for begin in range(0, SIZE, 1024):
+        place = begin + tl.arange(0, 1024)
+        if SIZE % 1024 == 0:
+            left, right = tl.load(a + place), tl.load(b + place)
+        else:
+            left = tl.load(a + place, mask=place < SIZE, other=0.0)
+            right = tl.load(b + place, mask=place < SIZE, other=0.0)
+        total += left.to(tl.float32) * right.to(tl.float32)
+    return tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -162,12 +176,12 @@ def clean_grad_kernel(
     scale,
     key_dim: tl.constexpr,
     value_dim: tl.constexpr,
-    q_token,
-    q_head,
-    k_token,
-    k_head,
-    z_token,
-    z_head,
+    q_token: tl.constexpr,
+    q_head: tl.constexpr,
+    k_token: tl.constexpr,
+    k_head: tl.constexpr,
+    z_token: tl.constexpr,
+    z_head: tl.constexpr,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     BK: tl.constexpr,
@@ -188,8 +202,8 @@ def clean_grad_kernel(
     head, chunk = pid % H, pid // H
     key_head = head // GROUP
     row = tl.arange(0, C)
-    token = (tl.load(chunk_token + chunk) + row).to(tl.int64)
-    valid = row < tl.load(chunk_length + chunk)
+    first = tl.load(chunk_token + chunk).to(tl.int64)
+    count = tl.load(chunk_length + chunk)
     chunk_head = pid.to(tl.int64)
     state, after = states + chunk_head * key_dim * value_dim, grad_states + chunk_head * key_dim * value_dim
     b = tl.load(chunk_beta + chunk_head * C + row)
@@ -201,73 +215,83 @@ def clean_grad_kernel(
         last = tl.load(chunk_gam + chunk_head * C + C - 1)
 
     # queries
-    keys = load_rows(k + key_head * k_head, token, valid, k_token, key_dim, BK, EXACT_K)
-    queries = load_rows(q + key_head * q_head, token, valid, q_token, key_dim, BK, EXACT_K)
+    keys = load_tile(k + key_head * k_head, first, count, k_token, key_dim, C, BK, EXACT_K)
+    queries = load_tile(q + key_head * q_head, first, count, q_token, key_dim, C, BK, EXACT_K)
     dtype = keys.dtype
     k_norm, q_norm = row_norm(keys, C, L2NORM), row_norm(queries, C, L2NORM)
     seen, below = row[:, None] >= row[None, :], row[:, None] > row[None, :]
-    grad_rows = product_with_state(out_base, state, token, valid, out_stride, key_dim, value_dim, C, BK, BV, NV,
+    grad_rows = product_with_state(out_base, state, first, count, out_stride, key_dim, value_dim, C, BK, BV, NV,
                                    EXACT_K, EXACT_V, PRECISION)  # fmt: skip
     if GATE == 1:
         grad_rows = grad_rows * tl.exp2(gam)[:, None]
-    weight = product_of_tiles(out_base, z_base, token, token, valid, valid, out_stride, z_token,
-                              tl.zeros([C, C], dtype=tl.float32), value_dim, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+    weight = product_of_tiles(out_base, z_base, first, first, count, count, out_stride, z_token, value_dim, C, C, BV, NV, EXACT_V, PRECISION)
     weight = (weight * (log_weights(gam, gam, seen, GATE) * (b * k_norm)[None, :])).to(dtype)
     grad_rows = tl.dot(weight, keys, grad_rows, input_precision=PRECISION) * scale
     if GATE == 1:
         gate = tl.sum(grad_rows * queries.to(tl.float32), 1) * q_norm
     grad_rows = through_factor(grad_rows, queries, q_norm, L2NORM)
-    store_rows(grad_q + head * key_dim, grad_rows, token, valid, H * key_dim, key_dim, BK, EXACT_K)
+    store_tile(grad_q + head * key_dim, grad_rows, first, count, H * key_dim, key_dim, C, BK, EXACT_K)
 
-    # keys as rows of the chunk's own solve
+    # keys as rows of the chunk's own solve. Vectors are loaded again in every phase: kept, the compiler shares matrices
+    # built from them between phases and spills.
     grad_rows = tl.zeros([C, BK], dtype=tl.float32)
     row_sum = tl.zeros([C], dtype=tl.float32)
     if DELTA:
-        grad_rows = product_with_state(error_base, state, token, valid, out_stride, key_dim, value_dim, C, BK, BV, NV,
+        tl.debug_barrier()
+        b = tl.load(chunk_beta + chunk_head * C + row)
+        if GATE == 1:
+            gam = tl.load(chunk_gam + chunk_head * C + row)
+        grad_rows = product_with_state(error_base, state, first, count, out_stride, key_dim, value_dim, C, BK, BV, NV,
                                        EXACT_K, EXACT_V, PRECISION)  # fmt: skip
         grad_rows = grad_rows * -tl.exp2(gam)[:, None] if GATE == 1 else -grad_rows
-        weight = product_of_tiles(error_base, z_base, token, token, valid, valid, out_stride, z_token,
-                                  tl.zeros([C, C], dtype=tl.float32), value_dim, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+        weight = product_of_tiles(error_base, z_base, first, first, count, count, out_stride, z_token, value_dim, C, C, BV, NV, EXACT_V, PRECISION)
         weight = (weight * (log_weights(gam, gam, below, GATE) * (-b * k_norm)[None, :])).to(dtype)
         grad_rows = tl.dot(weight, keys, grad_rows, input_precision=PRECISION)
         if GATE == 1:
             row_sum = tl.sum(grad_rows * keys.to(tl.float32), 1) * k_norm
         # ... and as its columns
+        tl.debug_barrier()
+        b = tl.load(chunk_beta + chunk_head * C + row)
+        if GATE == 1:
+            gam = tl.load(chunk_gam + chunk_head * C + row)
         above = row[:, None] < row[None, :]
-        weight = product_of_tiles(z_base, error_base, token, token, valid, valid, z_token, out_stride,
-                                  tl.zeros([C, C], dtype=tl.float32), value_dim, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+        weight = product_of_tiles(z_base, error_base, first, first, count, count, z_token, out_stride, value_dim, C, C, BV, NV, EXACT_V, PRECISION)
         factor = b[:, None] * (-k_norm)[None, :]
         weight = (weight * (log_weights(-gam, -gam, above, GATE) * factor)).to(dtype)
         grad_rows = tl.dot(weight, keys, grad_rows, input_precision=PRECISION)
 
     # keys as columns of the next state, and of every reader
+    tl.debug_barrier()
+    b = tl.load(chunk_beta + chunk_head * C + row)
     beta_sum = tl.zeros([C], dtype=tl.float32)
-    ends = 0.0
     tail = tl.zeros([C, BK], dtype=tl.float32)
     for vt in tl.static_range(NV):
         width = value_dim - vt * BV
-        z = load_rows(z_base + vt * BV, token, valid, z_token, width, BV, EXACT_V)
-        error = load_rows(error_base + vt * BV, token, valid, out_stride, width, BV, EXACT_V)
+        z = load_tile(z_base + vt * BV, first, count, z_token, width, C, BV, EXACT_V)
+        error = load_tile(error_base + vt * BV, first, count, out_stride, width, C, BV, EXACT_V)
         beta_sum += tl.sum(error.to(tl.float32) * z.to(tl.float32), 1)
         next_grad = load_matrix(after + vt * BV, key_dim, value_dim, BK, BV, EXACT_K and EXACT_V, width)
-        if GATE == 1:
-            entry = load_matrix(state + vt * BV, key_dim, value_dim, BK, BV, EXACT_K and EXACT_V, width)
-            ends += tl.sum(tl.sum(entry.to(tl.float32) * next_grad.to(tl.float32), 1), 0)
         tail = tl.dot(z, tl.trans(next_grad), tail, input_precision=PRECISION)
-    tl.store(grad_beta + token * H + head, (beta_sum / b).to(grad_beta.dtype.element_ty), mask=valid)
-    tail = tail * (b * tl.exp2(last - gam) if GATE == 1 else b)[:, None]
+    tl.store(grad_beta + (first + row) * H + head, (beta_sum / b).to(grad_beta.dtype.element_ty), mask=row < count)
     if GATE == 1:
-        at_end = ends * tl.exp2(last) + tl.sum(tl.sum(tail * keys.to(tl.float32), 1) * k_norm, 0)
+        gam = tl.load(chunk_gam + chunk_head * C + row)
+        last = tl.load(chunk_gam + chunk_head * C + C - 1)
+        tail = tail * (b * tl.exp2(last - gam))[:, None]
+        # gam of the last row scales the entry state and everything that is added to it
+        at_end = tl.sum(tl.sum(tail * keys.to(tl.float32), 1) * k_norm, 0)
+        at_end += tl.exp2(last) * inner_product(state, after, key_dim * value_dim)
+    else:
+        tail = tail * b[:, None]
     grad_rows += tail
-    flat = chunk.to(tl.int64) * C + row
+    flat = chunk.to(tl.int64) * C
     for part in tl.static_range(NK):
-        grad_rows += load_rows(
-            grad_keys + head * key_dim, flat + part * chunks * C, valid, H * key_dim, key_dim, BK, EXACT_K
+        grad_rows += load_tile(
+            grad_keys + head * key_dim, flat + part * chunks * C, count, H * key_dim, key_dim, C, BK, EXACT_K
         ).to(tl.float32)
     if GATE == 1:
         gate += 2.0 * row_sum - tl.sum(grad_rows * keys.to(tl.float32), 1) * k_norm
         gate += tl.load(grad_gam + chunk_head * C + row) + tl.where(row == C - 1, at_end, 0.0)
         gate = tl.cumsum(gate, 0, reverse=True)
-        tl.store(grad_g + token * H + head, gate.to(grad_g.dtype.element_ty), mask=valid)
+        tl.store(grad_g + (first + row) * H + head, gate.to(grad_g.dtype.element_ty), mask=row < count)
     grad_rows = through_factor(grad_rows, keys, k_norm, L2NORM)
-    store_rows(grad_k + head * key_dim, grad_rows, token, valid, H * key_dim, key_dim, BK, EXACT_K)
+    store_tile(grad_k + head * key_dim, grad_rows, first, count, H * key_dim, key_dim, C, BK, EXACT_K)

@@ -33,6 +33,29 @@ def store_rows(base, value, token, valid, stride, width, WIDTH: tl.constexpr, EX
 
 
 @triton.jit
+def load_tile(base, first, count, stride, width, ROWS: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr):
+    """[ROWS, WIDTH]: columns 0..width of tokens first .. first + count of a token-major tensor, 0 elsewhere. Addresses
+    are one int64 scalar plus small constants (the stride is a constexpr of every kernel)."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    mask = (row < count)[:, None]
+    if not EXACT:
+        mask = mask & (column < width)[None, :]
+    return tl.load(base + first * stride + (row[:, None] * stride + column[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    base, value, first, count, stride, width, ROWS: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr
+):
+    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    mask = (row < count)[:, None]
+    if not EXACT:
+        mask = mask & (column < width)[None, :]
+    place = base + first * stride + (row[:, None] * stride + column[None, :])
+    tl.store(place, value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def load_matrix(base, rows, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr, columns):
     """[ROWS, COLUMNS] of a matrix with this row stride; 0 outside rows x columns (EXACT: nothing is outside)."""
     r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
@@ -89,23 +112,25 @@ def through_factor(grad, raw, norm, L2NORM: tl.constexpr):
 def product_of_tiles(
     a,
     b,
-    a_token,
-    b_token,
-    a_valid,
-    b_valid,
+    a_first,
+    b_first,
+    a_count,
+    b_count,
     a_stride,
     b_stride,
-    total,
     width: tl.constexpr,
+    A_ROWS: tl.constexpr,
+    B_ROWS: tl.constexpr,
     BV: tl.constexpr,
     NV: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """total + A B^T for token-major rows of `width` columns, in NV tiles of BV columns."""
+    """A B^T [A_ROWS, B_ROWS] of token-major rows of `width` columns, in NV tiles of BV columns."""
+    total = tl.zeros([A_ROWS, B_ROWS], dtype=tl.float32)
     for vt in tl.static_range(NV):
-        left = load_rows(a + vt * BV, a_token, a_valid, a_stride, width - vt * BV, BV, EXACT)
-        right = load_rows(b + vt * BV, b_token, b_valid, b_stride, width - vt * BV, BV, EXACT)
+        left = load_tile(a + vt * BV, a_first, a_count, a_stride, width - vt * BV, A_ROWS, BV, EXACT)
+        right = load_tile(b + vt * BV, b_first, b_count, b_stride, width - vt * BV, B_ROWS, BV, EXACT)
         total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
     return total
 
@@ -114,8 +139,8 @@ def product_of_tiles(
 def product_with_state(
     a,
     state,
-    token,
-    valid,
+    first,
+    count,
     stride,
     key_dim: tl.constexpr,
     width: tl.constexpr,
@@ -130,7 +155,7 @@ def product_with_state(
     """A S^T [ROWS, BK] for token-major rows A and a state [key_dim, width] in memory."""
     total = tl.zeros([ROWS, BK], dtype=tl.float32)
     for vt in tl.static_range(NV):
-        rows = load_rows(a + vt * BV, token, valid, stride, width - vt * BV, BV, EXACT_V)
+        rows = load_tile(a + vt * BV, first, count, stride, width - vt * BV, ROWS, BV, EXACT_V)
         part = load_matrix(state + vt * BV, key_dim, width, BK, BV, EXACT_K and EXACT_V, width - vt * BV)
         total = tl.dot(rows, tl.trans(part), total, input_precision=PRECISION)
     return total

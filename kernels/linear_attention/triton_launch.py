@@ -163,6 +163,7 @@ def _operands(
         "scale": scale,
         "chunks": schedule.chunks,
         "tiles": schedule.tiles,
+        "chunk_step": schedule.chunk_step,
         **{f"{name}_token": x.stride(1) for name, x in strides.items()},
         **{f"{name}_head": x.stride(2) for name, x in strides.items()},
         **{n: getattr(schedule, n) for n in SCHEDULE_NAMES},
@@ -173,7 +174,7 @@ def _operands(
 
 SCHEDULE_NAMES = (
     "document_token", "document_length", "document_chunk", "document_row", "chunk_token", "chunk_length", "chunk_tile",
-    "tile_chunk", "tile_token", "tile_anchor", "tile_start", "tile_stop",
+    "tile_chunk", "tile_first", "tile_count", "tile_token", "tile_anchor", "tile_start", "tile_stop",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import load_matrix, load_rows, log_weights, row_norm, store_rows, unit_triangular_inverse
+from .triton_common import load_matrix, load_tile, log_weights, row_norm, store_tile, unit_triangular_inverse
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -35,7 +35,8 @@ def noisy_outputs_kernel(
     chunk_token,
     chunk_length,
     tile_chunk,
-    tile_token,
+    tile_first,
+    tile_count,
     tile_anchor,
     tile_start,
     tile_stop,
@@ -43,14 +44,14 @@ def noisy_outputs_kernel(
     scale,
     key_dim: tl.constexpr,
     value_dim: tl.constexpr,
-    q_token,
-    q_head,
-    k_token,
-    k_head,
-    v_token,
-    v_head,
-    z_token,
-    z_head,
+    q_token: tl.constexpr,
+    q_head: tl.constexpr,
+    k_token: tl.constexpr,
+    k_head: tl.constexpr,
+    v_token: tl.constexpr,
+    v_head: tl.constexpr,
+    z_token: tl.constexpr,
+    z_head: tl.constexpr,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     BK: tl.constexpr,
@@ -77,11 +78,11 @@ def noisy_outputs_kernel(
     row, column = tl.arange(0, R), tl.arange(0, C)
     width = value_dim - vt * BV
     chunk = tl.load(tile_chunk + tile)
-    clean_token = (tl.load(chunk_token + chunk) + column).to(tl.int64)
-    clean_valid = column < tl.load(chunk_length + chunk)
+    clean_first = tl.load(chunk_token + chunk).to(tl.int64)
+    clean_count = tl.load(chunk_length + chunk)
     meta = tile.to(tl.int64) * R + row
-    token = tl.load(tile_token + meta).to(tl.int64)
-    valid = token >= 0
+    first = tl.load(tile_first + tile).to(tl.int64)
+    count = tl.load(tile_count + tile)
     anchor = tl.load(tile_anchor + meta)
     start = tl.load(tile_start + meta)
     stop = tl.load(tile_stop + meta)
@@ -100,17 +101,17 @@ def noisy_outputs_kernel(
 
     state = load_matrix(states + chunk_head * key_dim * value_dim + vt * BV, key_dim, value_dim, BK, BV,
                         EXACT_K and EXACT_V, width)  # fmt: skip
-    z = load_rows(clean_values + head * z_head + vt * BV, clean_token, clean_valid, z_token, width, BV, EXACT_V)
-    own = load_rows(v + head * v_head + vt * BV, token, valid, v_token, width, BV, EXACT_V)
+    z = load_tile(clean_values + head * z_head + vt * BV, clean_first, clean_count, z_token, width, C, BV, EXACT_V)
+    own = load_tile(v + head * v_head + vt * BV, first, count, v_token, width, R, BV, EXACT_V)
     dtype = z.dtype
     if GATE != 2:
-        keys = load_rows(k + key_head * k_head, clean_token, clean_valid, k_token, key_dim, BK, EXACT_K)
-        noisy_keys = load_rows(k + key_head * k_head, token, valid, k_token, key_dim, BK, EXACT_K)
+        keys = load_tile(k + key_head * k_head, clean_first, clean_count, k_token, key_dim, C, BK, EXACT_K)
+        noisy_keys = load_tile(k + key_head * k_head, first, count, k_token, key_dim, R, BK, EXACT_K)
         noisy_norm = row_norm(noisy_keys, R, L2NORM)
         clean_factor = clean_b * row_norm(keys, C, L2NORM)
     if DELTA:
         if GATE == 2:
-            grown = load_rows(decayed_k + head * key_dim, token, valid, H * key_dim, key_dim, BK, EXACT_K)
+            grown = load_tile(decayed_k + head * key_dim, first, count, H * key_dim, key_dim, R, BK, EXACT_K)
             weight = (tl.load(clean_weights + clean_place).to(tl.float32) * clean_b[None, :]).to(dtype)
             read = tl.dot(grown, state, input_precision=PRECISION)
         else:
@@ -132,16 +133,16 @@ def noisy_outputs_kernel(
             inverse = unit_triangular_inverse(lower, row - start, False, R, LARGEST, PRECISION, dtype)
             solved = tl.dot(inverse.to(dtype), solved.to(dtype), input_precision=PRECISION)
         own = solved.to(dtype)
-        store_rows(noisy_values + head * value_dim + vt * BV, own, token, valid, H * value_dim, width, BV, EXACT_V)
+        store_tile(noisy_values + head * value_dim + vt * BV, own, first, count, H * value_dim, width, R, BV, EXACT_V)
 
     inside = (row[None, :] >= start[:, None]) & (row[None, :] < stop[:, None])
     if GATE == 2:
-        grown = load_rows(decayed_q + head * key_dim, token, valid, H * key_dim, key_dim, BK, EXACT_K)
+        grown = load_tile(decayed_q + head * key_dim, first, count, H * key_dim, key_dim, R, BK, EXACT_K)
         result = tl.dot(grown, state, input_precision=PRECISION)
         weight = (tl.load(clean_weights + clean_place + R * C).to(tl.float32) * clean_b[None, :]).to(dtype)
         block_weight = (tl.load(block_weights + block_place + R * R).to(tl.float32) * own_b[None, :]).to(dtype)
     else:
-        queries = load_rows(q + key_head * q_head, token, valid, q_token, key_dim, BK, EXACT_K)
+        queries = load_tile(q + key_head * q_head, first, count, q_token, key_dim, R, BK, EXACT_K)
         norm = row_norm(queries, R, L2NORM)
         block_weight = tl.dot(queries, tl.trans(noisy_keys), input_precision=PRECISION)
         factor = norm[:, None] * (noisy_norm * own_b)[None, :]
@@ -153,4 +154,4 @@ def noisy_outputs_kernel(
         result = result * (norm * tl.exp2(c + e) if GATE == 1 else norm)[:, None]
     result = tl.dot(weight, z, result, input_precision=PRECISION)
     result = tl.dot(block_weight, own, result, input_precision=PRECISION)
-    store_rows(out + head * value_dim + vt * BV, result * scale, token, valid, H * value_dim, width, BV, EXACT_V)
+    store_tile(out + head * value_dim + vt * BV, result * scale, first, count, H * value_dim, width, R, BV, EXACT_V)

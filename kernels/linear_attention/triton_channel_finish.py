@@ -1,0 +1,412 @@
+"""Key-channel gates, backward on the side of the keys: from gradients of pair weights and decayed vectors to those of q, k and g.
+
+The gradient of a log decay is value * gradient, rows growing and columns shrinking. Both ends of a pair use the same
+rounded factors of the pair's dense product, so that what cancels between them cancels exactly, at strong decay too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_channel_common import (
+    block_columns,
+    block_last,
+    block_pairs,
+    block_rows,
+    exact_sums,
+    finish_norm,
+    load_unit,
+    prefix_columns,
+    prefix_pairs,
+    prefix_rows,
+    read_by,
+    whole_norm,
+    triangle_factor,
+    triangle_pairs,
+)
+from .triton_common import load_tile, store_tile
+
+
+@triton.jit
+def channel_prefix_finish_kernel(
+    q,
+    k,
+    cumulative,
+    decayed_q,
+    decayed_k,
+    grad_clean_weights,
+    grad_q,
+    grad_k,
+    grad_g,
+    grad_keys,
+    grad_gates,
+    chunk_token,
+    chunk_length,
+    tile_chunk,
+    tile_token,
+    tile_anchor,
+    tile_start,
+    tile_stop,
+    key_dim: tl.constexpr,
+    q_token: tl.constexpr,
+    q_head: tl.constexpr,
+    k_token: tl.constexpr,
+    k_head: tl.constexpr,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    BK: tl.constexpr,
+    BS: tl.constexpr,
+    NS: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DELTA: tl.constexpr,
+    L2NORM: tl.constexpr,
+    EXACT_K: tl.constexpr,
+    EXACT_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """What one (tile, head) reads from the clean stream: grad_q, grad_k (in: of decayed_q, decayed_k; out: of the unit rows) and
+    grad_g [B,T,H,K] of the noisy rows without what they read inside the block, and the tile's share of the gradients of its
+    chunk's unit keys and log decays, grad_keys and grad_gates [M*C,H,K] (summed by the clean kernel)."""
+    pid = tl.program_id(0)
+    head, tile = pid % H, pid // H
+    key_head = head // GROUP
+    row, column = tl.arange(0, R), tl.arange(0, C)
+    chunk = tl.load(tile_chunk + tile)
+    first = tl.load(chunk_token + chunk)
+    meta = tile.to(tl.int64) * R + row
+    token = tl.load(tile_token + meta).to(tl.int64)
+    valid = token >= 0
+    clean_token = (first + column).to(tl.int64)
+    clean_valid = column < tl.load(chunk_length + chunk)
+    stride = H * key_dim
+    flat = tile.to(tl.int64) * C + column
+    tile_head = tile.to(tl.int64) * H + head
+    weight_place = grad_clean_weights + tile_head * 2 * R * C + row[:, None] * C + column[None, :]
+    k_base, q_base = k + key_head * k_head, q + key_head * q_head
+    k_norm = whole_norm(k_base, first, count, k_token, key_dim, R, BK, EXACT_K, L2NORM)
+    q_norm = whole_norm(q_base, first, count, q_token, key_dim, R, BK, EXACT_K, L2NORM)
+    clean_norm = whole_norm(k_base, clean_first, clean_count, k_token, key_dim, C, BK, EXACT_K, L2NORM)
+
+    for s in range(NS):
+        width = key_dim - s * BS
+        place = head * key_dim + s * BS
+        logs = cumulative + place
+        # loaded for every slice: masks kept across slices would cost the registers of several matrices
+        anchor, length = tl.load(tile_anchor + meta), tl.load(chunk_length + chunk)
+        start, stop = tl.load(tile_start + meta), tl.load(tile_stop + meta)
+        at_stop = token + (stop - 1 - row)
+
+        # through the chunk's entry state; gradients are of exp(e) q~ and exp(t) k~ until the end
+        c = load_tile(logs, (first + anchor - 1).to(tl.int64), anchor > 0, stride, width, BS, EXACT_S)
+        queries = load_unit(q_base + s * BS, first, count, q_norm, q_token, width, R, BS, EXACT_S, L2NORM)
+        dtype = queries.dtype
+        grown_queries = queries.to(tl.float32) * tl.exp2(load_tile(logs, at_stop, valid, stride, width, BS, EXACT_S))
+        grad = load_tile(grad_q + place, first, count, stride, width, R, BS, EXACT_S).to(tl.float32)
+        queries_grad = grad * tl.exp2(c)
+        queries_sum = grad * load_tile(decayed_q + place, first, count, stride, width, R, BS, EXACT_S).to(tl.float32)
+        if DELTA:
+            keys = load_unit(k_base + s * BS, first, count, k_norm, k_token, width, R, BS, EXACT_S, L2NORM)
+            grown_keys = keys.to(tl.float32) * tl.exp2(load_tile(logs, first, count, stride, width, R, BS, EXACT_S))
+            grad = load_tile(grad_k + place, first, count, stride, width, R, BS, EXACT_S).to(tl.float32)
+            keys_grad = grad * tl.exp2(c)
+            keys_sum = grad * load_tile(decayed_k + place, first, count, stride, width, R, BS, EXACT_S).to(tl.float32)
+
+        # through the chunk's rows before the anchor
+        gam = load_tile(logs, clean_first, clean_count, stride, width, C, BS, EXACT_S)
+        columns = load_unit(k_base + s * BS, clean_first, clean_count, clean_norm, k_token, width, C, BS, EXACT_S, L2NORM)
+        columns_grad = tl.zeros([C, BS], dtype=tl.float32)
+        columns_sum = tl.zeros([C, BS], dtype=tl.float32)
+        for p in range(0, LEVELS + 1):
+            if tl.max((anchor >> p) & 1, 0) > 0:
+                pairs = prefix_pairs(anchor, C, p)
+                by_column = prefix_columns(logs, gam, first, length, stride, width, C, p, BS, EXACT_S)
+                by_row = prefix_rows(logs, c, anchor, first, stride, width, p, BS, EXACT_S)
+                y = (columns.to(tl.float32) * by_column).to(dtype)
+                x = (grown_queries * by_row).to(dtype)
+                weight = tl.where(pairs, tl.load(weight_place + R * C), 0.0).to(dtype)
+                part = tl.dot(weight, y, input_precision=PRECISION)
+                queries_grad += part * by_row
+                queries_sum += part * x.to(tl.float32)
+                part = tl.dot(tl.trans(weight), x, input_precision=PRECISION)
+                columns_grad += part * by_column
+                columns_sum += part * y.to(tl.float32)
+                if DELTA:
+                    x = (grown_keys * by_row).to(dtype)
+                    weight = tl.where(pairs, tl.load(weight_place), 0.0).to(dtype)
+                    part = tl.dot(tl.trans(weight), x, input_precision=PRECISION)
+                    columns_grad += part * by_column
+                    columns_sum += part * y.to(tl.float32)
+                    part = tl.dot(weight, y, input_precision=PRECISION)
+                    keys_grad += part * by_row
+                    keys_sum += part * x.to(tl.float32)
+        store_tile(grad_keys + place, columns_grad, tile.to(tl.int64) * C, clean_count, stride, width, C, BS, EXACT_S)
+        real = column < length
+        gate = -exact_sums((column[:, None] <= column[None, :]) & real[None, :], columns_sum, PIECES)
+        both = queries_sum + keys_sum if DELTA else queries_sum
+        gate += exact_sums(column[:, None] < anchor[None, :], both, PIECES)
+        store_tile(grad_gates + place, gate, tile.to(tl.int64) * C, clean_count, stride, width, C, BS, EXACT_S)
+
+        gate = exact_sums(read_by(start, stop, R), queries_sum, PIECES)
+        queries_grad *= tl.exp2(load_tile(logs, at_stop, valid, stride, width, BS, EXACT_S))
+        tl.debug_barrier()  # all threads have read the rows that are now overwritten
+        store_tile(grad_q + place, queries_grad, first, count, stride, width, R, BS, EXACT_S)
+        if DELTA:
+            gate += exact_sums(read_by(start, row + 1, R), keys_sum, PIECES)
+            keys_grad *= tl.exp2(load_tile(logs, first, count, stride, width, R, BS, EXACT_S))
+            store_tile(grad_k + place, keys_grad, first, count, stride, width, R, BS, EXACT_S)
+        store_tile(grad_g + place, gate, first, count, stride, width, R, BS, EXACT_S)
+
+
+@triton.jit
+def channel_block_finish_kernel(
+    q,
+    k,
+    cumulative,
+    grad_block_weights,
+    grad_q,
+    grad_k,
+    grad_g,
+    tile_token,
+    tile_start,
+    tile_stop,
+    key_dim: tl.constexpr,
+    q_token: tl.constexpr,
+    q_head: tl.constexpr,
+    k_token: tl.constexpr,
+    k_head: tl.constexpr,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    BK: tl.constexpr,
+    BS: tl.constexpr,
+    NS: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_LEVELS: tl.constexpr,
+    DELTA: tl.constexpr,
+    L2NORM: tl.constexpr,
+    EXACT_K: tl.constexpr,
+    EXACT_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """Adds to grad_q, grad_k, grad_g [B,T,H,K] of one (tile, head) what its rows read inside their blocks; then grad_q and grad_k
+    go back through the normalisation."""
+    pid = tl.program_id(0)
+    head, tile = pid % H, pid // H
+    key_head = head // GROUP
+    row = tl.arange(0, R)
+    meta = tile.to(tl.int64) * R + row
+    token = tl.load(tile_token + meta).to(tl.int64)
+    valid = token >= 0
+    stride = H * key_dim
+    tile_head = tile.to(tl.int64) * H + head
+    weight_place = grad_block_weights + tile_head * 2 * R * R + row[:, None] * R + row[None, :]
+    k_base, q_base = k + key_head * k_head, q + key_head * q_head
+    k_norm = whole_norm(k_base, first, count, k_token, key_dim, R, BK, EXACT_K, L2NORM)
+    q_norm = whole_norm(q_base, first, count, q_token, key_dim, R, BK, EXACT_K, L2NORM)
+    k_along = tl.zeros([R], dtype=tl.float32)
+    q_along = tl.zeros([R], dtype=tl.float32)
+
+    for s in range(NS):
+        width = key_dim - s * BS
+        place = head * key_dim + s * BS
+        logs = cumulative + place
+        # loaded for every slice: masks kept across slices would cost the registers of several matrices
+        start, stop = tl.load(tile_start + meta), tl.load(tile_stop + meta)
+        last = block_last(start, R)
+        before, read = row - start, stop - start  # rows of the block that key and query read
+        t = load_tile(logs, first, count, stride, width, R, BS, EXACT_S)
+        e = load_tile(logs, token + (stop - 1 - row), valid, stride, width, BS, EXACT_S)
+        queries = load_unit(q_base + s * BS, first, count, q_norm, q_token, width, R, BS, EXACT_S, L2NORM)
+        keys = load_unit(k_base + s * BS, first, count, k_norm, k_token, width, R, BS, EXACT_S, L2NORM)
+        dtype = keys.dtype
+        queries_grad = tl.zeros([R, BS], dtype=tl.float32)
+        queries_sum = tl.zeros([R, BS], dtype=tl.float32)
+        keys_grad = tl.zeros([R, BS], dtype=tl.float32)
+        keys_sum = tl.zeros([R, BS], dtype=tl.float32)
+        for p in range(0, BLOCK_LEVELS):
+            used = ((read >> p) & 1) | ((before >> p) & 1) if DELTA else (read >> p) & 1
+            if tl.max(used, 0) > 0:
+                by_column = block_columns(logs, t, start, last, first, count, stride, width, R, p, R, BS, EXACT_S)
+                by_row = block_rows(logs, e, read, start, token, stride, width, R, p, BS, EXACT_S)
+                y = (keys.to(tl.float32) * by_column).to(dtype)
+                x = (queries.to(tl.float32) * by_row).to(dtype)
+                weight = tl.where(block_pairs(read, start, R, p), tl.load(weight_place + R * R), 0.0).to(dtype)
+                part = tl.dot(weight, y, input_precision=PRECISION)
+                queries_grad += part * by_row
+                queries_sum += part * x.to(tl.float32)
+                part = tl.dot(tl.trans(weight), x, input_precision=PRECISION)
+                keys_grad += part * by_column
+                keys_sum -= part * y.to(tl.float32)
+                if DELTA:
+                    by_row = block_rows(logs, t, before, start, token, stride, width, R, p, BS, EXACT_S)
+                    x = (keys.to(tl.float32) * by_row).to(dtype)
+                    weight = tl.where(block_pairs(before, start, R, p), tl.load(weight_place), 0.0).to(dtype)
+                    part = tl.dot(tl.trans(weight), x, input_precision=PRECISION)
+                    keys_grad += part * by_column
+                    keys_sum -= part * y.to(tl.float32)
+                    part = tl.dot(weight, y, input_precision=PRECISION)
+                    keys_grad += part * by_row
+                    keys_sum += part * x.to(tl.float32)
+        gate = exact_sums(read_by(start, stop, R), queries_sum, PIECES)
+        gate += exact_sums(read_by(start, row + 1, R), keys_sum, PIECES)
+        gate += load_tile(grad_g + place, first, count, stride, width, R, BS, EXACT_S).to(tl.float32)
+        queries_grad += load_tile(grad_q + place, first, count, stride, width, R, BS, EXACT_S).to(tl.float32)
+        if DELTA:
+            keys_grad += load_tile(grad_k + place, first, count, stride, width, R, BS, EXACT_S).to(tl.float32)
+        if L2NORM:
+            q_along += tl.sum(queries_grad * queries.to(tl.float32), 1)
+            k_along += tl.sum(keys_grad * keys.to(tl.float32), 1)
+        tl.debug_barrier()  # all threads have read the rows that are now overwritten
+        store_tile(grad_q + place, queries_grad, first, count, stride, width, R, BS, EXACT_S)
+        store_tile(grad_k + place, keys_grad, first, count, stride, width, R, BS, EXACT_S)
+        store_tile(grad_g + place, gate, first, count, stride, width, R, BS, EXACT_S)
+
+    if L2NORM:
+        tl.debug_barrier()  # gradients that other threads wrote come back from memory
+        for s in range(NS):
+            width = key_dim - s * BS
+            place = head * key_dim + s * BS
+            finish_norm(grad_q + place, q_base + s * BS, first, count, q_norm, q_along, q_token, stride, width, R, BS, EXACT_S)
+            finish_norm(grad_k + place, k_base + s * BS, first, count, k_norm, k_along, k_token, stride, width, R, BS, EXACT_S)
+
+
+@triton.jit
+def channel_clean_finish_kernel(
+    q,
+    k,
+    cumulative,
+    decayed_q,
+    decayed_k,
+    tail_k,
+    total,
+    grad_tail,
+    grad_total,
+    grad_weights,
+    grad_query_weights,
+    grad_keys,
+    grad_gates,
+    grad_q,
+    grad_k,
+    grad_g,
+    chunk_token,
+    chunk_length,
+    chunk_tile,
+    key_dim: tl.constexpr,
+    q_token: tl.constexpr,
+    q_head: tl.constexpr,
+    k_token: tl.constexpr,
+    k_head: tl.constexpr,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    BK: tl.constexpr,
+    BS: tl.constexpr,
+    NS: tl.constexpr,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DELTA: tl.constexpr,
+    L2NORM: tl.constexpr,
+    EXACT_K: tl.constexpr,
+    EXACT_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """One program per (chunk, head): grad_q, grad_k (in: of decayed_q, decayed_k), grad_g [B,T,H,K] of the clean rows."""
+    pid = tl.program_id(0)
+    head, chunk = pid % H, pid // H
+    key_head = head // GROUP
+    row = tl.arange(0, C)
+    first, length = tl.load(chunk_token + chunk), tl.load(chunk_length + chunk)
+    begin, end = tl.load(chunk_tile + chunk), tl.load(chunk_tile + chunk + 1)
+    token = (first + row).to(tl.int64)
+    valid = row < length
+    stride = H * key_dim
+    chunk_head = chunk.to(tl.int64) * H + head
+    flat = chunk.to(tl.int64) * C + row
+    corner = chunk_head * C * C + row[:, None] * C + row[None, :]
+    diagonal = row[:, None] == row[None, :]
+    k_base, q_base = k + key_head * k_head, q + key_head * q_head
+    k_norm = whole_norm(k_base, first, count, k_token, key_dim, C, BK, EXACT_K, L2NORM)
+    q_norm = whole_norm(q_base, first, count, q_token, key_dim, C, BK, EXACT_K, L2NORM)
+    k_along = tl.zeros([C], dtype=tl.float32)
+    q_along = tl.zeros([C], dtype=tl.float32)
+    itself = tl.sum(tl.where(diagonal, tl.load(grad_query_weights + corner).to(tl.float32), 0.0), 1)
+
+    for s in range(NS):
+        width = key_dim - s * BS
+        place = head * key_dim + s * BS
+        logs = cumulative + place
+        channel = s * BS + tl.arange(0, BS)
+        gam = load_tile(logs, first, count, stride, width, C, BS, EXACT_S)
+        queries = load_unit(q_base + s * BS, first, count, q_norm, q_token, width, C, BS, EXACT_S, L2NORM)
+        keys = load_unit(k_base + s * BS, first, count, k_norm, k_token, width, C, BS, EXACT_S, L2NORM)
+        dtype = keys.dtype
+
+        # through the entry state
+        grown = tl.exp2(gam)
+        grad = load_tile(grad_q + place, first, count, stride, width, C, BS, EXACT_S).to(tl.float32)
+        queries_grad = grad * grown + itself[:, None] * keys.to(tl.float32)
+        keys_grad = itself[:, None] * queries.to(tl.float32)
+        gate = grad * load_tile(decayed_q + place, first, count, stride, width, C, BS, EXACT_S).to(tl.float32)
+        if DELTA:
+            grad = load_tile(grad_k + place, first, count, stride, width, C, BS, EXACT_S).to(tl.float32)
+            keys_grad += grad * grown
+            gate += grad * load_tile(decayed_k + place, first, count, stride, width, C, BS, EXACT_S).to(tl.float32)
+
+        # through the state at the end
+        end_gam = load_tile(logs, (first + length - 1 + row * 0).to(tl.int64), valid, stride, width, BS, EXACT_S)
+        grad = load_tile(grad_tail + place, chunk.to(tl.int64) * C, count, stride, width, C, BS, EXACT_S).to(tl.float32)
+        keys_grad += grad * tl.exp2(tl.minimum(end_gam - gam, 0.0))
+        ends = grad * load_tile(tail_k + place, chunk.to(tl.int64) * C, count, stride, width, C, BS, EXACT_S).to(tl.float32)
+        gate -= ends
+        at_end = tl.sum(ends, 0)
+        passed = tl.load(total + chunk_head * key_dim + channel, mask=channel < key_dim, other=0.0)
+        at_end += passed * tl.load(grad_total + chunk_head * key_dim + channel, mask=channel < key_dim, other=0.0)
+
+        # pairs inside the chunk: at each digit a row either reads or is read
+        for p in range(0, LEVELS):
+            factor = triangle_factor(logs, gam, first, length, stride, width, C, p, BS, EXACT_S)
+            pairs = triangle_pairs(C, p)
+            x = (keys.to(tl.float32) * factor).to(dtype)
+            y = (queries.to(tl.float32) * factor).to(dtype)
+            weight = tl.where(pairs, tl.load(grad_query_weights + corner), 0.0).to(dtype)
+            part = tl.dot(weight, x, input_precision=PRECISION)
+            queries_grad += part * factor
+            gate += part * y.to(tl.float32)
+            # as columns the even pieces' rows get a part, as rows the odd pieces' rows
+            part = tl.dot(tl.trans(weight), y, input_precision=PRECISION)
+            keys_grad += part * factor
+            gate -= part * x.to(tl.float32)
+            if DELTA:
+                weight = tl.where(pairs, tl.load(grad_weights + corner), 0.0).to(dtype)
+                part = tl.dot(tl.trans(weight), x, input_precision=PRECISION)
+                keys_grad += part * factor
+                gate -= part * x.to(tl.float32)
+                part = tl.dot(weight, x, input_precision=PRECISION)
+                keys_grad += part * factor
+                gate += part * x.to(tl.float32)
+
+        real = row < tl.load(chunk_length + chunk)  # loaded here, so that no mask is kept across slices
+        gate = exact_sums((row[:, None] <= row[None, :]) & real[None, :], gate, PIECES) + at_end[None, :]
+        for step in range(0, end - begin):
+            part_row = (begin.to(tl.int64) + step) * C + row
+            keys_grad += load_tile(grad_keys + place, part_first, count, stride, width, C, BS, EXACT_S).to(tl.float32)
+            gate += load_tile(grad_gates + place, part_first, count, stride, width, C, BS, EXACT_S).to(tl.float32)
+        tl.debug_barrier()  # all threads have read what is now overwritten
+        if L2NORM:
+            q_along += tl.sum(queries_grad * queries.to(tl.float32), 1)
+            k_along += tl.sum(keys_grad * keys.to(tl.float32), 1)
+        store_tile(grad_q + place, queries_grad, first, count, stride, width, C, BS, EXACT_S)
+        store_tile(grad_k + place, keys_grad, first, count, stride, width, C, BS, EXACT_S)
+        store_tile(grad_g + place, gate, first, count, stride, width, C, BS, EXACT_S)
+
+    if L2NORM:
+        tl.debug_barrier()  # gradients that other threads wrote come back from memory
+        for s in range(NS):
+            width = key_dim - s * BS
+            place = head * key_dim + s * BS
+            finish_norm(grad_q + place, q_base + s * BS, first, count, q_norm, q_along, q_token, stride, width, C, BS, EXACT_S)
+            finish_norm(grad_k + place, k_base + s * BS, first, count, k_norm, k_along, k_token, stride, width, C, BS, EXACT_S)
