@@ -1,8 +1,8 @@
 """The schedule of a decode step: which rows one program works on, and what each row reads.
 
-The rows of a request form a tree: clean row `j` follows clean row `j - 1`, a noisy block hangs on the clean row before its
-anchor. A tile holds all clean rows and some whole noisy blocks, so it knows every ancestor of each of its rows. Nearly
-every step fits into one tile; the tiles of a longer one repeat the few clean rows and are independent of each other.
+The rows of a request form a tree: clean row `j` follows clean row `j - 1`, a noisy block hangs on the clean row before
+its anchor. A tile holds all clean rows and some whole noisy blocks, so it knows every ancestor of each of its rows.
+Nearly every step fits into one tile; the tiles of a longer one repeat the clean rows and are independent of each other.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MAX_TILE = 64
 class StepSchedule:
     """Rows and tiles of one step, int32 tensors on the layout's device.
 
-    row_table  [B, 3, T]          per token slot: how many clean rows it reads (its anchor minus the cached tokens; a clean
-                                  row its own index; -1 on padding), first slot of its block (a clean row: itself), last
-                                  slot that its query reads (itself, or the end of its block)
-    tile_start [B, tiles + 1]     first noisy slot of every tile; tiles end where the next one starts
-    tile_rows                     clean slots and noisy slots of a tile, padded to a power of two of at least 16
+    row_table  [B, 3, T]       per token slot: how many clean rows it reads (its anchor minus the cached tokens; a clean
+                               row: its own index; -1 on padding), first slot of its block (a clean row: itself), last
+                               slot that its query reads (itself, or the end of its block)
+    tile_start [B, tiles + 1]  first noisy slot of every tile; tiles end where the next one starts
+    tile_rows                  clean slots and noisy slots of a tile, padded to a power of two of at least 16
 
     All of it depends on anchors relative to the cache only, so steps of the same shape may share one schedule.
     """
@@ -58,11 +58,11 @@ class StepSchedule:
         """Derive the schedule with tensor operations on the layout's device.
 
         max_block = an upper bound of the tokens per block; it matters only for layouts of more than 64 slots, where the
-        device has to be asked for it if it is not given. Nothing else waits for a GPU, hence values of a layout on a GPU
-        are not checked.
+        device has to be asked for it if it is not given. Nothing else waits for a GPU, hence the values of a layout on
+        a GPU are not checked.
 
-        Raises `LayoutError` if the clean slots and one block are more than 64 rows, and (layouts on the host) for a token
-        of another document than 0, or a block anchored outside the clean rows of the step.
+        Raises `LayoutError` if the clean slots and one block are more than 64 rows, and (layouts on the host) for a
+        token of another document than 0, or a block anchored outside the clean rows of the step.
         """
         first, last = _block_bounds(layout)
         tile_rows, window = _tile_shape(layout, max_block, first)
@@ -87,7 +87,7 @@ class StepSchedule:
 
 
 def _block_bounds(layout: Layout) -> tuple[Tensor, Tensor]:
-    """[B, Ln] each: first noisy slot of the slot's block, and last one that its query reads; padding: the slot itself."""
+    """[B, Ln] each: first noisy slot of the slot's block, last one that its query reads; on padding the slot itself."""
     block, length = layout.noisy_block, layout.noisy_length
     slot = torch.arange(length, dtype=torch.int64, device=layout.device).expand(layout.rows, -1)
     if length == 0:
@@ -111,8 +111,8 @@ def _tile_shape(layout: Layout, max_block: int | None, first: Tensor) -> tuple[i
         max_block = int((slot - first).max()) + 1 if first.numel() else 0
     if clean + max_block > MAX_TILE:
         raise LayoutError(
-            f"a decode step takes at most {MAX_TILE} clean rows and noisy rows of one block per request, this layout has "
-            f"{clean} and {max_block}: run it as a prefill, in chunks"
+            f"a decode step takes at most {MAX_TILE} clean rows and noisy rows of one block per request, this layout "
+            f"has {clean} and {max_block}: run it as a prefill, in chunks"
         )
     return MAX_TILE, MAX_TILE - clean - max_block + 1
 
@@ -130,7 +130,7 @@ def _tile_starts(first: Tensor, window: int) -> Tensor:
 
 
 def _check(layout: Layout, anchor: Tensor) -> None:
-    """Raise `LayoutError` for what a layout on the host shows to be no decode step. anchor [B, Ln] relative to the cache."""
+    """Raise `LayoutError` for a layout on the host that is no decode step. anchor [B, Ln] relative to the cache."""
     documents = layout.token_document()
     if bool((documents > 0).any()):
         row = int((documents > 0).any(dim=1).nonzero()[0])
@@ -141,6 +141,6 @@ def _check(layout: Layout, anchor: Tensor) -> None:
         row, slot = (int(i) for i in wrong.nonzero()[0])
         low = int(layout.cached[row])
         raise LayoutError(
-            f"row {row}: the block at noisy slot {slot} is anchored at {low + int(anchor[row, slot])}; its state is known "
-            f"from position {low} to {low + int(counts[row])} only"
+            f"row {row}: the block at noisy slot {slot} is anchored at {low + int(anchor[row, slot])}; its state is "
+            f"known from position {low} to {low + int(counts[row])} only"
         )

@@ -20,9 +20,9 @@ from .triton_channel_common import (
     prefix_columns,
     prefix_pairs,
     prefix_rows,
-    whole_norm,
     triangle_factor,
     triangle_pairs,
+    whole_norm,
 )
 from .triton_common import LOG2E, load_tile, store_tile
 

@@ -16,14 +16,15 @@ from .triton_channel_common import (
     block_rows,
     exact_sums,
     finish_norm,
+    load_picked,
     load_unit,
     prefix_columns,
     prefix_pairs,
     prefix_rows,
     read_by,
-    whole_norm,
     triangle_factor,
     triangle_pairs,
+    whole_norm,
 )
 from .triton_common import load_tile, store_tile
 
@@ -44,7 +45,8 @@ def channel_prefix_finish_kernel(
     chunk_token,
     chunk_length,
     tile_chunk,
-    tile_token,
+    tile_first,
+    tile_count,
     tile_anchor,
     tile_start,
     tile_stop,
@@ -76,14 +78,10 @@ def channel_prefix_finish_kernel(
     key_head = head // GROUP
     row, column = tl.arange(0, R), tl.arange(0, C)
     chunk = tl.load(tile_chunk + tile)
-    first = tl.load(chunk_token + chunk)
+    clean_first, clean_count = tl.load(chunk_token + chunk).to(tl.int64), tl.load(chunk_length + chunk)
     meta = tile.to(tl.int64) * R + row
-    token = tl.load(tile_token + meta).to(tl.int64)
-    valid = token >= 0
-    clean_token = (first + column).to(tl.int64)
-    clean_valid = column < tl.load(chunk_length + chunk)
+    first, count = tl.load(tile_first + tile).to(tl.int64), tl.load(tile_count + tile)
     stride = H * key_dim
-    flat = tile.to(tl.int64) * C + column
     tile_head = tile.to(tl.int64) * H + head
     weight_place = grad_clean_weights + tile_head * 2 * R * C + row[:, None] * C + column[None, :]
     k_base, q_base = k + key_head * k_head, q + key_head * q_head
@@ -96,15 +94,16 @@ def channel_prefix_finish_kernel(
         place = head * key_dim + s * BS
         logs = cumulative + place
         # loaded for every slice: masks kept across slices would cost the registers of several matrices
-        anchor, length = tl.load(tile_anchor + meta), tl.load(chunk_length + chunk)
+        anchor = tl.load(tile_anchor + meta)
         start, stop = tl.load(tile_start + meta), tl.load(tile_stop + meta)
-        at_stop = token + (stop - 1 - row)
+        own_logs, clean_logs = logs + first * stride, logs + clean_first * stride
 
         # through the chunk's entry state; gradients are of exp(e) q~ and exp(t) k~ until the end
-        c = load_tile(logs, (first + anchor - 1).to(tl.int64), anchor > 0, stride, width, BS, EXACT_S)
+        c = load_picked(clean_logs, anchor - 1, anchor > 0, stride, width, BS, EXACT_S)
         queries = load_unit(q_base + s * BS, first, count, q_norm, q_token, width, R, BS, EXACT_S, L2NORM)
         dtype = queries.dtype
-        grown_queries = queries.to(tl.float32) * tl.exp2(load_tile(logs, at_stop, valid, stride, width, BS, EXACT_S))
+        e = load_picked(own_logs, stop - 1, row < count, stride, width, BS, EXACT_S)
+        grown_queries = queries.to(tl.float32) * tl.exp2(e)
         grad = load_tile(grad_q + place, first, count, stride, width, R, BS, EXACT_S).to(tl.float32)
         queries_grad = grad * tl.exp2(c)
         queries_sum = grad * load_tile(decayed_q + place, first, count, stride, width, R, BS, EXACT_S).to(tl.float32)
@@ -122,9 +121,9 @@ def channel_prefix_finish_kernel(
         columns_sum = tl.zeros([C, BS], dtype=tl.float32)
         for p in range(0, LEVELS + 1):
             if tl.max((anchor >> p) & 1, 0) > 0:
-                pairs = prefix_pairs(anchor, C, p)
-                by_column = prefix_columns(logs, gam, first, length, stride, width, C, p, BS, EXACT_S)
-                by_row = prefix_rows(logs, c, anchor, first, stride, width, p, BS, EXACT_S)
+                pairs = prefix_pairs(anchor, p, C)
+                by_column = prefix_columns(clean_logs, gam, clean_count, stride, width, p, C, BS, EXACT_S)
+                by_row = prefix_rows(clean_logs, c, anchor, stride, width, p, BS, EXACT_S)
                 y = (columns.to(tl.float32) * by_column).to(dtype)
                 x = (grown_queries * by_row).to(dtype)
                 weight = tl.where(pairs, tl.load(weight_place + R * C), 0.0).to(dtype)
@@ -144,14 +143,14 @@ def channel_prefix_finish_kernel(
                     keys_grad += part * by_row
                     keys_sum += part * x.to(tl.float32)
         store_tile(grad_keys + place, columns_grad, tile.to(tl.int64) * C, clean_count, stride, width, C, BS, EXACT_S)
-        real = column < length
+        real = column < tl.load(chunk_length + chunk)
         gate = -exact_sums((column[:, None] <= column[None, :]) & real[None, :], columns_sum, PIECES)
         both = queries_sum + keys_sum if DELTA else queries_sum
         gate += exact_sums(column[:, None] < anchor[None, :], both, PIECES)
         store_tile(grad_gates + place, gate, tile.to(tl.int64) * C, clean_count, stride, width, C, BS, EXACT_S)
 
         gate = exact_sums(read_by(start, stop, R), queries_sum, PIECES)
-        queries_grad *= tl.exp2(load_tile(logs, at_stop, valid, stride, width, BS, EXACT_S))
+        queries_grad *= tl.exp2(load_picked(own_logs, stop - 1, row < count, stride, width, BS, EXACT_S))
         tl.debug_barrier()  # all threads have read the rows that are now overwritten
         store_tile(grad_q + place, queries_grad, first, count, stride, width, R, BS, EXACT_S)
         if DELTA:
@@ -166,11 +165,12 @@ def channel_block_finish_kernel(
     q,
     k,
     cumulative,
-    grad_block_weights,
+    block_weights,
     grad_q,
     grad_k,
     grad_g,
-    tile_token,
+    tile_first,
+    tile_count,
     tile_start,
     tile_stop,
     key_dim: tl.constexpr,
@@ -199,11 +199,10 @@ def channel_block_finish_kernel(
     key_head = head // GROUP
     row = tl.arange(0, R)
     meta = tile.to(tl.int64) * R + row
-    token = tl.load(tile_token + meta).to(tl.int64)
-    valid = token >= 0
+    first, count = tl.load(tile_first + tile).to(tl.int64), tl.load(tile_count + tile)
     stride = H * key_dim
     tile_head = tile.to(tl.int64) * H + head
-    weight_place = grad_block_weights + tile_head * 2 * R * R + row[:, None] * R + row[None, :]
+    weight_place = block_weights + tile_head * 2 * R * R + row[:, None] * R + row[None, :]
     k_base, q_base = k + key_head * k_head, q + key_head * q_head
     k_norm = whole_norm(k_base, first, count, k_token, key_dim, R, BK, EXACT_K, L2NORM)
     q_norm = whole_norm(q_base, first, count, q_token, key_dim, R, BK, EXACT_K, L2NORM)
@@ -218,8 +217,9 @@ def channel_block_finish_kernel(
         start, stop = tl.load(tile_start + meta), tl.load(tile_stop + meta)
         last = block_last(start, R)
         before, read = row - start, stop - start  # rows of the block that key and query read
+        own_logs = logs + first * stride
         t = load_tile(logs, first, count, stride, width, R, BS, EXACT_S)
-        e = load_tile(logs, token + (stop - 1 - row), valid, stride, width, BS, EXACT_S)
+        e = load_picked(own_logs, stop - 1, row < count, stride, width, BS, EXACT_S)
         queries = load_unit(q_base + s * BS, first, count, q_norm, q_token, width, R, BS, EXACT_S, L2NORM)
         keys = load_unit(k_base + s * BS, first, count, k_norm, k_token, width, R, BS, EXACT_S, L2NORM)
         dtype = keys.dtype
@@ -230,11 +230,11 @@ def channel_block_finish_kernel(
         for p in range(0, BLOCK_LEVELS):
             used = ((read >> p) & 1) | ((before >> p) & 1) if DELTA else (read >> p) & 1
             if tl.max(used, 0) > 0:
-                by_column = block_columns(logs, t, start, last, first, count, stride, width, R, p, R, BS, EXACT_S)
-                by_row = block_rows(logs, e, read, start, token, stride, width, R, p, BS, EXACT_S)
+                by_column = block_columns(own_logs, t, start, last, count, stride, width, p, R, BS, EXACT_S)
+                by_row = block_rows(own_logs, e, read, start, stride, width, p, BS, EXACT_S)
                 y = (keys.to(tl.float32) * by_column).to(dtype)
                 x = (queries.to(tl.float32) * by_row).to(dtype)
-                weight = tl.where(block_pairs(read, start, R, p), tl.load(weight_place + R * R), 0.0).to(dtype)
+                weight = tl.where(block_pairs(read, start, p, R), tl.load(weight_place + R * R), 0.0).to(dtype)
                 part = tl.dot(weight, y, input_precision=PRECISION)
                 queries_grad += part * by_row
                 queries_sum += part * x.to(tl.float32)
@@ -242,9 +242,9 @@ def channel_block_finish_kernel(
                 keys_grad += part * by_column
                 keys_sum -= part * y.to(tl.float32)
                 if DELTA:
-                    by_row = block_rows(logs, t, before, start, token, stride, width, R, p, BS, EXACT_S)
+                    by_row = block_rows(own_logs, t, before, start, stride, width, p, BS, EXACT_S)
                     x = (keys.to(tl.float32) * by_row).to(dtype)
-                    weight = tl.where(block_pairs(before, start, R, p), tl.load(weight_place), 0.0).to(dtype)
+                    weight = tl.where(block_pairs(before, start, p, R), tl.load(weight_place), 0.0).to(dtype)
                     part = tl.dot(tl.trans(weight), x, input_precision=PRECISION)
                     keys_grad += part * by_column
                     keys_sum -= part * y.to(tl.float32)
@@ -285,8 +285,8 @@ def channel_clean_finish_kernel(
     total,
     grad_tail,
     grad_total,
-    grad_weights,
-    grad_query_weights,
+    weights,
+    query_weights,
     grad_keys,
     grad_gates,
     grad_q,
@@ -319,13 +319,10 @@ def channel_clean_finish_kernel(
     head, chunk = pid % H, pid // H
     key_head = head // GROUP
     row = tl.arange(0, C)
-    first, length = tl.load(chunk_token + chunk), tl.load(chunk_length + chunk)
+    first, count = tl.load(chunk_token + chunk).to(tl.int64), tl.load(chunk_length + chunk)
     begin, end = tl.load(chunk_tile + chunk), tl.load(chunk_tile + chunk + 1)
-    token = (first + row).to(tl.int64)
-    valid = row < length
     stride = H * key_dim
     chunk_head = chunk.to(tl.int64) * H + head
-    flat = chunk.to(tl.int64) * C + row
     corner = chunk_head * C * C + row[:, None] * C + row[None, :]
     diagonal = row[:, None] == row[None, :]
     k_base, q_base = k + key_head * k_head, q + key_head * q_head
@@ -333,7 +330,7 @@ def channel_clean_finish_kernel(
     q_norm = whole_norm(q_base, first, count, q_token, key_dim, C, BK, EXACT_K, L2NORM)
     k_along = tl.zeros([C], dtype=tl.float32)
     q_along = tl.zeros([C], dtype=tl.float32)
-    itself = tl.sum(tl.where(diagonal, tl.load(grad_query_weights + corner).to(tl.float32), 0.0), 1)
+    itself = tl.sum(tl.where(diagonal, tl.load(query_weights + corner).to(tl.float32), 0.0), 1)
 
     for s in range(NS):
         width = key_dim - s * BS
@@ -357,9 +354,10 @@ def channel_clean_finish_kernel(
             gate += grad * load_tile(decayed_k + place, first, count, stride, width, C, BS, EXACT_S).to(tl.float32)
 
         # through the state at the end
-        end_gam = load_tile(logs, (first + length - 1 + row * 0).to(tl.int64), valid, stride, width, BS, EXACT_S)
+        end_place = logs + (first + count - 1) * stride + tl.arange(0, BS)
+        end_gam = tl.load(end_place, mask=channel < tl.where(count > 0, key_dim, 0), other=0.0)
         grad = load_tile(grad_tail + place, chunk.to(tl.int64) * C, count, stride, width, C, BS, EXACT_S).to(tl.float32)
-        keys_grad += grad * tl.exp2(tl.minimum(end_gam - gam, 0.0))
+        keys_grad += grad * tl.exp2(tl.minimum(end_gam[None, :] - gam, 0.0))
         ends = grad * load_tile(tail_k + place, chunk.to(tl.int64) * C, count, stride, width, C, BS, EXACT_S).to(tl.float32)
         gate -= ends
         at_end = tl.sum(ends, 0)
@@ -368,11 +366,11 @@ def channel_clean_finish_kernel(
 
         # pairs inside the chunk: at each digit a row either reads or is read
         for p in range(0, LEVELS):
-            factor = triangle_factor(logs, gam, first, length, stride, width, C, p, BS, EXACT_S)
-            pairs = triangle_pairs(C, p)
+            factor = triangle_factor(logs + first * stride, gam, count, stride, width, p, C, BS, EXACT_S)
+            pairs = triangle_pairs(p, C)
             x = (keys.to(tl.float32) * factor).to(dtype)
             y = (queries.to(tl.float32) * factor).to(dtype)
-            weight = tl.where(pairs, tl.load(grad_query_weights + corner), 0.0).to(dtype)
+            weight = tl.where(pairs, tl.load(query_weights + corner), 0.0).to(dtype)
             part = tl.dot(weight, x, input_precision=PRECISION)
             queries_grad += part * factor
             gate += part * y.to(tl.float32)
@@ -381,7 +379,7 @@ def channel_clean_finish_kernel(
             keys_grad += part * factor
             gate -= part * x.to(tl.float32)
             if DELTA:
-                weight = tl.where(pairs, tl.load(grad_weights + corner), 0.0).to(dtype)
+                weight = tl.where(pairs, tl.load(weights + corner), 0.0).to(dtype)
                 part = tl.dot(tl.trans(weight), x, input_precision=PRECISION)
                 keys_grad += part * factor
                 gate -= part * x.to(tl.float32)
@@ -392,7 +390,7 @@ def channel_clean_finish_kernel(
         real = row < tl.load(chunk_length + chunk)  # loaded here, so that no mask is kept across slices
         gate = exact_sums((row[:, None] <= row[None, :]) & real[None, :], gate, PIECES) + at_end[None, :]
         for step in range(0, end - begin):
-            part_row = (begin.to(tl.int64) + step) * C + row
+            part_first = (begin.to(tl.int64) + step) * C
             keys_grad += load_tile(grad_keys + place, part_first, count, stride, width, C, BS, EXACT_S).to(tl.float32)
             gate += load_tile(grad_gates + place, part_first, count, stride, width, C, BS, EXACT_S).to(tl.float32)
         tl.debug_barrier()  # all threads have read what is now overwritten

@@ -1,5 +1,5 @@
-"""Key-channel gates, backward on the side of the values: the noisy, chunk and clean gradient kernels with pair weights and decayed
-vectors from memory. They return gradients of those; `triton_channel_finish` takes them back to q, k and g.
+"""Key-channel gates, backward on the side of the values: gradients of pair weights and decayed vectors, which
+`triton_channel_finish` takes back to q, k and g. Equations and names as in docs/kernels.md.
 
 Weights' gradients may stand in the weights' own memory: a program reads its weights before it writes.
 """
@@ -9,12 +9,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import load_matrix, load_tile, store_tile, unit_triangular_inverse
+from .triton_common import (
+    load_matrix,
+    load_tile,
+    product_of_tiles,
+    product_with_state,
+    store_tile,
+    unit_triangular_inverse,
+)
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit
 def channel_noisy_grad_kernel(
-    beta,
     clean_values,
     states,
     noisy_values,
@@ -22,22 +28,22 @@ def channel_noisy_grad_kernel(
     block_weights,
     grad_v,
     grad_beta,
-    grad_decayed_q,
-    grad_decayed_k,
+    grad_q,
+    grad_k,
     grad_clean_weights,
-    grad_block_weights,
+    chunk_beta,
+    tile_beta,
     chunk_token,
     chunk_length,
     tile_chunk,
-    tile_token,
+    tile_first,
+    tile_count,
     tile_start,
-    tiles,
     scale,
     key_dim: tl.constexpr,
     value_dim: tl.constexpr,
     z_token: tl.constexpr,
     z_head: tl.constexpr,
-    beta_token,
     H: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -50,84 +56,66 @@ def channel_noisy_grad_kernel(
     EXACT_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per (tile, head): grad_v (= E), grad_beta; gradients of decayed_q, decayed_k, (P, Pq) and (N, M)."""
+    """One program per (tile, head): grad_v [B,T,H,V] (= E), grad_beta [B,T,H]; gradients of decayed_q and decayed_k (in grad_q,
+    grad_k [B,T,H,K]), of (P, Pq) [M,H,2,R,C], and of (N, M) [M,H,2,R,R] in place of them."""
     pid = tl.program_id(0)
     head, tile = pid % H, pid // H
     row, column = tl.arange(0, R), tl.arange(0, C)
     chunk = tl.load(tile_chunk + tile)
-    clean_token = (tl.load(chunk_token + chunk) + column).to(tl.int64)
-    clean_valid = column < tl.load(chunk_length + chunk)
-    meta = tile.to(tl.int64) * R + row
-    token = tl.load(tile_token + meta).to(tl.int64)
-    valid = token >= 0
-    state_base = states + (chunk.to(tl.int64) * H + head) * key_dim * value_dim
-    tile_head = tile.to(tl.int64) * H + head
+    clean_first, clean_count = tl.load(chunk_token + chunk).to(tl.int64), tl.load(chunk_length + chunk)
+    first, count = tl.load(tile_first + tile).to(tl.int64), tl.load(tile_count + tile)
+    start = tl.load(tile_start + tile.to(tl.int64) * R + row)
+    chunk_head, tile_head = chunk.to(tl.int64) * H + head, tile.to(tl.int64) * H + head
+    state = states + chunk_head * key_dim * value_dim
     clean_place = tile_head * 2 * R * C + row[:, None] * C + column[None, :]
     block_place = tile_head * 2 * R * R + row[:, None] * R + row[None, :]
-    b = load_beta(beta + head, clean_first, clean_count, beta_token)
-    noisy_b = load_beta(beta + head, first, count, beta_token)
-    stride = H * key_dim
+    clean_b, own_b = tl.load(chunk_beta + chunk_head * C + column), tl.load(tile_beta + tile_head * R + row)
+    out_stride, stride = H * value_dim, H * key_dim
+    out_base, error_base = grad_out + head * value_dim, grad_v + head * value_dim
+    z_base, own_base = clean_values + head * z_head, noisy_values + head * z_head
 
     weight = tl.trans(tl.load(block_weights + block_place + R * R))  # M transposed
     dtype = weight.dtype
-    inverse = tl.zeros([R, R], dtype=dtype)
     if DELTA and LARGEST > 1:
-        lower = tl.load(block_weights + block_place).to(tl.float32) * noisy_b[None, :]
-        start = tl.load(tile_start + meta)
-        inverse = tl.trans(unit_lower_inverse(lower, row - start, R, LARGEST, PRECISION)).to(dtype)
+        upper = tl.trans(tl.load(block_weights + block_place)).to(tl.float32) * own_b[:, None]
+        inverse = unit_triangular_inverse(upper, row - start, True, R, LARGEST, PRECISION, dtype).to(dtype)
     beta_sum = tl.zeros([R], dtype=tl.float32)
-    grad_clean = tl.zeros([R, C], dtype=tl.float32)
-    grad_block = tl.zeros([R, R], dtype=tl.float32)
-    rows_grad = tl.zeros([R, BK], dtype=tl.float32)
     for vt in tl.static_range(NV):
         width = value_dim - vt * BV
-        grad = load_tile(grad_out + head * value_dim + vt * C, R, BV, first, count, H * value_dim, width, R, BV, EXACT_V)
-        error = tl.dot(weight, grad, input_precision=PRECISION) * (scale * noisy_b)[:, None]
+        grad = load_tile(out_base + vt * BV, first, count, out_stride, width, R, BV, EXACT_V)
+        error = tl.dot(weight, grad, input_precision=PRECISION) * (own_b * scale)[:, None]
         if DELTA and LARGEST > 1:
             error = tl.dot(inverse, error.to(dtype), input_precision=PRECISION)
-        z = load_tile(noisy_values + head * z_head + vt * BV, first, count, z_token, width, R, BV, EXACT_V)
-        beta_sum += tl.sum(error * z.to(tl.float32), 1)
-        store_tile(grad_v + head * value_dim + vt * BV, error, first, count, H * value_dim, width, R, BV, EXACT_V)
-        own = (z.to(tl.float32) * noisy_b[:, None]).to(dtype)
-        grad_block += tl.dot(grad, tl.trans(own), input_precision=PRECISION)
-        clean_z = load_tile(clean_values + head * z_head + vt * BV, clean_first, clean_count, z_token, width, C, BV, EXACT_V)
-        corrected = (clean_z.to(tl.float32) * b[:, None]).to(dtype)
-        grad_clean += tl.dot(grad, tl.trans(corrected), input_precision=PRECISION)
-        state = load_matrix(state_base + vt * BV, key_dim, value_dim, BK, BV, EXACT_K and EXACT_V, width)
-        rows_grad += tl.dot(grad, tl.trans(state), input_precision=PRECISION)
-    tl.store(grad_beta + token * H + head, (beta_sum / noisy_b).to(grad_beta.dtype.element_ty), mask=valid)
-    store_tile(grad_decayed_q + head * key_dim, rows_grad * scale, first, count, stride, key_dim, R, BK, EXACT_K)
-    tl.store(grad_clean_weights + clean_place + R * C, (grad_clean * scale).to(dtype))
-    tl.debug_barrier()  # before the weights' memory is written: all threads have read theirs
-    tl.store(grad_block_weights + block_place + R * R, (grad_block * scale).to(dtype))
+        own = load_tile(own_base + vt * BV, first, count, z_token, width, R, BV, EXACT_V)
+        beta_sum += tl.sum(error * own.to(tl.float32), 1)
+        store_tile(error_base + vt * BV, error, first, count, out_stride, width, R, BV, EXACT_V)
+    place = grad_beta + (first + row) * H + head
+    tl.store(place, (beta_sum / own_b).to(grad_beta.dtype.element_ty), mask=row < count)
+    tl.debug_barrier()  # E is read back below; all threads have read the weights that are overwritten
 
+    rows_grad = product_with_state(out_base, state, first, count, out_stride, key_dim, value_dim, R, BK, BV, NV, EXACT_K,
+                                   EXACT_V, PRECISION)  # fmt: skip
+    store_tile(grad_q + head * key_dim, rows_grad * scale, first, count, stride, key_dim, R, BK, EXACT_K)
+    weight = product_of_tiles(out_base, z_base, first, clean_first, count, clean_count, out_stride, z_token, value_dim, R, C,
+                              BV, NV, EXACT_V, PRECISION)  # fmt: skip
+    tl.store(grad_clean_weights + clean_place + R * C, (weight * (clean_b * scale)[None, :]).to(dtype))
+    weight = product_of_tiles(out_base, own_base, first, first, count, count, out_stride, z_token, value_dim, R, R, BV, NV,
+                              EXACT_V, PRECISION)  # fmt: skip
+    tl.store(block_weights + block_place + R * R, (weight * (own_b * scale)[None, :]).to(dtype))
     if DELTA:
-        grad_clean = tl.zeros([R, C], dtype=tl.float32)
-        grad_block = tl.zeros([R, R], dtype=tl.float32)
-        rows_grad = tl.zeros([R, BK], dtype=tl.float32)
-        for vt in tl.static_range(NV):
-            width = value_dim - vt * BV
-            if NV == 1:
-                rounded = error.to(dtype)
-            else:
-                # E of the other tiles of V comes back from memory, behind the barrier above
-                rounded = load_tile(grad_v + head * value_dim + vt * BV, first, count, H * value_dim, width, R, BV, EXACT_V)
-            state = load_matrix(state_base + vt * BV, key_dim, value_dim, BK, BV, EXACT_K and EXACT_V, width)
-            rows_grad += tl.dot(rounded, tl.trans(state), input_precision=PRECISION)
-            clean_z = load_tile(clean_values + head * z_head + vt * BV, clean_first, clean_count, z_token, width, C, BV,
-                                EXACT_V)
-            corrected = (clean_z.to(tl.float32) * b[:, None]).to(dtype)
-            grad_clean += tl.dot(rounded, tl.trans(corrected), input_precision=PRECISION)
-            if LARGEST > 1:
-                z = load_tile(noisy_values + head * z_head + vt * BV, first, count, z_token, width, R, BV, EXACT_V)
-                own = (z.to(tl.float32) * noisy_b[:, None]).to(dtype)
-                grad_block += tl.dot(rounded, tl.trans(own), input_precision=PRECISION)
-        store_tile(grad_decayed_k + head * key_dim, -rows_grad, first, count, stride, key_dim, R, BK, EXACT_K)
-        tl.store(grad_clean_weights + clean_place, (-grad_clean).to(dtype))
-        tl.store(grad_block_weights + block_place, (-grad_block).to(dtype))
+        rows_grad = product_with_state(error_base, state, first, count, out_stride, key_dim, value_dim, R, BK, BV, NV,
+                                       EXACT_K, EXACT_V, PRECISION)  # fmt: skip
+        store_tile(grad_k + head * key_dim, -rows_grad, first, count, stride, key_dim, R, BK, EXACT_K)
+        weight = product_of_tiles(error_base, z_base, first, clean_first, count, clean_count, out_stride, z_token, value_dim,
+                                  R, C, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+        tl.store(grad_clean_weights + clean_place, (weight * -clean_b[None, :]).to(dtype))
+        if LARGEST > 1:
+            weight = product_of_tiles(error_base, own_base, first, first, count, count, out_stride, z_token, value_dim, R, R,
+                                      BV, NV, EXACT_V, PRECISION)  # fmt: skip
+            tl.store(block_weights + block_place, (weight * -own_b[None, :]).to(dtype))
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit
 def channel_chunk_grad_kernel(
     grad_out,
     noisy_error,
@@ -140,8 +128,8 @@ def channel_chunk_grad_kernel(
     chunk_token,
     chunk_length,
     chunk_tile,
-    tile_token,
-    chunks,
+    tile_first,
+    tile_count,
     scale,
     key_dim: tl.constexpr,
     value_dim: tl.constexpr,
@@ -162,25 +150,24 @@ def channel_chunk_grad_kernel(
     vt, pid = pid % NV, pid // NV
     head, chunk = pid % H, pid // H
     row, column = tl.arange(0, R), tl.arange(0, C)
-    clean_token = (tl.load(chunk_token + chunk) + column).to(tl.int64)
-    clean_valid = column < tl.load(chunk_length + chunk)
+    clean_first, clean_count = tl.load(chunk_token + chunk).to(tl.int64), tl.load(chunk_length + chunk)
     begin, end = tl.load(chunk_tile + chunk), tl.load(chunk_tile + chunk + 1)
     width = value_dim - vt * BV
-    stride = H * key_dim
+    stride, out_stride = H * key_dim, H * value_dim
     chunk_head = chunk.to(tl.int64) * H + head
     out_base, error_base = grad_out + head * value_dim + vt * BV, noisy_error + head * value_dim + vt * BV
 
     # queries: the chunk's own, then those of its tiles
-    grad = load_tile(out_base, clean_first, clean_count, H * value_dim, width, C, BV, EXACT_V)
+    grad = load_tile(out_base, clean_first, clean_count, out_stride, width, C, BV, EXACT_V)
     weight = tl.load(query_weights + chunk_head * C * C + column[:, None] * C + column[None, :])
     corrected_sum = tl.dot(tl.trans(weight), grad, input_precision=PRECISION)
     grown = load_tile(decayed_q + head * key_dim, clean_first, clean_count, stride, key_dim, C, BK, EXACT_K)
     states_sum = tl.dot(tl.trans(grown), grad, input_precision=PRECISION)
     for step in range(0, end - begin):
         tile = begin.to(tl.int64) + step
-        token = tl.load(tile_token + tile * R + row).to(tl.int64)
+        first, count = tl.load(tile_first + tile).to(tl.int64), tl.load(tile_count + tile)
         place = clean_weights + ((tile * H + head) * 2 + 1) * R * C + row[:, None] * C + column[None, :]
-        grad = load_tile(out_base, first, count, H * value_dim, width, R, BV, EXACT_V)
+        grad = load_tile(out_base, first, count, out_stride, width, R, BV, EXACT_V)
         corrected_sum += tl.dot(tl.trans(tl.load(place)), grad, input_precision=PRECISION)
         grown = load_tile(decayed_q + head * key_dim, first, count, stride, key_dim, R, BK, EXACT_K)
         states_sum += tl.dot(tl.trans(grown), grad, input_precision=PRECISION)
@@ -189,9 +176,9 @@ def channel_chunk_grad_kernel(
     if DELTA:
         for step in range(0, end - begin):
             tile = begin.to(tl.int64) + step
-            token = tl.load(tile_token + tile * R + row).to(tl.int64)
+            first, count = tl.load(tile_first + tile).to(tl.int64), tl.load(tile_count + tile)
             place = clean_weights + (tile * H + head) * 2 * R * C + row[:, None] * C + column[None, :]
-            error = load_tile(error_base, first, count, H * value_dim, width, R, BV, EXACT_V)
+            error = load_tile(error_base, first, count, out_stride, width, R, BV, EXACT_V)
             error = (-error).to(error.dtype)
             corrected_sum += tl.dot(tl.trans(tl.load(place)), error, input_precision=PRECISION)
             grown = load_tile(decayed_k + head * key_dim, first, count, stride, key_dim, R, BK, EXACT_K)
@@ -204,35 +191,32 @@ def channel_chunk_grad_kernel(
         tl.store(place, states_sum)
     else:
         tl.store(place, states_sum, mask=(kc < key_dim)[:, None] & (vc < width)[None, :])
-    flat = chunk.to(tl.int64) * C + column
-    store_tile(grad_corrected + head * value_dim + vt * BV, corrected_sum, tile.to(tl.int64) * C, clean_count, H * value_dim, width, C, BV,
-               EXACT_V)
+    store_tile(grad_corrected + head * value_dim + vt * BV, corrected_sum, chunk.to(tl.int64) * C, clean_count, out_stride,
+               width, C, BV, EXACT_V)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit
 def channel_clean_grad_kernel(
-    beta,
     values,
     states,
     grad_out,
     grad_states,
     grad_v,
     grad_beta,
-    grad_decayed_q,
-    grad_decayed_k,
+    grad_q,
+    grad_k,
     grad_tail,
     grad_total,
-    grad_weights,
-    grad_query_weights,
+    weights,
+    query_weights,
+    chunk_beta,
     chunk_token,
     chunk_length,
-    chunks,
     scale,
     key_dim: tl.constexpr,
     value_dim: tl.constexpr,
     z_token: tl.constexpr,
     z_head: tl.constexpr,
-    beta_token,
     H: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -243,60 +227,48 @@ def channel_clean_grad_kernel(
     EXACT_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per (chunk, head): gradients of the clean decayed_q, decayed_k [B,T,H,K], of tail_k [N*C,H,K], of total [N,H,K], A and A_q
-    [N,H,C,C], and beta. grad_v holds E, grad_states the gradient of the state after each chunk."""
+    """One program per (chunk, head): gradients of the clean decayed_q, decayed_k (in grad_q, grad_k [B,T,H,K]), of tail_k
+    [N*C,H,K], of total [N,H,K], of A and A_q [N,H,C,C] in place of them, and of beta [B,T,H]. grad_v holds E, grad_states
+    the gradient of the state after each chunk."""
     pid = tl.program_id(0)
     head, chunk = pid % H, pid // H
     row, kc = tl.arange(0, C), tl.arange(0, BK)
-    token = (tl.load(chunk_token + chunk) + row).to(tl.int64)
-    valid = row < tl.load(chunk_length + chunk)
+    first, count = tl.load(chunk_token + chunk).to(tl.int64), tl.load(chunk_length + chunk)
     chunk_head = chunk.to(tl.int64) * H + head
-    state_place = chunk_head * key_dim * value_dim
+    state, after = states + chunk_head * key_dim * value_dim, grad_states + chunk_head * key_dim * value_dim
     corner = chunk_head * C * C + row[:, None] * C + row[None, :]
-    stride = H * key_dim
-    b = load_beta(beta + head, first, count, beta_token)
-    dtype = grad_query_weights.dtype.element_ty
+    out_stride, stride = H * value_dim, H * key_dim
+    out_base, error_base, z_base = grad_out + head * value_dim, grad_v + head * value_dim, values + head * z_head
+    b = tl.load(chunk_beta + chunk_head * C + row)
+    dtype = query_weights.dtype.element_ty
 
-    rows_grad = tl.zeros([C, BK], dtype=tl.float32)
-    weight = tl.zeros([C, C], dtype=tl.float32)
-    for vt in tl.static_range(NV):
-        width = value_dim - vt * BV
-        grad = load_tile(grad_out + head * value_dim + vt * C, BV, first, count, H * value_dim, width, C, BV, EXACT_V)
-        z = load_tile(values + head * z_head + vt * BV, first, count, z_token, width, C, BV, EXACT_V)
-        corrected = (z.to(tl.float32) * b[:, None]).to(dtype)
-        weight += tl.dot(grad, tl.trans(corrected), input_precision=PRECISION)
-        state = load_matrix(states + state_place + vt * BV, key_dim, value_dim, BK, BV, EXACT_K and EXACT_V, width)
-        rows_grad += tl.dot(grad, tl.trans(state), input_precision=PRECISION)
-    tl.store(grad_query_weights + corner, (weight * scale).to(dtype))
-    store_tile(grad_decayed_q + head * key_dim, rows_grad * scale, first, count, stride, key_dim, C, BK, EXACT_K)
+    weight = product_of_tiles(out_base, z_base, first, first, count, count, out_stride, z_token, value_dim, C, C, BV, NV,
+                              EXACT_V, PRECISION)  # fmt: skip
+    tl.store(query_weights + corner, (weight * (b * scale)[None, :]).to(dtype))
+    rows_grad = product_with_state(out_base, state, first, count, out_stride, key_dim, value_dim, C, BK, BV, NV, EXACT_K,
+                                   EXACT_V, PRECISION)  # fmt: skip
+    store_tile(grad_q + head * key_dim, rows_grad * scale, first, count, stride, key_dim, C, BK, EXACT_K)
+    if DELTA:
+        weight = product_of_tiles(error_base, z_base, first, first, count, count, out_stride, z_token, value_dim, C, C, BV,
+                                  NV, EXACT_V, PRECISION)  # fmt: skip
+        tl.store(weights + corner, (weight * -b[None, :]).to(dtype))
+        rows_grad = product_with_state(error_base, state, first, count, out_stride, key_dim, value_dim, C, BK, BV, NV,
+                                       EXACT_K, EXACT_V, PRECISION)  # fmt: skip
+        store_tile(grad_k + head * key_dim, -rows_grad, first, count, stride, key_dim, C, BK, EXACT_K)
 
-    column_grad = tl.zeros([C, BK], dtype=tl.float32)
+    rows_grad = product_with_state(z_base, after, first, count, z_token, key_dim, value_dim, C, BK, BV, NV, EXACT_K, EXACT_V,
+                                   PRECISION)  # fmt: skip
+    store_tile(grad_tail + head * key_dim, rows_grad * b[:, None], chunk.to(tl.int64) * C, count, stride, key_dim, C, BK,
+               EXACT_K)  # fmt: skip
     beta_sum = tl.zeros([C], dtype=tl.float32)
     total_sum = tl.zeros([BK], dtype=tl.float32)
     for vt in tl.static_range(NV):
         width = value_dim - vt * BV
-        z = load_tile(values + head * z_head + vt * BV, first, count, z_token, width, C, BV, EXACT_V)
-        corrected = (z.to(tl.float32) * b[:, None]).to(dtype)
-        error = load_tile(grad_v + head * value_dim + vt * BV, first, count, H * value_dim, width, C, BV, EXACT_V)
-        beta_sum += tl.sum(error.to(tl.float32) * z.to(tl.float32), 1)
-        after = load_matrix(grad_states + state_place + vt * BV, key_dim, value_dim, BK, BV, EXACT_K and EXACT_V, width)
-        column_grad += tl.dot(corrected, tl.trans(after), input_precision=PRECISION)
-        state = load_matrix(states + state_place + vt * BV, key_dim, value_dim, BK, BV, EXACT_K and EXACT_V, width)
-        total_sum += tl.sum(state.to(tl.float32) * after.to(tl.float32), 1)
-    tl.store(grad_beta + token * H + head, (beta_sum / b).to(grad_beta.dtype.element_ty), mask=valid)
+        z = load_tile(z_base + vt * BV, first, count, z_token, width, C, BV, EXACT_V).to(tl.float32)
+        beta_sum += tl.sum(z * load_tile(error_base + vt * BV, first, count, out_stride, width, C, BV, EXACT_V), 1)
+        left = load_matrix(state + vt * BV, key_dim, value_dim, BK, BV, EXACT_K and EXACT_V, width).to(tl.float32)
+        right = load_matrix(after + vt * BV, key_dim, value_dim, BK, BV, EXACT_K and EXACT_V, width)
+        total_sum += tl.sum(left * right, 1)
+    place = grad_beta + (first + row) * H + head
+    tl.store(place, (beta_sum / b).to(grad_beta.dtype.element_ty), mask=row < count)
     tl.store(grad_total + chunk_head * key_dim + kc, total_sum, mask=kc < key_dim)
-    store_tile(grad_tail + head * key_dim, column_grad, chunk.to(tl.int64) * C, count, stride, key_dim, C, BK, EXACT_K)
-
-    if DELTA:
-        rows_grad = tl.zeros([C, BK], dtype=tl.float32)
-        weight = tl.zeros([C, C], dtype=tl.float32)
-        for vt in tl.static_range(NV):
-            width = value_dim - vt * BV
-            z = load_tile(values + head * z_head + vt * BV, first, count, z_token, width, C, BV, EXACT_V)
-            corrected = (z.to(tl.float32) * b[:, None]).to(dtype)
-            error = load_tile(grad_v + head * value_dim + vt * BV, first, count, H * value_dim, width, C, BV, EXACT_V)
-            state = load_matrix(states + state_place + vt * BV, key_dim, value_dim, BK, BV, EXACT_K and EXACT_V, width)
-            weight += tl.dot(error, tl.trans(corrected), input_precision=PRECISION)
-            rows_grad += tl.dot(error, tl.trans(state), input_precision=PRECISION)
-        tl.store(grad_weights + corner, (-weight).to(dtype))
-        store_tile(grad_decayed_k + head * key_dim, -rows_grad, first, count, stride, key_dim, C, BK, EXACT_K)

@@ -1,9 +1,9 @@
-"""What all readers of a chunk - its own queries and its noisy tiles - send back to it: one program per (chunk, head, tile
-of V), which accumulates over the chunk's tiles, so that nothing of the size of a state exists per tile or block.
+"""What all readers of a chunk - its own queries and its noisy tiles - send back to its corrected values and entry state:
+one program per (chunk, head, tile of V), which accumulates over the chunk's tiles, so that nothing of the size of a state
+exists per tile or block.
 
-    grad_D   += A_q^T do        - P^T E                   + Pq^T do~
-    grad_k   += (do D^T)^T q    - (E D^T)^T k~            + (do~ D^T)^T q~         (decays included)
-    grad_S0  += (exp(gam) q)^T do - (exp(c + t) k~)^T E   + (exp(c + e) q~)^T do~
+    grad_D   += A_q^T do           - P^T E                 + Pq^T do~
+    grad_S0  += (exp(gam) q)^T do  - (exp(c + t) k~)^T E   + (exp(c + e) q~)^T do~
 """
 
 from __future__ import annotations
@@ -12,41 +12,32 @@ import triton
 import triton.language as tl
 
 from .triton_common import load_tile, log_weights, row_norm, store_tile
+from .triton_gates import chunk_vectors, tile_vectors
 
 
 @triton.jit
-def add_readers(
-    rows, grad, keys, z, row_factor, decay, corrected_sum, keys_sum, states_sum, PRECISION: tl.constexpr
-):
-    """Add what one tile of readers sends back. rows [r, K] and grad [r, V] as in memory; decay [C, r] weights of row l on
-    column j without the rows' own factors, row_factor [r] = norm (and sign, scale); grown rows come with the caller."""
+def add_readers(rows, grad, keys, row_factor, decay, corrected_sum, states_sum, PRECISION: tl.constexpr):
+    """rows [r, K] and grad [r, V] as in memory; decay [C, r]: weights without the keys' norms; row_factor [r]: exp(log) norm
+    (and sign, scale) of the rows as readers of the entry state."""
     dtype = keys.dtype
     weight = tl.dot(keys, tl.trans(rows), input_precision=PRECISION)
-    weight = (weight * decay).to(dtype)
-    corrected_sum = tl.dot(weight, grad, corrected_sum, input_precision=PRECISION)
-    weight = tl.dot(z, tl.trans(grad), input_precision=PRECISION)
-    weight = (weight * decay).to(dtype)
-    keys_sum = tl.dot(weight, rows, keys_sum, input_precision=PRECISION)
+    corrected_sum = tl.dot((weight * decay).to(dtype), grad, corrected_sum, input_precision=PRECISION)
     grown = (grad.to(tl.float32) * row_factor[:, None]).to(dtype)
-    states_sum = tl.dot(tl.trans(rows), grown, states_sum, input_precision=PRECISION)
-    return corrected_sum, keys_sum, states_sum
+    return corrected_sum, tl.dot(tl.trans(rows), grown, states_sum, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["chunks"])
 def chunk_grad_kernel(
     q,
     k,
-    values,
     grad_out,
     noisy_error,
-    grad_anchor,
     grad_states,
     grad_corrected,
-    grad_keys,
-    grad_gam,
     chunk_gam,
     chunk_beta,
     tile_logs,
+    tile_beta,
     chunk_token,
     chunk_length,
     chunk_tile,
@@ -61,8 +52,6 @@ def chunk_grad_kernel(
     q_head: tl.constexpr,
     k_token: tl.constexpr,
     k_head: tl.constexpr,
-    z_token: tl.constexpr,
-    z_head: tl.constexpr,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     BK: tl.constexpr,
@@ -77,9 +66,7 @@ def chunk_grad_kernel(
     EXACT_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grad_states [N, H, K, V] and grad_corrected [N * C, H, V], their part of this tile of V; grad_keys
-    [NV, N * C, H, K] (of normalised keys) partial over tiles of V; grad_gam [N, H, C] from anchors. noisy_error = E
-    (gradient of v~). Weights are formed transposed, so that they are left operands as they come."""
+    """grad_states [N, H, K, V] and grad_corrected [N * C, H, V]. noisy_error = E (gradient of v~)."""
     pid = tl.program_id(0)
     vt, pid = pid % NV, pid // NV
     head, chunk = pid % H, pid // H
@@ -93,61 +80,40 @@ def chunk_grad_kernel(
     out_stride = H * value_dim
     q_base, k_base = q + key_head * q_head, k + key_head * k_head
     out_base, error_base = grad_out + head * value_dim + vt * BV, noisy_error + head * value_dim + vt * BV
+    gams, betas = chunk_gam + chunk_head * C, chunk_beta + chunk_head * C
 
-    clean_b = tl.load(chunk_beta + chunk_head * C + column)
-    gam = clean_b
-    if GATE == 1:
-        gam = tl.load(chunk_gam + chunk_head * C + column)
+    corrected_sum = tl.zeros([C, BV], dtype=tl.float32)  # without the keys' norms, which follow at the end
+    states_sum = tl.zeros([BK, BV], dtype=tl.float32)
     keys = load_tile(k_base, clean_first, clean_count, k_token, key_dim, C, BK, EXACT_K)
     norm = row_norm(keys, C, L2NORM)
-    z = load_tile(values + head * z_head + vt * BV, clean_first, clean_count, z_token, width, C, BV, EXACT_V)
-
-    # Sums are taken for raw columns; the columns' factors (norm for grad_D, beta for grad_k) follow at the end.
-    corrected_sum = tl.zeros([C, BV], dtype=tl.float32)
-    keys_sum = tl.zeros([C, BK], dtype=tl.float32)
-    states_sum = tl.zeros([BK, BV], dtype=tl.float32)
-    gam_sum = tl.zeros([C], dtype=tl.float32)
-
-    # the chunk's own queries
+    gam, b = chunk_vectors(gams, betas, C, GATE)
     rows = load_tile(q_base, clean_first, clean_count, q_token, key_dim, C, BK, EXACT_K)
     grad = load_tile(out_base, clean_first, clean_count, out_stride, width, C, BV, EXACT_V)
     factor = row_norm(rows, C, L2NORM) * scale
     decay = log_weights(-gam, -gam, column[:, None] <= column[None, :], GATE) * factor[None, :]
     grown = tl.exp2(gam) * factor if GATE == 1 else factor
-    corrected_sum, keys_sum, states_sum = add_readers(
-        rows, grad, keys, z, grown, decay, corrected_sum, keys_sum, states_sum, PRECISION
-    )
+    corrected_sum, states_sum = add_readers(rows, grad, keys, grown, decay, corrected_sum, states_sum, PRECISION)
     for step in range(0, end - begin):
         tile = begin.to(tl.int64) + step
-        meta = tile * R + row
         first = tl.load(tile_first + tile).to(tl.int64)
         count = tl.load(tile_count + tile)
-        anchor = tl.load(tile_anchor + meta)
-        before = column[:, None] < anchor[None, :]
-        key_log, query_log = gam, gam
-        if GATE == 1:
-            logs = tile_logs + (tile * H + head) * 3 * R + row
-            c = tl.load(logs + 2 * R)
-            key_log, query_log = c + tl.load(logs), c + tl.load(logs + R)
-            if vt == 0:
-                at_anchor = tl.load(grad_anchor + (tile * H + head) * R + row)
-                gam_sum += tl.sum(tl.where(column[:, None] == anchor[None, :] - 1, at_anchor[None, :], 0.0), 1)
+        before = column[:, None] < tl.load(tile_anchor + tile * R + row)[None, :]
+        gam, b = chunk_vectors(gams, betas, C, GATE)
+        t, e, c, b = tile_vectors(tile_logs + (tile * H + head) * 3 * R, tile_beta + (tile * H + head) * R, R, GATE)
         rows = load_tile(q_base, first, count, q_token, key_dim, R, BK, EXACT_K)
         grad = load_tile(out_base, first, count, out_stride, width, R, BV, EXACT_V)
         factor = row_norm(rows, R, L2NORM) * scale
-        decay = log_weights(-gam, -query_log, before, GATE) * factor[None, :]
-        grown = tl.exp2(query_log) * factor if GATE == 1 else factor
-        corrected_sum, keys_sum, states_sum = add_readers(
-            rows, grad, keys, z, grown, decay, corrected_sum, keys_sum, states_sum, PRECISION
-        )
+        decay = log_weights(-gam, -(c + e), before, GATE) * factor[None, :]
+        grown = tl.exp2(c + e) * factor if GATE == 1 else factor
+        corrected_sum, states_sum = add_readers(rows, grad, keys, grown, decay, corrected_sum, states_sum, PRECISION)
         if DELTA:
             rows = load_tile(k_base, first, count, k_token, key_dim, R, BK, EXACT_K)
             grad = load_tile(error_base, first, count, out_stride, width, R, BV, EXACT_V)
             factor = -row_norm(rows, R, L2NORM)
-            decay = log_weights(-gam, -key_log, before, GATE) * factor[None, :]
-            grown = tl.exp2(key_log) * factor if GATE == 1 else factor
-            corrected_sum, keys_sum, states_sum = add_readers(
-                rows, grad, keys, z, grown, decay, corrected_sum, keys_sum, states_sum, PRECISION
+            decay = log_weights(-gam, -(c + t), before, GATE) * factor[None, :]
+            grown = tl.exp2(c + t) * factor if GATE == 1 else factor
+            corrected_sum, states_sum = add_readers(
+                rows, grad, keys, grown, decay, corrected_sum, states_sum, PRECISION
             )
 
     kc, vc = tl.arange(0, BK), tl.arange(0, BV)
@@ -157,11 +123,5 @@ def chunk_grad_kernel(
         tl.store(place, states_sum)
     else:
         tl.store(place, states_sum, mask=(kc < key_dim)[:, None] & (vc < width)[None, :])
-    flat = chunk.to(tl.int64) * C  # these rows are padded to whole chunks
-    store_tile(grad_corrected + head * value_dim + vt * BV, corrected_sum * norm[:, None], flat, clean_count,
-               out_stride, width, C, BV, EXACT_V)  # fmt: skip
-    store_tile(grad_keys + head * key_dim, keys_sum * clean_b[:, None], flat + vt * chunks * C, clean_count,
-               H * key_dim, key_dim, C, BK, EXACT_K)  # fmt: skip
-    if GATE == 1:
-        if vt == 0:
-            tl.store(grad_gam + chunk_head * C + column, gam_sum)
+    store_tile(grad_corrected + head * value_dim + vt * BV, corrected_sum * norm[:, None], chunk.to(tl.int64) * C,
+               clean_count, out_stride, width, C, BV, EXACT_V)  # fmt: skip

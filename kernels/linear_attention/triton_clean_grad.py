@@ -1,4 +1,4 @@
-"""Backward of the clean stream: the walk back over the states, then the gradients of every chunk's rows."""
+"""Gradients of the clean rows, one program per (chunk, head): queries, then keys, beta and gates."""
 
 from __future__ import annotations
 
@@ -11,163 +11,23 @@ from .triton_common import (
     log_weights,
     product_of_tiles,
     product_with_state,
+    row_dot,
     row_norm,
     store_tile,
     through_factor,
 )
-
-
-@triton.jit(do_not_specialize=["chunk_step"])
-def states_grad_kernel(
-    k,
-    decayed_k,
-    tail_k,
-    total,
-    inverse,
-    grad_final,
-    grad_corrected,
-    grad_states,
-    grad_v,
-    grad_initial,
-    chunk_gam,
-    chunk_beta,
-    document_token,
-    document_length,
-    document_chunk,
-    document_row,
-    chunk_step,
-    key_dim: tl.constexpr,
-    value_dim: tl.constexpr,
-    k_token: tl.constexpr,
-    k_head: tl.constexpr,
-    H: tl.constexpr,
-    GROUP: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    NV: tl.constexpr,
-    C: tl.constexpr,
-    GATE: tl.constexpr,
-    DELTA: tl.constexpr,
-    L2NORM: tl.constexpr,
-    INITIAL: tl.constexpr,
-    FINAL: tl.constexpr,
-    EXACT_K: tl.constexpr,
-    EXACT_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One program walks back over the chunks of a (document, head, tile of V).
-
-    grad_states [N, H, K, V]: in, the gradient of each chunk's entry state from its readers; out, the gradient of the
-    state AFTER the chunk. grad_v [B, T, H, V] of the clean rows (E). grad_initial, grad_final [rows, H, K, V].
-    """
-    pid = tl.program_id(0)
-    vt, pid = pid % NV, pid // NV
-    head, document = pid % H, pid // H
-    begin_token = tl.load(document_token + document).to(tl.int64)
-    length = tl.load(document_length + document)
-    begin = tl.load(document_chunk + document)
-    end = tl.load(document_chunk + document + 1)
-    source = tl.load(document_row + document)
-    row, kc, vc = tl.arange(0, C), tl.arange(0, BK), vt * BV + tl.arange(0, BV)
-    state_place = kc[:, None] * value_dim + vc[None, :]
-    state_mask = (kc < key_dim)[:, None] & (vc < value_dim)[None, :]
-    width = value_dim - vt * BV
-
-    grad_state = tl.zeros([BK, BV], dtype=tl.float32)
-    if FINAL:
-        if source >= 0:
-            grad_state = tl.load(
-                grad_final + (source.to(tl.int64) * H + head) * key_dim * value_dim + state_place, mask=state_mask,
-                other=0.0,
-            ).to(tl.float32)
-    for back in range(0, end - begin):
-        step = end - begin - 1 - back
-        chunk = begin.to(tl.int64) + step
-        first = begin_token + step * chunk_step
-        count = tl.minimum(length - step * chunk_step, chunk_step)
-        chunk_head = chunk.to(tl.int64) * H + head
-        place = grad_states + chunk_head * key_dim * value_dim + state_place
-        if EXACT_K and EXACT_V:
-            from_readers = tl.load(place).to(tl.float32)
-        else:
-            from_readers = tl.load(place, mask=state_mask, other=0.0).to(tl.float32)
-        if GATE == 2:
-            keys = load_tile(tail_k + head * key_dim, chunk * C, count, H * key_dim, key_dim, C, BK, EXACT_K)
-        else:
-            keys = load_tile(k + (head // GROUP) * k_head, first, count, k_token, key_dim, C, BK, EXACT_K)
-            norm = row_norm(keys, C, L2NORM)
-        rounded = grad_state.to(keys.dtype)
-        if EXACT_K and EXACT_V:
-            tl.store(place, rounded.to(grad_states.dtype.element_ty))
-        else:
-            tl.store(place, rounded.to(grad_states.dtype.element_ty), mask=state_mask)
-        b = tl.load(chunk_beta + chunk_head * C + row)
-        error = tl.dot(keys, rounded, input_precision=PRECISION)
-        if GATE == 0:
-            error = error * norm[:, None]
-        if GATE == 1:
-            gam = tl.load(chunk_gam + chunk_head * C + row)
-            last = tl.load(chunk_gam + chunk_head * C + C - 1)
-            error = error * (norm * tl.exp2(last - gam))[:, None]
-            grad_state = grad_state * tl.exp2(last)
-        if GATE == 2:
-            passed = tl.load(total + chunk_head * key_dim + kc, mask=kc < key_dim, other=0.0)
-            grad_state = grad_state * passed[:, None]
-        error += load_tile(
-            grad_corrected + head * value_dim + vt * BV, chunk * C, count, H * value_dim, width, C, BV, EXACT_V
-        ).to(tl.float32)
-        error = error * b[:, None]
-        grad_state += from_readers
-        if DELTA:
-            solve = tl.load(inverse + chunk_head * C * C + row[:, None] * C + row[None, :])
-            error = tl.dot(tl.trans(solve), error.to(solve.dtype), input_precision=PRECISION)
-            grown = error
-            if GATE == 0:
-                grown = error * norm[:, None]
-            if GATE == 1:
-                grown = error * (norm * tl.exp2(gam))[:, None]
-            if GATE == 2:
-                keys = load_tile(decayed_k + head * key_dim, first, count, H * key_dim, key_dim, C, BK, EXACT_K)
-            grad_state -= tl.dot(tl.trans(keys), grown.to(keys.dtype), input_precision=PRECISION)
-        store_tile(grad_v + head * value_dim + vt * BV, error, first, count, H * value_dim, width, C, BV, EXACT_V)
-    if INITIAL:
-        if source >= 0:
-            tl.store(
-                grad_initial + (source.to(tl.int64) * H + head) * key_dim * value_dim + state_place, grad_state,
-                mask=state_mask,
-            )
-
-
-@triton.jit
-def inner_product(a, b, SIZE: tl.constexpr):
-    """Sum of a[i] b[i] in fp32, a small piece at a time: whole states would not fit in registers."""
-    total = tl.zeros([1024], dtype=tl.float32)
-    for begin in range(0, SIZE, 1024):
-        place = begin + tl.arange(0, 1024)
-        if SIZE % 1024 == 0:
-            left, right = tl.load(a + place), tl.load(b + place)
-        else:
-            left = tl.load(a + place, mask=place < SIZE, other=0.0)
-            right = tl.load(b + place, mask=place < SIZE, other=0.0)
-        total += left.to(tl.float32) * right.to(tl.float32)
-    return tl.sum(total, 0)
+from .triton_gates import chunk_vectors, tile_vectors
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def clean_grad_kernel(
+def clean_queries_grad_kernel(
     q,
     k,
-    values,
+    clean_values,
     states,
     grad_out,
-    grad_states,
-    grad_keys,
-    grad_gam,
     grad_q,
-    grad_k,
-    grad_v,
-    grad_g,
-    grad_beta,
+    grad_gam,
     chunk_gam,
     chunk_beta,
     chunk_token,
@@ -187,7 +47,6 @@ def clean_grad_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     NV: tl.constexpr,
-    NK: tl.constexpr,
     C: tl.constexpr,
     GATE: tl.constexpr,
     DELTA: tl.constexpr,
@@ -196,8 +55,7 @@ def clean_grad_kernel(
     EXACT_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grad_q, grad_k [B,T,H,K], grad_g, grad_beta [B,T,H] of the clean rows of one (chunk, head). grad_v holds E;
-    grad_states the gradient of the state after each chunk; grad_keys has NK partial sums."""
+    """grad_q [B,T,H,K] of the clean rows, and the queries' part of grad_gam [N, H, C]."""
     pid = tl.program_id(0)
     head, chunk = pid % H, pid // H
     key_head = head // GROUP
@@ -205,66 +63,145 @@ def clean_grad_kernel(
     first = tl.load(chunk_token + chunk).to(tl.int64)
     count = tl.load(chunk_length + chunk)
     chunk_head = pid.to(tl.int64)
-    state, after = states + chunk_head * key_dim * value_dim, grad_states + chunk_head * key_dim * value_dim
-    b = tl.load(chunk_beta + chunk_head * C + row)
+    state = states + chunk_head * key_dim * value_dim
     out_stride = H * value_dim
-    error_base, out_base, z_base = grad_v + head * value_dim, grad_out + head * value_dim, values + head * z_head
-    gam, last = b, 0.0
-    if GATE == 1:
-        gam = tl.load(chunk_gam + chunk_head * C + row)
-        last = tl.load(chunk_gam + chunk_head * C + C - 1)
+    out_base, z_base = grad_out + head * value_dim, clean_values + head * z_head
+    gam, b = chunk_vectors(chunk_gam + chunk_head * C, chunk_beta + chunk_head * C, C, GATE)
 
-    # queries
-    keys = load_tile(k + key_head * k_head, first, count, k_token, key_dim, C, BK, EXACT_K)
-    queries = load_tile(q + key_head * q_head, first, count, q_token, key_dim, C, BK, EXACT_K)
-    dtype = keys.dtype
-    k_norm, q_norm = row_norm(keys, C, L2NORM), row_norm(queries, C, L2NORM)
-    seen, below = row[:, None] >= row[None, :], row[:, None] > row[None, :]
-    grad_rows = product_with_state(out_base, state, first, count, out_stride, key_dim, value_dim, C, BK, BV, NV,
+    grad_0 = load_tile(out_base, first, count, out_stride, value_dim, C, BV, EXACT_V)
+    grad_rows = product_with_state(grad_0, out_base, state, first, count, out_stride, key_dim, value_dim, C, BK, BV, NV,
                                    EXACT_K, EXACT_V, PRECISION)  # fmt: skip
     if GATE == 1:
         grad_rows = grad_rows * tl.exp2(gam)[:, None]
-    weight = product_of_tiles(out_base, z_base, first, first, count, count, out_stride, z_token, value_dim, C, C, BV, NV, EXACT_V, PRECISION)
-    weight = (weight * (log_weights(gam, gam, seen, GATE) * (b * k_norm)[None, :])).to(dtype)
+    z_0 = load_tile(z_base, first, count, z_token, value_dim, C, BV, EXACT_V)
+    weight = product_of_tiles(grad_0, z_0, out_base, z_base, first, first, count, count, out_stride, z_token, value_dim,
+                              C, C, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+    keys = load_tile(k + key_head * k_head, first, count, k_token, key_dim, C, BK, EXACT_K)
+    seen = row[:, None] >= row[None, :]
+    weight = (weight * (log_weights(gam, gam, seen, GATE) * (b * row_norm(keys, C, L2NORM))[None, :])).to(keys.dtype)
     grad_rows = tl.dot(weight, keys, grad_rows, input_precision=PRECISION) * scale
+    queries = load_tile(q + key_head * q_head, first, count, q_token, key_dim, C, BK, EXACT_K)
+    norm = row_norm(queries, C, L2NORM)
     if GATE == 1:
-        gate = tl.sum(grad_rows * queries.to(tl.float32), 1) * q_norm
-    grad_rows = through_factor(grad_rows, queries, q_norm, L2NORM)
+        tl.store(grad_gam + chunk_head * C + row, row_dot(grad_rows, queries, norm))
+    grad_rows = through_factor(grad_rows, queries, norm, L2NORM)
     store_tile(grad_q + head * key_dim, grad_rows, first, count, H * key_dim, key_dim, C, BK, EXACT_K)
 
-    # keys as rows of the chunk's own solve. Vectors are loaded again in every phase: kept, the compiler shares matrices
-    # built from them between phases and spills.
+
+@triton.jit
+def inner_product(a, b, SIZE: tl.constexpr):
+    """Sum of a[i] b[i] in fp32, a small piece at a time: whole states would not fit in registers."""
+    total = tl.zeros([1024], dtype=tl.float32)
+    for begin in range(0, SIZE, 1024):
+        place = begin + tl.arange(0, 1024)
+        if SIZE % 1024 == 0:
+            left, right = tl.load(a + place), tl.load(b + place)
+        else:
+            left = tl.load(a + place, mask=place < SIZE, other=0.0)
+            right = tl.load(b + place, mask=place < SIZE, other=0.0)
+        total += left.to(tl.float32) * right.to(tl.float32)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def clean_keys_grad_kernel(
+    q,
+    k,
+    clean_values,
+    states,
+    grad_out,
+    grad_states,
+    grad_anchor,
+    grad_gam,
+    grad_k,
+    grad_v,
+    grad_g,
+    grad_beta,
+    chunk_gam,
+    chunk_beta,
+    tile_logs,
+    tile_beta,
+    chunk_token,
+    chunk_length,
+    chunk_tile,
+    tile_first,
+    tile_count,
+    tile_anchor,
+    chunks,
+    scale,
+    key_dim: tl.constexpr,
+    value_dim: tl.constexpr,
+    q_token: tl.constexpr,
+    q_head: tl.constexpr,
+    k_token: tl.constexpr,
+    k_head: tl.constexpr,
+    z_token: tl.constexpr,
+    z_head: tl.constexpr,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    NV: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    GATE: tl.constexpr,
+    DELTA: tl.constexpr,
+    L2NORM: tl.constexpr,
+    EXACT_K: tl.constexpr,
+    EXACT_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """grad_k [B,T,H,K], grad_g, grad_beta [B,T,H] of the clean rows. grad_v holds E of all rows, grad_states the gradient
+    of the state after each chunk, grad_gam the queries' part."""
+    pid = tl.program_id(0)
+    head, chunk = pid % H, pid // H
+    key_head = head // GROUP
+    row, reader = tl.arange(0, C), tl.arange(0, R)
+    first = tl.load(chunk_token + chunk).to(tl.int64)
+    count = tl.load(chunk_length + chunk)
+    begin, end = tl.load(chunk_tile + chunk), tl.load(chunk_tile + chunk + 1)
+    chunk_head = pid.to(tl.int64)
+    state, after = states + chunk_head * key_dim * value_dim, grad_states + chunk_head * key_dim * value_dim
+    gams, betas = chunk_gam + chunk_head * C, chunk_beta + chunk_head * C
+    out_stride = H * value_dim
+    error_base, out_base, z_base = grad_v + head * value_dim, grad_out + head * value_dim, clean_values + head * z_head
+    q_base, k_base = q + key_head * q_head, k + key_head * k_head
+
+    keys = load_tile(k_base, first, count, k_token, key_dim, C, BK, EXACT_K)
+    z_0 = load_tile(z_base, first, count, z_token, value_dim, C, BV, EXACT_V)
+    dtype = keys.dtype
+    norm = row_norm(keys, C, L2NORM)
+
+    # as rows of the chunk's own solve (delta only) ...
     grad_rows = tl.zeros([C, BK], dtype=tl.float32)
     row_sum = tl.zeros([C], dtype=tl.float32)
     if DELTA:
-        tl.debug_barrier()
-        b = tl.load(chunk_beta + chunk_head * C + row)
-        if GATE == 1:
-            gam = tl.load(chunk_gam + chunk_head * C + row)
-        grad_rows = product_with_state(error_base, state, first, count, out_stride, key_dim, value_dim, C, BK, BV, NV,
-                                       EXACT_K, EXACT_V, PRECISION)  # fmt: skip
+        gam, b = chunk_vectors(gams, betas, C, GATE)
+        error_0 = load_tile(error_base, first, count, out_stride, value_dim, C, BV, EXACT_V)
+        grad_rows = product_with_state(error_0, error_base, state, first, count, out_stride, key_dim, value_dim, C, BK,
+                                       BV, NV, EXACT_K, EXACT_V, PRECISION)  # fmt: skip
         grad_rows = grad_rows * -tl.exp2(gam)[:, None] if GATE == 1 else -grad_rows
-        weight = product_of_tiles(error_base, z_base, first, first, count, count, out_stride, z_token, value_dim, C, C, BV, NV, EXACT_V, PRECISION)
-        weight = (weight * (log_weights(gam, gam, below, GATE) * (-b * k_norm)[None, :])).to(dtype)
+        weight = product_of_tiles(error_0, z_0, error_base, z_base, first, first, count, count, out_stride, z_token,
+                                  value_dim, C, C, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+        below = row[:, None] > row[None, :]
+        weight = (weight * (log_weights(gam, gam, below, GATE) * (-b * norm)[None, :])).to(dtype)
         grad_rows = tl.dot(weight, keys, grad_rows, input_precision=PRECISION)
         if GATE == 1:
-            row_sum = tl.sum(grad_rows * keys.to(tl.float32), 1) * k_norm
+            row_sum = row_dot(grad_rows, load_tile(k_base, first, count, k_token, key_dim, C, BK, EXACT_K), norm)
         # ... and as its columns
         tl.debug_barrier()
-        b = tl.load(chunk_beta + chunk_head * C + row)
-        if GATE == 1:
-            gam = tl.load(chunk_gam + chunk_head * C + row)
+        gam, b = chunk_vectors(gams, betas, C, GATE)
+        weight = product_of_tiles(z_0, error_0, z_base, error_base, first, first, count, count, z_token, out_stride,
+                                  value_dim, C, C, BV, NV, EXACT_V, PRECISION)  # fmt: skip
         above = row[:, None] < row[None, :]
-        weight = product_of_tiles(z_base, error_base, first, first, count, count, z_token, out_stride, value_dim, C, C, BV, NV, EXACT_V, PRECISION)
-        factor = b[:, None] * (-k_norm)[None, :]
-        weight = (weight * (log_weights(-gam, -gam, above, GATE) * factor)).to(dtype)
+        weight = (weight * (log_weights(-gam, -gam, above, GATE) * (b[:, None] * (-norm)[None, :]))).to(dtype)
         grad_rows = tl.dot(weight, keys, grad_rows, input_precision=PRECISION)
 
-    # keys as columns of the next state, and of every reader
+    # as columns of the next state
     tl.debug_barrier()
-    b = tl.load(chunk_beta + chunk_head * C + row)
-    beta_sum = tl.zeros([C], dtype=tl.float32)
+    gam, b = chunk_vectors(gams, betas, C, GATE)
     tail = tl.zeros([C, BK], dtype=tl.float32)
+    beta_sum = tl.zeros([C], dtype=tl.float32)
     for vt in tl.static_range(NV):
         width = value_dim - vt * BV
         z = load_tile(z_base + vt * BV, first, count, z_token, width, C, BV, EXACT_V)
@@ -273,25 +210,62 @@ def clean_grad_kernel(
         next_grad = load_matrix(after + vt * BV, key_dim, value_dim, BK, BV, EXACT_K and EXACT_V, width)
         tail = tl.dot(z, tl.trans(next_grad), tail, input_precision=PRECISION)
     tl.store(grad_beta + (first + row) * H + head, (beta_sum / b).to(grad_beta.dtype.element_ty), mask=row < count)
+    at_end = 0.0
     if GATE == 1:
-        gam = tl.load(chunk_gam + chunk_head * C + row)
-        last = tl.load(chunk_gam + chunk_head * C + C - 1)
+        last = tl.load(gams + C - 1)
         tail = tail * (b * tl.exp2(last - gam))[:, None]
         # gam of the last row scales the entry state and everything that is added to it
-        at_end = tl.sum(tl.sum(tail * keys.to(tl.float32), 1) * k_norm, 0)
+        at_end = tl.sum(row_dot(tail, load_tile(k_base, first, count, k_token, key_dim, C, BK, EXACT_K), norm), 0)
         at_end += tl.exp2(last) * inner_product(state, after, key_dim * value_dim)
     else:
         tail = tail * b[:, None]
     grad_rows += tail
-    flat = chunk.to(tl.int64) * C
-    for part in tl.static_range(NK):
-        grad_rows += load_tile(
-            grad_keys + head * key_dim, flat + part * chunks * C, count, H * key_dim, key_dim, C, BK, EXACT_K
-        ).to(tl.float32)
+
+    # as columns of what reads the chunk: its own queries, then the tiles
+    tl.debug_barrier()
+    gam, b = chunk_vectors(gams, betas, C, GATE)
+    grad_0 = load_tile(out_base, first, count, out_stride, value_dim, C, BV, EXACT_V)
+    weight = product_of_tiles(z_0, grad_0, z_base, out_base, first, first, count, count, z_token, out_stride, value_dim,
+                              C, C, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+    queries = load_tile(q_base, first, count, q_token, key_dim, C, BK, EXACT_K)
+    factor = b[:, None] * (row_norm(queries, C, L2NORM) * scale)[None, :]
+    weight = (weight * (log_weights(-gam, -gam, row[:, None] <= row[None, :], GATE) * factor)).to(dtype)
+    grad_rows = tl.dot(weight, queries, grad_rows, input_precision=PRECISION)
+    gam_sum = tl.zeros([C], dtype=tl.float32)
+    for step in range(0, end - begin):
+        tile = begin.to(tl.int64) + step
+        tile_head = tile * H + head
+        start = tl.load(tile_first + tile).to(tl.int64)
+        rows = tl.load(tile_count + tile)
+        anchor = tl.load(tile_anchor + tile * R + reader)
+        gam, b = chunk_vectors(gams, betas, C, GATE)
+        t, e, c, own_b = tile_vectors(tile_logs + tile_head * 3 * R, tile_beta + tile_head * R, R, GATE)
+        before = row[:, None] < anchor[None, :]
+        if GATE == 1:
+            at_anchor = tl.load(grad_anchor + tile_head * R + reader)
+            gam_sum += tl.sum(tl.where(row[:, None] == anchor[None, :] - 1, at_anchor[None, :], 0.0), 1)
+        grad_0 = load_tile(out_base, start, rows, out_stride, value_dim, R, BV, EXACT_V)
+        weight = product_of_tiles(z_0, grad_0, z_base, out_base, first, start, count, rows, z_token, out_stride,
+                                  value_dim, C, R, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+        queries = load_tile(q_base, start, rows, q_token, key_dim, R, BK, EXACT_K)
+        factor = b[:, None] * (row_norm(queries, R, L2NORM) * scale)[None, :]
+        weight = (weight * (log_weights(-gam, -(c + e), before, GATE) * factor)).to(dtype)
+        grad_rows = tl.dot(weight, queries, grad_rows, input_precision=PRECISION)
+        if DELTA:
+            error_0 = load_tile(error_base, start, rows, out_stride, value_dim, R, BV, EXACT_V)
+            weight = product_of_tiles(z_0, error_0, z_base, error_base, first, start, count, rows, z_token, out_stride,
+                                      value_dim, C, R, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+            queries = load_tile(k_base, start, rows, k_token, key_dim, R, BK, EXACT_K)
+            factor = b[:, None] * (-row_norm(queries, R, L2NORM))[None, :]
+            weight = (weight * (log_weights(-gam, -(c + t), before, GATE) * factor)).to(dtype)
+            grad_rows = tl.dot(weight, queries, grad_rows, input_precision=PRECISION)
+
+    tl.debug_barrier()
+    raw = load_tile(k_base, first, count, k_token, key_dim, C, BK, EXACT_K)
     if GATE == 1:
-        gate += 2.0 * row_sum - tl.sum(grad_rows * keys.to(tl.float32), 1) * k_norm
-        gate += tl.load(grad_gam + chunk_head * C + row) + tl.where(row == C - 1, at_end, 0.0)
-        gate = tl.cumsum(gate, 0, reverse=True)
+        # a row's decay grows what it reads (row_sum, the queries' part) and shrinks what reads it (the rest)
+        gate = tl.load(grad_gam + chunk_head * C + row) + 2.0 * row_sum - row_dot(grad_rows, raw, norm) + gam_sum
+        gate = tl.cumsum(gate + tl.where(row == C - 1, at_end, 0.0), 0, reverse=True)
         tl.store(grad_g + (first + row) * H + head, gate.to(grad_g.dtype.element_ty), mask=row < count)
-    grad_rows = through_factor(grad_rows, keys, k_norm, L2NORM)
+    grad_rows = through_factor(grad_rows, raw, norm, L2NORM)
     store_tile(grad_k + head * key_dim, grad_rows, first, count, H * key_dim, key_dim, C, BK, EXACT_K)

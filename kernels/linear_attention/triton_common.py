@@ -1,5 +1,8 @@
 """Pieces that the linear-attention kernels share: loads of rows, decays, the inverse of a small triangular matrix.
 
+A kernel that goes through several phases loads its vectors again in each, after a barrier: kept, the compiler forms the
+matrices of decays and masks of all phases at the start, and spills them.
+
 Log decays are handled in base 2 inside the kernels (exp2 is one instruction). Every exponent that is used is <= 0.
 """
 
@@ -110,6 +113,8 @@ def through_factor(grad, raw, norm, L2NORM: tl.constexpr):
 
 @triton.jit
 def product_of_tiles(
+    left,
+    right,
     a,
     b,
     a_first,
@@ -126,9 +131,9 @@ def product_of_tiles(
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A B^T [A_ROWS, B_ROWS] of token-major rows of `width` columns, in NV tiles of BV columns."""
-    total = tl.zeros([A_ROWS, B_ROWS], dtype=tl.float32)
-    for vt in tl.static_range(NV):
+    """A B^T [A_ROWS, B_ROWS] of token-major rows of `width` columns, in NV tiles of BV; left and right: the first tiles."""
+    total = tl.dot(left, tl.trans(right), input_precision=PRECISION)
+    for vt in tl.static_range(1, NV):
         left = load_tile(a + vt * BV, a_first, a_count, a_stride, width - vt * BV, A_ROWS, BV, EXACT)
         right = load_tile(b + vt * BV, b_first, b_count, b_stride, width - vt * BV, B_ROWS, BV, EXACT)
         total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
@@ -137,6 +142,7 @@ def product_of_tiles(
 
 @triton.jit
 def product_with_state(
+    rows,
     a,
     state,
     first,
@@ -152,13 +158,20 @@ def product_with_state(
     EXACT_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A S^T [ROWS, BK] for token-major rows A and a state [key_dim, width] in memory."""
-    total = tl.zeros([ROWS, BK], dtype=tl.float32)
-    for vt in tl.static_range(NV):
+    """A S^T [ROWS, BK] for token-major rows A, of which `rows` is the first tile, and a state [key_dim, width]."""
+    part = load_matrix(state, key_dim, width, BK, BV, EXACT_K and EXACT_V, width)
+    total = tl.dot(rows, tl.trans(part), input_precision=PRECISION)
+    for vt in tl.static_range(1, NV):
         rows = load_tile(a + vt * BV, first, count, stride, width - vt * BV, ROWS, BV, EXACT_V)
         part = load_matrix(state + vt * BV, key_dim, width, BK, BV, EXACT_K and EXACT_V, width - vt * BV)
         total = tl.dot(rows, tl.trans(part), total, input_precision=PRECISION)
     return total
+
+
+@triton.jit
+def row_dot(a, rows, norm):
+    """[n] of fp32 a and raw rows: a . (rows normalised)"""
+    return tl.sum(a * rows.to(tl.float32), 1) * norm
 
 
 @triton.jit

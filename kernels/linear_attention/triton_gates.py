@@ -12,17 +12,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import load_beta, load_log_decay
+from .triton_common import LOG2E, TINY, load_beta, load_log_decay
 
 
 @triton.jit
-def block_sums(log_decay, start, stop, R: tl.constexpr):
-    """t [R] (inclusive, inside the block) and e [R] (up to the last row that the query reads)."""
+def tile_vectors(tile_logs, tile_beta, R: tl.constexpr, GATE: tl.constexpr):
+    """(t, e, c, beta) [R] of the tile's rows."""
     row = tl.arange(0, R)
-    in_block = row[None, :] >= start[:, None]
-    t = tl.sum(tl.where(in_block & (row[None, :] <= row[:, None]), log_decay[None, :], 0.0), 1)
-    e = tl.sum(tl.where(in_block & (row[None, :] < stop[:, None]), log_decay[None, :], 0.0), 1)
-    return t, e
+    b = tl.load(tile_beta + row)
+    t, e, c = b, b, b  # without a gate per head they are not used
+    if GATE == 1:
+        t, e, c = tl.load(tile_logs + row), tl.load(tile_logs + R + row), tl.load(tile_logs + 2 * R + row)
+    return t, e, c, b
+
+
+@triton.jit
+def chunk_vectors(chunk_gam, chunk_beta, C: tl.constexpr, GATE: tl.constexpr):
+    """(gam, beta) [C] of a chunk."""
+    column = tl.arange(0, C)
+    b = tl.load(chunk_beta + column)
+    gam = b
+    if GATE == 1:
+        gam = tl.load(chunk_gam + column)
+    return gam, b
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -71,22 +83,31 @@ def tile_gates_kernel(
     R: tl.constexpr,
     GATE: tl.constexpr,
 ):
+    """One program per (tile, 16 heads): in-block sums of all heads are one small product with a 0/1 matrix."""
+    groups: tl.constexpr = (H + 15) // 16
     pid = tl.program_id(0)
-    head, tile = pid % H, pid // H
+    head, tile = (pid % groups) * 16 + tl.arange(0, 16), pid // groups
+    known = head < H
     row = tl.arange(0, R)
     meta = tile.to(tl.int64) * R + row
     token = tl.load(tile_token + meta).to(tl.int64)
-    valid = token >= 0
-    place = pid.to(tl.int64) * R + row
-    tl.store(tile_beta + place, tl.where(valid, load_beta(beta + head, token, valid, beta_token), 1.0))
+    mask = (token >= 0)[:, None] & known[None, :]
+    tile_head = tile.to(tl.int64) * H + head
+    b = tl.load(beta + token[:, None] * beta_token + head[None, :], mask=mask, other=1.0).to(tl.float32)
+    b = tl.where(tl.abs(b) < TINY, TINY, b)
+    tl.store(tile_beta + tile_head[None, :] * R + row[:, None], b, mask=known[None, :])
     if GATE == 1:
-        start = tl.load(tile_start + meta)
-        stop = tl.load(tile_stop + meta)
-        anchor = tl.load(tile_anchor + meta)
-        t, e = block_sums(load_log_decay(g + head, token, valid, g_token), start, stop, R)
-        chunk_head = tl.load(tile_chunk + tile).to(tl.int64) * H + head
-        c = tl.load(chunk_gam + chunk_head * C + anchor - 1, mask=anchor > 0, other=0.0)
-        logs = tile_logs + pid.to(tl.int64) * 3 * R + row
-        tl.store(logs, t)
-        tl.store(logs + R, e)
-        tl.store(logs + 2 * R, c)
+        decay = tl.load(g + token[:, None] * g_token + head[None, :], mask=mask, other=0.0).to(tl.float32) * LOG2E
+        start = tl.load(tile_start + meta)[:, None]
+        stop = tl.load(tile_stop + meta)[:, None]
+        upto = (row[None, :] >= start) & (row[None, :] <= row[:, None])
+        until = (row[None, :] >= start) & (row[None, :] < stop)
+        t = tl.dot(tl.where(upto, 1.0, 0.0), decay, input_precision="ieee")
+        e = tl.dot(tl.where(until, 1.0, 0.0), decay, input_precision="ieee")
+        anchor = tl.load(tile_anchor + meta)[:, None]
+        chunk_head = tl.load(tile_chunk + tile).to(tl.int64) * H + head[None, :]
+        c = tl.load(chunk_gam + chunk_head * C + anchor - 1, mask=(anchor > 0) & known[None, :], other=0.0)
+        logs = tile_logs + tile_head[None, :] * 3 * R + row[:, None]
+        tl.store(logs, t, mask=known[None, :])
+        tl.store(logs + R, e, mask=known[None, :])
+        tl.store(logs + 2 * R, c, mask=known[None, :])

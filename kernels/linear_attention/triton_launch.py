@@ -10,7 +10,17 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_chunk_grad, triton_clean, triton_clean_grad, triton_gates, triton_noisy, triton_noisy_grad
+from . import (
+    triton_channel_launch,
+    triton_chunk_grad,
+    triton_clean,
+    triton_clean_grad,
+    triton_gates,
+    triton_noisy,
+    triton_noisy_keys_grad,
+    triton_noisy_queries_grad,
+    triton_states_grad,
+)
 from .tile_schedule import TileSchedule
 
 
@@ -28,13 +38,15 @@ LAUNCHES = {
     "chunk_gates": Launch(16, 1, 1),
     "tile_gates": Launch(16, 2, 1),
     "clean_inverse": Launch(64, 4, 1),
-    "clean_states": Launch(32, 4, 2),
+    "clean_states": Launch(64, 4, 2),
     "clean_outputs": Launch(128, 4, 1),
     "noisy_outputs": Launch(128, 4, 1),
-    "noisy_grad": Launch(128, 8, 1),
-    "chunk_grad": Launch(128, 8, 1),
-    "states_grad": Launch(32, 4, 2),
-    "clean_grad": Launch(128, 8, 1),
+    "noisy_queries_grad": Launch(128, 4, 1),
+    "noisy_keys_grad": Launch(128, 4, 1),
+    "chunk_grad": Launch(64, 4, 1),
+    "states_grad": Launch(64, 4, 2),
+    "clean_queries_grad": Launch(128, 4, 1),
+    "clean_keys_grad": Launch(128, 4, 1),
 }
 
 PER_TILE_OF_V = ("clean_states", "clean_outputs", "noisy_outputs", "chunk_grad", "states_grad")
@@ -192,7 +204,7 @@ def _gates(p: Problem, g: Tensor | None, beta: Tensor, operands: dict[str, Any],
     per_head = g if scalar and g is not None else beta  # without a decay per head it is not read
     gates = {"g": per_head, "g_token": per_head.stride(1), "beta": beta, "beta_token": beta.stride(1)}
     p.launch("chunk_gates", triton_gates.chunk_gates_kernel, schedule.chunks * p.heads, operands | gates)
-    p.launch("tile_gates", triton_gates.tile_gates_kernel, schedule.tiles * p.heads, operands | gates)
+    p.launch("tile_gates", triton_gates.tile_gates_kernel, schedule.tiles * -(-p.heads // 16), operands | gates)
 
 
 def forward(
@@ -224,13 +236,17 @@ def forward(
     operands |= {"states": states, "inverse": inverse, "final": last, "out": out, "noisy_values": values}
     operands["initial"] = last if initial is None else initial.contiguous()
 
+    read_by_queries = {}
+    if p.gate == 2 and g is not None:
+        operands |= triton_channel_launch.decay(p, g, operands, schedule)
+        read_by_queries = {"weights": operands["query_weights"]}
     if delta:
         p.launch("clean_inverse", triton_clean.clean_inverse_kernel, chunks * heads, operands)
     p.launch(
         "clean_states", triton_clean.clean_states_kernel, schedule.documents * heads, operands,
         INITIAL=initial is not None, FINAL=final,
     )  # fmt: skip
-    p.launch("clean_outputs", triton_clean.clean_outputs_kernel, chunks * heads, operands)
+    p.launch("clean_outputs", triton_clean.clean_outputs_kernel, chunks * heads, operands, **read_by_queries)
     p.launch("noisy_outputs", triton_noisy.noisy_outputs_kernel, tiles * heads, operands)
     return out, last, Saved(
         states, values if delta else q.new_empty(0), inverse, tuple(operands[n] for n in GATE_NAMES)
@@ -258,7 +274,6 @@ def backward(
     chunks, tiles, heads, size = schedule.chunks, schedule.tiles, p.heads, p.chunk_size
     q, k, v = flat_tokens(q), flat_tokens(k), flat_tokens(v)
     z = saved.values if delta else v
-    parts = p.tiles_of_v("chunk_grad")
     single = {"dtype": torch.float32, "device": q.device}
     scalar = p.gate == 1
     grad_q, grad_k = _tokens(q, schedule, heads, p.key_dim), _tokens(k, schedule, heads, p.key_dim)
@@ -280,20 +295,27 @@ def backward(
         "grad_initial": grad_initial,
         "grad_final": grad_initial if grad_final is None else grad_final.contiguous(),
         "grad_anchor": torch.empty((tiles, heads, p.tile_rows) if scalar else 0, **single),
+        "grad_stop": torch.empty((tiles, heads, p.tile_rows) if scalar else 0, **single),
+        "grad_gam": torch.empty((chunks, heads, size) if scalar else 0, **single),
     }
-    p.launch("noisy_grad", triton_noisy_grad.noisy_grad_kernel, tiles * heads, operands)
+    if p.gate == 2 and g is not None:
+        triton_channel_launch.backward(
+            p, flat_tokens(g), operands, schedule, initial=initial, final=grad_final is not None
+        )
+        return _per_key_head(grad_q, p.group), _per_key_head(grad_k, p.group), grad_v, grad_g, grad_beta, grad_initial
+    p.launch("noisy_queries_grad", triton_noisy_queries_grad.noisy_queries_grad_kernel, tiles * heads, operands)
+    p.launch("noisy_keys_grad", triton_noisy_keys_grad.noisy_keys_grad_kernel, tiles * heads, operands)
     operands |= {
         "grad_states": torch.empty_like(saved.states),
         "grad_corrected": q.new_empty(chunks * size, heads, p.value_dim),
-        "grad_keys": q.new_empty(parts, chunks * size, heads, p.key_dim),
-        "grad_gam": torch.empty((chunks, heads, size) if scalar else 0, **single),
     }
     p.launch("chunk_grad", triton_chunk_grad.chunk_grad_kernel, chunks * heads, operands)
     p.launch(
-        "states_grad", triton_clean_grad.states_grad_kernel, schedule.documents * heads, operands, INITIAL=initial,
+        "states_grad", triton_states_grad.states_grad_kernel, schedule.documents * heads, operands, INITIAL=initial,
         FINAL=grad_final is not None,
     )  # fmt: skip
-    p.launch("clean_grad", triton_clean_grad.clean_grad_kernel, chunks * heads, operands, NK=parts)
+    p.launch("clean_queries_grad", triton_clean_grad.clean_queries_grad_kernel, chunks * heads, operands)
+    p.launch("clean_keys_grad", triton_clean_grad.clean_keys_grad_kernel, chunks * heads, operands)
     return _per_key_head(grad_q, p.group), _per_key_head(grad_k, p.group), grad_v, grad_g, grad_beta, grad_initial
 
 

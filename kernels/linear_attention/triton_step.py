@@ -41,17 +41,21 @@ def step_config(
 
     The numbers keep a program's live values in 255 registers per thread, and small batches spread over the GPU.
     """
-    if tile_rows == 16:
-        gram_k, block_k, block_v, warps = 64 if channel_gate or exact else 128, 32 if channel_gate or exact else 64, 64, 4
-    elif tile_rows == 32:
-        gram_k, block_k, block_v, warps = 32, 32, 32, 4
+    if tile_rows > 16:
+        gram_k, block_k, block_v, num_warps = 32, 32, 32, 4 if tile_rows == 32 else 8
+    elif channel_gate or exact:
+        gram_k, block_k, block_v, num_warps = 64, 32, 64, 4
     else:
-        gram_k, block_k, block_v, warps = 32, 32, 32, 8
+        gram_k, block_k, block_v, num_warps = 128, 64, 64, 4
     while block_v > 16 and columns * -(-value_dim // block_v) < PROCESSORS:
         block_v //= 2
     key_size, value_size = (max(16, triton.next_power_of_2(size)) for size in (key_dim, value_dim))
     return StepConfig(
-        min(gram_k, key_size), min(block_k, key_size), min(block_v, value_size), warps, "ieee" if exact else "tf32x3"
+        gram_k=min(gram_k, key_size),
+        block_k=min(block_k, key_size),
+        block_v=min(block_v, value_size),
+        num_warps=num_warps,
+        precision="ieee" if exact else "tf32x3",
     )
 
 
@@ -78,17 +82,17 @@ def linear_attention_step(
 ) -> tuple[Tensor, ...]:
     """Commit the accepted pending rows, run from that state, and leave this step's clean rows pending. No gradients.
 
-    q, k [B, T, Hk, K], v [B, T, H, V], g None, [B, T, H] or [B, T, H, K] log decays (finite, <= 0), beta [B, T, H]: float16,
-    bfloat16, float32 or float64 (then all arithmetic is float64); K, V <= 256. state [B, H, K, V] float32 (float64 if
-    computed so), pending_k [B, R, Hk, K], pending_d [B, R, H, V], pending_g as g with R rows, accepted [B] integers 0..R;
-    pending rows from `accepted` on are not read. R may be 0.
+    q, k [B, T, Hk, K], v [B, T, H, V], g None, [B, T, H] or [B, T, H, K] log decays (finite, <= 0), beta [B, T, H]:
+    float16, bfloat16, float32 or float64 (then all arithmetic is float64); K, V <= 256. state [B, H, K, V] float32
+    (float64 if computed so), pending_k [B, R, Hk, K], pending_d [B, R, H, V], pending_g as g with R rows, accepted [B]
+    integers 0..R; R may be 0. Padding slots and pending rows from `accepted` on may hold anything.
 
-    Returns (o [B, T, H, V] in q's dtype, state, pending_k, pending_d[, pending_g if g is given]) with the pending rows of
-    the `clean_length` clean slots; o and pending rows are 0 on padding. Everything but o has the dtype of the state.
-    `out` gives contiguous buffers for the results. They must not overlap the inputs, except that the next state may take
-    the place of `state` if `schedule.tiles` is 1 (a program then owns what it overwrites).
+    Returns (o [B, T, H, V] in q's dtype, state, pending_k, pending_d[, pending_g if g is given]) with the pending rows
+    of the `clean_length` clean slots; o and pending rows are 0 on padding. All but o have the dtype of the arithmetic.
+    `out` gives contiguous buffers for the results. They must not overlap the inputs, except that the next state may
+    take the place of `state` if `schedule.tiles` is 1 (a program then owns what it overwrites).
 
-    Raises `UsageError` for sizes, dtypes and buffers that do not fit together, `LayoutError` for another layout's schedule.
+    Raises `UsageError` for sizes and buffers that do not fit together, `LayoutError` for another layout's schedule.
     """
     dtype = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
     dtype = torch.promote_types(dtype, state.dtype)
@@ -169,13 +173,13 @@ def _check(
     heads, value_dim = v.shape[2:]
     if max(key_dim, value_dim) > MAX_DIM or heads % key_heads:
         raise UsageError(
-            f"a decode step takes head dims up to {MAX_DIM} and value heads in groups of equal size; got K = {key_dim}, "
-            f"V = {value_dim}, {heads} value heads, {key_heads} key heads"
+            f"a decode step takes head dims up to {MAX_DIM} and value heads in groups of equal size; got "
+            f"K = {key_dim}, V = {value_dim}, {heads} value heads, {key_heads} key heads"
         )
     if (schedule.rows, schedule.length, schedule.clean_length) != (rows, length, clean_length):
         raise LayoutError(
-            f"the schedule is for {schedule.rows} rows of {schedule.clean_length} clean and {schedule.noisy_length} noisy "
-            f"slots; the inputs have {rows} rows of {clean_length} and {length - clean_length}"
+            f"the schedule is for {schedule.rows} rows of {schedule.clean_length} clean and {schedule.noisy_length} "
+            f"noisy slots; the inputs have {rows} rows of {clean_length} and {length - clean_length}"
         )
     pending = pending_d.shape[1]
     expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {

@@ -1,11 +1,13 @@
-"""The Triton program of a decode step: one tile of rows, one value head, one range of value columns, in dense products.
+"""The Triton program of a decode step: one tile of rows, one value head, one range of value columns, dense products.
 
-Clean and noisy rows are one system (docs/kernels.md, "Decoding with the same equations"). Row l has ancestors: the clean
-rows before it or its block, and the rows of its block before it. With `M` the 0/1 matrix "j is l or an ancestor of l",
-`Mq` that of the rows which l's query reads, and S0 the committed state,
+Clean and noisy rows are one system (docs/kernels.md, "Decoding with the same equations"). Row l has ancestors: the
+clean rows before it or its block, and the rows of its block before it. With `M` the 0/1 matrix "j is l or an ancestor
+of l", `Mq` that of the rows which l's query reads, and S0 the committed state,
 
-    A_lj = exp(sum_i M_li (1 - M_ji) g_i) k_l . k_j   (j an ancestor of l)      P_lj = exp(sum_i Mq_li (1 - M_ji) g_i) q_l . k_j
-    (I + diag(b) A) D = diag(b) (V - diag(exp(M g)) K S0)                       O    = scale (diag(exp(Mq g)) Q S0 + P D)
+    A_lj = exp(sum_i M_li (1 - M_ji) g_i) k_l . k_j  for ancestors j of l
+    P_lj = exp(sum_i Mq_li (1 - M_ji) g_i) q_l . k_j  for rows j that l's query reads
+    (I + diag(b) A) D = diag(b) (V - diag(exp(M g)) K S0)
+    O = scale (diag(exp(Mq g)) Q S0 + P D)
 
 The exponents are sums of the decays between two rows, never differences of longer sums: nothing overflows or cancels.
 """
@@ -19,6 +21,9 @@ from .reference import L2_EPSILON
 
 EPSILON = tl.constexpr(L2_EPSILON)
 PENDING_TILE = tl.constexpr(16)
+# Triton's interpreter multiplies bfloat16 matrices as integers: there 16-bit factors are widened to float32.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+PIECE = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 
 
 @triton.jit
@@ -28,30 +33,31 @@ def _product(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _sums(a, b, PRECISION: tl.constexpr, MASK_FIRST: tl.constexpr):
-    """a @ b where one factor is a 0/1 mask, `a` if MASK_FIRST. On tensor cores the other one is cut into three exact parts."""
+    """a @ b where one factor is a 0/1 mask, `a` if MASK_FIRST. On tensor cores the other is cut into exact pieces."""
     if PRECISION == "tf32x3":
         if MASK_FIRST:
-            mask = a.to(tl.bfloat16)
-            high, middle, low = _bfloat16_parts(b)
+            high, middle, low = _pieces(b)
+            mask = a.to(PIECE)
             return tl.dot(mask, high, tl.dot(mask, middle, tl.dot(mask, low)))
         else:
-            mask = b.to(tl.bfloat16)
-            high, middle, low = _bfloat16_parts(a)
+            high, middle, low = _pieces(a)
+            mask = b.to(PIECE)
             return tl.dot(high, mask, tl.dot(middle, mask, tl.dot(low, mask)))
     return _product(a, b, PRECISION)
 
 
 @triton.jit
-def _bfloat16_parts(x):
-    high = x.to(tl.bfloat16)
+def _pieces(x):
+    """x = high + middle + low exactly, in bfloat16."""
+    high = x.to(PIECE)
     rest = x - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    middle = rest.to(PIECE)
+    return high, middle, (rest - middle.to(tl.float32)).to(PIECE)
 
 
 @triton.jit
 def _state_product(a, state, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """a @ state; EXACT: `a` has at most 11 significant bits, so that two products on tensor cores are as good as three."""
+    """a @ state; EXACT: `a` has at most 11 significant bits, and two products on tensor cores are as good as three."""
     if EXACT and PRECISION == "tf32x3":
         high = ((state.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
         return tl.dot(a, high, tl.dot(a, state - high, input_precision="tf32"), input_precision="tf32")
@@ -84,10 +90,10 @@ def _unit_lower_inverse(lower, ancestor, T: tl.constexpr, PRECISION: tl.constexp
 @triton.jit
 def _decay_behind(pending_g, first, rows, accepted, step, k_cols, held, GATE: tl.constexpr, PRECISION: tl.constexpr,
                   CT: tl.constexpr):  # fmt: skip
-    """Log decay of a tile of pending rows [1 or k_cols], and of those of its rows that are behind each row [tile, same].
+    """Log decay of a tile of pending rows [1 or k_cols], and of its rows behind each row [tile, 1 or k_cols].
 
-    first = its first row; pending_g + slot * step is a row's log decay, that of channel 0 if GATE is 2. Rows that are not
-    accepted do not decay.
+    first = its first row; pending_g + slot * step is a row's log decay, that of channel 0 if GATE is 2. Rows that are
+    not accepted do not decay.
     """
     row = tl.arange(0, PENDING_TILE)[:, None]
     col = tl.arange(0, PENDING_TILE)[None, :]
@@ -170,14 +176,17 @@ def step_kernel(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_gb, stride_gt, stride_gh, stride_bb, stride_bt, stride_bh,
     scale: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    T: tl.constexpr, BG: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ONE_TILE: tl.constexpr, FEW_PENDING: tl.constexpr,
-    GATE: tl.constexpr, DELTA: tl.constexpr, L2NORM: tl.constexpr,
+    T: tl.constexpr, BG: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ONE_TILE: tl.constexpr, FEW_PENDING: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr, L2NORM: tl.constexpr,
     NATIVE: tl.constexpr, PRECISION: tl.constexpr, CT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: B * H * ceil(V / BV) * tiles. GATE: 0 none, 1 per head, 2 per key channel; CT: type of the arithmetic.
+    """Grid: B * H * ceil(V / BV) * tiles. Every program commits its part of the state; those of tile 0 alone store it.
 
-    Every program commits its part of the state; those of tile 0 alone store it, and the pending rows. Offsets inside a
-    request are 32-bit (the launcher checks), its own offset is 64-bit.
+    T: rows of a tile; BG, BK: key channels per round of the products between rows, and with the state; ONE_TILE: there
+    are no others; FEW_PENDING: the pending rows fit into one tile of theirs; GATE: 0 none, 1 per head, 2 per key
+    channel; NATIVE: q and k have the same 16-bit type; CT: type of the arithmetic.
+
+    Offsets inside a request are 32-bit (the launcher checks), the request's own offset is 64-bit.
     """
     COLUMNS: tl.constexpr = (V + BV - 1) // BV
     KEY_HEADS: tl.constexpr = H // GROUP
@@ -285,12 +294,12 @@ def step_kernel(
         if GATE == 2:
             gates = tl.load(g + slot[:, None] * stride_gt + cols[None, :], mask=mask, other=0).to(CT)
             added_k, added_q = _channel_weights(
-                queries, keys, gates, k, stride_kt, gate_mask, query_mask, row_table, slots, shift, clean + stop - shift,
-                clean, cols, DELTA, K, T, PRECISION, CT,
+                queries, keys, gates, k, stride_kt, gate_mask, query_mask, row_table, slots, shift,
+                clean + stop - shift, clean, cols, DELTA, K, T, PRECISION, CT,
             )  # fmt: skip
             key_key += added_k
             query_key += added_q
-        elif NATIVE:  # products of 16-bit numbers are exact
+        elif NATIVE and not INTERPRETED:  # products of 16-bit numbers are exact
             query_key = tl.dot(raw_q, tl.trans(raw_k), query_key)
             if DELTA:
                 key_key = tl.dot(raw_k, tl.trans(raw_k), key_key)
