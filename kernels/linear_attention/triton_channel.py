@@ -1,7 +1,7 @@
 """Key-channel gates, forward: what the clean and noisy kernels read instead of q, k and g.
 
-Decayed vectors, token-major in the compute dtype: exp(gam) k and exp(gam) q of clean rows, exp(c + t) k~ and exp(c + e) q~ of
-noisy rows, exp(gam_C - gam) k ("tail"); and the pair weights A, A_q, P, Pq, N, M (names as in docs/kernels.md).
+Decayed vectors in the compute dtype: exp(gam) k and exp(gam) q of clean rows, exp(c + t) k~ and exp(c + e) q~ of noisy
+rows, exp(gam_C - gam) k ("tail"); and the pair weights A, A_q, P, Pq, N, M (names as in docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def channel_clean_kernel(
         store_tile(decayed_q + place, queries.to(tl.float32) * grown, first, count, stride, width, C, BS, EXACT_S)
         if DELTA:
             store_tile(decayed_k + place, keys.to(tl.float32) * grown, first, count, stride, width, C, BS, EXACT_S)
-        store_tile(tail_k + place, keys.to(tl.float32) * tail, chunk.to(tl.int64) * C, count, stride, width, C, BS, EXACT_S)
+        tail *= keys.to(tl.float32)
+        store_tile(tail_k + place, tail, chunk.to(tl.int64) * C, count, stride, width, C, BS, EXACT_S)
         itself += tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)
         tl.debug_barrier()  # the references below are rows of `cumulative` that other threads wrote
         for p in range(0, LEVELS):
@@ -146,7 +147,7 @@ def channel_block_kernel(
     EXACT_S: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Inside the blocks of one (tile, head): cumulative [B,T,H,K] (t), block_weights [M,H,2,R,R] (N with the delta rule, M)."""
+    """Inside the blocks of one (tile, head): cumulative [B,T,H,K] (t), block_weights [M,H,2,R,R] (N if DELTA, M)."""
     pid = tl.program_id(0)
     head, tile = pid % H, pid // H
     key_head = head // GROUP
@@ -256,15 +257,19 @@ def channel_prefix_kernel(
         clean_logs = logs + clean_first * stride
         c = load_picked(clean_logs, anchor - 1, anchor > 0, stride, width, BS, EXACT_S)
         gam = load_tile(logs, clean_first, clean_count, stride, width, C, BS, EXACT_S)
-        columns = load_unit(k_base + s * BS, clean_first, clean_count, clean_norm, k_token, width, C, BS, EXACT_S, L2NORM)
+        columns = load_unit(
+            k_base + s * BS, clean_first, clean_count, clean_norm, k_token, width, C, BS, EXACT_S, L2NORM
+        )
         dtype = columns.dtype
-        queries = load_unit(q_base + s * BS, first, count, q_norm, q_token, width, R, BS, EXACT_S, L2NORM).to(tl.float32)
-        queries *= tl.exp2(load_picked(logs + first * stride, stop - 1, row < count, stride, width, BS, EXACT_S))
+        queries = load_unit(q_base + s * BS, first, count, q_norm, q_token, width, R, BS, EXACT_S, L2NORM)
+        queries = queries.to(tl.float32) * tl.exp2(
+            load_picked(logs + first * stride, stop - 1, row < count, stride, width, BS, EXACT_S)
+        )
         at_anchor = tl.exp2(c)
         store_tile(decayed_q + place, queries * at_anchor, first, count, stride, width, R, BS, EXACT_S)
         if DELTA:
-            keys = load_unit(k_base + s * BS, first, count, k_norm, k_token, width, R, BS, EXACT_S, L2NORM).to(tl.float32)
-            keys *= tl.exp2(load_tile(logs, first, count, stride, width, R, BS, EXACT_S))
+            keys = load_unit(k_base + s * BS, first, count, k_norm, k_token, width, R, BS, EXACT_S, L2NORM)
+            keys = keys.to(tl.float32) * tl.exp2(load_tile(logs, first, count, stride, width, R, BS, EXACT_S))
             store_tile(decayed_k + place, keys * at_anchor, first, count, stride, width, R, BS, EXACT_S)
         for p in range(0, LEVELS + 1):
             if tl.max((anchor >> p) & 1, 0) > 0:

@@ -1,8 +1,8 @@
 """Products of vectors that decay per key channel: W[l, j] = sum_c x_lc y_jc exp(a_lc - b_jc), in dense products only.
 
-Row l reads a prefix of its columns (docs/kernels.md, "Exponents"). The binary digits of the prefix's length cut it into aligned
-pieces of 2^p columns. With r the last column of a piece, exp(a - b_j) = exp(a - b_r) exp(b_r - b_j) has both factors <= 1,
-so that every digit costs one dense product. As in `pair_decay.py`, the CPU form of the same.
+Row l reads a prefix of its columns (docs/kernels.md, "Exponents"). The binary digits of the prefix's length cut it into
+aligned pieces of 2^p columns. With r the last column of a piece, exp(a - b_j) = exp(a - b_r) exp(b_r - b_j) has both
+factors <= 1, so that every digit costs one dense product. `pair_decay.py` is the CPU form of the same.
 
 `cumulative` [B, T, H, K] float32 holds log2 decays: of clean rows since the chunk's start (gam), of noisy rows since
 the block's start (t), inclusive.
@@ -51,7 +51,16 @@ def whole_norm(
 
 @triton.jit
 def load_unit(
-    x, first, count, norm, stride, width, ROWS: tl.constexpr, BS: tl.constexpr, EXACT: tl.constexpr, L2NORM: tl.constexpr
+    x,
+    first,
+    count,
+    norm,
+    stride,
+    width,
+    ROWS: tl.constexpr,
+    BS: tl.constexpr,
+    EXACT: tl.constexpr,
+    L2NORM: tl.constexpr,
 ):
     """A slice of channels of the rows as the state sees them, in their own dtype."""
     raw = load_tile(x, first, count, stride, width, ROWS, BS, EXACT)
@@ -72,10 +81,20 @@ def load_picked(base, row, wanted, stride, width, BS: tl.constexpr, EXACT: tl.co
 
 @triton.jit
 def finish_norm(
-    grad, raw, first, count, norm, along, stride, grad_stride, width, ROWS: tl.constexpr, BS: tl.constexpr,
+    grad,
+    raw,
+    first,
+    count,
+    norm,
+    along,
+    stride,
+    grad_stride,
+    width,
+    ROWS: tl.constexpr,
+    BS: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Gradient of raw rows, in place, from that of the unit rows; along [n] is the sum of unit * gradient over channels."""
+    """Gradient of raw rows, in place, from that of the unit rows; along [n]: sum of unit * gradient over channels."""
     unit = load_tile(raw, first, count, stride, width, ROWS, BS, EXACT).to(tl.float32) * norm[:, None]
     given = load_tile(grad, first, count, grad_stride, width, ROWS, BS, EXACT).to(tl.float32)
     value = norm[:, None] * (given - unit * along[:, None])
@@ -84,9 +103,10 @@ def finish_norm(
 
 @triton.jit
 def triangle_factor(logs, gam, count, stride, width, p, C: tl.constexpr, BS: tl.constexpr, EXACT: tl.constexpr):
-    """Digit p of strictly lower pairs inside a chunk: [C, BS] the one factor of every row. logs: `cumulative` of the chunk.
+    """Digit p of strictly lower pairs inside a chunk: [C, BS] the one factor of every row.
 
-    Row l reads at this digit if bit p of l is set, otherwise it is read: the reference is the last row of the even piece.
+    Row l reads at this digit if bit p of l is set, otherwise it is read: the reference is the last row of the even
+    piece. logs: `cumulative` of the chunk.
     """
     row = tl.arange(0, C)
     odd = ((row >> p) & 1) == 1

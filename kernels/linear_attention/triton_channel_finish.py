@@ -1,4 +1,4 @@
-"""Key-channel gates, backward on the side of the keys: from gradients of pair weights and decayed vectors to those of q, k and g.
+"""Key-channel gates, backward on the side of the keys: gradients of pair weights and decayed vectors to q, k and g.
 
 The gradient of a log decay is value * gradient, rows growing and columns shrinking. Both ends of a pair use the same
 rounded factors of the pair's dense product, so that what cancels between them cancels exactly, at strong decay too.
@@ -70,9 +70,9 @@ def channel_prefix_finish_kernel(
     PRECISION: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """What one (tile, head) reads from the clean stream: grad_q, grad_k (in: of decayed_q, decayed_k; out: of the unit rows) and
-    grad_g [B,T,H,K] of the noisy rows without what they read inside the block, and the tile's share of the gradients of its
-    chunk's unit keys and log decays, grad_keys and grad_gates [M*C,H,K] (summed by the clean kernel)."""
+    """What one (tile, head) reads from the clean stream: grad_q, grad_k (in: of decayed_q, decayed_k; out: of the unit
+    rows) and grad_g [B,T,H,K] of the noisy rows without what they read inside the block, and the tile's share of the
+    gradients of its chunk's unit keys and log decays, grad_keys and grad_gates [M*C,H,K] (the clean kernel adds up)."""
     pid = tl.program_id(0)
     head, tile = pid % H, pid // H
     key_head = head // GROUP
@@ -116,7 +116,9 @@ def channel_prefix_finish_kernel(
 
         # through the chunk's rows before the anchor
         gam = load_tile(logs, clean_first, clean_count, stride, width, C, BS, EXACT_S)
-        columns = load_unit(k_base + s * BS, clean_first, clean_count, clean_norm, k_token, width, C, BS, EXACT_S, L2NORM)
+        columns = load_unit(
+            k_base + s * BS, clean_first, clean_count, clean_norm, k_token, width, C, BS, EXACT_S, L2NORM
+        )
         columns_grad = tl.zeros([C, BS], dtype=tl.float32)
         columns_sum = tl.zeros([C, BS], dtype=tl.float32)
         for p in range(0, LEVELS + 1):
@@ -192,8 +194,8 @@ def channel_block_finish_kernel(
     PRECISION: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """Adds to grad_q, grad_k, grad_g [B,T,H,K] of one (tile, head) what its rows read inside their blocks; then grad_q and grad_k
-    go back through the normalisation."""
+    """Adds to grad_q, grad_k, grad_g [B,T,H,K] of one (tile, head) what its rows read inside their blocks; then grad_q
+    and grad_k go back through the normalisation."""
     pid = tl.program_id(0)
     head, tile = pid % H, pid // H
     key_head = head // GROUP
@@ -270,8 +272,12 @@ def channel_block_finish_kernel(
         for s in range(NS):
             width = key_dim - s * BS
             place = head * key_dim + s * BS
-            finish_norm(grad_q + place, q_base + s * BS, first, count, q_norm, q_along, q_token, stride, width, R, BS, EXACT_S)
-            finish_norm(grad_k + place, k_base + s * BS, first, count, k_norm, k_along, k_token, stride, width, R, BS, EXACT_S)
+            finish_norm(
+                grad_q + place, q_base + s * BS, first, count, q_norm, q_along, q_token, stride, width, R, BS, EXACT_S
+            )
+            finish_norm(
+                grad_k + place, k_base + s * BS, first, count, k_norm, k_along, k_token, stride, width, R, BS, EXACT_S
+            )
 
 
 @triton.jit
@@ -314,7 +320,7 @@ def channel_clean_finish_kernel(
     PRECISION: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """One program per (chunk, head): grad_q, grad_k (in: of decayed_q, decayed_k), grad_g [B,T,H,K] of the clean rows."""
+    """One program per (chunk, head): grad_q, grad_k (in: of decayed_q, decayed_k), grad_g [B,T,H,K] of clean rows."""
     pid = tl.program_id(0)
     head, chunk = pid % H, pid // H
     key_head = head // GROUP
@@ -323,6 +329,7 @@ def channel_clean_finish_kernel(
     begin, end = tl.load(chunk_tile + chunk), tl.load(chunk_tile + chunk + 1)
     stride = H * key_dim
     chunk_head = chunk.to(tl.int64) * H + head
+    chunk_row = chunk.to(tl.int64) * C
     corner = chunk_head * C * C + row[:, None] * C + row[None, :]
     diagonal = row[:, None] == row[None, :]
     k_base, q_base = k + key_head * k_head, q + key_head * q_head
@@ -356,9 +363,9 @@ def channel_clean_finish_kernel(
         # through the state at the end
         end_place = logs + (first + count - 1) * stride + tl.arange(0, BS)
         end_gam = tl.load(end_place, mask=channel < tl.where(count > 0, key_dim, 0), other=0.0)
-        grad = load_tile(grad_tail + place, chunk.to(tl.int64) * C, count, stride, width, C, BS, EXACT_S).to(tl.float32)
+        grad = load_tile(grad_tail + place, chunk_row, count, stride, width, C, BS, EXACT_S).to(tl.float32)
         keys_grad += grad * tl.exp2(tl.minimum(end_gam[None, :] - gam, 0.0))
-        ends = grad * load_tile(tail_k + place, chunk.to(tl.int64) * C, count, stride, width, C, BS, EXACT_S).to(tl.float32)
+        ends = grad * load_tile(tail_k + place, chunk_row, count, stride, width, C, BS, EXACT_S).to(tl.float32)
         gate -= ends
         at_end = tl.sum(ends, 0)
         passed = tl.load(total + chunk_head * key_dim + channel, mask=channel < key_dim, other=0.0)
@@ -406,5 +413,9 @@ def channel_clean_finish_kernel(
         for s in range(NS):
             width = key_dim - s * BS
             place = head * key_dim + s * BS
-            finish_norm(grad_q + place, q_base + s * BS, first, count, q_norm, q_along, q_token, stride, width, C, BS, EXACT_S)
-            finish_norm(grad_k + place, k_base + s * BS, first, count, k_norm, k_along, k_token, stride, width, C, BS, EXACT_S)
+            finish_norm(
+                grad_q + place, q_base + s * BS, first, count, q_norm, q_along, q_token, stride, width, C, BS, EXACT_S
+            )
+            finish_norm(
+                grad_k + place, k_base + s * BS, first, count, k_norm, k_along, k_token, stride, width, C, BS, EXACT_S
+            )

@@ -56,8 +56,8 @@ def channel_noisy_grad_kernel(
     EXACT_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per (tile, head): grad_v [B,T,H,V] (= E), grad_beta [B,T,H]; gradients of decayed_q and decayed_k (in grad_q,
-    grad_k [B,T,H,K]), of (P, Pq) [M,H,2,R,C], and of (N, M) [M,H,2,R,R] in place of them."""
+    """One program per (tile, head): grad_v [B,T,H,V] (= E), grad_beta [B,T,H]; gradients of decayed_q and decayed_k (in
+    grad_q, grad_k [B,T,H,K]), of (P, Pq) [M,H,2,R,C], and of (N, M) [M,H,2,R,R] in place of them."""
     pid = tl.program_id(0)
     head, tile = pid % H, pid // H
     row, column = tl.arange(0, R), tl.arange(0, C)
@@ -93,25 +93,127 @@ def channel_noisy_grad_kernel(
     tl.store(place, (beta_sum / own_b).to(grad_beta.dtype.element_ty), mask=row < count)
     tl.debug_barrier()  # E is read back below; all threads have read the weights that are overwritten
 
-    rows_grad = product_with_state(out_base, state, first, count, out_stride, key_dim, value_dim, R, BK, BV, NV, EXACT_K,
-                                   EXACT_V, PRECISION)  # fmt: skip
+    grad_0 = load_tile(out_base, first, count, out_stride, value_dim, R, BV, EXACT_V)
+    clean_0 = load_tile(z_base, clean_first, clean_count, z_token, value_dim, C, BV, EXACT_V)
+    own_0 = load_tile(own_base, first, count, z_token, value_dim, R, BV, EXACT_V)
+    rows_grad = product_with_state(
+        grad_0,
+        out_base,
+        state,
+        first,
+        count,
+        out_stride,
+        key_dim,
+        value_dim,
+        R,
+        BK,
+        BV,
+        NV,
+        EXACT_K,
+        EXACT_V,
+        PRECISION,
+    )
     store_tile(grad_q + head * key_dim, rows_grad * scale, first, count, stride, key_dim, R, BK, EXACT_K)
-    weight = product_of_tiles(out_base, z_base, first, clean_first, count, clean_count, out_stride, z_token, value_dim, R, C,
-                              BV, NV, EXACT_V, PRECISION)  # fmt: skip
+    weight = product_of_tiles(
+        grad_0,
+        clean_0,
+        out_base,
+        z_base,
+        first,
+        clean_first,
+        count,
+        clean_count,
+        out_stride,
+        z_token,
+        value_dim,
+        R,
+        C,
+        BV,
+        NV,
+        EXACT_V,
+        PRECISION,
+    )
     tl.store(grad_clean_weights + clean_place + R * C, (weight * (clean_b * scale)[None, :]).to(dtype))
-    weight = product_of_tiles(out_base, own_base, first, first, count, count, out_stride, z_token, value_dim, R, R, BV, NV,
-                              EXACT_V, PRECISION)  # fmt: skip
+    weight = product_of_tiles(
+        grad_0,
+        own_0,
+        out_base,
+        own_base,
+        first,
+        first,
+        count,
+        count,
+        out_stride,
+        z_token,
+        value_dim,
+        R,
+        R,
+        BV,
+        NV,
+        EXACT_V,
+        PRECISION,
+    )
     tl.store(block_weights + block_place + R * R, (weight * (own_b * scale)[None, :]).to(dtype))
     if DELTA:
-        rows_grad = product_with_state(error_base, state, first, count, out_stride, key_dim, value_dim, R, BK, BV, NV,
-                                       EXACT_K, EXACT_V, PRECISION)  # fmt: skip
+        error_0 = load_tile(error_base, first, count, out_stride, value_dim, R, BV, EXACT_V)
+        rows_grad = product_with_state(
+            error_0,
+            error_base,
+            state,
+            first,
+            count,
+            out_stride,
+            key_dim,
+            value_dim,
+            R,
+            BK,
+            BV,
+            NV,
+            EXACT_K,
+            EXACT_V,
+            PRECISION,
+        )
         store_tile(grad_k + head * key_dim, -rows_grad, first, count, stride, key_dim, R, BK, EXACT_K)
-        weight = product_of_tiles(error_base, z_base, first, clean_first, count, clean_count, out_stride, z_token, value_dim,
-                                  R, C, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+        weight = product_of_tiles(
+            error_0,
+            clean_0,
+            error_base,
+            z_base,
+            first,
+            clean_first,
+            count,
+            clean_count,
+            out_stride,
+            z_token,
+            value_dim,
+            R,
+            C,
+            BV,
+            NV,
+            EXACT_V,
+            PRECISION,
+        )
         tl.store(grad_clean_weights + clean_place, (weight * -clean_b[None, :]).to(dtype))
         if LARGEST > 1:
-            weight = product_of_tiles(error_base, own_base, first, first, count, count, out_stride, z_token, value_dim, R, R,
-                                      BV, NV, EXACT_V, PRECISION)  # fmt: skip
+            weight = product_of_tiles(
+                error_0,
+                own_0,
+                error_base,
+                own_base,
+                first,
+                first,
+                count,
+                count,
+                out_stride,
+                z_token,
+                value_dim,
+                R,
+                R,
+                BV,
+                NV,
+                EXACT_V,
+                PRECISION,
+            )
             tl.store(block_weights + block_place, (weight * -own_b[None, :]).to(dtype))
 
 
@@ -144,8 +246,8 @@ def channel_chunk_grad_kernel(
     EXACT_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What all readers of a chunk send back to its entry state (grad_states [N,H,K,V]) and corrected values (grad_corrected
-    [N*C,H,V]): one program per (chunk, head, tile of V), which accumulates over the chunk's tiles."""
+    """What all readers of a chunk send back to its entry state (grad_states [N,H,K,V]) and corrected values
+    (grad_corrected [N*C,H,V]): one program per (chunk, head, tile of V), which accumulates over the chunk's tiles."""
     pid = tl.program_id(0)
     vt, pid = pid % NV, pid // NV
     head, chunk = pid % H, pid // H
@@ -191,8 +293,17 @@ def channel_chunk_grad_kernel(
         tl.store(place, states_sum)
     else:
         tl.store(place, states_sum, mask=(kc < key_dim)[:, None] & (vc < width)[None, :])
-    store_tile(grad_corrected + head * value_dim + vt * BV, corrected_sum, chunk.to(tl.int64) * C, clean_count, out_stride,
-               width, C, BV, EXACT_V)  # fmt: skip
+    store_tile(
+        grad_corrected + head * value_dim + vt * BV,
+        corrected_sum,
+        chunk.to(tl.int64) * C,
+        clean_count,
+        out_stride,
+        width,
+        C,
+        BV,
+        EXACT_V,
+    )
 
 
 @triton.jit
@@ -227,9 +338,9 @@ def channel_clean_grad_kernel(
     EXACT_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per (chunk, head): gradients of the clean decayed_q, decayed_k (in grad_q, grad_k [B,T,H,K]), of tail_k
-    [N*C,H,K], of total [N,H,K], of A and A_q [N,H,C,C] in place of them, and of beta [B,T,H]. grad_v holds E, grad_states
-    the gradient of the state after each chunk."""
+    """One program per (chunk, head): gradients of the clean decayed_q, decayed_k (in grad_q, grad_k [B,T,H,K]), of
+    tail_k [N*C,H,K], of total [N,H,K], of A and A_q [N,H,C,C] in place of them, and of beta [B,T,H]. grad_v holds E,
+    grad_states the gradient of the state after each chunk."""
     pid = tl.program_id(0)
     head, chunk = pid % H, pid // H
     row, kc = tl.arange(0, C), tl.arange(0, BK)
@@ -242,24 +353,101 @@ def channel_clean_grad_kernel(
     b = tl.load(chunk_beta + chunk_head * C + row)
     dtype = query_weights.dtype.element_ty
 
-    weight = product_of_tiles(out_base, z_base, first, first, count, count, out_stride, z_token, value_dim, C, C, BV, NV,
-                              EXACT_V, PRECISION)  # fmt: skip
+    grad_0 = load_tile(out_base, first, count, out_stride, value_dim, C, BV, EXACT_V)
+    z_0 = load_tile(z_base, first, count, z_token, value_dim, C, BV, EXACT_V)
+    weight = product_of_tiles(
+        grad_0,
+        z_0,
+        out_base,
+        z_base,
+        first,
+        first,
+        count,
+        count,
+        out_stride,
+        z_token,
+        value_dim,
+        C,
+        C,
+        BV,
+        NV,
+        EXACT_V,
+        PRECISION,
+    )
     tl.store(query_weights + corner, (weight * (b * scale)[None, :]).to(dtype))
-    rows_grad = product_with_state(out_base, state, first, count, out_stride, key_dim, value_dim, C, BK, BV, NV, EXACT_K,
-                                   EXACT_V, PRECISION)  # fmt: skip
+    rows_grad = product_with_state(
+        grad_0,
+        out_base,
+        state,
+        first,
+        count,
+        out_stride,
+        key_dim,
+        value_dim,
+        C,
+        BK,
+        BV,
+        NV,
+        EXACT_K,
+        EXACT_V,
+        PRECISION,
+    )
     store_tile(grad_q + head * key_dim, rows_grad * scale, first, count, stride, key_dim, C, BK, EXACT_K)
     if DELTA:
-        weight = product_of_tiles(error_base, z_base, first, first, count, count, out_stride, z_token, value_dim, C, C, BV,
-                                  NV, EXACT_V, PRECISION)  # fmt: skip
+        error_0 = load_tile(error_base, first, count, out_stride, value_dim, C, BV, EXACT_V)
+        weight = product_of_tiles(
+            error_0,
+            z_0,
+            error_base,
+            z_base,
+            first,
+            first,
+            count,
+            count,
+            out_stride,
+            z_token,
+            value_dim,
+            C,
+            C,
+            BV,
+            NV,
+            EXACT_V,
+            PRECISION,
+        )
         tl.store(weights + corner, (weight * -b[None, :]).to(dtype))
-        rows_grad = product_with_state(error_base, state, first, count, out_stride, key_dim, value_dim, C, BK, BV, NV,
-                                       EXACT_K, EXACT_V, PRECISION)  # fmt: skip
+        rows_grad = product_with_state(
+            error_0,
+            error_base,
+            state,
+            first,
+            count,
+            out_stride,
+            key_dim,
+            value_dim,
+            C,
+            BK,
+            BV,
+            NV,
+            EXACT_K,
+            EXACT_V,
+            PRECISION,
+        )
         store_tile(grad_k + head * key_dim, -rows_grad, first, count, stride, key_dim, C, BK, EXACT_K)
 
-    rows_grad = product_with_state(z_base, after, first, count, z_token, key_dim, value_dim, C, BK, BV, NV, EXACT_K, EXACT_V,
-                                   PRECISION)  # fmt: skip
-    store_tile(grad_tail + head * key_dim, rows_grad * b[:, None], chunk.to(tl.int64) * C, count, stride, key_dim, C, BK,
-               EXACT_K)  # fmt: skip
+    rows_grad = product_with_state(
+        z_0, z_base, after, first, count, z_token, key_dim, value_dim, C, BK, BV, NV, EXACT_K, EXACT_V, PRECISION
+    )
+    store_tile(
+        grad_tail + head * key_dim,
+        rows_grad * b[:, None],
+        chunk.to(tl.int64) * C,
+        count,
+        stride,
+        key_dim,
+        C,
+        BK,
+        EXACT_K,
+    )
     beta_sum = tl.zeros([C], dtype=tl.float32)
     total_sum = tl.zeros([BK], dtype=tl.float32)
     for vt in tl.static_range(NV):

@@ -126,9 +126,9 @@ def decay(p: Problem, g: Tensor, operands: dict[str, Any], schedule: TileSchedul
 def backward(
     p: Problem, g: Tensor, operands: dict[str, Any], schedule: TileSchedule, *, initial: bool, final: bool
 ) -> None:
-    """Write grad_q, grad_k (per value head), grad_v, grad_g, grad_beta and grad_initial of the operands; padding slots are
-    not written. In between grad_q and grad_k hold the gradients of decayed_q and decayed_k, and weights their own
-    gradients."""
+    """Write grad_q, grad_k (per value head), grad_v, grad_g, grad_beta and grad_initial of the operands; padding slots
+    are not written. In between grad_q and grad_k hold the gradients of decayed_q and decayed_k, and the memory of A,
+    A_q, N and M their gradients."""
     s, q, heads, size = schedule, operands["q"], p.heads, p.chunk_size
     known = operands | decay(p, g, operands, schedule)
     known["grad_clean_weights"] = torch.empty_like(known["clean_weights"])

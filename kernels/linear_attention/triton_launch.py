@@ -36,7 +36,7 @@ class Launch:
 # Measured on an H100 with K = V = 128 (benchmarks/NOTES.md); wider heads take narrower tiles of V.
 LAUNCHES = {
     "chunk_gates": Launch(16, 1, 1),
-    "tile_gates": Launch(16, 2, 1),
+    "tile_gates": Launch(16, 4, 1),
     "clean_inverse": Launch(64, 4, 1),
     "clean_states": Launch(64, 4, 2),
     "clean_outputs": Launch(128, 4, 1),

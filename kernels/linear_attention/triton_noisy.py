@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .triton_common import load_matrix, load_tile, log_weights, row_norm, store_tile, unit_triangular_inverse
+from .triton_gates import chunk_vectors, tile_vectors
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -83,19 +84,13 @@ def noisy_outputs_kernel(
     meta = tile.to(tl.int64) * R + row
     first = tl.load(tile_first + tile).to(tl.int64)
     count = tl.load(tile_count + tile)
-    anchor = tl.load(tile_anchor + meta)
-    start = tl.load(tile_start + meta)
-    stop = tl.load(tile_stop + meta)
     chunk_head = chunk.to(tl.int64) * H + head
     tile_head = tile.to(tl.int64) * H + head
-    clean_b = tl.load(chunk_beta + chunk_head * C + column)
-    own_b = tl.load(tile_beta + tile_head * R + row)
-    gam, t, e, c = clean_b, own_b, own_b, own_b  # without a gate per head they are not used
-    if GATE == 1:
-        gam = tl.load(chunk_gam + chunk_head * C + column)
-        logs = tile_logs + tile_head * 3 * R + row
-        t, e, c = tl.load(logs), tl.load(logs + R), tl.load(logs + 2 * R)
-    before = column[None, :] < anchor[:, None]
+    gams, betas = chunk_gam + chunk_head * C, chunk_beta + chunk_head * C
+    logs, own_betas = tile_logs + tile_head * 3 * R, tile_beta + tile_head * R
+    gam, clean_b = chunk_vectors(gams, betas, C, GATE)
+    t, e, c, own_b = tile_vectors(logs, own_betas, R, GATE)
+    before = column[None, :] < tl.load(tile_anchor + meta)[:, None]
     clean_place = tile_head * 2 * R * C + row[:, None] * C + column[None, :]
     block_place = tile_head * 2 * R * R + row[:, None] * R + row[None, :]
 
@@ -108,7 +103,7 @@ def noisy_outputs_kernel(
         keys = load_tile(k + key_head * k_head, clean_first, clean_count, k_token, key_dim, C, BK, EXACT_K)
         noisy_keys = load_tile(k + key_head * k_head, first, count, k_token, key_dim, R, BK, EXACT_K)
         noisy_norm = row_norm(noisy_keys, R, L2NORM)
-        clean_factor = clean_b * row_norm(keys, C, L2NORM)
+        clean_norm = row_norm(keys, C, L2NORM)
     if DELTA:
         if GATE == 2:
             grown = load_tile(decayed_k + head * key_dim, first, count, H * key_dim, key_dim, R, BK, EXACT_K)
@@ -116,13 +111,14 @@ def noisy_outputs_kernel(
             read = tl.dot(grown, state, input_precision=PRECISION)
         else:
             weight = tl.dot(noisy_keys, tl.trans(keys), input_precision=PRECISION)
-            factor = noisy_norm[:, None] * clean_factor[None, :]
+            factor = noisy_norm[:, None] * (clean_b * clean_norm)[None, :]
             weight = (weight * (log_weights(c + t, gam, before, GATE) * factor)).to(dtype)
             read = tl.dot(noisy_keys, state, input_precision=PRECISION)
             read = read * (noisy_norm * tl.exp2(c + t) if GATE == 1 else noisy_norm)[:, None]
         read = tl.dot(weight, z, read, input_precision=PRECISION)
         solved = own.to(tl.float32) - read
         if LARGEST > 1:
+            start = tl.load(tile_start + meta)
             strict = (row[None, :] >= start[:, None]) & (row[None, :] < row[:, None])
             if GATE == 2:
                 lower = tl.where(strict, tl.load(block_weights + block_place).to(tl.float32), 0.0) * own_b[None, :]
@@ -135,6 +131,11 @@ def noisy_outputs_kernel(
         own = solved.to(dtype)
         store_tile(noisy_values + head * value_dim + vt * BV, own, first, count, H * value_dim, width, R, BV, EXACT_V)
 
+    tl.debug_barrier()
+    gam, clean_b = chunk_vectors(gams, betas, C, GATE)
+    t, e, c, own_b = tile_vectors(logs, own_betas, R, GATE)
+    start, stop = tl.load(tile_start + meta), tl.load(tile_stop + meta)
+    before = column[None, :] < tl.load(tile_anchor + meta)[:, None]
     inside = (row[None, :] >= start[:, None]) & (row[None, :] < stop[:, None])
     if GATE == 2:
         grown = load_tile(decayed_q + head * key_dim, first, count, H * key_dim, key_dim, R, BK, EXACT_K)
@@ -148,7 +149,7 @@ def noisy_outputs_kernel(
         factor = norm[:, None] * (noisy_norm * own_b)[None, :]
         block_weight = (block_weight * (log_weights(e, t, inside, GATE) * factor)).to(dtype)
         weight = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        factor = norm[:, None] * clean_factor[None, :]
+        factor = norm[:, None] * (clean_b * clean_norm)[None, :]
         weight = (weight * (log_weights(c + e, gam, before, GATE) * factor)).to(dtype)
         result = tl.dot(queries, state, input_precision=PRECISION)
         result = result * (norm * tl.exp2(c + e) if GATE == 1 else norm)[:, None]

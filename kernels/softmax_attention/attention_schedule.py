@@ -20,6 +20,7 @@ from flarec.errors import LayoutError
 from flarec.layout import CAUSAL, Layout
 
 KEY_TILE = 128
+QUERY_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class AttentionSchedule:
     intervals [4, B, T]: clean start, clean end, noisy start, noisy end of the slots that a token reads; an empty
     interval is [T, 0), and padding has two of them.
     reader_offsets [2, B * tiles + 1], reader_ranges [n, 2]: which tokens read a tile of `key_tile` keys. Tiles of a row
-    are counted over its clean slots, then anew over its noisy slots. `reader_ranges[reader_offsets[0, i]:
-    reader_offsets[0, i + 1]]` are the ranges (first slot, last slot + 1) of tokens that read a part of tile i, row 1 of
-    the offsets points at those that read all of it.
+    are counted over its clean slots, then over its noisy slots; tile i of the batch has the ranges (first slot, last
+    slot + 1) `reader_offsets[0, i]` to `reader_offsets[0, i + 1]` of tokens that read it or a part of it, and by row 1
+    of the offsets those of tokens that read all of it: multiples of QUERY_STEP long, they need no mask.
     """
 
     clean_length: int
@@ -88,9 +89,7 @@ def _empty_as(start: Tensor, end: Tensor, length: int) -> Interval:
 def _clean_intervals(layout: Layout, window: int | None) -> Interval:
     clean, length = layout.clean_length, layout.length
     slot = torch.arange(clean, device=layout.device).expand(layout.rows, -1)
-    documents = 1 + max(
-        [int(x.amax()) for x in (layout.clean_document, layout.block_document) if x.numel()], default=0
-    )
+    documents = 1 + max([int(x.amax()) for x in (layout.clean_document, layout.block_document) if x.numel()], default=0)
     # Slot of every document's position 0. Without clean tokens a document keeps the large value; its anchors are 0.
     base = torch.full((layout.rows, max(documents, 1)), length, device=layout.device)
     owner = layout.clean_document.clamp_min(0)
@@ -125,7 +124,7 @@ def _noisy_intervals(layout: Layout, window: int | None) -> Interval:
 
 
 def _readers(clean: Interval, noisy: Interval, clean_length: int, key_tile: int) -> tuple[Ranges, Ranges]:
-    """Ranges of slots that read a part of each tile of keys, and those that read all of it."""
+    """Ranges of slots whose reading of each tile of keys needs a mask, and of those that read all of it."""
     rows, length = clean[0].shape
     clean_tiles = -(-clean_length // key_tile)
     tiles = clean_tiles + -(-(length - clean_length) // key_tile)
@@ -140,16 +139,14 @@ def _readers(clean: Interval, noisy: Interval, clean_length: int, key_tile: int)
 def _region_readers(
     interval: Interval, region_start: int, region_end: int, key_tile: int, first_tile: int, tiles: int
 ) -> tuple[Tensor, Tensor]:
-    """(tile of the batch, first slot, last slot + 1) [n, 3] of partial and of full readers, for the keys of one
+    """(tile of the batch, first slot, last slot + 1) [n, 3] of masked and of full readers, for the keys of one
     region."""
     length = interval[0].shape[1]
     token = (interval[1] > interval[0]).reshape(-1).nonzero().squeeze(1)
     row, slot = token // max(length, 1), token % max(length, 1)
     low, high = (x.reshape(-1)[token] for x in interval)
     breaks = torch.ones_like(token, dtype=torch.bool)
-    breaks[1:] = (
-        (row[1:] != row[:-1]) | (slot[1:] != slot[:-1] + 1) | (low[1:] < low[:-1]) | (high[1:] < high[:-1])
-    )
+    breaks[1:] = (row[1:] != row[:-1]) | (slot[1:] != slot[:-1] + 1) | (low[1:] < low[:-1]) | (high[1:] < high[:-1])
     run = breaks.cumsum(0) - 1  # of every token
     first, last = _edges(breaks)
 
@@ -174,6 +171,7 @@ def _region_readers(
     beyond = end > region_end  # no token reads all of a tile that the region does not fill
     all_first = torch.where(beyond, some_last, first_token(highs, end))
     all_last = torch.maximum(first_token(lows, start + 1), all_first)
+    all_last = all_last - (all_last - all_first) % QUERY_STEP
     tile_of_batch = row[first][of_run] * tiles + first_tile + tile
     to_slot = (slot[first] - first)[of_run]
 
