@@ -1,4 +1,4 @@
-"""The state schedule of the Triton kernels: documents, chunks of clean tokens, and tiles of noisy rows, as int32 tensors.
+"""The state schedule of the Triton kernels: documents, chunks of clean tokens, tiles of noisy rows, as int32 tensors.
 
 Clean tokens of a document are consecutive slots, so a chunk is a first token and a length and needs no gather; chunks
 restart at every document. A noisy block belongs to the chunk that holds clean token `anchor` if its document has one
@@ -100,10 +100,10 @@ class TileSchedule:
     def from_layout(layout: Layout, chunk_size: int = 64, tile_rows: int = 64) -> TileSchedule:
         """Derive the schedule on the host and move it to the layout's device.
 
-        If all blocks have one length, chunks hold the largest multiple of it up to `chunk_size` tokens (63 for blocks of
-        3), so that blocks on a grid fill whole tiles; kernels pad chunks to `chunk_size` rows.
-        Raises `LayoutError` for a block longer than `tile_rows`, or anchored outside its document's clean tokens (before
-        the cache ends, or behind the last clean token).
+        If all blocks have one length, chunks hold the largest multiple of it up to `chunk_size` tokens (63 for blocks
+        of 3), so that blocks on a grid fill whole tiles; kernels pad chunks to `chunk_size` rows.
+        Raises `LayoutError` for a block longer than `tile_rows`, or anchored outside its document's clean tokens
+        (before the cache ends, or behind the last clean token).
         """
         return _Builder(layout, chunk_size, tile_rows).build().to(layout.device)
 
@@ -159,9 +159,10 @@ class _Builder:
         if wrong.any():
             i = int(np.flatnonzero(wrong)[0])
             low = int(cached[block_key[i]])
+            high = low + int(tokens[block_key[i]])
             raise LayoutError(
                 f"row {self.block_row[i]}: a block of document {self.block_document[i]} is anchored at "
-                f"{self.block_anchor[i]}; its state is known from position {low} to {low + int(tokens[block_key[i]])} only"
+                f"{self.block_anchor[i]}; its state is known from position {low} to {high} only"
             )
         exists = tokens > 0
         exists[block_key] = True

@@ -1,6 +1,7 @@
-"""What all readers of a chunk - its own queries and its noisy tiles - send back to its corrected values and entry state:
-one program per (chunk, head, tile of V), which accumulates over the chunk's tiles, so that nothing of the size of a state
-exists per tile or block.
+"""What all readers of a chunk, its own queries and its noisy tiles, send back to its corrected values and entry state.
+
+One program per (chunk, head, tile of V) accumulates over the chunk's tiles, so that nothing of the size of a state
+exists per tile or block:
 
     grad_D   += A_q^T do           - P^T E                 + Pq^T do~
     grad_S0  += (exp(gam) q)^T do  - (exp(c + t) k~)^T E   + (exp(c + e) q~)^T do~
@@ -17,8 +18,8 @@ from .triton_gates import chunk_vectors, tile_vectors
 
 @triton.jit
 def add_readers(rows, grad, keys, row_factor, decay, corrected_sum, states_sum, PRECISION: tl.constexpr):
-    """rows [r, K] and grad [r, V] as in memory; decay [C, r]: weights without the keys' norms; row_factor [r]: exp(log) norm
-    (and sign, scale) of the rows as readers of the entry state."""
+    """rows [r, K] and grad [r, V] as in memory; decay [C, r]: weights without the keys' norms; row_factor [r]: decay,
+    norm, sign and scale of the rows as readers of the entry state."""
     dtype = keys.dtype
     weight = tl.dot(keys, tl.trans(rows), input_precision=PRECISION)
     corrected_sum = tl.dot((weight * decay).to(dtype), grad, corrected_sum, input_precision=PRECISION)
@@ -86,7 +87,7 @@ def chunk_grad_kernel(
     states_sum = tl.zeros([BK, BV], dtype=tl.float32)
     keys = load_tile(k_base, clean_first, clean_count, k_token, key_dim, C, BK, EXACT_K)
     norm = row_norm(keys, C, L2NORM)
-    gam, b = chunk_vectors(gams, betas, C, GATE)
+    gam, _ = chunk_vectors(gams, betas, C, GATE)
     rows = load_tile(q_base, clean_first, clean_count, q_token, key_dim, C, BK, EXACT_K)
     grad = load_tile(out_base, clean_first, clean_count, out_stride, width, C, BV, EXACT_V)
     factor = row_norm(rows, C, L2NORM) * scale
@@ -98,8 +99,8 @@ def chunk_grad_kernel(
         first = tl.load(tile_first + tile).to(tl.int64)
         count = tl.load(tile_count + tile)
         before = column[:, None] < tl.load(tile_anchor + tile * R + row)[None, :]
-        gam, b = chunk_vectors(gams, betas, C, GATE)
-        t, e, c, b = tile_vectors(tile_logs + (tile * H + head) * 3 * R, tile_beta + (tile * H + head) * R, R, GATE)
+        gam, _ = chunk_vectors(gams, betas, C, GATE)
+        t, e, c, _ = tile_vectors(tile_logs + (tile * H + head) * 3 * R, tile_beta + (tile * H + head) * R, R, GATE)
         rows = load_tile(q_base, first, count, q_token, key_dim, R, BK, EXACT_K)
         grad = load_tile(out_base, first, count, out_stride, width, R, BV, EXACT_V)
         factor = row_norm(rows, R, L2NORM) * scale

@@ -1,8 +1,8 @@
 """The clean stream, forward: the triangular inverse of every chunk, the states between chunks, the outputs.
 
-Per head and chunk with entry state S0 (kernels.md): gam the inclusive cumulative log decay, A the strictly lower decayed
-key-key products, Z = (I + A diag(beta))^-1 (v - exp(gam) k S0), D = beta Z, next state exp(gam_C) S0 + (exp(gam_C -
-gam) k)^T D, output scale (exp(gam) q S0 + A_q D). Without the delta rule Z = v.
+Per head and chunk with entry state S0 (docs/kernels.md): gam the inclusive cumulative log decay, A the strictly lower
+decayed key-key products, Z = (I + A diag(beta))^-1 (v - exp(gam) k S0), D = beta Z, next state exp(gam_C) S0 +
+(exp(gam_C - gam) k)^T D, output scale (exp(gam) q S0 + A_q D). Without the delta rule Z = v.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def clean_states_kernel(
     EXACT_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program walks the chunks of a (document, head, tile of V): states [N, H, K, V] before each chunk, values Z."""
+    """One program walks the chunks of a (document, head, tile of V): states [N, H, K, V] before each, values Z."""
     pid = tl.program_id(0)
     tile, pid = pid % NV, pid // NV
     head, document = pid % H, pid // H
@@ -115,9 +115,8 @@ def clean_states_kernel(
     state = tl.zeros([BK, BV], dtype=tl.float32)
     if INITIAL:
         if source >= 0:
-            state = tl.load(
-                initial + (source.to(tl.int64) * H + head) * key_dim * value_dim + state_place, mask=state_mask, other=0.0
-            ).to(tl.float32)
+            place = initial + (source.to(tl.int64) * H + head) * key_dim * value_dim + state_place
+            state = tl.load(place, mask=state_mask, other=0.0).to(tl.float32)
     for step in range(0, end - begin):
         chunk = begin.to(tl.int64) + step
         first = begin_token + step * chunk_step
@@ -145,7 +144,8 @@ def clean_states_kernel(
                 read = read * (norm * tl.exp2(gam) if GATE == 1 else norm)[:, None]
             solve = tl.load(inverse + chunk_head * C * C + row[:, None] * C + row[None, :])
             result = tl.dot(solve, (z.to(tl.float32) - read).to(solve.dtype), input_precision=PRECISION)
-            store_tile(values + head * value_dim + tile * BV, result, first, count, H * value_dim, value_dim - tile * BV, C, BV, EXACT_V)
+            store_tile(values + head * value_dim + tile * BV, result, first, count, H * value_dim,
+                       value_dim - tile * BV, C, BV, EXACT_V)  # fmt: skip
             added = result * b[:, None]
         else:
             added = z.to(tl.float32) * b[:, None]
@@ -160,9 +160,8 @@ def clean_states_kernel(
         state += tl.dot(tl.trans(keys), added.to(keys.dtype), input_precision=PRECISION)
     if FINAL:
         if source >= 0:
-            tl.store(
-                final + (source.to(tl.int64) * H + head) * key_dim * value_dim + state_place, state, mask=state_mask
-            )
+            place = final + (source.to(tl.int64) * H + head) * key_dim * value_dim + state_place
+            tl.store(place, state, mask=state_mask)
 
 
 @triton.jit(do_not_specialize=["chunks"])

@@ -151,8 +151,8 @@ def clean_keys_grad_kernel(
     EXACT_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grad_k [B,T,H,K], grad_g, grad_beta [B,T,H] of the clean rows. grad_v holds E of all rows, grad_states the gradient
-    of the state after each chunk, grad_gam the queries' part."""
+    """grad_k [B,T,H,K], grad_g, grad_beta [B,T,H] of the clean rows. grad_v holds E of all rows, grad_states the
+    gradient of the state after each chunk, grad_gam the queries' part."""
     pid = tl.program_id(0)
     head, chunk = pid % H, pid // H
     key_head = head // GROUP
@@ -239,7 +239,7 @@ def clean_keys_grad_kernel(
         rows = tl.load(tile_count + tile)
         anchor = tl.load(tile_anchor + tile * R + reader)
         gam, b = chunk_vectors(gams, betas, C, GATE)
-        t, e, c, own_b = tile_vectors(tile_logs + tile_head * 3 * R, tile_beta + tile_head * R, R, GATE)
+        t, e, c, _ = tile_vectors(tile_logs + tile_head * 3 * R, tile_beta + tile_head * R, R, GATE)
         before = row[:, None] < anchor[None, :]
         if GATE == 1:
             at_anchor = tl.load(grad_anchor + tile_head * R + reader)

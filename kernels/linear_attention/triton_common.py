@@ -131,7 +131,7 @@ def product_of_tiles(
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A B^T [A_ROWS, B_ROWS] of token-major rows of `width` columns, in NV tiles of BV; left and right: the first tiles."""
+    """A B^T [A_ROWS, B_ROWS] of token-major rows of `width` columns, in NV tiles of BV; left, right: the first."""
     total = tl.dot(left, tl.trans(right), input_precision=PRECISION)
     for vt in tl.static_range(1, NV):
         left = load_tile(a + vt * BV, a_first, a_count, a_stride, width - vt * BV, A_ROWS, BV, EXACT)

@@ -164,7 +164,6 @@ def _operands(
     p: Problem, q: Tensor, k: Tensor, v: Tensor, z: Tensor, schedule: TileSchedule, scale: float
 ) -> dict[str, Any]:
     """What every kernel may ask for by name."""
-    empty = q.new_empty(0)
     strides = {"q": q, "k": k, "v": v, "z": z}
     return {
         "q": q,
@@ -179,11 +178,11 @@ def _operands(
         **{f"{name}_token": x.stride(1) for name, x in strides.items()},
         **{f"{name}_head": x.stride(2) for name, x in strides.items()},
         **{n: getattr(schedule, n) for n in SCHEDULE_NAMES},
-        # of channel gates
-        **{n: empty for n in ("decayed_q", "decayed_k", "tail_k", "total", "weights", "clean_weights", "block_weights")},
+        **dict.fromkeys(CHANNEL_NAMES, q.new_empty(0)),
     }
 
 
+CHANNEL_NAMES = ("decayed_q", "decayed_k", "tail_k", "total", "weights", "clean_weights", "block_weights")
 SCHEDULE_NAMES = (
     "document_token", "document_length", "document_chunk", "document_row", "chunk_token", "chunk_length", "chunk_tile",
     "tile_chunk", "tile_first", "tile_count", "tile_token", "tile_anchor", "tile_start", "tile_stop",

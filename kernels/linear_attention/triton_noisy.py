@@ -1,4 +1,4 @@
-"""The noisy stream, forward: one program per (tile of rows, head, tile of V), all independent; no walk, no boundary state.
+"""The noisy stream, forward: independent programs, one per (tile of rows, head, tile of V); no boundary state.
 
 With S0, k, D, gam of the tile's chunk, c = gam[anchor - 1], t the in-block inclusive and e the read-out log decay:
 P, Pq the decayed products of k~, q~ with the chunk's keys before the anchor, N (m < l) and M the products inside the

@@ -74,8 +74,8 @@ def noisy_queries_grad_kernel(
     EXACT_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grad_q [B,T,H,K], grad_v [B,T,H,V] (= E), grad_beta [B,T,H] of the noisy rows; and, [M, H, R], what each row's query
-    adds to the gradients of gam[anchor - 1] (grad_anchor) and of e (grad_stop). noisy_values are Z~ (delta) or v."""
+    """grad_q [B,T,H,K], grad_v [B,T,H,V] (= E), grad_beta [B,T,H] of the noisy rows; and, [M, H, R], what each row's
+    query adds to the gradients of gam[anchor - 1] (grad_anchor) and of e (grad_stop). noisy_values are Z~ or v."""
     pid = tl.program_id(0)
     head, tile = pid % H, pid // H
     key_head = head // GROUP

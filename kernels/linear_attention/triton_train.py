@@ -46,8 +46,8 @@ def two_stream(
     """Output [B, T, H, V] in q's dtype; the same arguments and meaning as `reference`, with its layout's schedule.
 
     q, k [B, T, Hk, K], v [B, T, H, V] in one of bfloat16, float16, float32 (mixed: the widest); g and beta of any
-    floating dtype; initial_state [B, H, K, V] float32. With final_state also the clean state of document 0 of each row after the
-    layout's clean tokens, [B, H, K, V] float32 (0 for a row without document 0).
+    floating dtype; initial_state [B, H, K, V] float32. With final_state also the clean state of document 0 of each row
+    after the layout's clean tokens, [B, H, K, V] float32 (0 for a row without document 0).
     Products take operands of the input dtype (float32: three TF32 products) and sum in float32; gates, solves and the
     state inside a document are float32, chunk entry states are stored in the input dtype.
     Differentiable (once). Padding slots are never read and output 0. Deterministic. Raises `UsageError` for
@@ -58,8 +58,8 @@ def two_stream(
     if why:
         raise UsageError(f"Triton linear attention does not support {why}; use the torch kernels")
     out, final, *_ = _forward(
-        q.to(dtype), k.to(dtype), v.to(dtype), g, beta, initial_state, schedule.sizes(), schedule.tensors(), scale, delta,
-        l2norm, final_state,
+        q.to(dtype), k.to(dtype), v.to(dtype), g, beta, initial_state, schedule.sizes(), schedule.tensors(), scale,
+        delta, l2norm, final_state,
     )  # fmt: skip
     out = out.to(q.dtype)
     return (out, final) if final_state else out
@@ -132,8 +132,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     schedule = TileSchedule.rebuild(sizes, index)
     return triton_launch.backward(
-        grad_out, grad_final, q, k, v, g, beta, initial, Saved.of(saved), schedule, scale=scale, delta=delta, l2norm=l2norm
-    )
+        grad_out, grad_final, q, k, v, g, beta, initial, Saved.of(saved), schedule, scale=scale, delta=delta,
+        l2norm=l2norm,
+    )  # fmt: skip
 
 
 @_backward.register_fake
@@ -187,7 +188,8 @@ def _gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     grad_q, grad_k, grad_v, grad_g, grad_beta, grad_initial = result
     return (
         grad_q, grad_k, grad_v, None if g is None else grad_g, grad_beta,
-        None if ctx.initial is None else grad_initial.to(ctx.initial), None, [None] * len(index), None, None, None, None,
+        None if ctx.initial is None else grad_initial.to(ctx.initial), None, [None] * len(index), None, None, None,
+        None,
     )  # fmt: skip
 
 

@@ -36,10 +36,13 @@ class Launch:
     registers: int | None = None
 
 
-def forward_launch(dtype: torch.dtype, channels: int) -> Launch:
-    """16 bytes a thread and row, four rows a thread; 512 channels of 16 bits."""
-    block = min(1024 // dtype.itemsize, triton.next_power_of_2(channels))
-    return Launch(block=block, steps=8, warps=4)
+def forward_launch(dtype: torch.dtype, channels: int, *, plain: bool = False) -> Launch:
+    """16 bytes a thread and row: four rows a thread over 512 channels of 16 bits, or one over 256.
+
+    plain: no window. One costs registers, and a decode step has few tokens to spread over the device.
+    """
+    block, steps = (1024, 8) if plain else (512, 4)
+    return Launch(block=min(block // dtype.itemsize, triton.next_power_of_2(channels)), steps=steps, warps=4)
 
 
 def backward_launch(dtype: torch.dtype, width: int, channels: int, *, plain: bool = False) -> Launch:
@@ -172,7 +175,7 @@ def _forward(
     x = _read_in_place(x)
     rows, channels, length = x.shape
     width = weight.shape[1]
-    launch = launch or forward_launch(x.dtype, channels)
+    launch = launch or forward_launch(x.dtype, channels, plain=window is None)
     y = _token_major(x, rows, channels, length)
     tiles = triton.cdiv(length, launch.steps)
     grid = (rows * tiles * triton.cdiv(channels, launch.block),)
