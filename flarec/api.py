@@ -17,7 +17,7 @@ from torch import nn
 from .checkpoint import Checkpoint, context_of, open_checkpoint
 from .collector import collector_paused
 from .decode import Engine, Generation, SamplingParams, StopStrings
-from .device import torch_device, torch_dtype
+from .device import resolve_kernels, torch_device, torch_dtype
 from .errors import CheckpointError, GenerationError
 from .frontend import capture
 from .passes import lower
@@ -65,6 +65,7 @@ class Model:
     hf_model, tokenizer  transformers objects; the program computes with hf_model's own parameters
     manifest             of a converted checkpoint, None for a source model
     program              the captured program; `decode_program` is what runs
+    kernels              implementation of the token mixers: "triton", "torch" or "reference"
     engine               generates token ids (`flarec.decode.Engine`)
     """
 
@@ -75,7 +76,7 @@ class Model:
         checkpoint: Checkpoint,
         extra: Mapping[str, nn.Parameter] | None = None,
         *,
-        kernels: str = "torch",
+        kernels: str = "auto",
         cache: bool = False,
     ) -> None:
         """The model of a checkpoint, loaded. `cache`: see `flarec.capture`; for a model as it came from its files."""
@@ -90,7 +91,8 @@ class Model:
         self.manifest = manifest
         self.program = capture(hf_model, cache=cache)
         self.program.extra.update(extra or {})
-        self.decode_program = lower(self.program, "decode", mask_vector=vector, kernels=kernels)
+        self.kernels = resolve_kernels(kernels, self.program.device)
+        self.decode_program = lower(self.program, "decode", mask_vector=vector, kernels=self.kernels)
         self.eos_ids = checkpoint.eos_ids(hf_model.config, tokenizer)
         self.engine = self._engine()
 
@@ -250,7 +252,7 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
-    kernels: str = "torch",
+    kernels: str = "auto",
 ) -> Model:
     """Open a checkpoint, or a source model, for generation.
 
@@ -258,7 +260,7 @@ def load(
     dtype    what is computed in: a torch dtype or its name. Default: float32 on the CPU (AR-Trust is exact there), else
              as stored
     device   "cpu", "cuda", ... or "auto" (a GPU if there is one)
-    kernels  "torch" or "reference"
+    kernels  implementation of the token mixers: "triton", "torch" or "reference"; "auto" is triton on a GPU, else torch
 
     Raises `CheckpointError` for a directory that cannot be used, `UsageError` for the other arguments.
     """

@@ -20,6 +20,13 @@ def torch_device(device: torch.device | str) -> torch.device:
     return place
 
 
+def resolve_kernels(kernels: str, device: torch.device) -> str:
+    """The implementation of the token mixers that "auto" stands for: triton on a CUDA device, torch elsewhere."""
+    if kernels != "auto":
+        return kernels
+    return "triton" if device.type == "cuda" else "torch"
+
+
 def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The floating dtype of that name. Raises `UsageError` for an unknown one."""
     if dtype is None or isinstance(dtype, torch.dtype):

@@ -22,6 +22,8 @@ from torch import Tensor, fx, nn
 from .cache_spec import CacheSlot
 from .layout import Layout
 
+SPELLED_OUT = ("kernels", "stream_ops", "reference_ops", "lowered_triton")
+"""Modules that are part of the short name of what a node calls."""
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
 
@@ -104,8 +106,19 @@ class Program:
         return dict(self.module.named_parameters())
 
     def derive(self, layout: Layout, capacity: int | None = None) -> dict[str, Any]:
-        """Everything that the graph reads from the layout, computed once for all layers."""
-        return {name: item.build(layout, capacity) for name, item in self.derivations.items()}
+        """Everything that the graph reads from the layout, computed once for all layers, on the program's device.
+
+        A layout may be given on the host: schedules whose sizes depend on it are then made there, without waiting for
+        what the device is doing.
+        """
+        device = self.device
+        moved = layout.to(device)
+        return {
+            name: item.build(layout, capacity).to(device)
+            if getattr(item, "on_host", False)
+            else item.build(moved, capacity)
+            for name, item in self.derivations.items()
+        }
 
     def __call__(
         self,
@@ -199,7 +212,7 @@ def target_name(node: fx.Node) -> str:
         return name if namespace == "aten" else f"{namespace}.{name}"
     module = getattr(target, "__module__", "").removeprefix("flarec.").split(".")
     name = getattr(target, "__name__", str(target))
-    return f"{'.'.join(module[-2:])}.{name}" if module[0] in ("kernels", "stream_ops", "reference_ops") else name
+    return f"{'.'.join(module[-2:])}.{name}" if module[0] in SPELLED_OUT else name
 
 
 def layer_of(node: fx.Node) -> int | None:

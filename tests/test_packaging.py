@@ -168,7 +168,12 @@ def test_every_module_imports_from_the_wheel(clean_python: Path, tmp_path: Path,
     files, errors = json.loads(done.stdout.splitlines()[-1])
     environment = clean_python.parent.parent
     assert {name: file for name, file in files.items() if environment not in Path(file).parents} == {}
-    # Without the extra a module may refuse to be imported, but then it says what to install.
-    assert {name: error for name, error in errors.items() if not hidden or "flarec[gpu]" not in error} == {}
+    # Without the extra a module may refuse to be imported, but then it says what to install. Files of Triton kernels
+    # need not: what imports them does.
+    def expected(name: str, error: str) -> bool:
+        kernel_file = name.startswith("flarec.kernels.") and ".triton_" in name
+        return bool(hidden) and ("flarec[gpu]" in error or (kernel_file and "No module named 'triton'" in error))
+
+    assert {name: error for name, error in errors.items() if not expected(name, error)} == {}
     packages = {name.removesuffix("/__init__.py").replace("/", ".") for name in source_files() if "__init__" in name}
     assert packages <= set(files) | set(errors)

@@ -20,7 +20,8 @@ LONGEST_FILE = 500
 # Which module belongs to which layer: the longest prefix decides.
 BASE = ("errors", "layout", "cache_spec", "config", "device", "spec", "collector")
 KERNELS = ("linear_attention", "short_conv", "softmax_attention", "moe_experts")
-OPS = ("ops", "stream_ops", "lowered", "derive")  # what the graph calls, and what those calls read from the layout
+# what the graph calls, and what those calls read from the layout
+OPS = ("ops", "stream_ops", "lowered", "lowered_triton", "derive")
 LAYER_OF = {
     "flarec": "root",  # flarec/__init__.py: the version, no imports
     **{f"flarec.{name}": name for name in BASE},
@@ -39,6 +40,7 @@ LAYER_OF = {
     "flarec.decode": "decode",
     "flarec.verify": "verify",
     "flarec.inspect": "inspect",
+    "flarec.bench": "bench",
     **{f"flarec.{name}": "checkpoint" for name in ("checkpoint", "manifest", "model_card")},
     **{f"flarec.{name}": "api" for name in ("api", "streaming", "hf_generate", "evaluate")},
     "flarec.cli": "cli",
@@ -71,7 +73,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "program", "pipeline", "layout", "config", "device", "decode", "recipes", "capture", "passes", "checkpoint",
     },
     "verify": BELOW_CLI,
-    "inspect": BELOW_CLI - {"train", "decode", "verify"},
+    "inspect": BELOW_CLI - {"train", "decode", "verify", "bench"},
+    "bench": {*ALL_KERNELS, "ops", "layout"},
     "checkpoint": {"capture", "layout"},
     "api": {"device", "collector", "capture", "passes", "program", "decode", "checkpoint", "train"},
     "cli": BELOW_CLI,
@@ -175,6 +178,12 @@ def test_kernels_import_only_torch_and_triton() -> None:
     known = KERNEL_LIBRARIES | {"flarec"} | sys.stdlib_module_names
     ours = [(place, target) for module, place, target in EDGES if module.startswith("flarec.kernels")]
     assert [f"{place} imports {target}" for place, target in ours if target.split(".")[0] not in known] == []
+
+
+def test_mypy_knows_the_files_with_triton_kernels() -> None:
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["overrides"]
+    listed = {name for table in tables for name in table["module"] if name.startswith("flarec.kernels.")}
+    assert listed == {module_name(path) for path in PACKAGE_FILES if "\n@triton.jit" in path.read_text()}
 
 
 @pytest.mark.parametrize("folder", PYTHON_FOLDERS)

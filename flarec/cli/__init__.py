@@ -22,6 +22,7 @@ COMMANDS: dict[str, str] = {
     "eval": "Held-out loss, exact-match accuracy and tokens per forward on a data file.",
     "inspect": "Show a model's program, layer by layer, and what each pass changed.",
     "verify": "Check a checkpoint against the invariants of the method.",
+    "bench": "Check and time the Triton kernels on a GPU.",
     "recipes": "List the recipes, or document every key of one.",
 }
 """Name and one-line help, in the order in which `flarec --help` lists them."""
@@ -74,7 +75,11 @@ def _end(ctx: click.Context, message: str, code: int) -> NoReturn:
 
 
 def _take_debug(command: click.Command) -> None:
-    """Give a command the option `--debug`. The flag is kept in the context; errors then keep their traceback."""
+    """Give a command, and those of a group, the option `--debug`. The flag is kept in the context; errors then keep
+    their traceback."""
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            _take_debug(inner)
     if not any(parameter.name == "debug" for parameter in command.params):
         command.params.append(
             click.Option(

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from .options import kernels_option
+
 
 @click.command("convert")
 @click.argument("source")
@@ -39,10 +41,7 @@ import click
     "--eval-data", multiple=True, metavar="PATH",
     help="Documents to evaluate on.  [default: some are held out of the training data]",
 )
-@click.option(
-    "--kernels", default="torch", show_default=True, metavar="torch|reference",
-    help="Implementation of the token mixers.",
-)
+@kernels_option("auto")
 @click.option("--dry-run", is_flag=True, help="Say what would run, and what memory and time it needs; writes nothing.")
 @click.pass_context
 def command(ctx: click.Context, /, dry_run: bool, **arguments: Any) -> None:

@@ -57,12 +57,12 @@ def command(
     if as_json:
         click.echo(json.dumps(result, ensure_ascii=False, indent=1))
         return
-    for name, value in _lines(result):
+    for name, value in _lines(result, model.kernels):
         click.echo(f"{name:<20}{value}")
 
 
-def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [("mode", result["mode"]), ("records", f"{result['records']:,}")]
+def _lines(result: dict[str, Any], kernels: str) -> list[tuple[str, str]]:
+    rows = [("mode", result["mode"]), ("kernels", kernels), ("records", f"{result['records']:,}")]
     if result["loss"] is not None:
         rows.append(("held-out loss", f"{result['loss']:.4f} nats per token ({result['response_tokens']:,} tokens)"))
     if result["accuracy"] is not None:

@@ -65,7 +65,7 @@ def command(
             click.echo(output.text)
     if stats:
         sys.stdout.flush()
-        for line in _stats(outputs):
+        for line in _stats(outputs, model.kernels):
             click.echo(line, err=True)
 
 
@@ -113,12 +113,12 @@ def _parse(line: str, where: str) -> Any:
     raise DataError(f'{where}: no "prompt" text and no "messages" list; give one of them')
 
 
-def _stats(outputs: list[Output]) -> Iterator[str]:
+def _stats(outputs: list[Output], kernels: str) -> Iterator[str]:
     for number, output in enumerate(outputs, 1):
         name = f"prompt {number}: " if len(outputs) > 1 else ""
         steps = " ".join(f"{n}:{count}" for n, count in enumerate(output.accepted) if count)
         yield (
             f"{name}{output.mode}, {output.new_tokens} tokens in {output.forwards} forwards "
-            f"({output.tokens_per_forward:.2f} per forward), {output.seconds:.2f} s, stopped by {output.stop_reason}"
-            + (f", accepted per step {steps}" if steps else "")
+            f"({output.tokens_per_forward:.2f} per forward), {output.seconds:.2f} s on {kernels} kernels, "
+            f"stopped by {output.stop_reason}" + (f", accepted per step {steps}" if steps else "")
         )

@@ -10,6 +10,8 @@ import click
 
 from flarec.errors import UsageError
 
+from .options import kernels_option
+
 
 @click.command()
 @click.argument("source")
@@ -19,7 +21,7 @@ from flarec.errors import UsageError
 @click.option("--ops", is_flag=True, help="Also list the nodes of one layer of each kind.")
 @click.option("--format", "kind", type=click.Choice(("text", "json", "svg")), default="text", show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False), metavar="FILE", help="Write to a file instead of stdout.")
-@click.option("--kernels", default="torch", show_default=True, metavar="NAME", help="torch or reference.")
+@kernels_option("torch")
 def command(
     source: str, target: str, after: str | None, diff: bool, ops: bool, kind: str, out: str | None, kernels: str
 ) -> None:

@@ -10,6 +10,14 @@ import click
 MODES = ("ar-trust", "diffusion-trust", "causal")
 
 
+def kernels_option(default: str) -> Callable[..., Any]:
+    """`--kernels`; "auto" is for commands that run a model on a device."""
+    text = "What computes the token mixers: triton, torch or reference."
+    if default == "auto":
+        text = "What computes the token mixers: triton, torch, reference, or auto (triton on CUDA, torch elsewhere)."
+    return click.option("--kernels", default=default, show_default=True, metavar="NAME", help=text)
+
+
 def runtime_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--device`, `--dtype`, `--kernels`: where and in what a model computes."""
     for option in reversed((
@@ -17,7 +25,7 @@ def runtime_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--dtype", metavar="NAME", help="float32, bfloat16, float16. Default: float32 on the CPU, else as stored."
         ),
-        click.option("--kernels", default="torch", show_default=True, metavar="NAME", help="torch or reference."),
+        kernels_option("auto"),
     )):
         command = option(command)
     return command

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .options import kernels_option
+
 if TYPE_CHECKING:
     from flarec.verify import Result
 
 
 @click.command()
 @click.argument("checkpoint")
-@click.option("--kernels", default="torch", show_default=True, metavar="NAME", help="torch or reference.")
+@kernels_option("torch")
 @click.option("--seed", default=0, show_default=True, help="Of the random layouts, tokens and sampling.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def command(checkpoint: str, kernels: str, seed: int, as_json: bool) -> None:

@@ -158,7 +158,7 @@ def mixer_kind(node: fx.Node) -> str | None:
     target: Any = node.target
     if target in (*ops.TOKEN_MIXERS, ops.MOE_EXPERTS):
         return str(target_name(node).removeprefix("flarec."))
-    if stream_ops.is_stream_op(target) or getattr(target, "__module__", "") == lowered.__name__:
+    if stream_ops.is_stream_op(target) or getattr(target, "__module__", "").startswith(lowered.__name__):
         name = str(target.__name__)
         return next((kind for kind in KINDS if kind in name), None)
     return None

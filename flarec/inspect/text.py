@@ -89,7 +89,7 @@ def _linears(part: Part) -> str:
 
 def _mixer(mixer: Mixer) -> Iterator[str]:
     shapes = " ".join(f"{name} {shape}" for name, shape in mixer.operands if name not in ("weight", "bias"))
-    yield f"    {mixer.call:<34}{', '.join(mixer.options)}"
+    yield f"    {mixer.call:<38}{', '.join(mixer.options)}"
     inputs = [name for name in mixer.inputs if name not in ("accepted", "layout")] or list(mixer.inputs)
     rest = [f"by {', '.join(inputs)}"] if inputs else []
     rest += [f"cache {', '.join(mixer.caches)}"] if mixer.caches else []

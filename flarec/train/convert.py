@@ -54,7 +54,7 @@ def convert(
     overwrite: bool = False,
     skip_bad_lines: bool = False,
     eval_data: str | Path | Sequence[str | Path] = (),
-    kernels: str = "torch",
+    kernels: str = "auto",
     debug: bool = False,
     reporter: Reporter | None = None,
 ) -> Path:

@@ -134,8 +134,11 @@ class Trainer:
         losses: list[Tensor] = []
         metrics: Metrics | None = None
         for host_batch in batches:
+            derived = self.program.derive(host_batch.layout)
             batch = host_batch.to(device)
-            logits = self.program(batch.input_ids, layout=batch.layout, head_rows=batch.head_rows)
+            logits = self.program(
+                batch.input_ids, layout=batch.layout, head_rows=batch.head_rows, derived=derived
+            )
             result = loss(
                 logits,
                 batch,

@@ -23,7 +23,8 @@ class Options:
     out             the checkpoint's directory; None: `<source name>-flarec` in the current directory
     overrides       `key=value` for the recipe; `steps` and `max_length` are short for two of them
     eval_data       as `data`: documents to evaluate on; by default some training documents are taken out for it
-    kernels         implementation of the token mixers ("torch" or "reference")
+    kernels         implementation of the token mixers: "triton", "torch", "reference", or "auto" (triton on CUDA, else
+                    torch)
     """
 
     source: str
@@ -39,7 +40,7 @@ class Options:
     overwrite: bool = False
     skip_bad_lines: bool = False
     eval_data: Sequence[str] = ()
-    kernels: str = "torch"
+    kernels: str = "auto"
     debug: bool = False
 
     @property

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..checkpoint import Checkpoint, context_of, open_checkpoint
 from ..config import Recipe
-from ..device import torch_device
+from ..device import resolve_kernels, torch_device
 from ..errors import CheckpointError, DataError, UsageError
 from ..frontend import capture
 from ..passes import lower, pipeline
@@ -55,8 +55,7 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     recipe = options.load_recipe()
     device = torch_device(options.device)
     options.check_seed()
-    if options.kernels not in IMPLEMENTATIONS:
-        raise UsageError(f"unknown kernels '{options.kernels}'; choose one of {', '.join(IMPLEMENTATIONS)}")
+    options = _with_kernels(options, device, reporter)
     source = _open_source(options.source)
     options.check_output()
     tokenizer = source.load_tokenizer()
@@ -93,6 +92,15 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     return Run(
         options, recipe, source, tokenizer, model, captured, mask, sources, len(held), trainer, held_out, pipelines
     )
+
+
+def _with_kernels(options: Options, device: torch.device, reporter: Reporter) -> Options:
+    """With `auto` replaced by what it stands for on this device, and said so."""
+    kernels = resolve_kernels(options.kernels, device)
+    if kernels not in IMPLEMENTATIONS:
+        raise UsageError(f"unknown kernels '{kernels}'; choose one of auto, {', '.join(IMPLEMENTATIONS)}")
+    reporter.note(f"kernels: {kernels}")
+    return replace(options, kernels=kernels)
 
 
 def _open_source(location: str) -> Checkpoint:

@@ -23,6 +23,13 @@ from flarec.layout import CAUSAL, Layout
 IntArray = npt.NDArray[np.int64]
 
 
+def largest_chunk(dtype: torch.dtype, key_dim: int, value_dim: int) -> int:
+    """Rows of a chunk, and of a tile, that these inputs leave room for in shared memory (an H100 has 227 KiB)."""
+    if dtype != torch.float32 or max(key_dim, value_dim) <= 64:
+        return 64
+    return 32 if key_dim <= 128 else 16
+
+
 @dataclass(frozen=True)
 class TileSchedule:
     """Index tensors (int32) of one layout: D documents, N chunks of at most C clean rows, M tiles of R noisy rows.
@@ -97,15 +104,15 @@ class TileSchedule:
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor"})
 
     @staticmethod
-    def from_layout(layout: Layout, chunk_size: int = 64, tile_rows: int = 64) -> TileSchedule:
-        """Derive the schedule on the host and move it to the layout's device.
+    def from_layout(layout: Layout, chunk_size: int = 64, tile_rows: int | None = None) -> TileSchedule:
+        """Derive the schedule on the host and move it to the layout's device. tile_rows: chunk_size unless given.
 
         If all blocks have one length, chunks hold the largest multiple of it up to `chunk_size` tokens (63 for blocks
         of 3), so that blocks on a grid fill whole tiles; kernels pad chunks to `chunk_size` rows.
         Raises `LayoutError` for a block longer than `tile_rows`, or anchored outside its document's clean tokens
         (before the cache ends, or behind the last clean token).
         """
-        return _Builder(layout, chunk_size, tile_rows).build().to(layout.device)
+        return _Builder(layout, chunk_size, tile_rows or chunk_size).build().to(layout.device)
 
 
 class _Builder:

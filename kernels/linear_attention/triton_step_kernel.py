@@ -32,27 +32,10 @@ def _product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _sums(a, b, PRECISION: tl.constexpr, MASK_FIRST: tl.constexpr):
-    """a @ b where one factor is a 0/1 mask, `a` if MASK_FIRST. On tensor cores the other is cut into exact pieces."""
-    if PRECISION == "tf32x3":
-        if MASK_FIRST:
-            high, middle, low = _pieces(b)
-            mask = a.to(PIECE)
-            return tl.dot(mask, high, tl.dot(mask, middle, tl.dot(mask, low)))
-        else:
-            high, middle, low = _pieces(a)
-            mask = b.to(PIECE)
-            return tl.dot(high, mask, tl.dot(middle, mask, tl.dot(low, mask)))
-    return _product(a, b, PRECISION)
-
-
-@triton.jit
-def _pieces(x):
-    """x = high + middle + low exactly, in bfloat16."""
-    high = x.to(PIECE)
-    rest = x - high.to(tl.float32)
-    middle = rest.to(PIECE)
-    return high, middle, (rest - middle.to(tl.float32)).to(PIECE)
+def _sums(a, b):
+    """a @ b where one factor is a 0/1 mask: exact up to the order of the sum. (Cut into 16-bit pieces for the tensor cores,
+    Triton 3.6 read shared memory out of bounds at 32 and 64 rows.)"""
+    return tl.dot(a, b, input_precision="ieee", out_dtype=a.dtype)
 
 
 @triton.jit
@@ -101,7 +84,7 @@ def _decay_behind(pending_g, first, rows, accepted, step, k_cols, held, GATE: tl
         slot = first + row
         own = tl.load(pending_g + slot * step + k_cols[None, :], mask=(slot < rows) & held[None, :], other=0).to(CT)
         own = tl.where(slot < accepted, own, 0)
-        return tl.sum(own, axis=0), _sums((col > row).to(CT), own, PRECISION, True)
+        return tl.sum(own, axis=0), _sums((col > row).to(CT), own)
     else:
         slot = first + col
         own = tl.load(pending_g + slot * step, mask=slot < rows, other=0).to(CT)
@@ -158,11 +141,11 @@ def _channel_weights(
         mask = k_cols < tl.where(anchor >= 0, K, 0)
         key = tl.load(key_rows + (j + moved) * stride_kt + k_cols, mask=mask, other=0).to(CT)
         here = col[None, :] == j
-        between = _sums(tl.where(own[None, :], 0.0, query_mask), gates, PRECISION, True)
+        between = _sums(tl.where(own[None, :], 0.0, query_mask), gates)
         column = tl.sum(queries * tl.exp(between) * key[None, :], axis=1)
         query_key = tl.where(here, column[:, None], query_key)
         if DELTA:
-            between = _sums(tl.where(own[None, :], 0.0, gate_mask), gates, PRECISION, True)
+            between = _sums(tl.where(own[None, :], 0.0, gate_mask), gates)
             column = tl.sum(keys * tl.exp(between) * key[None, :], axis=1)
             key_key = tl.where(here, column[:, None], key_key)
     return key_key, query_key
@@ -325,11 +308,11 @@ def step_kernel(
         unread = tl.trans(1.0 - gate_mask)
         by_query = query_mask * gate[None, :]
         query_factor *= tl.exp(tl.sum(by_query, axis=1))
-        query_key *= tl.exp(_sums(by_query, unread, PRECISION, False))
+        query_key *= tl.exp(_sums(by_query, unread))
         if DELTA:
             by_key = gate_mask * gate[None, :]
             key_factor *= tl.exp(tl.sum(by_key, axis=1))
-            key_key *= tl.exp(_sums(by_key, unread, PRECISION, False))
+            key_key *= tl.exp(_sums(by_key, unread))
     query_key = tl.where(reads_query, query_key, 0)
     if DELTA:
         key_key = tl.where(ancestor, key_key * weight[:, None], 0)
@@ -371,12 +354,12 @@ def step_kernel(
         queries = tl.load(q + slot[:, None] * stride_qt + cols[None, :], mask=mask, other=0).to(CT)
         if GATE == 2:
             gates = tl.load(g + slot[:, None] * stride_gt + cols[None, :], mask=mask, other=0).to(CT)
-            queries *= tl.exp(_sums(query_mask, gates, PRECISION, True))
+            queries *= tl.exp(_sums(query_mask, gates))
         read_state += _state_product(queries, committed, NATIVE and GATE != 2, PRECISION)
         if DELTA:
             keys = tl.load(k + slot[:, None] * stride_kt + cols[None, :], mask=mask, other=0).to(CT)
             if GATE == 2:
-                keys *= tl.exp(_sums(gate_mask, gates, PRECISION, True))
+                keys *= tl.exp(_sums(gate_mask, gates))
             from_state += _state_product(keys, committed, NATIVE and GATE != 2, PRECISION)
 
     corrected = values

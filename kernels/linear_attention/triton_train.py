@@ -13,7 +13,7 @@ from torch import Tensor
 from flarec.errors import UsageError
 
 from . import triton_launch
-from .tile_schedule import TileSchedule
+from .tile_schedule import TileSchedule, largest_chunk
 from .triton_launch import Saved
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -57,6 +57,13 @@ def two_stream(
     why = unsupported(dtype, q.shape[3], v.shape[3])
     if why:
         raise UsageError(f"Triton linear attention does not support {why}; use the torch kernels")
+    most = largest_chunk(dtype, q.shape[3], v.shape[3])
+    if max(schedule.chunk_size, schedule.tile_rows) > most:
+        raise UsageError(
+            f"the schedule has chunks of {schedule.chunk_size} and tiles of {schedule.tile_rows} rows, but "
+            f"{str(dtype).removeprefix('torch.')} rows of this width leave room for {most}; build it with "
+            f"chunk_size={most}"
+        )
     out, final, *_ = _forward(
         q.to(dtype), k.to(dtype), v.to(dtype), g, beta, initial_state, schedule.sizes(), schedule.tensors(), scale,
         delta, l2norm, final_state,

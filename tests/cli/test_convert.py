@@ -150,3 +150,14 @@ def test_too_few_documents_to_hold_any_out(place: Path) -> None:
     manifest = Manifest.read(out)
     assert manifest is not None
     assert manifest.metrics["held_out"] == {}
+
+
+def test_the_kernels_of_a_run_are_chosen_once_and_said(place: Path) -> None:
+    """`auto` is torch on the CPU; the notes and the plan name what it stands for."""
+    source = tiny_checkpoint(place, "bamba")
+    plan = flarec("convert", source, "--data", "data.jsonl", *QUICK, "--dry-run")
+    assert "kernels: torch" in plan.stderr
+    assert "device       cpu, kernels torch" in plan.stdout
+    wrong = flarec("convert", source, "--data", "data.jsonl", *QUICK, "--kernels", "fast")
+    assert wrong.exit_code == 2
+    assert "unknown kernels 'fast'; choose one of auto, torch, triton, reference" in wrong.stderr

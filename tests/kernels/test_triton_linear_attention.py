@@ -7,7 +7,6 @@ bfloat16 and float16. New tensors are filled with NaN, so that whatever a kernel
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from flarec.errors import LayoutError, UsageError
 from flarec.kernels.linear_attention import reference, reference_states
-from flarec.kernels.linear_attention.tile_schedule import TileSchedule
+from flarec.kernels.linear_attention.tile_schedule import TileSchedule, largest_chunk
 from flarec.layout import Block, Layout, build_layout
 from tests.kernels.linear_cases import Case, poison_padding
 from tests.oracles.layouts import layouts
@@ -71,8 +70,8 @@ def run(op: Any, case: Case, inputs: dict[str, Any], where: object) -> tuple[Ten
 def assert_as_good_as_low_precision(
     case: Case, layout: Layout, dtype: torch.dtype, chunk_size: int, wide: dict[str, Tensor | None] | None = None
 ) -> None:
-    """Errors at most twice those of the reference run in the same low precision: float32 throughout, or with states and
-    outputs rounded to 16 bits (see `rounded`)."""
+    """Errors at most twice those of the reference run in the same low precision: every intermediate value, states and
+    gates included, in that dtype."""
     wide = case.inputs(layout) if wide is None else wide
     low = {n: None if x is None else x.detach().to(dtype) for n, x in wide.items()}
     exact_inputs = {n: None if x is None else x.double().requires_grad_() for n, x in low.items()}
@@ -82,7 +81,11 @@ def assert_as_good_as_low_precision(
         plain, plain_grads = run(reference, case, single, layout)
         plain, plain_grads = plain.double(), {n: x.double() for n, x in plain_grads.items()}
     else:
-        plain, plain_grads = run(rounded(dtype), case, exact_inputs, layout)
+        low = {n: None if x is None else x.detach().to(dtype).requires_grad_() for n, x in exact_inputs.items()}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "promote_types", lambda a, _: a)  # the loop takes the dtype of q
+            plain, plain_grads = run(reference, case, low, layout)
+        plain, plain_grads = plain.double(), {n: x.double() for n, x in plain_grads.items()}
     poisoned = poison_padding({n: x if x is None else x.to(dtype) for n, x in exact_inputs.items()}, layout)
     given_inputs = {n: None if x is None else x.detach().to(DEVICE).requires_grad_() for n, x in poisoned.items()}
     schedule = TileSchedule.from_layout(layout, chunk_size, chunk_size).to(DEVICE)
@@ -91,42 +94,11 @@ def assert_as_good_as_low_precision(
     assert error(got, true) <= 2 * error(plain, true) + floor
     for name, grad in true_grads.items():
         assert bool(grads[name].isfinite().all()), f"the gradient of {name} is not finite"
-        budget = 2 * error(plain_grads[name], grad) + floor
+        # of a log decay: the small rest of sums of large terms, one after the other
+        budget = 2 * error(plain_grads[name], grad) + (5 if name == "g" else 1) * floor
         # a gradient that is zero up to rounding (readers with no effect) has no relative error to speak of
         small = float(grad.norm()) < 1e-3 * max(float(x.norm()) for x in true_grads.values())
         assert error(grads[name], grad) <= budget or small, f"the gradient of {name}"
-
-
-class _Round(torch.autograd.Function):
-    """x rounded to a dtype, its gradient too: what storing a tensor in that dtype does."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = dtype
-        return x.to(dtype).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0].to(ctx.dtype).to(grads[0].dtype), None
-
-
-def rounded(dtype: torch.dtype) -> Any:
-    """The reference with its state and outputs rounded to dtype after each token: the loop, run in low precision."""
-    loops: Any = sys.modules["flarec.kernels.linear_attention.reference"]
-
-    def op(*args: Any, **options: Any) -> Tensor:
-        exact_update = loops.update
-
-        def update(state: Tensor, *rest: Any) -> Tensor:
-            return _Round.apply(exact_update(state, *rest), dtype)
-
-        loops.update = update
-        try:
-            return _Round.apply(reference(*args, **options), dtype)
-        finally:
-            loops.update = exact_update
-
-    return op
 
 
 @settings(max_examples=20, deadline=None, phases=NO_SHRINKING)
@@ -224,6 +196,9 @@ def test_unsupported_inputs_are_refused() -> None:
     wide = torch.zeros(1, 6, 1, 300)
     with pytest.raises(UsageError, match="at most 256"):
         two_stream(wide, wide, wide, None, wide[..., 0], schedule, scale=1.0, delta=True, l2norm=False)
+    q = torch.zeros(1, 6, 1, 128)
+    with pytest.raises(UsageError, match="chunk_size=32"):
+        two_stream(q, q, q, None, q[..., 0], schedule, scale=1.0, delta=True, l2norm=False)
     with pytest.raises(LayoutError, match="at most 64"):
         TileSchedule.from_layout(build_layout([[80]], [[Block(0, 2, 65)]]))
     with pytest.raises(LayoutError, match="anchored at 3"):
@@ -287,7 +262,7 @@ def test_real_dims(dtype: torch.dtype, dims: tuple[int, int]) -> None:
     for delta, gate in ((True, True), (False, True), (True, False)):
         case = Case("scalar", delta, False, 1, seed=1)
         wide = real_case(layout, 4, 2, *dims, seed=1, gate=gate)
-        assert_as_good_as_low_precision(case, layout, dtype, 64, wide)
+        assert_as_good_as_low_precision(case, layout, dtype, largest_chunk(dtype, *dims), wide)
 
 
 @pytest.mark.gpu

@@ -58,7 +58,8 @@ def test_equals_the_cached_reference(case: Case, dtype: torch.dtype) -> None:
     )
     wide: list[Any] = [None if low[n] is None else low[n].double() for n in ("q", "k", "v", "g", "beta")]
     old: list[Any] = [None if x is None else x.double() for x in cache]
-    exact = cached_linear_attention(*[*wide, *old, accepted, layout, *case.options().values()])
+    arguments: list[Any] = [*wide, *old, accepted, layout, *case.options().values()]
+    exact = cached_linear_attention(*arguments)
     assert len(got) == len(exact) == (4 if case.gate == "none" else 5)
     for name, wanted in result_names(exact).items():
         mine = result_names(got)[name].cpu()

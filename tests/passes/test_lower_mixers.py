@@ -78,5 +78,5 @@ def test_the_reference_stays_where_it_is_asked_for() -> None:
 
 def test_an_unknown_implementation_is_refused() -> None:
     before, _ = before_and_after("lower-mixers", "bamba")
-    with pytest.raises(PassError, match="unknown implementation 'cuda'; use torch or reference"):
+    with pytest.raises(PassError, match="unknown implementation 'cuda'; use torch, triton or reference"):
         run_pipeline(before, [LowerMixers(implementation="cuda")], CHECKERS)

@@ -1,0 +1,80 @@
+"""The picture of the README: time of forward and backward against block size, our kernel and routes without one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from .rows import BLOCKS, PLOTTED, ROUTE_BLOCKS
+
+Points = list[tuple[int, float]]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The rows of a results file by name. Raises `UsageError` for anything else."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return {row["name"]: row for row in rows}
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); give what `flarec bench kernels` wrote") from None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{path} holds no results of `flarec bench kernels`; run it with --out") from None
+
+
+def curves(rows: Mapping[str, Any]) -> dict[str, Points]:
+    """Measured milliseconds by block size, for every curve with at least one point."""
+
+    def points(pattern: str, blocks: tuple[int, ...], value: str | None = None) -> Points:
+        found = [(block, rows.get(pattern.format(block))) for block in blocks]
+        return [
+            (block, float(row["values"][value] if value else row["value"]))
+            for block, row in found
+            if row is not None and row["status"] == "measured"
+        ]
+
+    two_views = points("linear-block-{}", BLOCKS, "ours_ms")
+    train = rows.get("linear-train")
+    if train is not None and train["status"] == "measured":
+        two_views = sorted([*two_views, (4, float(train["values"]["ours_ms"]))])
+    named = {
+        "flarec, two views": two_views,
+        "flarec, one view": points("one-view-block-{}", PLOTTED),
+        "library calls, virtual queries, one view": points("virtual-queries-block-{}", ROUTE_BLOCKS["virtual queries"]),
+        "library calls, stored states, one view": points("simple-block-{}", ROUTE_BLOCKS["simple"]),
+    }
+    return {name: found for name, found in named.items() if found}
+
+
+def draw(results: Path, out: Path) -> None:
+    """Draw the picture of a results file; the suffix of `out` chooses the format (svg, png, pdf)."""
+    rows = read(results)
+    found = curves(rows)
+    if not found:
+        raise UsageError(f"{results} has no measured block sizes to draw; run `flarec bench kernels` on a GPU")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "flarec", "font.size": 10}):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for (name, points), style in zip(found.items(), ("o-", "s-", "^--", "v--"), strict=False):
+            axes.plot([block for block, _ in points], [ms for _, ms in points], style, label=name)
+        for row, name in (("linear-train", "clean stream alone"), ("linear-plain", "three clean streams")):
+            if row in rows and rows[row]["status"] == "measured":
+                height = rows[row]["values"]["baseline_ms"]
+                axes.axhline(height, color="grey", linewidth=1, linestyle=":")
+                axes.annotate(f"{name} (flash-linear-attention)", (1, height), color="grey", va="bottom", fontsize=8)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        ticks = sorted({block for points in found.values() for block, _ in points})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xlabel("block size")
+        axes.set_ylabel("forward + backward, ms")
+        axes.legend(frameon=False)
+        try:
+            figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{out} cannot be written ({error}); choose another file") from None

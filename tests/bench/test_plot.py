@@ -1,0 +1,68 @@
+"""The picture: which curves a results file gives, and what it says to files without any."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from flarec.bench.plot import curves
+from flarec.cli import main
+
+
+def row(name: str, value: float, **values: float) -> dict[str, Any]:
+    return {"name": name, "status": "measured", "value": value, "values": values}
+
+
+ROWS = [
+    row("linear-train", 1.2, ours_ms=5.0, baseline_ms=4.0),
+    row("linear-block-8", 0.9, ours_ms=4.5, block_4_ms=5.0),
+    row("linear-block-1", 1.1, ours_ms=5.5, block_4_ms=5.0),
+    row("one-view-block-4", 3.0),
+    {"name": "one-view-block-8", "status": "failed", "value": None, "values": {}},
+    row("simple-block-4", 120.0),
+    row("virtual-queries-block-4", 28.0),
+]
+
+
+def test_curves_join_what_was_measured() -> None:
+    assert curves({item["name"]: item for item in ROWS}) == {
+        "flarec, two views": [(1, 5.5), (4, 5.0), (8, 4.5)],
+        "flarec, one view": [(4, 3.0)],
+        "library calls, virtual queries, one view": [(4, 28.0)],
+        "library calls, stored states, one view": [(4, 120.0)],
+    }
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_the_command_draws(tmp_path: Path, suffix: str) -> None:
+    results, out = tmp_path / "results.json", tmp_path / f"blocks.{suffix}"
+    results.write_text(json.dumps({"rows": ROWS}))
+    done = CliRunner().invoke(main, ["bench", "plot", str(results), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    content = out.read_bytes()
+    assert content.startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
+    if suffix == "svg":
+        assert b"stored states" in content and b"block size" in content
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "cannot be read"),
+        ("{}", "holds no results"),
+        ("[", "holds no results"),
+        ('{"rows": []}', "no measured block sizes"),
+    ],
+)
+def test_files_that_hold_nothing_to_draw(tmp_path: Path, text: str | None, words: str) -> None:
+    results = tmp_path / "results.json"
+    if text is not None:
+        results.write_text(text)
+    done = CliRunner().invoke(main, ["bench", "plot", str(results), "--out", str(tmp_path / "out.svg")])
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert not (tmp_path / "out.svg").exists()

@@ -1,0 +1,53 @@
+"""`flarec bench` and `benchmarks/kernels.py`: rows are listed, and nothing is timed without a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from flarec.bench.rows import ROWS
+from flarec.cli import main
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+def test_the_rows_are_listed() -> None:
+    done = CliRunner().invoke(main, ["bench", "kernels", "--list"])
+    assert done.exit_code == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [row.name for row in ROWS]
+    some = CliRunner().invoke(main, ["bench", "kernels", "--list", "--only", "softmax"])
+    assert [line.split()[0] for line in some.stdout.splitlines()] == ["softmax-128", "softmax-256"]
+
+
+@NO_GPU
+def test_without_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    done = CliRunner().invoke(main, ["bench", "kernels", "--out", str(out)])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("Error: the kernels are timed on CUDA devices") and done.stdout == ""
+    assert not out.exists()
+
+
+def test_wrong_usage() -> None:
+    for arguments in (["kernels", "--only", "nonsense"], ["kernels", "--time-limit", "-1"], ["plot"], ["nonsense"]):
+        done = CliRunner().invoke(main, ["bench", *arguments])
+        assert done.exit_code == 2, arguments
+        assert "Traceback" not in done.output
+
+
+def test_the_script_runs_the_same_rows() -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--list", "--only", "linear-block"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        f"linear-block-{size}" for size in (1, 2, 3, 8, 16, 32)
+    ]
+    wrong = subprocess.run([sys.executable, str(SCRIPT), "--only", "nonsense"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("Error: unknown row 'nonsense'")

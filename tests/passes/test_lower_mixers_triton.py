@@ -1,0 +1,163 @@
+"""lower-mixers with the Triton kernels: the same losses, gradients and texts as with the torch kernels, and refusals.
+
+On a machine without a GPU the kernels run in Triton's interpreter (tests/conftest.py).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from flarec import lowered
+from flarec.decode import Engine, SamplingParams
+from flarec.derive import AttentionIntervals, ConvOrder, SoftmaxMask, StepTiles, Tiles
+from flarec.errors import PassError
+from flarec.passes import lower
+from flarec.passes.lower_mixers import LowerMixers
+from flarec.pipeline import run_pipeline
+from flarec.program import Program, target_name
+from flarec.properties import CHECKERS
+from tests.checkpoints import MASK_ROW
+from tests.models import FAMILIES, captured, captured_float64
+from tests.passes.snippets import before_and_after, count, example
+
+lowered_triton = pytest.importorskip("flarec.lowered_triton")
+
+
+def names(program: Program) -> set[str]:
+    return {target_name(node) for node in program.graph.nodes if node.op == "call_function"}
+
+
+def test_every_site_of_the_training_graph_gets_its_triton_form() -> None:
+    before, after = before_and_after("lower-mixers", "kimi_linear", "train", kernels="triton")
+    assert len(after.calls(lowered_triton.linear_attention)) == 2
+    assert len(after.calls(lowered_triton.short_conv)) == 2
+    assert len(after.calls(lowered_triton.softmax_attention)) == 2
+    assert after.derivations["attention_intervals"] == AttentionIntervals(None)
+    assert after.derivations["conv_order_4"] == ConvOrder(4)
+    assert after.derivations["state_tiles"] == Tiles(64)
+    assert "softmax_mask" not in after.derivations
+    assert after.calls(lowered.moe_experts), "experts have no Triton form"
+    assert "lowered_triton.short_conv" in names(after), "the record of the pass says what became what"
+    assert after.history[-1].delta["lowered_triton.short_conv"] == 2
+    assert before.calls(lowered_triton.short_conv) == []
+
+
+def test_the_convolution_reads_the_projection_without_a_copy() -> None:
+    for target, call in (("train", "short_conv"), ("decode", "short_conv_step")):
+        for family in FAMILIES:
+            before, after = before_and_after("lower-mixers", family, target, kernels="triton")
+            assert count(before, "contiguous") - count(after, "contiguous") == 2 + (family == "qwen3_5_text")
+            for node in after.calls(getattr(lowered_triton, call)):
+                x: Any = node.args[0]
+                assert x.target is torch.ops.aten.transpose.int
+
+
+def test_the_decoding_graph_keeps_attention_over_the_cache_with_torch() -> None:
+    _, after = before_and_after("lower-mixers", "bamba", kernels="triton")
+    assert len(after.calls(lowered_triton.linear_attention_step)) == 2
+    assert len(after.calls(lowered_triton.short_conv_step)) == 2
+    assert len(after.calls(lowered.softmax_attention_step)) == 2
+    assert after.derivations["step_tiles"] == StepTiles(64)
+    assert after.derivations["softmax_mask"] == SoftmaxMask(None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_and_gradients_are_those_of_the_torch_kernels(family: str) -> None:
+    programs = [lower(captured(family), "train", kernels=kernels) for kernels in ("triton", "torch")]
+    ids, layout = example(3, rows=1)
+    real = (layout.token_document()[0] >= 0).nonzero().squeeze(1)
+    target = torch.randint(0, 300, (len(real),), generator=torch.Generator().manual_seed(0))
+    results = []
+    for program in programs:
+        logits = program(ids, layout=layout, head_rows=real)
+        loss = torch.nn.functional.cross_entropy(logits, target)
+        parameters = program.parameters()
+        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        results.append((loss.detach(), dict(zip(parameters, grads, strict=True))))
+    (loss, gradients), (expected, expected_gradients) = results
+    assert float((loss - expected).abs()) < 1e-5
+    for name, wanted in expected_gradients.items():
+        got = gradients[name]
+        assert (got is None) == (wanted is None), name
+        if wanted is not None and got is not None:
+            assert float((got - wanted).norm()) <= 1e-4 * float(wanted.norm()) + 1e-7, name
+
+
+LONG = list(range(3, 69))
+"""More tokens than a step kernel takes, so that the prefill runs the training kernels."""
+SHORT = [[5, 9, 42, 7, 100], [8, 3]]
+
+
+def generate(family: str, kernels: str, mode: str, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+    program = lower(captured(family), "decode", kernels=kernels)
+    engine = Engine(
+        program,
+        mask_token_id=MASK_ROW,
+        block_size=3,
+        readouts={"ar-trust": "causal", "diffusion-trust": "block_end"},
+        eos_ids=(),
+        max_positions=1024,
+        suppress=[MASK_ROW],
+    )
+    results = engine.generate(prompts, mode, SamplingParams(seed=3), max_new_tokens=4, **options)
+    return [result.token_ids for result in results]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generated_texts_are_those_of_the_torch_kernels(family: str) -> None:
+    assert generate(family, "triton", "ar-trust", [LONG]) == generate(family, "torch", "causal", [LONG])
+
+
+@pytest.mark.slow
+def test_denoising_steps_are_those_of_the_torch_kernels() -> None:
+    options: dict[str, Any] = {"prompts": SHORT, "threshold": 0.5}
+    expected = generate("bamba", "torch", "diffusion-trust", **options)
+    assert generate("bamba", "triton", "diffusion-trust", **options) == expected
+
+
+def test_a_site_that_the_kernels_cannot_run_is_named() -> None:
+    message = r"cannot run node '\w+' \(.*linear_attention\) in .*float64.*use --kernels torch"
+    with pytest.raises(PassError, match=message):
+        lower(captured_float64("bamba"), "train", kernels="triton")
+
+
+def test_other_chunk_sizes_are_refused() -> None:
+    before, _ = before_and_after("lower-mixers", "bamba")
+    with pytest.raises(PassError, match="chunks of 16, 32, 64 tokens, not 48"):
+        run_pipeline(before, [LowerMixers(implementation="triton", chunk_size=48)], CHECKERS)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "message"),
+    [
+        ("", "the Triton kernels run on CUDA devices, and this model is on 'cpu'; use --device cuda or --kernels"),
+        ("triton", "the Triton kernels need the package triton; install flarec[gpu], or use --kernels torch"),
+    ],
+)
+def test_where_triton_cannot_run(hidden: str, message: str) -> None:
+    """In a fresh process: whether kernels are interpreted is decided when they are defined."""
+    code = f"""
+import os, sys
+os.environ.pop("TRITON_INTERPRET", None)
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name == {hidden!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Hidden())
+from flarec.passes import lower
+from flarec.errors import PassError
+from tests.models import captured
+try:
+    lower(captured("bamba"), "train", kernels="triton")
+except PassError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert message in done.stdout, done.stderr
