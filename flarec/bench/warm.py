@@ -22,7 +22,7 @@ MOST_PROCESSES = 16
 def start(names: Sequence[str]) -> list[subprocess.Popen[bytes]]:
     """Processes that compile for these functions of `Baselines` (and for the routes, which use the first of them)."""
     count = min(MOST_PROCESSES, os.cpu_count() or 1)
-    command = [sys.executable, "-m", "flarec.bench.warm"]
+    command = [sys.executable, "-P", "-m", "flarec.bench.warm"]  # not what lies in the working directory
     return [
         subprocess.Popen(
             [*command, str(index), str(count), *names], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

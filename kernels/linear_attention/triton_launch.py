@@ -78,14 +78,19 @@ class Problem:
         )  # fmt: skip
 
     @property
+    def least_columns(self) -> int:
+        """Narrower 16-bit tiles are padded: Triton 3.6 reads shared memory out of bounds where it moves those of 16 or 32
+        columns from the layout of a load to that of a product."""
+        return 16 if self.dtype == torch.float32 else 64
+
+    @property
     def block_k(self) -> int:
-        return max(16, triton.next_power_of_2(self.key_dim))
+        return max(self.least_columns, int(triton.next_power_of_2(self.key_dim)))
 
     def tile_v(self, name: str) -> int:
         wide = self.block_k > 128 or self.dtype == torch.float32
         most = min(LAUNCHES[name].tile_v, 64) if wide else LAUNCHES[name].tile_v
-        # Triton 3.6 reads out of bounds in 16-bit products of 32 columns or less that start in registers
-        return int(min(most, max(64, triton.next_power_of_2(self.value_dim))))
+        return int(min(most, max(self.least_columns, triton.next_power_of_2(self.value_dim))))
 
     def tiles_of_v(self, name: str) -> int:
         return -(-self.value_dim // self.tile_v(name))
@@ -274,12 +279,14 @@ def backward(
     chunks, tiles, heads, size = schedule.chunks, schedule.tiles, p.heads, p.chunk_size
     q, k, v = flat_tokens(q), flat_tokens(k), flat_tokens(v)
     z = saved.values if delta else v
-    single = {"dtype": torch.float32, "device": q.device}
     scalar = p.gate == 1
+    row_shape = (tiles, heads, p.tile_rows) if scalar else (0,)
+    chunk_shape = (chunks, heads, size) if scalar else (0,)
+    state_shape = (schedule.rows, heads, p.key_dim, p.value_dim) if initial else (0,)
     grad_q, grad_k = _tokens(q, schedule, heads, p.key_dim), _tokens(k, schedule, heads, p.key_dim)
     grad_v, grad_beta = _tokens(v, schedule, heads, p.value_dim), _tokens(beta, schedule, heads)
     grad_g = q.new_empty(0) if g is None else _tokens(g, schedule, *g.shape[2:])
-    grad_initial = torch.zeros((schedule.rows, heads, p.key_dim, p.value_dim) if initial else 0, **single)
+    grad_initial = torch.zeros(state_shape, dtype=torch.float32, device=q.device)
     operands = _operands(p, q, k, v, z, schedule, scale) | dict(zip(GATE_NAMES, saved.gates, strict=True))
     operands |= {
         "states": saved.states,
@@ -294,9 +301,9 @@ def backward(
         "grad_beta": grad_beta,
         "grad_initial": grad_initial,
         "grad_final": grad_initial if grad_final is None else grad_final.contiguous(),
-        "grad_anchor": torch.empty((tiles, heads, p.tile_rows) if scalar else 0, **single),
-        "grad_stop": torch.empty((tiles, heads, p.tile_rows) if scalar else 0, **single),
-        "grad_gam": torch.empty((chunks, heads, size) if scalar else 0, **single),
+        "grad_anchor": torch.empty(row_shape, dtype=torch.float32, device=q.device),
+        "grad_stop": torch.empty(row_shape, dtype=torch.float32, device=q.device),
+        "grad_gam": torch.empty(chunk_shape, dtype=torch.float32, device=q.device),
     }
     if p.gate == 2 and g is not None:
         triton_channel_launch.backward(

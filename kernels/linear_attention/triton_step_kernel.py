@@ -23,7 +23,6 @@ EPSILON = tl.constexpr(L2_EPSILON)
 PENDING_TILE = tl.constexpr(16)
 # Triton's interpreter multiplies bfloat16 matrices as integers: there 16-bit factors are widened to float32.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-PIECE = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 
 
 @triton.jit
@@ -33,8 +32,10 @@ def _product(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _sums(a, b):
-    """a @ b where one factor is a 0/1 mask: exact up to the order of the sum. (Cut into 16-bit pieces for the tensor cores,
-    Triton 3.6 read shared memory out of bounds at 32 and 64 rows.)"""
+    """a @ b where one factor is a 0/1 mask: exact up to the order of the sum.
+
+    Not cut into 16-bit pieces for the tensor cores: Triton 3.6 then read shared memory out of bounds at 32 and 64 rows.
+    """
     return tl.dot(a, b, input_precision="ieee", out_dtype=a.dtype)
 
 

@@ -56,7 +56,7 @@ def test_equals_the_cached_reference(case: Case, dtype: torch.dtype) -> None:
         clean_padding=padding[:, : layout.clean_length].to(DEVICE),
         **case.options(),
     )
-    wide: list[Any] = [None if low[n] is None else low[n].double() for n in ("q", "k", "v", "g", "beta")]
+    wide: list[Any] = [None if (x := low[n]) is None else x.double() for n in ("q", "k", "v", "g", "beta")]
     old: list[Any] = [None if x is None else x.double() for x in cache]
     arguments: list[Any] = [*wide, *old, accepted, layout, *case.options().values()]
     exact = cached_linear_attention(*arguments)
