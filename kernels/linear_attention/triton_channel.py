@@ -82,7 +82,7 @@ def channel_clean_kernel(
         place = head * key_dim + s * BS
         logs = cumulative + first * stride + place
         log = load_tile(g + head * g_head + s * BS, first, count, g_token, width, C, BS, EXACT_S).to(tl.float32) * LOG2E
-        gam = exact_sums(row[:, None] >= row[None, :], log)
+        gam = exact_sums(row[:, None] >= row[None, :], log, 3)
         store_tile(cumulative + place, gam, first, count, stride, width, C, BS, EXACT_S)
         last = tl.sum(log, 0)
         column = s * BS + tl.arange(0, BS)
@@ -170,7 +170,7 @@ def channel_block_kernel(
         place = cumulative + head * key_dim + s * BS
         logs = place + first * stride
         log = load_tile(g + head * g_head + s * BS, first, count, g_token, width, R, BS, EXACT_S).to(tl.float32) * LOG2E
-        t = exact_sums(up_to_here, log)
+        t = exact_sums(up_to_here, log, 3)
         store_tile(place, t, first, count, stride, width, R, BS, EXACT_S)
         tl.debug_barrier()  # rows of `cumulative` that other threads wrote are read from here on
         e = load_picked(logs, stop - 1, row < count, stride, width, BS, EXACT_S)

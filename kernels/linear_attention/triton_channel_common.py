@@ -15,12 +15,22 @@ import triton.language as tl
 
 from .triton_common import load_tile, reciprocal_norm, store_tile
 
+# Triton's interpreter multiplies bfloat16 matrices as integers: there one float32 piece takes the place of them all.
+PIECE = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 
 
 @triton.jit
-def exact_sums(member, x):
-    """[n, K] fp32 sums over the rows m of x [m, K] fp32 with member[n, m]."""
-    return tl.dot(tl.where(member, 1.0, 0.0), x, input_precision="ieee")
+def exact_sums(member, x, PIECES: tl.constexpr):
+    """[n, K] fp32 sums over the rows m of x [m, K] fp32 with member[n, m]: x as PIECES bfloat16 (3 are exact)."""
+    member = tl.where(member, 1.0, 0.0).to(PIECE)
+    high = x.to(PIECE)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(PIECE)
+    total = tl.dot(member, middle)
+    if PIECES == 3:
+        low = (rest - middle.to(tl.float32)).to(PIECE)
+        total += tl.dot(member, low)
+    return total + tl.dot(member, high)
 
 
 @triton.jit

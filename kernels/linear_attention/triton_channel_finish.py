@@ -68,6 +68,7 @@ def channel_prefix_finish_kernel(
     EXACT_K: tl.constexpr,
     EXACT_S: tl.constexpr,
     PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     """What one (tile, head) reads from the clean stream: grad_q, grad_k (in: of decayed_q, decayed_k; out: of the unit
     rows) and grad_g [B,T,H,K] of the noisy rows without what they read inside the block, and the tile's share of the
@@ -145,17 +146,17 @@ def channel_prefix_finish_kernel(
                     keys_sum += part * x.to(tl.float32)
         store_tile(grad_keys + place, columns_grad, tile.to(tl.int64) * C, clean_count, stride, width, C, BS, EXACT_S)
         real = column < tl.load(chunk_length + chunk)
-        gate = -exact_sums((column[:, None] <= column[None, :]) & real[None, :], columns_sum)
+        gate = -exact_sums((column[:, None] <= column[None, :]) & real[None, :], columns_sum, PIECES)
         both = queries_sum + keys_sum if DELTA else queries_sum
-        gate += exact_sums(column[:, None] < anchor[None, :], both)
+        gate += exact_sums(column[:, None] < anchor[None, :], both, PIECES)
         store_tile(grad_gates + place, gate, tile.to(tl.int64) * C, clean_count, stride, width, C, BS, EXACT_S)
 
-        gate = exact_sums(read_by(start, stop, R), queries_sum)
+        gate = exact_sums(read_by(start, stop, R), queries_sum, PIECES)
         queries_grad *= tl.exp2(load_picked(own_logs, stop - 1, row < count, stride, width, BS, EXACT_S))
         tl.debug_barrier()  # all threads have read the rows that are now overwritten
         store_tile(grad_q + place, queries_grad, first, count, stride, width, R, BS, EXACT_S)
         if DELTA:
-            gate += exact_sums(read_by(start, row + 1, R), keys_sum)
+            gate += exact_sums(read_by(start, row + 1, R), keys_sum, PIECES)
             keys_grad *= tl.exp2(load_tile(logs, first, count, stride, width, R, BS, EXACT_S))
             store_tile(grad_k + place, keys_grad, first, count, stride, width, R, BS, EXACT_S)
         store_tile(grad_g + place, gate, first, count, stride, width, R, BS, EXACT_S)
@@ -191,6 +192,7 @@ def channel_block_finish_kernel(
     EXACT_K: tl.constexpr,
     EXACT_S: tl.constexpr,
     PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     """Adds to grad_q, grad_k, grad_g [B,T,H,K] of one (tile, head) what its rows read inside their blocks; then grad_q
     and grad_k go back through the normalisation."""
@@ -251,8 +253,8 @@ def channel_block_finish_kernel(
                     part = tl.dot(weight, y, input_precision=PRECISION)
                     keys_grad += part * by_row
                     keys_sum += part * x.to(tl.float32)
-        gate = exact_sums(read_by(start, stop, R), queries_sum)
-        gate += exact_sums(read_by(start, row + 1, R), keys_sum)
+        gate = exact_sums(read_by(start, stop, R), queries_sum, PIECES)
+        gate += exact_sums(read_by(start, row + 1, R), keys_sum, PIECES)
         gate += load_tile(grad_g + place, first, count, stride, width, R, BS, EXACT_S).to(tl.float32)
         queries_grad += load_tile(grad_q + place, first, count, stride, width, R, BS, EXACT_S).to(tl.float32)
         if DELTA:
@@ -316,6 +318,7 @@ def channel_clean_finish_kernel(
     EXACT_K: tl.constexpr,
     EXACT_S: tl.constexpr,
     PRECISION: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     """One program per (chunk, head): grad_q, grad_k (in: of decayed_q, decayed_k), grad_g [B,T,H,K] of clean rows."""
     pid = tl.program_id(0)
@@ -392,7 +395,7 @@ def channel_clean_finish_kernel(
                 gate += part * x.to(tl.float32)
 
         real = row < tl.load(chunk_length + chunk)  # loaded here, so that no mask is kept across slices
-        gate = exact_sums((row[:, None] <= row[None, :]) & real[None, :], gate) + at_end[None, :]
+        gate = exact_sums((row[:, None] <= row[None, :]) & real[None, :], gate, PIECES) + at_end[None, :]
         for step in range(0, end - begin):
             part_first = (begin.to(tl.int64) + step) * C
             keys_grad += load_tile(grad_keys + place, part_first, count, stride, width, C, BS, EXACT_S).to(tl.float32)

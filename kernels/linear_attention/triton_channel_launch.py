@@ -29,8 +29,8 @@ class Launch:
 
 # With K = V = 128 and 64 rows the widest tiles that keep a program in its registers (bfloat16, sm_90).
 LAUNCHES = {
-    "channel_clean": Launch(32, 8, 1),
-    "channel_block": Launch(32, 8, 1),
+    "channel_clean": Launch(32, 4, 1),
+    "channel_block": Launch(32, 4, 1),
     "channel_prefix": Launch(32, 4, 1),
     "channel_noisy_grad": Launch(128, 8, 1),
     "channel_chunk_grad": Launch(128, 8, 1),
@@ -56,7 +56,7 @@ def flags(p: Problem, name: str) -> dict[str, Any]:
     """Values of the constexpr arguments, by name."""
     tile_k = min(LAUNCHES[name].tile, p.block_k)
     widest = 64 if p.block_k > 128 or p.dtype == torch.float32 else 128
-    tile_v = min(LAUNCHES[name].tile, widest, max(p.least_columns, 1 << (p.value_dim - 1).bit_length()))
+    tile_v = min(LAUNCHES[name].tile, widest, max(16, 1 << (p.value_dim - 1).bit_length()))
     largest = 1 << (max(p.largest_block, 1) - 1).bit_length()
     return {
         "H": p.heads,
@@ -77,6 +77,7 @@ def flags(p: Problem, name: str) -> dict[str, Any]:
         "EXACT_S": p.key_dim % tile_k == 0,
         "EXACT_V": p.value_dim % tile_v == 0,
         "PRECISION": "tf32x3" if p.dtype == torch.float32 else "tf32",
+        "PIECES": 3 if p.dtype == torch.float32 else 2,
         "key_dim": p.key_dim,
         "value_dim": p.value_dim,
     }

@@ -79,8 +79,8 @@ class Problem:
 
     @property
     def least_columns(self) -> int:
-        """Narrower 16-bit tiles are padded: Triton 3.6 reads shared memory out of bounds where it moves those of 16 or 32
-        columns from the layout of a load to that of a product."""
+        """Narrower 16-bit tiles are padded: Triton 3.6 reads shared memory out of bounds where it moves those of 16 or
+        32 columns from the layout of a load to that of a product."""
         return 16 if self.dtype == torch.float32 else 64
 
     @property
