@@ -35,8 +35,8 @@ def unsupported(dtype: torch.dtype, key_dim: int, value_dim: int, *, channel_gat
     if channel_gate and not proven and not triton.knobs.runtime.interpret:
         name = str(dtype).removeprefix("torch.")
         return (
-            f"a decay per key channel in {name} with K = {key_dim}, V = {value_dim} (on a GPU bfloat16 and float16 with "
-            "K and V of 65 to 128 are supported)"
+            f"a decay per key channel in {name} with K = {key_dim}, V = {value_dim} (on a GPU bfloat16 and float16 "
+            "with K and V of 65 to 128 are supported)"
         )
     return None
 
