@@ -17,25 +17,6 @@ TINY = tl.constexpr(1e-30)
 
 
 @triton.jit
-def load_rows(base, token, valid, stride, width, WIDTH: tl.constexpr, EXACT: tl.constexpr):
-    """Rows [n, WIDTH] of a token-major tensor: columns 0..width of every valid token, 0 elsewhere."""
-    column = tl.arange(0, WIDTH)
-    mask = valid[:, None]
-    if not EXACT:
-        mask = mask & (column < width)[None, :]
-    return tl.load(base + token[:, None] * stride + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store_rows(base, value, token, valid, stride, width, WIDTH: tl.constexpr, EXACT: tl.constexpr):
-    column = tl.arange(0, WIDTH)
-    mask = valid[:, None]
-    if not EXACT:
-        mask = mask & (column < width)[None, :]
-    tl.store(base + token[:, None] * stride + column[None, :], value.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def load_tile(base, first, count, stride, width, ROWS: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr):
     """[ROWS, WIDTH]: columns 0..width of tokens first .. first + count of a token-major tensor, 0 elsewhere. Addresses
     are one int64 scalar plus small constants (the stride is a constexpr of every kernel)."""
@@ -73,24 +54,6 @@ def reciprocal_norm(x):
     """[n] of rows [n, K]"""
     x = x.to(tl.float32)
     return 1.0 / tl.sqrt(tl.sum(x * x, 1) + L2_EPSILON)
-
-
-@triton.jit
-def normalised(x, L2NORM: tl.constexpr):
-    """Rows as the state sees them, in their own dtype."""
-    if L2NORM:
-        return (x.to(tl.float32) * reciprocal_norm(x)[:, None]).to(x.dtype)
-    return x
-
-
-@triton.jit
-def through_norm(grad, raw, L2NORM: tl.constexpr):
-    """Gradient of the raw rows from that of the normalised ones."""
-    if L2NORM:
-        norm = reciprocal_norm(raw)[:, None]
-        unit = raw.to(tl.float32) * norm
-        return norm * (grad - unit * tl.sum(unit * grad, 1)[:, None])
-    return grad
 
 
 @triton.jit
@@ -231,7 +194,3 @@ def unit_triangular_inverse(
     return inverse
 
 
-@triton.jit
-def unit_lower_inverse(lower, offset, SIZE: tl.constexpr, LARGEST: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + lower)^-1 with float32 operands."""
-    return unit_triangular_inverse(lower, offset, False, SIZE, LARGEST, PRECISION, tl.float32)
