@@ -95,10 +95,8 @@ def assert_as_good_as_low_precision(
     assert error(got, true) <= 2 * error(plain, true) + floor
     for name, grad in true_grads.items():
         assert bool(grads[name].isfinite().all()), f"the gradient of {name} is not finite"
-        # The gradient of a log decay is the small rest of sums of large terms: on a GPU it reached 2.2 times the error
-        # of the loop in bfloat16 (64 tokens, blocks of 32), and in float32 it loses what its sums lose.
-        factor, rest = (3, 5 * floor) if name == "g" else (2, floor)
-        budget = factor * error(plain_grads[name], grad) + rest
+        # of a log decay: the small rest of sums of large terms, one after the other
+        budget = 2 * error(plain_grads[name], grad) + (5 if name == "g" else 1) * floor
         # a gradient that is zero up to rounding (readers with no effect) has no relative error to speak of
         small = float(grad.norm()) < 1e-3 * max(float(x.norm()) for x in true_grads.values())
         assert error(grads[name], grad) <= budget or small, f"the gradient of {name}"
