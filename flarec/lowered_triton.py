@@ -144,19 +144,9 @@ def _refuse_conv(operands: Sequence[Any]) -> str | None:
 
 
 def _refuse_linear(operands: Sequence[Any]) -> str | None:
-    q, k, v, g = operands[:4]
+    q, k, v = operands[:3]
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    channel = g is not None and len(g.shape) == 4
-    return triton_train.unsupported(dtype, q.size(3), v.size(3), channel_gate=channel)
-
-
-def _refuse_linear_step(operands: Sequence[Any]) -> str | None:
-    why = _refuse_linear(operands)
-    q, _, v, g = operands[:4]
-    if why is None and g is not None and len(g.shape) == 4:
-        why = triton_train.unsupported(torch.float32, q.size(3), v.size(3), channel_gate=True)
-        why = None if why is None else f"a prefill, which computes in float32: {why}"
-    return why
+    return triton_train.unsupported(dtype, q.size(3), v.size(3))
 
 
 _REFUSALS: Mapping[object, Callable[[Sequence[Any]], str | None]] = {
@@ -164,5 +154,5 @@ _REFUSALS: Mapping[object, Callable[[Sequence[Any]], str | None]] = {
     stream_ops.two_stream_short_conv: _refuse_conv,
     stream_ops.cached_short_conv: _refuse_conv,
     stream_ops.two_stream_linear_attention: _refuse_linear,
-    stream_ops.cached_linear_attention: _refuse_linear_step,
+    stream_ops.cached_linear_attention: _refuse_linear,
 }

@@ -56,7 +56,7 @@ def flags(p: Problem, name: str) -> dict[str, Any]:
     """Values of the constexpr arguments, by name."""
     tile_k = min(LAUNCHES[name].tile, p.block_k)
     widest = 64 if p.block_k > 128 or p.dtype == torch.float32 else 128
-    tile_v = min(LAUNCHES[name].tile, widest, max(16, 1 << (p.value_dim - 1).bit_length()))
+    tile_v = min(LAUNCHES[name].tile, widest, max(p.least_columns, 1 << (p.value_dim - 1).bit_length()))
     largest = 1 << (max(p.largest_block, 1) - 1).bit_length()
     return {
         "H": p.heads,

@@ -71,19 +71,21 @@ def clean_queries_grad_kernel(
     grad_0 = load_tile(out_base, first, count, out_stride, value_dim, C, BV, EXACT_V)
     grad_rows = product_with_state(grad_0, out_base, state, first, count, out_stride, key_dim, value_dim, C, BK, BV, NV,
                                    EXACT_K, EXACT_V, PRECISION)  # fmt: skip
-    if GATE == 1:
-        grad_rows = grad_rows * tl.exp2(gam)[:, None]
+    queries = load_tile(q + key_head * q_head, first, count, q_token, key_dim, C, BK, EXACT_K)
+    norm = row_norm(queries, C, L2NORM)
+    reads = norm * scale
+    grad_rows = grad_rows * (tl.exp2(gam) * reads if GATE == 1 else reads)[:, None]
     z_0 = load_tile(z_base, first, count, z_token, value_dim, C, BV, EXACT_V)
     weight = product_of_tiles(grad_0, z_0, out_base, z_base, first, first, count, count, out_stride, z_token, value_dim,
                               C, C, BV, NV, EXACT_V, PRECISION)  # fmt: skip
     keys = load_tile(k + key_head * k_head, first, count, k_token, key_dim, C, BK, EXACT_K)
     seen = row[:, None] >= row[None, :]
-    weight = (weight * (log_weights(gam, gam, seen, GATE) * (b * row_norm(keys, C, L2NORM))[None, :])).to(keys.dtype)
-    grad_rows = tl.dot(weight, keys, grad_rows, input_precision=PRECISION) * scale
+    factor = (b * row_norm(keys, C, L2NORM))[None, :] * reads[:, None]
+    weight = (weight * (log_weights(gam, gam, seen, GATE) * factor)).to(keys.dtype)
+    grad_rows = tl.dot(weight, keys, grad_rows, input_precision=PRECISION)
     queries = load_tile(q + key_head * q_head, first, count, q_token, key_dim, C, BK, EXACT_K)
-    norm = row_norm(queries, C, L2NORM)
     if GATE == 1:
-        tl.store(grad_gam + chunk_head * C + row, row_dot(grad_rows, queries, norm))
+        tl.store(grad_gam + chunk_head * C + row, row_dot(grad_rows, queries))
     grad_rows = through_factor(grad_rows, queries, norm, L2NORM)
     store_tile(grad_q + head * key_dim, grad_rows, first, count, H * key_dim, key_dim, C, BK, EXACT_K)
 
@@ -180,21 +182,23 @@ def clean_keys_grad_kernel(
         error_0 = load_tile(error_base, first, count, out_stride, value_dim, C, BV, EXACT_V)
         grad_rows = product_with_state(error_0, error_base, state, first, count, out_stride, key_dim, value_dim, C, BK,
                                        BV, NV, EXACT_K, EXACT_V, PRECISION)  # fmt: skip
-        grad_rows = grad_rows * -tl.exp2(gam)[:, None] if GATE == 1 else -grad_rows
+        grad_rows = grad_rows * -(tl.exp2(gam) * norm if GATE == 1 else norm)[:, None]
         weight = product_of_tiles(error_0, z_0, error_base, z_base, first, first, count, count, out_stride, z_token,
                                   value_dim, C, C, BV, NV, EXACT_V, PRECISION)  # fmt: skip
         below = row[:, None] > row[None, :]
-        weight = (weight * (log_weights(gam, gam, below, GATE) * (-b * norm)[None, :])).to(dtype)
+        factor = (-b * norm)[None, :] * norm[:, None]
+        weight = (weight * (log_weights(gam, gam, below, GATE) * factor)).to(dtype)
         grad_rows = tl.dot(weight, keys, grad_rows, input_precision=PRECISION)
         if GATE == 1:
-            row_sum = row_dot(grad_rows, load_tile(k_base, first, count, k_token, key_dim, C, BK, EXACT_K), norm)
+            row_sum = row_dot(grad_rows, load_tile(k_base, first, count, k_token, key_dim, C, BK, EXACT_K))
         # ... and as its columns
         tl.debug_barrier()
         gam, b = chunk_vectors(gams, betas, C, GATE)
         weight = product_of_tiles(z_0, error_0, z_base, error_base, first, first, count, count, z_token, out_stride,
                                   value_dim, C, C, BV, NV, EXACT_V, PRECISION)  # fmt: skip
         above = row[:, None] < row[None, :]
-        weight = (weight * (log_weights(-gam, -gam, above, GATE) * (b[:, None] * (-norm)[None, :]))).to(dtype)
+        factor = (-b * norm)[:, None] * norm[None, :]
+        weight = (weight * (log_weights(-gam, -gam, above, GATE) * factor)).to(dtype)
         grad_rows = tl.dot(weight, keys, grad_rows, input_precision=PRECISION)
 
     # as columns of the next state
@@ -213,12 +217,12 @@ def clean_keys_grad_kernel(
     at_end = 0.0
     if GATE == 1:
         last = tl.load(gams + C - 1)
-        tail = tail * (b * tl.exp2(last - gam))[:, None]
+        tail = tail * (b * tl.exp2(last - gam) * norm)[:, None]
         # gam of the last row scales the entry state and everything that is added to it
-        at_end = tl.sum(row_dot(tail, load_tile(k_base, first, count, k_token, key_dim, C, BK, EXACT_K), norm), 0)
+        at_end = tl.sum(row_dot(tail, load_tile(k_base, first, count, k_token, key_dim, C, BK, EXACT_K)), 0)
         at_end += tl.exp2(last) * inner_product(state, after, key_dim * value_dim)
     else:
-        tail = tail * b[:, None]
+        tail = tail * (b * norm)[:, None]
     grad_rows += tail
 
     # as columns of what reads the chunk: its own queries, then the tiles
@@ -228,7 +232,7 @@ def clean_keys_grad_kernel(
     weight = product_of_tiles(z_0, grad_0, z_base, out_base, first, first, count, count, z_token, out_stride, value_dim,
                               C, C, BV, NV, EXACT_V, PRECISION)  # fmt: skip
     queries = load_tile(q_base, first, count, q_token, key_dim, C, BK, EXACT_K)
-    factor = b[:, None] * (row_norm(queries, C, L2NORM) * scale)[None, :]
+    factor = (b * norm)[:, None] * (row_norm(queries, C, L2NORM) * scale)[None, :]
     weight = (weight * (log_weights(-gam, -gam, row[:, None] <= row[None, :], GATE) * factor)).to(dtype)
     grad_rows = tl.dot(weight, queries, grad_rows, input_precision=PRECISION)
     gam_sum = tl.zeros([C], dtype=tl.float32)
@@ -248,7 +252,7 @@ def clean_keys_grad_kernel(
         weight = product_of_tiles(z_0, grad_0, z_base, out_base, first, start, count, rows, z_token, out_stride,
                                   value_dim, C, R, BV, NV, EXACT_V, PRECISION)  # fmt: skip
         queries = load_tile(q_base, start, rows, q_token, key_dim, R, BK, EXACT_K)
-        factor = b[:, None] * (row_norm(queries, R, L2NORM) * scale)[None, :]
+        factor = (b * norm)[:, None] * (row_norm(queries, R, L2NORM) * scale)[None, :]
         weight = (weight * (log_weights(-gam, -(c + e), before, GATE) * factor)).to(dtype)
         grad_rows = tl.dot(weight, queries, grad_rows, input_precision=PRECISION)
         if DELTA:
@@ -256,7 +260,7 @@ def clean_keys_grad_kernel(
             weight = product_of_tiles(z_0, error_0, z_base, error_base, first, start, count, rows, z_token, out_stride,
                                       value_dim, C, R, BV, NV, EXACT_V, PRECISION)  # fmt: skip
             queries = load_tile(k_base, start, rows, k_token, key_dim, R, BK, EXACT_K)
-            factor = b[:, None] * (-row_norm(queries, R, L2NORM))[None, :]
+            factor = (b * norm)[:, None] * (-row_norm(queries, R, L2NORM))[None, :]
             weight = (weight * (log_weights(-gam, -(c + t), before, GATE) * factor)).to(dtype)
             grad_rows = tl.dot(weight, queries, grad_rows, input_precision=PRECISION)
 
@@ -264,7 +268,7 @@ def clean_keys_grad_kernel(
     raw = load_tile(k_base, first, count, k_token, key_dim, C, BK, EXACT_K)
     if GATE == 1:
         # a row's decay grows what it reads (row_sum, the queries' part) and shrinks what reads it (the rest)
-        gate = tl.load(grad_gam + chunk_head * C + row) + 2.0 * row_sum - row_dot(grad_rows, raw, norm) + gam_sum
+        gate = tl.load(grad_gam + chunk_head * C + row) + 2.0 * row_sum - row_dot(grad_rows, raw) + gam_sum
         gate = tl.cumsum(gate + tl.where(row == C - 1, at_end, 0.0), 0, reverse=True)
         tl.store(grad_g + (first + row) * H + head, gate.to(grad_g.dtype.element_ty), mask=row < count)
     grad_rows = through_factor(grad_rows, raw, norm, L2NORM)

@@ -3,6 +3,10 @@
 A kernel that goes through several phases loads its vectors again in each, after a barrier: kept, the compiler forms the
 matrices of decays and masks of all phases at the start, and spills them.
 
+A gradient of a log decay is a small rest of large sums over pairs of rows, once as readers and once as what is read.
+Both ends of a pair therefore round the same number: weights carry the factors of both rows (norms, beta, scale), and
+gradients of rows come multiplied with the row's own norm.
+
 Log decays are handled in base 2 inside the kernels (exp2 is one instruction). Every exponent that is used is <= 0.
 """
 
@@ -66,11 +70,11 @@ def row_norm(x, ROWS: tl.constexpr, L2NORM: tl.constexpr):
 
 @triton.jit
 def through_factor(grad, raw, norm, L2NORM: tl.constexpr):
-    """Gradient of the raw rows from that of the normalised ones, norm [n] as from `row_norm`."""
+    """Gradient of the raw rows from that of the normalised ones times norm [n], as from `row_norm`."""
     if L2NORM:
         x = raw.to(tl.float32)
         along = tl.sum(x * grad, 1) * norm * norm
-        return norm[:, None] * (grad - x * along[:, None])
+        return grad - x * along[:, None]
     return grad
 
 
@@ -132,9 +136,9 @@ def product_with_state(
 
 
 @triton.jit
-def row_dot(a, rows, norm):
-    """[n] of fp32 a and raw rows: a . (rows normalised)"""
-    return tl.sum(a * rows.to(tl.float32), 1) * norm
+def row_dot(a, rows):
+    """[n] of fp32 a and raw rows"""
+    return tl.sum(a * rows.to(tl.float32), 1)
 
 
 @triton.jit

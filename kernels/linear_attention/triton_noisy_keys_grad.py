@@ -105,18 +105,18 @@ def noisy_keys_grad_kernel(
         t, e, c, own_b = tile_vectors(logs, own_betas, R, GATE)
         grad_rows = product_with_state(error_0, error_base, state, first, count, out_stride, key_dim, value_dim, R, BK,
                                        BV, NV, EXACT_K, EXACT_V, PRECISION)  # fmt: skip
-        grad_rows = grad_rows * -tl.exp2(c + t)[:, None] if GATE == 1 else -grad_rows
+        grad_rows = grad_rows * -(tl.exp2(c + t) * k_norm if GATE == 1 else k_norm)[:, None]
         clean_0 = load_tile(z_base, clean_first, clean_count, z_token, value_dim, C, BV, EXACT_V)
         weight = product_of_tiles(error_0, clean_0, error_base, z_base, first, clean_first, count, clean_count,
                                   out_stride, z_token, value_dim, R, C, BV, NV, EXACT_V, PRECISION)  # fmt: skip
         keys = load_tile(k_base, clean_first, clean_count, k_token, key_dim, C, BK, EXACT_K)
         before = column[None, :] < tl.load(tile_anchor + meta)[:, None]
-        factor = (-clean_b * row_norm(keys, C, L2NORM))[None, :]
+        factor = (-clean_b * row_norm(keys, C, L2NORM))[None, :] * k_norm[:, None]
         weight = (weight * (log_weights(c + t, gam, before, GATE) * factor)).to(dtype)
         grad_rows = tl.dot(weight, keys, grad_rows, input_precision=PRECISION)
         if GATE == 1:
             rows = load_tile(k_base, first, count, k_token, key_dim, R, BK, EXACT_K)
-            row_sum = row_dot(grad_rows, rows, k_norm)
+            row_sum = row_dot(grad_rows, rows)
             anchor = grad_anchor + tile_head * R + row
             tl.store(anchor, tl.load(anchor) + row_sum)
         if LARGEST > 1:
@@ -126,18 +126,19 @@ def noisy_keys_grad_kernel(
             weight = product_of_tiles(error_0, own_0, error_base, own_base, first, first, count, count, out_stride,
                                       z_token, value_dim, R, R, BV, NV, EXACT_V, PRECISION)  # fmt: skip
             strict = (row_j >= start[:, None]) & (row_j < row_i)
-            weight = (weight * (log_weights(t, t, strict, GATE) * (-own_b * k_norm)[None, :])).to(dtype)
+            factor = (-own_b * k_norm)[None, :] * k_norm[:, None]
+            weight = (weight * (log_weights(t, t, strict, GATE) * factor)).to(dtype)
             grad_rows = tl.dot(weight, noisy_keys, grad_rows, input_precision=PRECISION)
             if GATE == 1:
                 rows = load_tile(k_base, first, count, k_token, key_dim, R, BK, EXACT_K)
-                row_sum = row_dot(grad_rows, rows, k_norm)
+                row_sum = row_dot(grad_rows, rows)
             # ... and as columns of N
             tl.debug_barrier()
             t, e, c, own_b = tile_vectors(logs, own_betas, R, GATE)
             start = tl.load(tile_start + meta)
             weight = product_of_tiles(own_0, error_0, own_base, error_base, first, first, count, count, z_token,
                                       out_stride, value_dim, R, R, BV, NV, EXACT_V, PRECISION)  # fmt: skip
-            factor = own_b[:, None] * (-k_norm)[None, :]
+            factor = (-own_b * k_norm)[:, None] * k_norm[None, :]
             strict = (row_i >= start[None, :]) & (row_i < row_j)
             weight = (weight * (log_weights(-t, -t, strict, GATE) * factor)).to(dtype)
             grad_rows = tl.dot(weight, noisy_keys, grad_rows, input_precision=PRECISION)
@@ -149,7 +150,7 @@ def noisy_keys_grad_kernel(
     weight = product_of_tiles(own_0, grad_0, own_base, out_base, first, first, count, count, z_token, out_stride,
                               value_dim, R, R, BV, NV, EXACT_V, PRECISION)  # fmt: skip
     queries = load_tile(q_base, first, count, q_token, key_dim, R, BK, EXACT_K)
-    factor = own_b[:, None] * (row_norm(queries, R, L2NORM) * scale)[None, :]
+    factor = (own_b * k_norm)[:, None] * (row_norm(queries, R, L2NORM) * scale)[None, :]
     inside = (row_i >= start[None, :]) & (row_i < stop[None, :])
     weight = (weight * (log_weights(-t, -e, inside, GATE) * factor)).to(dtype)
     grad_rows = tl.dot(weight, queries, grad_rows, input_precision=PRECISION)
@@ -159,7 +160,7 @@ def noisy_keys_grad_kernel(
         # a row's decay grows what it reads (row_sum) and shrinks what reads it (the rest of the total)
         start, stop = tl.load(tile_start + meta), tl.load(tile_stop + meta)
         stop_sum = tl.load(grad_stop + tile_head * R + row)
-        gate_row = 2.0 * row_sum - row_dot(grad_rows, rows, k_norm)
+        gate_row = 2.0 * row_sum - row_dot(grad_rows, rows)
         up_to_here = (row_j >= start[:, None]) & (row_j <= row_i)
         inside = (row_j >= start[:, None]) & (row_j < stop[:, None])
         gate = tl.where(up_to_here, gate_row[:, None], 0.0) + tl.where(inside, stop_sum[:, None], 0.0)

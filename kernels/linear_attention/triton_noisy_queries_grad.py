@@ -136,19 +136,19 @@ def noisy_queries_grad_kernel(
     t, e, c, own_b = tile_vectors(logs, own_betas, R, GATE)
     grad_rows = product_with_state(grad_0, out_base, state, first, count, out_stride, key_dim, value_dim, R, BK, BV, NV,
                                    EXACT_K, EXACT_V, PRECISION)  # fmt: skip
-    if GATE == 1:
-        grad_rows = grad_rows * tl.exp2(c + e)[:, None]
+    reads = q_norm * scale
+    grad_rows = grad_rows * (tl.exp2(c + e) * reads if GATE == 1 else reads)[:, None]
     clean_0 = load_tile(z_base, clean_first, clean_count, z_token, value_dim, C, BV, EXACT_V)
     weight = product_of_tiles(grad_0, clean_0, out_base, z_base, first, clean_first, count, clean_count, out_stride,
                               z_token, value_dim, R, C, BV, NV, EXACT_V, PRECISION)  # fmt: skip
     keys = load_tile(k_base, clean_first, clean_count, k_token, key_dim, C, BK, EXACT_K)
     before = column[None, :] < tl.load(tile_anchor + meta)[:, None]
-    factor = (clean_b * row_norm(keys, C, L2NORM))[None, :]
+    factor = (clean_b * row_norm(keys, C, L2NORM))[None, :] * reads[:, None]
     weight = (weight * (log_weights(c + e, gam, before, GATE) * factor)).to(dtype)
     grad_rows = tl.dot(weight, keys, grad_rows, input_precision=PRECISION)
     queries = load_tile(q_base, first, count, q_token, key_dim, R, BK, EXACT_K)
     if GATE == 1:
-        tl.store(grad_anchor + tile_head * R + row, row_dot(grad_rows, queries, q_norm * scale))
+        tl.store(grad_anchor + tile_head * R + row, row_dot(grad_rows, queries))
     # ... and of their block
     tl.debug_barrier()
     t, e, c, own_b = tile_vectors(logs, own_betas, R, GATE)
@@ -156,10 +156,11 @@ def noisy_queries_grad_kernel(
     weight = product_of_tiles(grad_0, own_0, out_base, own_base, first, first, count, count, out_stride, z_token,
                               value_dim, R, R, BV, NV, EXACT_V, PRECISION)  # fmt: skip
     inside = (row_j >= start[:, None]) & (row_j < stop[:, None])
-    weight = (weight * (log_weights(e, t, inside, GATE) * (own_b * k_norm)[None, :])).to(dtype)
-    grad_rows = tl.dot(weight, noisy_keys, grad_rows, input_precision=PRECISION) * scale
+    factor = (own_b * k_norm)[None, :] * reads[:, None]
+    weight = (weight * (log_weights(e, t, inside, GATE) * factor)).to(dtype)
+    grad_rows = tl.dot(weight, noisy_keys, grad_rows, input_precision=PRECISION)
     queries = load_tile(q_base, first, count, q_token, key_dim, R, BK, EXACT_K)
     if GATE == 1:
-        tl.store(grad_stop + tile_head * R + row, row_dot(grad_rows, queries, q_norm))
+        tl.store(grad_stop + tile_head * R + row, row_dot(grad_rows, queries))
     grad_rows = through_factor(grad_rows, queries, q_norm, L2NORM)
     store_tile(grad_q + head * key_dim, grad_rows, first, count, H * key_dim, key_dim, R, BK, EXACT_K)

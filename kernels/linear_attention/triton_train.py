@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from flarec.errors import UsageError
@@ -21,23 +20,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_DIM = 256
 
 
-def unsupported(dtype: torch.dtype, key_dim: int, value_dim: int, *, channel_gate: bool = False) -> str | None:
-    """Why these inputs cannot run here, or None.
-
-    With a decay per key channel only what has run right on a GPU is allowed there: compiled by Triton 3.6 for other
-    tiles, its backward reads shared memory out of bounds. The interpreter runs everything.
-    """
+def unsupported(dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
+    """Why these inputs cannot run here, or None."""
     if dtype not in DTYPES:
         return f"dtype {str(dtype).removeprefix('torch.')} (bfloat16, float16 and float32 are supported)"
     if max(key_dim, value_dim) > LARGEST_DIM:
         return f"head dims K = {key_dim}, V = {value_dim} (at most {LARGEST_DIM} are supported)"
-    proven = dtype != torch.float32 and 64 < key_dim <= 128 and 64 < value_dim <= 128
-    if channel_gate and not proven and not triton.knobs.runtime.interpret:
-        name = str(dtype).removeprefix("torch.")
-        return (
-            f"a decay per key channel in {name} with K = {key_dim}, V = {value_dim} (on a GPU bfloat16 and float16 "
-            "with K and V of 65 to 128 are supported)"
-        )
     return None
 
 
@@ -66,7 +54,7 @@ def two_stream(
     unsupported dtypes and head dims.
     """
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    why = unsupported(dtype, q.shape[3], v.shape[3], channel_gate=g is not None and g.ndim == 4)
+    why = unsupported(dtype, q.shape[3], v.shape[3])
     if why:
         raise UsageError(f"Triton linear attention does not support {why}; use the torch kernels")
     most = largest_chunk(dtype, q.shape[3], v.shape[3])

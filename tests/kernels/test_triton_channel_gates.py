@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flarec.kernels.linear_attention import reference, reference_states
-from flarec.kernels.linear_attention.tile_schedule import TileSchedule
+from flarec.kernels.linear_attention.tile_schedule import TileSchedule, largest_chunk
 from flarec.layout import Block, Layout, build_layout
 from tests.kernels.linear_cases import poison_padding
 from tests.oracles.layouts import layouts
@@ -27,12 +27,6 @@ from flarec.kernels.linear_attention.triton_train import two_stream
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-
-@pytest.fixture(autouse=True)
-def only_what_a_gpu_may_run(request: pytest.FixtureRequest) -> None:
-    """Small tiles, and float32, are refused on a GPU (`triton_train.unsupported`)."""
-    if DEVICE == "cuda" and request.node.get_closest_marker("gpu") is None:
-        pytest.skip("channel gates of small tiles run in the interpreter only")
 op: Any = two_stream  # untyped, as `states_of`: tests unpack inputs before further positional arguments
 states_of: Any = reference_states
 Results = dict[str, Tensor]
@@ -276,6 +270,22 @@ def test_deterministic() -> None:
     inputs = case.inputs(layout)
     first, second = (run_triton(case, inputs, layout, 16) for _ in range(2))
     assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dims", [(16, 16), (32, 48), (64, 64), (96, 80), (256, 256), (128, 64)], ids=str)
+def test_other_heads(dims: tuple[int, int], dtype: torch.dtype) -> None:
+    case = Case(key_heads=2, key_dim=dims[0], value_dim=dims[1], dtype=dtype)
+    assert_within_twice_the_rounding(case, TWO_VIEWS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dims", [(8, 8), (16, 16), (64, 64), (128, 128), (256, 64)], ids=str)
+def test_float32_heads(dims: tuple[int, int]) -> None:
+    """As wide as the chunk that float32 leaves room for: 64 to 16 rows."""
+    case = Case(group=2, key_dim=dims[0], value_dim=dims[1])
+    assert_equal_to_reference(case, TWO_VIEWS, largest_chunk(torch.float32, *dims))
 
 
 @pytest.mark.gpu

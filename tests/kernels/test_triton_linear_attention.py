@@ -95,8 +95,8 @@ def assert_as_good_as_low_precision(
     assert error(got, true) <= 2 * error(plain, true) + floor
     for name, grad in true_grads.items():
         assert bool(grads[name].isfinite().all()), f"the gradient of {name} is not finite"
-        # of a log decay: the small rest of sums of large terms, one after the other
-        budget = 2 * error(plain_grads[name], grad) + (5 if name == "g" else 1) * floor
+        # of a log decay in float32: the small rest of sums of large terms
+        budget = 2 * error(plain_grads[name], grad) + (2 if name == "g" and dtype == torch.float32 else 1) * floor
         # a gradient that is zero up to rounding (readers with no effect) has no relative error to speak of
         small = float(grad.norm()) < 1e-3 * max(float(x.norm()) for x in true_grads.values())
         assert error(grads[name], grad) <= budget or small, f"the gradient of {name}"

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import flarec as package
-from flarec.errors import PassError
 from flarec.frontend import capture
 from flarec.passes import lower
 from flarec.train.batch import build_batches
@@ -22,7 +21,6 @@ from tests.models import FAMILIES, tiny_checkpoint, tiny_model, tiny_tokenizer
 from tests.train.small_run import recipe, source
 
 pytestmark = pytest.mark.gpu
-TRITON_FAMILIES = [family for family in FAMILIES if family != "kimi_linear"]  # see the refusal below
 
 
 def trainer(family: str, device: str, kernels: str) -> Trainer:
@@ -45,7 +43,7 @@ def losses_and_gradients(made: Trainer) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("family", "kernels"), [*((family, "triton") for family in TRITON_FAMILIES), *((f, "torch") for f in FAMILIES)]
+    ("family", "kernels"), [(family, kernels) for kernels in ("triton", "torch") for family in FAMILIES]
 )
 def test_a_float32_step_is_that_of_the_cpu(family: str, kernels: str) -> None:
     losses, gradients = losses_and_gradients(trainer(family, "cuda", kernels))
@@ -56,12 +54,7 @@ def test_a_float32_step_is_that_of_the_cpu(family: str, kernels: str) -> None:
         assert float((gradients[name] - wanted).norm()) <= 2e-4 * float(wanted.norm()) + 1e-7, name
 
 
-def test_a_decay_per_channel_in_float32_is_refused() -> None:
-    with pytest.raises(PassError, match=r"decay per key channel in float32 .*; use --kernels torch"):
-        trainer("kimi_linear", "cuda", "triton")
-
-
-@pytest.mark.parametrize("family", TRITON_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_steps_stay_together(family: str) -> None:
     """Three optimizer steps: losses and gradient norms on both devices."""
     runs = [trainer(family, device, kernels) for device, kernels in (("cuda", "triton"), ("cpu", "torch"))]
@@ -71,7 +64,7 @@ def test_steps_stay_together(family: str) -> None:
         assert got["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=5e-2)
 
 
-@pytest.mark.parametrize("family", TRITON_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_convert_and_generate_on_the_gpu(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line from a source to text, with the kernels that `auto` chooses; AR-Trust is causal text there."""
     monkeypatch.chdir(tmp_path)
