@@ -1,232 +1,158 @@
 """The adapter table: how each model family's token mixers reach the semantic ops.
 
-A row names the `model_type`, the functions of the modelling module that are replaced during capture, and nothing else.
-Every hook has the signature of the function it replaces and calls one semantic op; what the op does not cover is
-written out in plain ATen here (Mamba-2: discretisation and the skip connection). Softmax attention and MoE experts need
-no row: they are reached through transformers' own interfaces.
+A row names the model type and what is replaced in its modelling file during capture, and nothing else. Softmax
+attention and experts need no row (`flarec.hooks_interfaces`), so a model type without one is captured as a plain
+softmax model; a mixer that was not recognised is then found by the checks of the capture.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from . import ops
 from .errors import CaptureError
-
-IMPLEMENTATION = "flarec"
-"""Name under which our functions are registered with transformers' attention and experts interfaces."""
-
-
-def _reject(where: str, **values: object) -> None:
-    """Stop at an argument that the semantic op has no place for (a silent drop would change the model)."""
-    for name, value in values.items():
-        if value is not None and value is not False:
-            raise CaptureError(
-                f"{where} was called with {name}, which no semantic op covers; extend the hook in flarec/adapters.py"
-            )
-
-
-def attention_hook(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """`AttentionInterface` function: q [B,H,L,Dqk], k [B,Hkv,L,Dqk], v [B,Hkv,L,Dv] -> [B,L,H,Dv]."""
-    where = f"attention of {type(module).__name__}"
-    _reject(where, attention_mask=attention_mask, s_aux=kwargs.get("s_aux"), position_bias=kwargs.get("position_bias"))
-    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-        raise CaptureError(f"{where} is not causal; only causal language models can be converted")
-    scale = float(scaling) if scaling is not None else float(query.shape[-1]) ** -0.5
-    window = kwargs.get("sliding_window")
-    softcap = kwargs.get("softcap")
-    output = ops.softmax_attention(
-        query.contiguous(), key.contiguous(), value.contiguous(), scale, window or None, softcap or None
-    )
-    return output, None
-
-
-def experts_hook(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """`ExpertsInterface` function: x [N,D], index [N,k], weight [N,k] -> [N,D]."""
-    expected = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-    for name, wanted in expected.items():
-        if getattr(module, name, wanted) != wanted:
-            raise CaptureError(
-                f"experts {type(module).__name__} have {name}={not wanted}; flarec::moe_experts covers {name}={wanted}"
-            )
-    activation = str(getattr(module.config, "hidden_act", "silu"))
-    return ops.moe_experts(hidden_states, top_k_index, top_k_weights, module.gate_up_proj, module.down_proj, activation)
-
-
-def short_conv_hook(
-    hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **kwargs: Any
-) -> Tensor:
-    """`causal_conv1d_fn`: x [B,C,L], weight [C,W] -> [B,C,L]."""
-    _reject("causal_conv1d_fn", initial_states=kwargs.get("initial_states"), seq_idx=kwargs.get("seq_idx"))
-    return ops.short_conv(hidden_states.contiguous(), weight, bias, activation)
-
-
-def _delta_rule(name: str) -> Callable[..., tuple[Tensor, None]]:
-    def hook(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        chunk_size: int = 64,
-        initial_state: Tensor | None = None,
-        output_final_state: bool = False,
-        use_qk_l2norm_in_kernel: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        _reject(name, initial_state=initial_state, output_final_state=output_final_state)
-        scale = float(query.shape[-1]) ** -0.5
-        args = (query.contiguous(), key.contiguous(), value.contiguous(), g.contiguous(), beta.contiguous())
-        return ops.linear_attention(*args, scale, True, use_qk_l2norm_in_kernel), None
-
-    return hook
-
-
-def mamba2_hook(
-    hidden_states: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    chunk_size: int | None = None,
-    D: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    initial_states: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
-    return_final_states: bool = False,
-    **kwargs: Any,
-) -> Tensor:
-    """`mamba2_chunk_scan` as scalar-gate linear attention: C, B, x are q, k, v; beta = dt, g = dt * A."""
-    _reject("mamba2_chunk_scan", initial_states=initial_states, return_final_states=return_final_states)
-    _reject("mamba2_chunk_scan", z=kwargs.get("z"), seq_idx=kwargs.get("seq_idx"))
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dt.dtype)
-    if dt_softplus:
-        dt = F.softplus(dt)
-    dt = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1]).float()
-    x = hidden_states.float()
-    g = dt * A.float()
-    args = (C.float().contiguous(), B.float().contiguous(), x.contiguous(), g.contiguous(), dt.contiguous())
-    output = ops.linear_attention(*args, 1.0, False, False)
-    return output if D is None else output + D[:, None] * x
-
-
-def _no_shortcut(*args: Any, **kwargs: Any) -> None:
-    """A fused kernel that may decline: declining makes the model take the path with one function per mixer."""
+from .hooks import delta_rule_hook, mamba2_hook, no_shortcut, selective_scan_hook, short_conv_hook
+from .hooks_interfaces import IMPLEMENTATION, register_interfaces
+from .hooks_methods import BoundedSqrt, lightning_hook, recurrent_block_hook, rnn_scan_hook
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row: `functions` maps a global of the modelling module to its hook."""
+    """One row of the table.
+
+    functions: hooks by the name of the function or class in the modelling file that they replace; methods: hooks by
+    "Class.method". A name in another module is written "package.module:name". mixerless: values of the configuration's
+    list of layer types that stand for layers without a token mixer.
+    """
 
     model_type: str
     mixers: tuple[str, ...]
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     architecture: str | None = None
     """Class that opens the converted checkpoint without remote code, where the configuration does not name it."""
+    methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    mixerless: frozenset[str] = frozenset()
 
 
-_Functions = dict[str, Callable[..., Any]]
-_GDN: _Functions = {
-    "causal_conv1d_fn": short_conv_hook,
-    "torch_chunk_gated_delta_rule": _delta_rule("torch_chunk_gated_delta_rule"),
-}
-_KDA: _Functions = {
-    "causal_conv1d_fn": short_conv_hook,
-    "chunk_kimi_delta_attention": _delta_rule("chunk_kimi_delta_attention"),
-}
-_SSD: _Functions = {
-    "causal_conv1d_fn": short_conv_hook,
+_Hooks = dict[str, Callable[..., Any]]
+_CONV: _Hooks = {"causal_conv1d_fn": short_conv_hook}
+_GDN: _Hooks = _CONV | {"torch_chunk_gated_delta_rule": delta_rule_hook("torch_chunk_gated_delta_rule")}
+_KDA: _Hooks = _CONV | {"chunk_kimi_delta_attention": delta_rule_hook("chunk_kimi_delta_attention")}
+_SSD: _Hooks = _CONV | {
     "mamba2_chunk_scan": mamba2_hook,
-    "mamba2_split_conv1d_scan_combined": _no_shortcut,
+    "mamba2_split_conv1d_scan_combined": no_shortcut,
 }
+_SCAN: _Hooks = _CONV | {"mamba_selective_scan": selective_scan_hook, "mamba_inner_fn": no_shortcut}
+_LIGHTNING: _Hooks = {"MiniMaxLightningAttention.forward": lightning_hook}
+_RGLRU: _Hooks = {
+    "RecurrentGemmaRecurrentBlock.forward": recurrent_block_hook,
+    "RecurrentGemmaRglru._rnn_scan": rnn_scan_hook,
+}
+
+_GDN_MIXERS = ("softmax", "short_conv", "gated delta rule")
+_KDA_MIXERS = ("softmax (MLA)", "short_conv", "kimi delta attention")
+_SSD_MIXERS = ("softmax", "short_conv", "mamba2")
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("qwen3_5_text", ("softmax", "short_conv", "gated delta rule"), _GDN, "Qwen3_5ForCausalLM"),
-        Family("kimi_linear", ("softmax (MLA)", "short_conv", "kimi delta attention"), _KDA),
-        Family("bamba", ("softmax", "short_conv", "mamba2"), _SSD),
+        Family("qwen3_5_text", _GDN_MIXERS, _GDN, "Qwen3_5ForCausalLM"),
+        Family("qwen3_5_moe_text", _GDN_MIXERS, _GDN, "Qwen3_5MoeForCausalLM"),
+        Family("qwen3_next", _GDN_MIXERS, _GDN),
+        Family("olmo_hybrid", _GDN_MIXERS, _GDN),
+        Family("kimi_linear", _KDA_MIXERS, _KDA),
+        Family("bailing_hybrid", _KDA_MIXERS, _KDA),
+        Family("minimax", ("softmax", "lightning attention"), methods=_LIGHTNING),
+        Family("bamba", _SSD_MIXERS, _SSD),
+        Family("falcon_h1", _SSD_MIXERS, _SSD),
+        Family("nemotron_h", _SSD_MIXERS, _SSD, mixerless=frozenset({"mlp", "moe"})),
+        Family("granitemoehybrid", _SSD_MIXERS, _SSD),
+        Family("zamba2", _SSD_MIXERS, _SSD),
+        Family("jamba", ("softmax", "short_conv", "selective scan"), _SCAN),
+        Family("lfm2", ("softmax", "short_conv"), _CONV),
+        Family("lfm2_moe", ("softmax", "short_conv"), _CONV),
+        Family(
+            "recurrent_gemma",
+            ("softmax (window)", "short_conv", "gated recurrence"),
+            {"SqrtBoundDerivative": BoundedSqrt},
+            methods=_RGLRU,
+        ),
     )
 }
+"""Hybrid families by the model type of their text configuration."""
+
+PLAIN = ("llama", "mistral", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")
+"""Softmax models without a row that are tested through all stages; others are captured the same way."""
 
 
 def family_of(config: Any) -> Family:
-    """The row of a configuration; `CaptureError` names the missing row."""
+    """The row of a configuration; one without hooks for a model type that has none."""
+    from . import fla_families  # it makes rows too, from the class above
+
     model_type = str(getattr(config, "model_type", "unknown"))
-    if model_type not in FAMILIES:
+    if (row := fla_families.row_of(config)) is not None:
+        return row
+    return FAMILIES.get(model_type) or Family(model_type, ("softmax",))
+
+
+def _targets(model: nn.Module, family: Family) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+    """(owner, attribute, hook) of everything that the row replaces."""
+    own = type(model).__module__
+    for name, hook in (*family.functions.items(), *family.methods.items()):
+        module_name, _, path = name.rpartition(":")
+        owner: Any = importlib.import_module(module_name) if module_name else sys.modules[own]
+        *parents, attribute = path.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent, None)
+        if hasattr(owner, attribute):
+            yield owner, attribute, hook
+        elif hook is not no_shortcut:
+            raise CaptureError(
+                f"family '{family.model_type}': {module_name or own} has no {path}; this transformers version names "
+                "its mixers differently, update the row in flarec/adapters.py"
+            )
+
+
+_SETTINGS = {
+    "_attn_implementation": IMPLEMENTATION,
+    "_experts_implementation": IMPLEMENTATION,
+    "use_cache": False,
+    "output_router_logits": False,  # a program gives the logits alone
+}
+"""Settings of a configuration while its model is traced."""
+
+
+def check_exchangeable(model: nn.Module, family: Family) -> None:
+    """A model class says whether attention functions other than its own compute the same; `CaptureError` if not."""
+    exchangeable = getattr(model, "_supports_attention_backend", False) or getattr(model, "_supports_sdpa", False)
+    if not (exchangeable or family.functions or family.methods):
         raise CaptureError(
-            f"model type '{model_type}' has no adapter row; known: {', '.join(sorted(FAMILIES))}. "
-            "Add a Family row to FAMILIES in flarec/adapters.py (see CONTRIBUTING.md)"
+            f"{type(model).__name__} (family '{family.model_type}') states that its attention cannot be computed by "
+            "other functions than its own; such a model needs a row in flarec/adapters.py"
         )
-    return FAMILIES[model_type]
-
-
-def register_interfaces() -> None:
-    """Make our attention and experts functions known to transformers (idempotent)."""
-    from transformers import AttentionInterface
-    from transformers.integrations.moe import ExpertsInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(IMPLEMENTATION, attention_hook)
-    AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: None)
-    ExpertsInterface.register(IMPLEMENTATION, experts_hook)
 
 
 @contextlib.contextmanager
 def hooked(model: nn.Module, family: Family) -> Iterator[None]:
     """Within the context, the model's token mixers call the semantic ops; everything is put back afterwards."""
     register_interfaces()
-    module = sys.modules[type(model).__module__]
-    missing = [
-        name for name in family.functions if not hasattr(module, name) and name != "mamba2_split_conv1d_scan_combined"
-    ]
-    if missing:
-        raise CaptureError(
-            f"family '{family.model_type}': {module.__name__} has no {', '.join(missing)}; this transformers version "
-            "names its mixer functions differently, update the row in flarec/adapters.py"
-        )
-    functions = {name: getattr(module, name) for name in family.functions if hasattr(module, name)}
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    saved = [
-        (
-            config,
-            getattr(config, "_attn_implementation", None),
-            getattr(config, "_experts_implementation", None),
-            getattr(config, "use_cache", None),
-        )
-        for config in configs.values()
-    ]
-    try:
-        for name in functions:
-            setattr(module, name, family.functions[name])
+    with contextlib.ExitStack() as stack:
+        for owner, attribute, hook in list(_targets(model, family)):
+            if attribute in vars(owner):
+                stack.callback(setattr, owner, attribute, vars(owner)[attribute])
+            else:  # inherited
+                stack.callback(delattr, owner, attribute)
+            setattr(owner, attribute, hook)
         for config in configs.values():
-            config._attn_implementation = IMPLEMENTATION
-            config._experts_implementation = IMPLEMENTATION
-            config.use_cache = False
+            for name, value in _SETTINGS.items():
+                if hasattr(config, name):
+                    stack.callback(setattr, config, name, getattr(config, name))
+                    setattr(config, name, value)
         yield
-    finally:
-        for name, function in functions.items():
-            setattr(module, name, function)
-        for config, attention, experts, use_cache in saved:
-            config._attn_implementation = attention
-            config._experts_implementation = experts
-            config.use_cache = use_cache

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-KINDS = ("keys", "values", "conv", "state", "pending_k", "pending_d", "pending_g")
+KINDS = (
+    "keys",
+    "values",
+    "conv",
+    "state",
+    *("pending_k", "pending_d", "pending_g"),  # linear attention
+    *("pending_x", "pending_dt", "pending_b", "pending_a"),  # selective scan, gated recurrence
+)
 
 
 @dataclass(frozen=True)

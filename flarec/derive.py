@@ -10,6 +10,7 @@ from torch import Tensor
 from .kernels.linear_attention.schedule import StateSchedule
 from .kernels.linear_attention.step_schedule import MAX_TILE, StepSchedule
 from .kernels.linear_attention.tile_schedule import TileSchedule
+from .kernels.scan_schedule import CHUNK_SIZE, ScanSchedule
 from .kernels.short_conv.readers import ConvSchedule
 from .kernels.short_conv.windows import conv_windows
 from .kernels.softmax_attention.attention_schedule import AttentionSchedule
@@ -65,6 +66,24 @@ class Schedule:
 
     def describe(self) -> str:
         return f"state schedule, chunk_size {self.chunk_size}"
+
+
+@dataclass(frozen=True)
+class Scan:
+    """`ScanSchedule`: the clean walk of a selective scan or gated recurrence, and the blocks that start on its way.
+
+    chunk_size  clean slots whose states are kept at a time; None: the whole row (gated recurrence, whose states are the
+                output)
+    """
+
+    chunk_size: int | None = CHUNK_SIZE
+    on_host = True
+
+    def build(self, layout: Layout, capacity: int | None) -> ScanSchedule:
+        return ScanSchedule.from_layout(layout, self.chunk_size)
+
+    def describe(self) -> str:
+        return "scan schedule" + (f", chunk_size {self.chunk_size}" if self.chunk_size else ", one chunk")
 
 
 @dataclass(frozen=True)

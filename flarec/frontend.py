@@ -7,6 +7,7 @@ tracer's objects stay behind: nodes keep plain metadata (see `flarec.program`).
 
 from __future__ import annotations
 
+import inspect
 import re
 import time
 import warnings
@@ -18,9 +19,13 @@ import torch
 from torch import fx, nn
 
 from . import ops, program_cache
-from .adapters import Family, family_of, hooked
-from .errors import CaptureError, PropertyError, UsageError
-from .program import Program, Record, layer_of
+from .adapters import Family, check_exchangeable, family_of, hooked
+from .custom_backward import refuse_custom_functions
+from .errors import CaptureError, PropertyError
+from .loading import check_rotary as check_rotary
+from .loading import load_model as load_model
+from .loading import text_model_of
+from .program import LAYER_LISTS, Program, Record, layer_of
 from .properties import check_captured
 from .spec import spec_of, symbol_names
 
@@ -37,16 +42,19 @@ def capture(
 ) -> Program:
     """Capture a causal LM as a program.
 
-    model_or_path: a transformers model (used as it is), a local directory, or a hub id. With `device="meta"` a path is
-    opened from its configuration alone, without weights. dtype: run dtype of the weights, the checkpoint's own by
-    default (an fp32 capture bakes casts to fp32 in, so capture in the dtype that runs). Raises `CaptureError` for a
-    family without an adapter row or a layer whose mixer was not recognised, `UsageError` for a path that holds no
-    model.
+    model_or_path: a transformers model (used as it is; of a multimodal one its text model), a local directory, or a hub
+    id. With `device="meta"` a path is opened from its configuration alone, without weights. dtype: run dtype of the
+    weights, the checkpoint's own by default (an fp32 capture bakes casts to fp32 in: capture in the dtype that runs).
+    Raises `CaptureError` for a layer whose mixer was not recognised and for whatever else a program could not keep,
+    `UsageError` for a path that holds no model.
 
     cache: take the graph from the user's program cache if the same model was captured before, else put it there
     (`flarec.program_cache`). Either way the result passes the same checks.
     """
-    model = model_or_path if isinstance(model_or_path, nn.Module) else load_model(model_or_path, dtype, device)
+    if isinstance(model_or_path, nn.Module):
+        model: Any = text_model_of(model_or_path)
+    else:
+        model = load_model(model_or_path, dtype, device)
     family = family_of(model.config)
     start = time.perf_counter()
     entry = program_cache.entry_of(model, family.model_type) if cache else None
@@ -67,47 +75,12 @@ def _program(module: fx.GraphModule, model: nn.Module, family: Family, step: str
     program = Program(
         module=module, config=model.config, family=family.model_type, dtype=next(model.parameters()).dtype
     )
-    _check_layers(program, model)
+    _check_layers(program, model, family)
     check_captured(program)
     delta = dict(sorted(program.op_counts().items()))
     program.history = (Record(step, (), delta, time.perf_counter() - start, ("captured",)),)
     program.properties = frozenset({"captured"})
     return program
-
-
-def load_model(path: str | Path, dtype: torch.dtype | None, device: torch.device | str) -> Any:
-    """Open a model from a directory or hub id; never with remote code. On "meta" only the configuration is read."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    name = str(path)
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
-        raise UsageError(
-            f"{name} is not a model directory (no config.json); give a Hugging Face model directory or hub id"
-        )
-    try:
-        config = AutoConfig.from_pretrained(name)
-        family_of(config)
-        if torch.device(device).type == "meta":
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
-        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True)
-    except CaptureError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"{name} cannot be opened as a causal language model: {reason}") from error
-    if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UsageError(f"{name} holds no weights for {', '.join(missing[:3])}{more}; copy the model again")
-    check_rotary(model)
-    return model.to(device)
-
-
-def check_rotary(model: nn.Module) -> None:
-    """Rotary frequencies made on the meta device can come out as zeros; the model would then ignore positions."""
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq") and buffer.device.type != "meta" and not bool((buffer != 0).all()):
-            raise CaptureError(f"rotary buffer {name} holds zeros; load the model with from_pretrained, not from meta")
 
 
 def _export(model: nn.Module, family: Family) -> fx.GraphModule:
@@ -120,8 +93,15 @@ def _export(model: nn.Module, family: Family) -> fx.GraphModule:
     positions = torch.arange(EXAMPLE_LENGTH, device=device).expand(EXAMPLE_ROWS, -1).contiguous()
     shapes = {"input_ids": {0: rows, 1: length}, "position_ids": {0: rows, 1: length}}
     try:
-        with hooked(model, family), warnings.catch_warnings(), torch.enable_grad():
+        with hooked(model, family), warnings.catch_warnings(), refuse_custom_functions(model):
             warnings.simplefilter("ignore")
+            if "position_ids" not in inspect.signature(model.forward).parameters:
+                raise CaptureError(
+                    f"{type(model).__name__} (family '{family.model_type}') takes no position_ids, so the positions of "
+                    "noisy tokens cannot be given to it; such a model cannot be converted"
+                )
+            check_exchangeable(model, family)
+            _check_rotary_type(model)
             exported = torch.export.export(
                 model, (), {"input_ids": ids, "position_ids": positions}, dynamic_shapes=shapes, strict=False
             )
@@ -140,6 +120,19 @@ def _export(model: nn.Module, family: Family) -> fx.GraphModule:
     _plain_signature(module)
     _plain_metadata(module)
     return fx.GraphModule(module, module.graph)  # without what else export hangs on to it
+
+
+def _check_rotary_type(model: nn.Module) -> None:
+    """Refuse rotary frequencies that one token's position changes for all tokens of the batch."""
+    for name, module in model.named_modules():
+        kinds = getattr(module, "rope_type", None) or ""
+        for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+            if "dynamic" in str(kind) or kind == "longrope":
+                raise CaptureError(
+                    f"{name} ({type(module).__name__}) chooses its frequencies by the longest position of the batch "
+                    f"(rope_type '{kind}'), so tokens would depend on others than those that they read; such a model "
+                    "cannot be converted"
+                )
 
 
 def _plain_signature(module: fx.GraphModule) -> None:
@@ -188,20 +181,29 @@ def _class_name(cls: Any) -> str:
     return str(cls if isinstance(cls, str) else getattr(cls, "__name__", cls)).rsplit(".", 1)[-1]
 
 
-def _check_layers(program: Program, model: nn.Module) -> None:
-    """Every decoder layer must have at least one token mixer; a layer without one has a mixer we did not recognise."""
+def _check_layers(program: Program, model: nn.Module, family: Family) -> None:
+    """Every decoder layer must have a token mixer, but for the layers that the family's row declares to have none."""
     found = {layer_of(node) for node in program.calls(*ops.TOKEN_MIXERS)}
     layers = next(
-        (m for name, m in model.named_modules() if name.endswith("layers") and isinstance(m, nn.ModuleList)), None
+        (
+            module
+            for name, module in model.named_modules()
+            if name.rpartition(".")[2] in LAYER_LISTS and isinstance(module, nn.ModuleList)
+        ),
+        None,
     )
     if layers is None:
         raise CaptureError(
-            f"{type(model).__name__} has no decoder layer list named 'layers'; its structure is not known"
+            f"{type(model).__name__} (family '{family.model_type}') has no list of decoder layers named "
+            f"{' or '.join(LAYER_LISTS)}; its structure is not known"
         )
+    kinds = getattr(model.config, "layers_block_type", None) or getattr(model.config, "layer_types", None) or ()
+    missing = "" if family.functions or family.methods else " (there is no such row yet: see CONTRIBUTING.md)"
+    mixerless = {index for index, kind in enumerate(kinds) if kind in family.mixerless}
     for index, layer in enumerate(layers):
-        if index not in found:
+        if index not in found | mixerless:
             children = ", ".join(f"{name}: {type(child).__name__}" for name, child in layer.named_children())
             raise CaptureError(
                 f"layer {index} ({type(layer).__name__}: {children}) has no recognised token mixer; add the function "
-                f"it calls to the row '{program.family}' in flarec/adapters.py"
+                f"it calls to the row '{program.family}' in flarec/adapters.py{missing}"
             )

@@ -1,4 +1,5 @@
-"""Lowered mixers for `--kernels torch`: what the graph calls after `lower-mixers(implementation='torch')`.
+"""Lowered mixers for `--kernels torch`: what the graph calls after `lower-mixers(implementation='torch')`. Those that
+have no Triton form serve `--kernels triton` too.
 
 Thin calls of `flarec.kernels` with the operands in graph order. Shapes as in `flarec.stream_ops`; `mask`, `windows` and
 `schedule` are derived from the layout once per batch (`flarec.derive`).
@@ -8,13 +9,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .kernels.gated_recurrence import torch_walk
 from .kernels.linear_attention import torch_chunk
 from .kernels.linear_attention.commit import commit
 from .kernels.linear_attention.schedule import StateSchedule
 from .kernels.moe_experts import torch_grouped
+from .kernels.scan_schedule import ScanSchedule
+from .kernels.selective_scan import torch_scan
 from .kernels.short_conv import torch_gather
 from .kernels.softmax_attention import torch_sdpa
 from .layout import Layout
+from .stream_ops import pending_rows
 
 
 def softmax_attention(
@@ -106,5 +111,49 @@ def linear_attention_step(
     return (out, state, *(row for row in rows if row is not None))
 
 
-def moe_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
-    return torch_grouped.grouped(x, index, weight, gate_up, down, activation=activation)
+def selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, schedule: ScanSchedule) -> Tensor:
+    return torch_scan.two_stream(x, dt, a, b, c, schedule)
+
+
+def selective_scan_step(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor,
+    pending_x: Tensor,
+    pending_dt: Tensor,
+    pending_b: Tensor,
+    accepted: Tensor,
+    schedule: ScanSchedule,
+    layout: Layout,
+) -> tuple[Tensor, ...]:
+    state = torch_scan.commit(state, pending_x, pending_dt, pending_b, a, accepted)
+    y = torch_scan.two_stream(x, dt, a, b, c, schedule, initial_state=state)
+    return (y, state, *(pending_rows(rows, layout, state.dtype) for rows in (x, dt, b)))
+
+
+def gated_recurrence(x: Tensor, a: Tensor, schedule: ScanSchedule) -> Tensor:
+    return torch_walk.two_stream(x, a, schedule)
+
+
+def gated_recurrence_step(
+    x: Tensor,
+    a: Tensor,
+    state: Tensor,
+    pending_x: Tensor,
+    pending_a: Tensor,
+    accepted: Tensor,
+    schedule: ScanSchedule,
+    layout: Layout,
+) -> tuple[Tensor, ...]:
+    state = torch_walk.commit(state, pending_x, pending_a, accepted)
+    y = torch_walk.two_stream(x, a, schedule, initial_state=state)
+    return (y, state, *(pending_rows(rows, layout, state.dtype) for rows in (x, a)))
+
+
+def moe_experts(
+    x: Tensor, index: Tensor, weight: Tensor, up: Tensor, down: Tensor, activation: str, gated: bool = True
+) -> Tensor:
+    return torch_grouped.grouped(x, index, weight, up, down, activation=activation, gated=gated)

@@ -1,11 +1,12 @@
 """Semantic ops: one opaque node per token mixer and per expert layer.
 
-A captured graph holds the four `flarec::*` custom ops below; between them everything is plain ATen that treats tokens
+A captured graph holds the `flarec::*` custom ops below; between them everything is plain ATen that treats tokens
 one by one. Passes match these ops, never classes of a model. The body of each op is its reference implementation (one
 document per row, no noisy tokens), so a captured program runs and differentiates as it stands; the two-stream and
 cached functions in `flarec.stream_ops` extend the same references over a layout.
 
-Shapes: B rows, L tokens, H heads (value heads), Hk key heads, K key dim, V value dim, C channels, W conv width.
+Shapes: B rows, L tokens, H heads (value heads), Hk key heads, K key dim, V value dim, C channels, W conv width,
+N states per channel.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels.gated_recurrence.reference import reference as gated_recurrence_reference
 from .kernels.linear_attention.reference import reference as linear_attention_reference
 from .kernels.moe_experts.reference import reference as moe_experts_reference
+from .kernels.selective_scan.reference import reference as selective_scan_reference
 from .kernels.short_conv.reference import reference as short_conv_reference
 from .kernels.softmax_attention.reference import reference as softmax_attention_reference
 from .layout import Layout, build_layout
@@ -47,8 +50,18 @@ def _linear_attention(
     return linear_attention_reference(q, k, v, g, beta, layout, scale=scale, delta=delta, l2norm=l2norm)
 
 
-def _moe_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
-    return moe_experts_reference(x, index, weight, gate_up, down, activation=activation)
+def _selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return selective_scan_reference(x, dt, a, b, c, plain_layout(x.shape[0], x.shape[1], x.device))
+
+
+def _gated_recurrence(x: Tensor, a: Tensor) -> Tensor:
+    return gated_recurrence_reference(x, a, plain_layout(x.shape[0], x.shape[1], x.device))
+
+
+def _moe_experts(
+    x: Tensor, index: Tensor, weight: Tensor, up: Tensor, down: Tensor, activation: str, gated: bool = True
+) -> Tensor:
+    return moe_experts_reference(x, index, weight, up, down, activation=activation, gated=gated)
 
 
 def _softmax_attention_fake(
@@ -67,8 +80,16 @@ def _linear_attention_fake(
     return v.new_empty(v.shape)
 
 
+def _selective_scan_fake(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _gated_recurrence_fake(x: Tensor, a: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def _moe_experts_fake(
-    x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, activation: str
+    x: Tensor, index: Tensor, weight: Tensor, up: Tensor, down: Tensor, activation: str, gated: bool = True
 ) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -109,12 +130,19 @@ def _register(name: str, body: Callable[..., Tensor], fake: Callable[..., Tensor
 softmax_attention = _register("softmax_attention", _softmax_attention, _softmax_attention_fake)
 short_conv = _register("short_conv", _short_conv, _short_conv_fake)
 linear_attention = _register("linear_attention", _linear_attention, _linear_attention_fake)
+selective_scan = _register("selective_scan", _selective_scan, _selective_scan_fake)
+gated_recurrence = _register("gated_recurrence", _gated_recurrence, _gated_recurrence_fake)
 moe_experts = _register("moe_experts", _moe_experts, _moe_experts_fake)
 
 SOFTMAX_ATTENTION = torch.ops.flarec.softmax_attention.default
 SHORT_CONV = torch.ops.flarec.short_conv.default
 LINEAR_ATTENTION = torch.ops.flarec.linear_attention.default
+SELECTIVE_SCAN = torch.ops.flarec.selective_scan.default
+GATED_RECURRENCE = torch.ops.flarec.gated_recurrence.default
 MOE_EXPERTS = torch.ops.flarec.moe_experts.default
 
-TOKEN_MIXERS = (SOFTMAX_ATTENTION, SHORT_CONV, LINEAR_ATTENTION)
+RECURRENCES = (LINEAR_ATTENTION, SELECTIVE_SCAN, GATED_RECURRENCE)
+"""Ops that carry a state from token to token."""
+
+TOKEN_MIXERS = (SOFTMAX_ATTENTION, SHORT_CONV, *RECURRENCES)
 """Ops that move information between tokens; everything else in a captured graph must not."""

@@ -24,7 +24,9 @@ from .layout import Layout
 
 SPELLED_OUT = ("kernels", "stream_ops", "reference_ops", "lowered_triton")
 """Modules that are part of the short name of what a node calls."""
-LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+LAYER_LISTS = ("layers", "h")
+"""What models call their list of decoder layers."""
+LAYER = re.compile(rf"(?:^|\.)(?:{'|'.join(LAYER_LISTS)})\.(\d+)(?:\.|$)")
 
 
 class Derivation(Protocol):

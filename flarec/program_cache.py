@@ -34,8 +34,29 @@ from .program_json import Unstorable, graph_from_json, graph_to_json
 VARIABLE = "FLAREC_CACHE_DIR"
 KEPT = 64
 """Graphs that are kept; beyond that, the ones written first go."""
-_OWN_SOURCES = ("adapters", "frontend", "ops", "program_cache", "program_json", "spec")
-_PACKAGES = ("torch", "transformers", "accelerate", "causal-conv1d", "flash-linear-attention", "kernels", "mamba-ssm")
+_OWN_SOURCES = (
+    "adapters",
+    "fla_families",
+    "fla_layers",
+    "frontend",
+    "hooks",
+    "hooks_interfaces",
+    "hooks_methods",
+    "ops",
+    "program_cache",
+    "program_json",
+    "spec",
+)
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "causal-conv1d",
+    "fla-core",
+    "flash-linear-attention",
+    "kernels",
+    "mamba-ssm",
+)
 """What the modelling code looks at when it chooses its path."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _SCALARS = (bool, int, float, str, type(None))

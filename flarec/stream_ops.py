@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels.gated_recurrence.reference import reference as gated_recurrence_reference
+from .kernels.gated_recurrence.reference import reference_commit as gated_recurrence_commit
 from .kernels.linear_attention.reference import reference as linear_attention_reference
 from .kernels.linear_attention.reference_step import reference_commit, reference_rows
+from .kernels.selective_scan.reference import reference as selective_scan_reference
+from .kernels.selective_scan.reference import reference_commit as selective_scan_commit
 from .kernels.short_conv.reference import reference as short_conv_reference
 from .kernels.short_conv.torch_gather import commit_window, next_buffer
 from .kernels.softmax_attention.reference import reference as softmax_attention_reference
 from .kernels.softmax_attention.torch_sdpa import write_cache
-from .layout import Layout
+from .layout import PADDING, Layout
 
 
 def two_stream_softmax_attention(
@@ -50,6 +54,16 @@ def two_stream_linear_attention(
 ) -> Tensor:
     """q,k [B,T,Hk,K], v [B,T,H,V], g [B,T,H(,K)], beta [B,T,H] -> [B,T,H,V]."""
     return linear_attention_reference(q, k, v, g, beta, layout, scale=scale, delta=delta, l2norm=l2norm)
+
+
+def two_stream_selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, layout: Layout) -> Tensor:
+    """x, dt [B,T,C], a [C,N], b, c [B,T,N] -> [B,T,C]; a block starts from the clean state at its anchor."""
+    return selective_scan_reference(x, dt, a, b, c, layout)
+
+
+def two_stream_gated_recurrence(x: Tensor, a: Tensor, layout: Layout) -> Tensor:
+    """x, a [B,T,C] -> [B,T,C]; a block starts from the clean state at its anchor."""
+    return gated_recurrence_reference(x, a, layout)
 
 
 def cached_softmax_attention(
@@ -116,10 +130,51 @@ def cached_linear_attention(
     return (out, state, *(row for row in rows if row is not None))
 
 
+def cached_selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor,
+    pending_x: Tensor,
+    pending_dt: Tensor,
+    pending_b: Tensor,
+    accepted: Tensor,
+    layout: Layout,
+) -> tuple[Tensor, ...]:
+    """Commit the accepted pending rows, run from that state, and leave this step's clean rows pending.
+
+    state [B,C,N] float32; pending_x, pending_dt [B,R,C], pending_b [B,R,N]; accepted [B].
+    Returns (y [B,T,C], state, pending_x, pending_dt, pending_b). Noisy tokens never change the state.
+    """
+    state = selective_scan_commit(state, pending_x, pending_dt, pending_b, a, accepted)
+    y = selective_scan_reference(x, dt, a, b, c, layout, initial_state=state)
+    return (y, state, *(pending_rows(rows, layout, state.dtype) for rows in (x, dt, b)))
+
+
+def cached_gated_recurrence(
+    x: Tensor, a: Tensor, state: Tensor, pending_x: Tensor, pending_a: Tensor, accepted: Tensor, layout: Layout
+) -> tuple[Tensor, ...]:
+    """As `cached_selective_scan`: state [B,C] float32, pending_x, pending_a [B,R,C] -> (y, state, pending_x,
+    pending_a)."""
+    state = gated_recurrence_commit(state, pending_x, pending_a, accepted)
+    y = gated_recurrence_reference(x, a, layout, initial_state=state)
+    return (y, state, *(pending_rows(rows, layout, state.dtype) for rows in (x, a)))
+
+
+def pending_rows(rows: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """The clean slots of rows [B,T,D], [B,Lc,D] in `dtype`; padding slots hold 0."""
+    padding = layout.clean_document == PADDING
+    return rows[:, : layout.clean_length].to(dtype).masked_fill(padding[:, :, None], 0)
+
+
 CACHED: dict[object, Callable[..., Any]] = {
     two_stream_softmax_attention: cached_softmax_attention,
     two_stream_short_conv: cached_short_conv,
     two_stream_linear_attention: cached_linear_attention,
+    two_stream_selective_scan: cached_selective_scan,
+    two_stream_gated_recurrence: cached_gated_recurrence,
 }
 
 

@@ -47,11 +47,14 @@ ELEMENTWISE = {
     "softplus",
     "silu",
     "gelu",
+    "log_sigmoid",
     "where",
     "clamp",
     "bitwise_not",
     "sym_size",
     "float",
+    "polar",
+    "complex",
 }
 """Elementwise or constant; ops with torch's own `pointwise` tag need no entry."""
 
@@ -72,6 +75,8 @@ VIEWS = {
     "repeat_interleave",
     "expand_as",
     "view_as",
+    "view_as_complex",
+    "view_as_real",
 }
 """Move or copy elements without combining them; a dimension is never split between tokens by them."""
 
@@ -92,6 +97,8 @@ DIMENSION = {
     "split_with_sizes": 2,
     "chunk": 2,
     "cat": 1,
+    "concat": 1,
+    "concatenate": 1,
     "stack": 1,
     "gather": 1,
     "scatter": 1,
@@ -144,6 +151,8 @@ def mixing_reason(node: fx.Node) -> str | None:
         return None if not _holds_last(node) else "contracts over tokens"
     if name in CONTRACTIONS:
         return _contraction(node)
+    if name == "repeat":
+        return _repeat(node)
     if name in DIMENSION:
         return _dimension(node, name)
     return f"uses {target}, which is not known to be token-local"
@@ -158,6 +167,14 @@ def _spec(operand: Any) -> TensorSpec | None:
 def _holds_last(node: fx.Node) -> bool:
     spec = _spec(node.args[0])
     return spec is not None and bool(spec.shape) and target_name(node) != "embedding" and holds_tokens(spec.shape[-1])
+
+
+def _repeat(node: fx.Node) -> str | None:
+    """Copies along dimensions that hold no tokens are a view."""
+    before, times = _spec(node.args[0]), node.args[1]
+    assert before is not None and isinstance(times, (list, tuple))
+    pairs = zip(reversed(before.shape), reversed(times), strict=False)
+    return "repeats tokens" if any(holds_tokens(size) and count != 1 for size, count in pairs) else None
 
 
 def _contraction(node: fx.Node) -> str | None:

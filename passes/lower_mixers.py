@@ -10,16 +10,20 @@ import torch
 from torch import fx
 
 from flarec import lowered, ops
-from flarec.derive import AttentionIntervals, ConvOrder, ConvWindows, Schedule, SoftmaxMask, StepTiles, Tiles
+from flarec.derive import AttentionIntervals, ConvOrder, ConvWindows, Scan, Schedule, SoftmaxMask, StepTiles, Tiles
 from flarec.errors import PassError
 from flarec.kernels.linear_attention.tile_schedule import largest_chunk
 from flarec.pipeline import Pass
 from flarec.program import Derivation, Program, locate
 from flarec.stream_ops import (
+    cached_gated_recurrence,
     cached_linear_attention,
+    cached_selective_scan,
     cached_short_conv,
     cached_softmax_attention,
+    two_stream_gated_recurrence,
     two_stream_linear_attention,
+    two_stream_selective_scan,
     two_stream_short_conv,
     two_stream_softmax_attention,
 )
@@ -32,9 +36,13 @@ LAYOUT_OPERAND = {
     two_stream_softmax_attention: 3,
     two_stream_short_conv: 3,
     two_stream_linear_attention: 5,
+    two_stream_selective_scan: 5,
+    two_stream_gated_recurrence: 2,
     cached_softmax_attention: 5,
     cached_short_conv: 5,
     cached_linear_attention: 10,
+    cached_selective_scan: 10,
+    cached_gated_recurrence: 6,
 }
 TORCH: dict[object, Callable[..., Any]] = {
     two_stream_softmax_attention: lowered.softmax_attention,
@@ -43,11 +51,21 @@ TORCH: dict[object, Callable[..., Any]] = {
     cached_softmax_attention: lowered.softmax_attention_step,
     cached_short_conv: lowered.short_conv_step,
     cached_linear_attention: lowered.linear_attention_step,
+    two_stream_selective_scan: lowered.selective_scan,
+    cached_selective_scan: lowered.selective_scan_step,
+    two_stream_gated_recurrence: lowered.gated_recurrence,
+    cached_gated_recurrence: lowered.gated_recurrence_step,
 }
 
 
 CONTIGUOUS = torch.ops.aten.contiguous.default
-CACHED = (cached_softmax_attention, cached_short_conv, cached_linear_attention)
+CACHED = (
+    cached_softmax_attention,
+    cached_short_conv,
+    cached_linear_attention,
+    cached_selective_scan,
+    cached_gated_recurrence,
+)
 
 
 @dataclass(frozen=True)
@@ -58,9 +76,9 @@ class LowerMixers(Pass):
     after    %softmax_mask = derived from layout
              %o = lowered.softmax_attention(%q, %k, %v, %softmax_mask, scale, softcap)
 
-    implementation 'triton' calls `lowered_triton` in training and decoding; softmax attention over a cache and expert
-    layers have no Triton form and become those of 'torch' (the nodes' names say which is which). A site that the Triton
-    kernels cannot run is an error.
+    implementation 'triton' calls `lowered_triton` in training and decoding; softmax attention over a cache, selective
+    scans, gated recurrences and expert layers have no Triton form and become those of 'torch' (the nodes' names say
+    which is which). A site that the Triton kernels cannot run is an error.
     """
 
     implementation: str = "torch"
@@ -105,11 +123,10 @@ class LowerMixers(Pass):
                 raise PassError(
                     f"pass '{self.name}': the Triton kernels cannot run {locate(node)}: {why}; use --kernels torch"
                 )
-        return {
+        return TORCH | {
             two_stream_softmax_attention: lowered_triton.softmax_attention,
             two_stream_short_conv: lowered_triton.short_conv,
             two_stream_linear_attention: lowered_triton.linear_attention,
-            cached_softmax_attention: lowered.softmax_attention_step,
             cached_short_conv: lowered_triton.short_conv_step,
             cached_linear_attention: lowered_triton.linear_attention_step,
         }
@@ -144,6 +161,10 @@ class LowerMixers(Pass):
             if triton:
                 return f"conv_order_{width}", ConvOrder(width)
             return f"conv_windows_{width}", ConvWindows(width)
+        if node.target in (two_stream_selective_scan, cached_selective_scan):
+            return "scan_schedule", Scan()
+        if node.target in (two_stream_gated_recurrence, cached_gated_recurrence):
+            return "row_schedule", Scan(chunk_size=None)
         if not triton:
             return "state_schedule", Schedule(self.chunk_size)
         step = node.target is cached_linear_attention

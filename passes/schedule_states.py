@@ -1,4 +1,4 @@
-"""Short convolutions and linear attention: which state every block starts from."""
+"""Short convolutions and recurrences: which state every block starts from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from torch import fx
 from flarec import ops
 from flarec.pipeline import Pass
 from flarec.program import Program
-from flarec.stream_ops import two_stream_linear_attention, two_stream_short_conv
+from flarec.stream_ops import (
+    two_stream_gated_recurrence,
+    two_stream_linear_attention,
+    two_stream_selective_scan,
+    two_stream_short_conv,
+)
 
 from .rewrite_mixers import rewrite
 
@@ -22,6 +27,8 @@ class ScheduleStates(Pass):
     before   %y = flarec.short_conv(%x, %w, %b, act)       %o = flarec.linear_attention(%q, %k, %v, %g, %beta, ...)
     after    %y = stream_ops.two_stream_short_conv(%x, %w, %b, %layout, act)
              %o = stream_ops.two_stream_linear_attention(%q, %k, %v, %g, %beta, %layout, ...)
+
+    `selective_scan` and `gated_recurrence` become their two-stream forms in the same way, the layout last.
     """
 
     name: ClassVar[str] = "schedule-states"
@@ -53,4 +60,13 @@ class ScheduleStates(Pass):
                 o["l2norm"],
             ),
         )
-        return convs + states
+        scans = rewrite(
+            program,
+            ops.SELECTIVE_SCAN,
+            two_stream_selective_scan,
+            lambda o: (o["x"], o["dt"], o["a"], o["b"], o["c"], layout),
+        )
+        recurrences = rewrite(
+            program, ops.GATED_RECURRENCE, two_stream_gated_recurrence, lambda o: (o["x"], o["a"], layout)
+        )
+        return convs + states + scans + recurrences

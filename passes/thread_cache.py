@@ -17,7 +17,9 @@ from flarec.program import Program, layer_of, placeholder_name
 from flarec.stream_ops import (
     CACHED,
     clean_state_dtype,
+    two_stream_gated_recurrence,
     two_stream_linear_attention,
+    two_stream_selective_scan,
     two_stream_short_conv,
     two_stream_softmax_attention,
 )
@@ -52,6 +54,10 @@ class _Threader:
             return self._attention(node)
         if node.target is two_stream_short_conv:
             return self._conv(node)
+        if node.target is two_stream_selective_scan:
+            return self._scan(node)
+        if node.target is two_stream_gated_recurrence:
+            return self._recurrence(node)
         assert node.target is two_stream_linear_attention
         return self._state(node)
 
@@ -96,6 +102,31 @@ class _Threader:
             cached = (slots["state"], slots["pending_k"], slots["pending_d"], slots.get("pending_g"))
             new = graph.call_function(_cached(node), (q, k, v, g, beta, *cached, self._accepted(), *rest))
         return self._with_outputs(node, new, [f"{prefix}.{kind}" for kind in shapes])
+
+    def _scan(self, node: fx.Node) -> fx.Node:
+        x, _, a, *_ = node.args
+        channels, states = _size(a, 0), _size(a, 1)
+        rows = {"pending_x": channels, "pending_dt": channels, "pending_b": states}
+        return self._diagonal(node, "scan", (channels, states), rows, _dtype(x))
+
+    def _recurrence(self, node: fx.Node) -> fx.Node:
+        channels = _size(node.args[0], 2)
+        rows = {"pending_x": channels, "pending_a": channels}
+        return self._diagonal(node, "recurrence", (channels,), rows, _dtype(node.args[0]))
+
+    def _diagonal(
+        self, node: fx.Node, kind: str, state: tuple[int, ...], rows: dict[str, int], dtype: torch.dtype
+    ) -> fx.Node:
+        """A recurrence whose operands end with the layout: its state and pending rows come before it."""
+        prefix = self._prefix(node, kind)
+        shapes: dict[str, tuple[int | str, ...]] = {"state": ("batch", *state)}
+        shapes |= {name: ("batch", "pending", size) for name, size in rows.items()}
+        slots = [self._slot(prefix, name, shape, clean_state_dtype(dtype)) for name, shape in shapes.items()]
+        *operands, layout = node.args
+        graph = self.program.graph
+        with graph.inserting_before(node):
+            new = graph.call_function(_cached(node), (*operands, *slots, self._accepted(), layout))
+        return self._with_outputs(node, new, [f"{prefix}.{name}" for name in shapes])
 
     def _accepted(self) -> fx.Node:
         if self.accepted is None:

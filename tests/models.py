@@ -14,20 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import fx
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from flarec import adapters
 from flarec.frontend import capture
 from flarec.program import Program
 from flarec.spec import TensorSpec
+from flarec.tiny_configs import END_ID as END_ID
+from flarec.tiny_configs import PAD_ID as PAD_ID
+from flarec.tiny_configs import START_ID as START_ID
+from flarec.tiny_configs import VOCABULARY as VOCABULARY
+from flarec.tiny_configs import available, build_tiny
+from flarec.tiny_configs import tiny_config as tiny_config
 
 FAMILIES = ("qwen3_5_text", "kimi_linear", "bamba")
-VOCABULARY = 512
+"""Three families that between them have every kind of gate; the tests of the parts use these."""
+ALL_FAMILIES = tuple(family for family in adapters.FAMILIES if available(family))
+PLAIN_FAMILIES = tuple(family for family in adapters.PLAIN if available(family))
 TOKENS = 300
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
-PAD_ID, START_ID, END_ID = 0, 1, 2
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message['role'] + '\\n' }}"
@@ -39,66 +46,10 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 
-_BASE: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
-    "pad_token_id": PAD_ID, "bos_token_id": START_ID, "eos_token_id": END_ID, "tie_word_embeddings": False,
-}  # fmt: skip
-_CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    # Gated DeltaNet (scalar gate, delta rule, grouped value heads) and softmax attention with rotary positions.
-    "qwen3_5_text": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", {
-        "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-        "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    }),
-    # Kimi delta attention (channel gate, delta rule), latent attention with Dqk != Dv and no positions, experts.
-    "kimi_linear": ("KimiLinearConfig", "KimiLinearForCausalLM", {
-        "num_key_value_heads": 4, "moe_intermediate_size": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8,
-        "v_head_dim": 16, "qk_nope_head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 2,
-        "linear_head_dim": 16, "linear_num_heads": 4, "layer_types": ["linear_attention", "full_attention"] * 2,
-    }),
-    # Mamba-2 (scalar gate, no delta rule, skip connection, conv with bias) and softmax attention.
-    "bamba": ("BambaConfig", "BambaForCausalLM", {
-        "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_chunk_size": 32,
-        "attn_layer_indices": [1, 3],
-    }),
-}  # fmt: skip
-
-
-def tiny_config(family: str, **overrides: Any) -> Any:
-    """The configuration of a small model; `overrides` replace its fields (layer counts, sizes, tied embeddings)."""
-    config, _, values = _CONFIGS[family]
-    return getattr(transformers, config)(**(_BASE | values | overrides))
-
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> Any:
     """A small Hugging Face model in float32, in eval mode."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = getattr(transformers, _CONFIGS[family][1])(tiny_config(family, **overrides)).float().eval()
-    _randomize(model, torch.Generator().manual_seed(seed))
-    return model
-
-
-def _randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
-    """Give every parameter a value that matters: fresh models have zero biases, flat logits and states that forget."""
-
-    def normal(tensor: torch.Tensor, mean: float, std: float) -> None:
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) * std + mean)
-
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("A_log"):
-                normal(parameter, -1.5, 0.4)  # decay of about 0.85 per token instead of a memory of one token
-            elif name.endswith("dt_bias"):
-                normal(parameter, 0.0, 0.5)
-            elif parameter.dim() >= 2:
-                fan_in = parameter.shape[-1] if "embed" not in name else 1
-                normal(parameter, 0.0, 1.0 * fan_in**-0.5)
-            else:
-                normal(parameter, float(parameter.mean()), 0.1)  # norms (centred at 0 or 1), biases
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                normal(buffer, 0.0, 0.1)
+    return build_tiny(family, seed, **overrides)
 
 
 def tiny_tokenizer(size: int = TOKENS) -> PreTrainedTokenizerFast:

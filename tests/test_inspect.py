@@ -234,11 +234,11 @@ def test_an_output_that_cannot_be_written(small: Path, tmp_path: Path) -> None:
     assert "cannot be written" in result.stderr
 
 
-def test_a_family_without_a_row_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+def test_a_family_that_cannot_be_captured_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mamba", "num_hidden_layers": 2}')
     result = CliRunner().invoke(main, ["inspect", str(tmp_path)])
     assert result.exit_code == 1
-    assert "model type 'gpt2' has no adapter row; known: bamba, kimi_linear, qwen3_5_text" in result.stderr
+    assert "MambaForCausalLM (family 'mamba') takes no position_ids" in result.stderr
 
 
 def test_nothing_is_run() -> None:

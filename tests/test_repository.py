@@ -19,7 +19,9 @@ LONGEST_FILE = 500
 
 # Which module belongs to which layer: the longest prefix decides.
 BASE = ("errors", "layout", "cache_spec", "config", "device", "spec", "collector")
-KERNELS = ("linear_attention", "short_conv", "softmax_attention", "moe_experts")
+KERNELS = (
+    "linear_attention", "short_conv", "softmax_attention", "moe_experts", "selective_scan", "gated_recurrence",
+)
 # what the graph calls, and what those calls read from the layout
 OPS = ("ops", "stream_ops", "lowered", "lowered_triton", "derive")
 LAYER_OF = {
@@ -29,8 +31,11 @@ LAYER_OF = {
     "flarec.kernels": "kernels",
     **{f"flarec.kernels.{name}": f"kernels.{name}" for name in KERNELS},
     **{f"flarec.{name}": "ops" for name in OPS},
-    "flarec.adapters": "adapters",
-    **{f"flarec.{name}": "capture" for name in ("frontend", "program_cache", "program_json")},
+    **{f"flarec.{name}": "adapters" for name in ("adapters", "hooks", "hooks_interfaces", "hooks_methods")},
+    **{f"flarec.{name}": "adapters" for name in ("fla_families", "fla_layers")},
+    "flarec.tiny_configs": "tiny_configs",
+    **{f"flarec.{name}": "capture" for name in ("frontend", "custom_backward", "program_cache", "program_json")},
+    "flarec.loading": "capture",
     "flarec.program": "program",
     "flarec.pipeline": "pipeline",
     "flarec.properties": "properties",
@@ -41,7 +46,9 @@ LAYER_OF = {
     "flarec.verify": "verify",
     "flarec.inspect": "inspect",
     "flarec.bench": "bench",
-    **{f"flarec.{name}": "checkpoint" for name in ("checkpoint", "manifest", "model_card")},
+    "flarec.families": "families",
+    "flarec.doctor": "doctor",
+    **{f"flarec.{name}": "checkpoint" for name in ("checkpoint", "carried", "manifest", "model_card")},
     **{f"flarec.{name}": "api" for name in ("api", "streaming", "hf_generate", "evaluate")},
     "flarec.cli": "cli",
 }
@@ -63,6 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{f"kernels.{name}": {"kernels", "layout"} for name in KERNELS},
     "ops": {*ALL_KERNELS, "layout"},
     "adapters": {"ops"},
+    "tiny_configs": set(),
     "program": {"layout", "cache_spec"},
     "capture": {"adapters", "ops", "program", "properties", "spec"},
     "pipeline": {"program"},
@@ -70,10 +78,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "passes": {*ALL_KERNELS, "ops", "program", "pipeline", "properties", "layout", "cache_spec"},
     "decode": {"layout", "cache_spec"},
     "train": {
-        "program", "pipeline", "layout", "config", "device", "decode", "recipes", "capture", "passes", "checkpoint",
+        "ops", "program", "pipeline", "layout", "config", "device", "decode", "recipes", "capture", "passes",
+        "checkpoint",
     },
-    "verify": BELOW_CLI,
-    "inspect": BELOW_CLI - {"train", "decode", "verify", "bench"},
+    "families": BELOW_CLI - {"doctor"},
+    "doctor": BELOW_CLI - {"families"},
+    "verify": BELOW_CLI - {"families", "doctor"},
+    "inspect": BELOW_CLI - {"train", "decode", "verify", "bench", "families", "doctor"},
     "bench": {*ALL_KERNELS, "ops", "layout"},
     "checkpoint": {"capture", "layout"},
     "api": {"device", "collector", "capture", "passes", "program", "decode", "checkpoint", "train"},
@@ -81,7 +92,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 # transformers enters in capture and leaves in checkpoint: what lies between knows a program and a layout.
-KNOWS_TRANSFORMERS = {"adapters", "capture", "checkpoint", "api", "verify", "cli"}
+KNOWS_TRANSFORMERS = {"adapters", "tiny_configs", "capture", "checkpoint", "api", "verify", "families", "doctor", "cli"}
 # numpy: schedules are index arithmetic on the host.
 KERNEL_LIBRARIES = {"torch", "triton", "numpy"}
 

@@ -7,7 +7,7 @@ from flarec.kernels.softmax_attention.mask import visibility
 from flarec.layout import Block, Layout, build_layout
 
 from .canvas import Canvas
-from .summary import Summary
+from .summary import NO_MIXER, Summary
 from .text import ranges
 
 MARGIN = 24
@@ -18,7 +18,10 @@ KIND_COLOUR = {
     "softmax_attention": "#2f80c2",
     "short_conv": "#8bc34a",
     "linear_attention": "#3f9b57",
+    "selective_scan": "#3f9b57",
+    "gated_recurrence": "#3f9b57",
     "moe_experts": "#8d6cc9",
+    NO_MIXER: RULE,
 }
 CELL = 13
 EXAMPLE_CHUNK = 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,11 +28,15 @@ from flarec.spec import TensorSpec
 
 from .shapes import shape_text
 
-KINDS = ("softmax_attention", "short_conv", "linear_attention", "moe_experts")
+KINDS = ("softmax_attention", "short_conv", "linear_attention", "selective_scan", "gated_recurrence", "moe_experts")
+NO_MIXER = "no token mixer"
+_RECURRENCE = "clean: reset per document; noisy: from the clean state at the anchor"
 READS = {
     "softmax_attention": "clean: causal per document; noisy: clean before the anchor + own block",
     "short_conv": "clean: causal per document; noisy: own block, then clean before the anchor",
-    "linear_attention": "clean: reset per document; noisy: from the clean state at the anchor",
+    "linear_attention": _RECURRENCE,
+    "selective_scan": _RECURRENCE,
+    "gated_recurrence": _RECURRENCE,
     "moe_experts": "token by token",
 }
 """What a mixer reads once it knows the layout (docs/semantics.md sections 1 and 2)."""
@@ -116,11 +121,11 @@ class Summary:
     ops: tuple[tuple[str, int], ...]
 
     def layer_kinds(self) -> dict[int, str]:
-        """Layer index -> kinds of its mixers, joined by "+"."""
+        """Layer index -> kinds of its mixers, joined by "+"; "no token mixer" for a layer that has none."""
         kinds = {}
         for group in self.groups:
             names = list(dict.fromkeys(mixer.kind for mixer in group.mixers if mixer.kind != "moe_experts"))
-            kinds.update(dict.fromkeys(group.layers, " + ".join(names)))
+            kinds.update(dict.fromkeys(group.layers, " + ".join(names) or NO_MIXER))
         return dict(sorted(kinds.items()))
 
 
@@ -166,14 +171,16 @@ def mixer_kind(node: fx.Node) -> str | None:
 
 def layer_nodes(program: Program, layer: int) -> list[fx.Node]:
     """Call nodes of one decoder layer, in graph order."""
-    return [node for node in program.graph.nodes if node.op == "call_function" and layer_of(node) == layer]
+    return _layers(program).get(layer, [])
 
 
 def _layers(program: Program) -> dict[int, list[fx.Node]]:
+    """Call nodes by decoder layer. Arithmetic on sizes is left out: the layer that comes first computes it for all."""
     layers: dict[int, list[fx.Node]] = {}
     for node in program.graph.nodes:
         index = layer_of(node) if node.op == "call_function" else None
-        if index is not None:
+        sizes = getattr(node.target, "__module__", "") == "_operator" and node.target is not operator.getitem
+        if index is not None and not sizes:
             layers.setdefault(index, []).append(node)
     return dict(sorted(layers.items()))
 
@@ -274,12 +281,18 @@ def _options(kind: str, arguments: dict[str, Any]) -> Iterator[str]:
     if kind == "short_conv":
         yield f"width {arguments['weight'].meta['val'].size(-1)}"
         yield f"activation {arguments.get('activation') or 'none'}"
+    if kind == "selective_scan":
+        yield f"{arguments['a'].meta['val'].size(1)} states per channel"
+    if kind == "gated_recurrence":
+        yield "one state per channel"
     if kind == "softmax_attention":
         for name in ("window", "softcap"):
             if arguments.get(name) is not None:
                 yield f"{name} {arguments[name]}"
     if kind == "moe_experts":
         yield f"activation {arguments['activation']}"
+        if not arguments.get("gated", True):
+            yield "no gate"
     if "scale" in arguments:
         yield f"scale {arguments['scale']:.4g}"
 

@@ -41,7 +41,7 @@ def ranges(indices: Sequence[int]) -> str:
 
 def _field(label: str, text: str) -> list[str]:
     """`label      text`, wrapped with a hanging indent."""
-    parts = wrap(text, WIDTH - LABEL, break_long_words=False) or [""]
+    parts = wrap(text, WIDTH - LABEL, break_long_words=False, break_on_hyphens=False) or [""]
     return [f"{label if i == 0 else '':<{LABEL}}{part}".rstrip() for i, part in enumerate(parts)]
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import activation_function
+from .reference import activation_function, expert
 
 
-def grouped(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, *, activation: str) -> Tensor:
-    """Same arguments and result as `reference`; differentiable in x, weight, gate_up and down."""
-    act = activation_function(activation)
-    experts, choices = gate_up.shape[0], index.shape[1]
+def grouped(
+    x: Tensor, index: Tensor, weight: Tensor, up: Tensor, down: Tensor, *, activation: str, gated: bool = True
+) -> Tensor:
+    """Same arguments and result as `reference`; differentiable in x, weight, up and down."""
+    activation_function(activation)
+    experts, choices = up.shape[0], index.shape[1]
     flat = index.reshape(-1)
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=experts)[:experts].tolist()  # the one host read: matrix sizes differ
@@ -20,13 +21,8 @@ def grouped(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Ten
     token = order // choices
     inputs = x.index_select(0, token).split(counts)
     # unbind: one stacked gradient per weight, not one full-size zero-filled gradient per expert
-    pairs = zip(inputs, gate_up.unbind(0), down.unbind(0), strict=True)
-    results = []
-    for rows, gate_up_expert, down_expert in pairs:
-        if rows.shape[0] == 0:
-            continue
-        gate, up = F.linear(rows, gate_up_expert).chunk(2, dim=-1)
-        results.append(F.linear(act(gate) * up, down_expert))
+    triples = zip(inputs, up.unbind(0), down.unbind(0), strict=True)
+    results = [expert(rows, ours, back, activation, gated) for rows, ours, back in triples if rows.shape[0]]
     if not results:
         return torch.zeros_like(x)
     weighted = torch.cat(results) * weight.reshape(-1).index_select(0, order)[:, None]

@@ -1,0 +1,1 @@
+"""Gated recurrence (RG-LRU): one decayed number per channel, read as it stands."""
