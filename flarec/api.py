@@ -165,8 +165,8 @@ class Model:
         mode = mode or ("ar-trust" if self.converted else "causal")
         if mode in ("ar-trust", "diffusion-trust") and self.manifest is None:
             raise GenerationError(
-                f"this model is not converted, so it cannot decode in mode {mode}; run `flarec convert` "
-                "or use mode causal"
+                f"this model is not converted, so it cannot decode in mode {mode}; run `flarec convert`, use mode "
+                "causal, or give mask_token_id and block_size of a dual-mode checkpoint that another program wrote"
             )
         defaults = self.manifest.decode if self.manifest else None
         if denoising_steps is None and defaults is not None:
@@ -253,6 +253,8 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     kernels: str = "auto",
+    mask_token_id: int | None = None,
+    block_size: int | None = None,
 ) -> Model:
     """Open a checkpoint, or a source model, for generation.
 
@@ -261,12 +263,14 @@ def load(
              as stored
     device   "cpu", "cuda", ... or "auto" (a GPU if there is one)
     kernels  implementation of the token mixers: "triton", "torch" or "reference"; "auto" is triton on a GPU, else torch
+    mask_token_id, block_size  of a dual-mode checkpoint that another program wrote: vocabulary row of the mask token
+             and positions per block, where its config.json does not state them under these names
 
     Raises `CheckpointError` for a directory that cannot be used, `UsageError` for the other arguments.
     """
     place = torch_device(device)
     wanted = torch_dtype(dtype) or (torch.float32 if place.type == "cpu" else None)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, mask_token_id=mask_token_id, block_size=block_size)
     with collector_paused():
         tokenizer = checkpoint.load_tokenizer()
         hf_model = checkpoint.load_model(wanted, place)

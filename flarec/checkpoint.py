@@ -27,7 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import __version__
+from .carried import Carried
 from .errors import CheckpointError, UsageError
+from .loading import is_wrapper, load_model, read_config, text_name
 from .manifest import NAME as MANIFEST
 from .manifest import FileEntry, Manifest, Source, sha256_of
 from .model_card import licence_of, model_card
@@ -36,6 +38,9 @@ EXTRA = "flarec.safetensors"
 GENERATION_CONFIG = "generation_config.json"
 NO_LIMIT = 1 << 20
 """Context of a model that states none."""
+MAX_SHARD_SIZE = "50GB"
+"""As transformers has it."""
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER_WITHOUT_LIMIT = 10**9  # such tokenizers state a huge number
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -44,10 +49,15 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory that was checked. `manifest` is None for a model that was not converted."""
+    """A directory that was checked.
+
+    manifest  None for a model that was not converted
+    foreign   the manifest stands for values of config.json or of the user: another program made this checkpoint
+    """
 
     path: Path
     manifest: Manifest | None
+    foreign: bool = False
 
     def load_tokenizer(self) -> Any:
         """The transformers tokenizer. Raises `CheckpointError` if the directory has none that can be read."""
@@ -60,16 +70,35 @@ class Checkpoint:
         except Exception as error:  # the Rust library raises bare exceptions
             raise CheckpointError(f"the tokenizer in {self.path} cannot be read: {_first_line(error)}") from error
 
-    def load_model(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
-        """The transformers model in `dtype` (default: as stored), in eval mode."""
-        from .frontend import load_model
-
+    def load_config(self) -> Any:
+        """The transformers configuration; of a multimodal checkpoint the whole one."""
         try:
-            return load_model(self.path, dtype, device).eval()
+            return read_config(self.path)
+        except UsageError as error:
+            raise CheckpointError(str(error)) from error
+
+    def load_model(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
+        """The transformers model in `dtype` (default: as stored), in eval mode; the text model of a multimodal one."""
+        try:
+            model = load_model(self.path, dtype, device).eval()
         except UsageError as error:
             raise CheckpointError(str(error)) from error
         except (SafetensorError, RuntimeError) as error:  # damaged weights, shapes that do not fit
             raise CheckpointError(f"the weights in {self.path} cannot be loaded: {_first_line(error)}") from error
+        mask = self.manifest.mask if self.manifest is not None else None
+        rows = int(model.get_input_embeddings().weight.shape[0])
+        if mask is not None and mask.kind == "row" and mask.token_id >= rows:
+            raise CheckpointError(
+                f"the mask token {mask.token_id} is no row of the vocabulary in {self.path}, which has {rows}; "
+                "give the right mask_token_id"
+            )
+        return model
+
+    def carried(self, model: nn.Module) -> Carried | None:
+        """What surrounds `model`, the text model loaded from here; None if this is no multimodal checkpoint."""
+        if not is_wrapper(self.load_config()):
+            return None
+        return Carried.of(self.path, _weight_files(self.path), model.state_dict())
 
     def load_extra(
         self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -107,11 +136,14 @@ def context_of(config: Any, tokenizer: Any) -> int:
     return int(stated)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, mask_token_id: int | None = None, block_size: int | None = None) -> Checkpoint:
     """Check a checkpoint, or a source model, before anything is loaded from it.
 
-    path: a directory or a hub id. Raises `CheckpointError` if there is no such directory, if it holds no model, and for
-    a checkpoint with a manifest that is foreign, damaged or of a newer format, or with a missing or changed file.
+    path: a directory or a hub id. mask_token_id, block_size: for a dual-mode checkpoint that another program wrote and
+    whose config.json does not state them (`Manifest.stated`).
+
+    Raises `CheckpointError` if there is no such directory, if it holds no model, and for a checkpoint with a manifest
+    that is foreign, damaged or of a newer format, or with a missing or changed file; `UsageError` for the numbers.
     """
     directory = resolve(path)
     if not (directory / "config.json").is_file():
@@ -119,8 +151,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{directory} is not a model directory (no config.json); give a checkpoint or a Hugging Face model"
         )
     manifest = Manifest.read(directory)
-    if manifest is not None:
-        manifest.check_files(directory)
+    if manifest is None:
+        stated = Manifest.stated(directory, mask_token_id, block_size)
+        return Checkpoint(directory, stated, foreign=stated is not None)
+    if mask_token_id is not None or block_size is not None:
+        raise UsageError(f"{directory / MANIFEST} states the mask token and the block size; leave them out")
+    manifest.check_files(directory)
     return Checkpoint(directory, manifest)
 
 
@@ -154,10 +190,12 @@ def describe_source(path: str | Path) -> Source:
 def stored_dtypes(path: str | Path, model: nn.Module) -> dict[str, torch.dtype]:
     """The dtype in which the files of a model directory hold each of the model's parameters and buffers, by name.
 
-    Models often keep a few tensors (decay rates, norms) wider than the rest. Names are matched exactly, then from the
-    layer index on (wrappers add prefixes); tensors without a counterpart get the dtype that holds most elements.
+    Models often keep a few tensors (decay rates, norms) wider than the rest. Names are matched exactly (of text models
+    inside wrappers without the prefix), then from the layer index on; tensors without a counterpart get the dtype that
+    holds most elements.
     """
     found: dict[str, torch.dtype] = {}
+    similar: dict[str, torch.dtype] = {}
     elements: Counter[torch.dtype] = Counter()
     for file in _weight_files(resolve(path)):
         with safe_open(file, framework="pt") as opened:
@@ -165,13 +203,14 @@ def stored_dtypes(path: str | Path, model: nn.Module) -> dict[str, torch.dtype]:
                 piece = opened.get_slice(name)
                 dtype = _DTYPES.get(piece.get_dtype())
                 if dtype is not None:
-                    found[name] = found[_from_layer(name)] = dtype
+                    found[text_name(name)] = dtype
+                    similar.setdefault(_from_layer(name), dtype)
                     elements[dtype] += torch.Size(piece.get_shape()).numel()
     floating = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     if not found:  # weights in another format: nothing better is known than what was loaded
         return {name: tensor.dtype for name, tensor in floating.items()}
     usual = elements.most_common(1)[0][0]
-    return {name: found.get(name, found.get(_from_layer(name), usual)) for name in floating}
+    return {name: found.get(name, similar.get(_from_layer(name), usual)) for name in floating}
 
 
 def versions() -> dict[str, str]:
@@ -194,6 +233,12 @@ def check_destination(out: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{out} is not empty; choose another output directory or replace it with --overwrite")
 
 
+def check_shard_size(size: str) -> None:
+    """Raises `UsageError` for a size of weight files that transformers would not understand."""
+    if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)? ?[KMGT]B", size.strip().upper()):
+        raise UsageError(f"shard size '{size}' is unknown; give a size such as 5GB or 500MB")
+
+
 def write_checkpoint(
     out: str | Path,
     model: Any,
@@ -202,18 +247,23 @@ def write_checkpoint(
     extra: Mapping[str, nn.Parameter] | None = None,
     *,
     dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+    carried: Carried | None = None,
     attachments: Mapping[str, Path] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a checkpoint to the directory `out`: it appears complete, or the disk is as it was before.
 
-    model        transformers model; not changed, whatever its dtype
-    tokenizer    transformers tokenizer, saved with its chat template
-    manifest     `files`, and `versions` if empty, are filled in here
-    extra        parameters without a place in the model (`Program.extra`)
-    dtype        dtype on disk: one, or one per tensor name (`stored_dtypes` of the source); default: the live ones
-    attachments  further files to copy: name in the checkpoint -> file
-    overwrite    replace a directory that is not empty, after everything has been written
+    model           transformers model; not changed, whatever its dtype
+    tokenizer       transformers tokenizer, saved with its chat template
+    manifest        `files`, and `versions` if empty, are filled in here
+    extra           parameters without a place in the model (`Program.extra`)
+    dtype           dtype on disk: one, or one per tensor name (`stored_dtypes` of the source); default: the live ones
+    max_shard_size  of a weight file, in bytes or as "5GB": more weights are split into several files and an index
+    carried         the multimodal checkpoint that `model` was loaded from (`Checkpoint.carried`): it is written with
+                    `model` as its text model, in the source's own files and dtypes
+    attachments     further files to copy: name in the checkpoint -> file
+    overwrite       replace a directory that is not empty, after everything has been written
 
     Returns `out`. Raises `CheckpointError` if `out` is in the way or cannot be written.
     """
@@ -225,8 +275,12 @@ def write_checkpoint(
         with _disk_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             partial.mkdir()
-            _save_model(partial, model, dtype, manifest)
             tokenizer.save_pretrained(str(partial))
+            if carried is None:
+                _save_model(partial, model, dtype, max_shard_size)
+            else:
+                _save_text_model(partial, model, carried)
+            _suppress_mask(partial, manifest)
             if extra:
                 _save_extra(partial, extra, dtype)
             for name, path in (attachments or {}).items():
@@ -235,7 +289,8 @@ def write_checkpoint(
             template = files("flarec").joinpath("templates", "generate.py").read_bytes()
             (partial / "custom_generate" / "generate.py").write_bytes(template)
             manifest = replace(manifest, versions=manifest.versions or versions())
-            (partial / "README.md").write_text(model_card(manifest, out.name), encoding="utf-8")
+            card = model_card(manifest, out.name, carried.describe() if carried else None)
+            (partial / "README.md").write_text(card, encoding="utf-8")
             names = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
             entries = {name: FileEntry.of(partial / name) for name in names}
             (partial / MANIFEST).write_text(replace(manifest, files=entries).to_json(), encoding="utf-8")
@@ -249,7 +304,7 @@ def write_checkpoint(
 
 
 def _save_model(
-    directory: Path, model: Any, dtype: torch.dtype | Mapping[str, torch.dtype] | None, manifest: Manifest
+    directory: Path, model: Any, dtype: torch.dtype | Mapping[str, torch.dtype] | None, max_shard_size: str | int
 ) -> None:
     """Weights and configurations. transformers notes the live dtype in the configuration; the stored one counts."""
     config = model.config
@@ -260,11 +315,24 @@ def _save_model(
         if tensor.is_floating_point():
             sizes[tensor.dtype] += tensor.numel()
     try:
-        model.save_pretrained(str(directory), state_dict=state)
+        model.save_pretrained(str(directory), state_dict=state, max_shard_size=max_shard_size)
     finally:
         config.dtype, config.architectures = before
     stored = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
     _edit_json(directory / "config.json", {"dtype": stored})
+
+
+def _save_text_model(directory: Path, model: Any, carried: Carried) -> None:
+    """The source's files with the weights of `model` in them, which are saved on their own for a moment."""
+    saved = directory / "text"
+    saved.mkdir()
+    _save_model(saved, model, None, MAX_SHARD_SIZE)
+    carried.write(directory, saved, model.state_dict())
+    shutil.rmtree(saved)
+
+
+def _suppress_mask(directory: Path, manifest: Manifest) -> None:
+    """Plain transformers does not generate the mask token either."""
     if manifest.mask.kind == "row":
         path = directory / GENERATION_CONFIG
         known = json.loads(path.read_text(encoding="utf-8")).get("suppress_tokens") if path.is_file() else None
@@ -347,7 +415,17 @@ def _disk_errors(out: Path) -> Iterator[None]:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.glob("*.safetensors") if path.name != EXTRA)
+    """The files that transformers loads; some directories hold the weights a second time under other names."""
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    index = directory / INDEX
+    if not index.is_file():
+        return []
+    try:
+        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({_first_line(error)}); copy the model again") from error
+    return [directory / name for name in sorted(names) if (directory / name).is_file()]
 
 
 def _from_layer(name: str) -> str:

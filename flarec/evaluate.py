@@ -167,9 +167,7 @@ def response_loss(model: Model, examples: Sequence[Example], batch: int = 8) -> 
 
 
 @torch.no_grad()
-def _score(
-    documents: Sequence[tuple[Sequence[int], Sequence[tuple[int, int]]]], model: Model
-) -> tuple[float, int]:
+def _score(documents: Sequence[tuple[Sequence[int], Sequence[tuple[int, int]]]], model: Model) -> tuple[float, int]:
     """`response_loss` of documents that run as one batch, in chunks like a prefill."""
     program: DecodeProgram = model.decode_program
     lengths = [len(ids) for ids, _ in documents]

@@ -20,12 +20,15 @@ def licence_of(directory: Path) -> str | None:
     return line[1].strip("\"'") if line else None
 
 
-def model_card(manifest: Manifest, name: str) -> str:
-    """README.md of a checkpoint: front matter, what it is, how to use it, how it was made."""
+def model_card(manifest: Manifest, name: str, carried: str | None = None) -> str:
+    """README.md of a checkpoint: front matter, what it is, how to use it, how it was made.
+
+    carried: for a multimodal checkpoint, what of it was converted and what was not.
+    """
     source, decode, mask = manifest.source, manifest.decode, manifest.mask
     front = [
         "library_name: transformers",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {'image-text-to-text' if carried else 'text-generation'}",
         "tags: [flarec, diffusion, speculative-decoding]",
     ]
     if source.licence:
@@ -37,6 +40,7 @@ def model_card(manifest: Manifest, name: str) -> str:
     else:
         token = "a learned vector in `flarec.safetensors`"
     readouts = ", ".join(f"{mode}: {readout}" for mode, readout in decode.readouts.items())
+    opener = "AutoModelForImageTextToText" if carried else "AutoModelForCausalLM"
     recipe = str(manifest.recipe.get("name", "custom"))
     sections = [
         "\n".join(["---", *front, "---"]),
@@ -52,11 +56,12 @@ def model_card(manifest: Manifest, name: str) -> str:
         "import flarec\n\n"
         f'print(flarec.load("{name}").generate("Once upon a time").text)\n'
         "```",
-        "It is a plain transformers checkpoint: `AutoModelForCausalLM.from_pretrained` opens it without remote code "
+        f"It is a plain transformers checkpoint: `{opener}.from_pretrained` opens it without remote code "
         "and generates causally. With flarec installed the other modes are there as well:",
         "```python\n"
         f'model.generate(ids, custom_generate="{name}", trust_remote_code=True, mode="ar-trust")\n'
         "```",
+        *(["## Multimodal", f"{carried}. The decode modes of flarec take text."] if carried else []),
         "## Decoding",
         _table({
             "block size": decode.block_size,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import MambaConfig, MambaForCausalLM
 
 from flarec.manifest import DecodeDefaults, Manifest, Mask, Source
 from tests.cli.conversions import QUICK, flarec, write_data
@@ -163,14 +163,12 @@ def test_usage_errors(place: Path, change: Callable[[Place], Any], arguments: li
 
 
 def test_unknown_mixer(place: Path) -> None:
-    """A model family without an adapter row is a failure to capture, before anything is written."""
-    config = GPTNeoXConfig(
-        vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
-    )
-    GPTNeoXForCausalLM(config).save_pretrained(place / "model")
+    """A recurrence without an adapter row is a failure to capture, before anything is written."""
+    config = MambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, state_size=4)
+    MambaForCausalLM(config).save_pretrained(place / "model")
     before = tree(place)
     text = message(flarec(*CONVERT, "--max-length", "64"), 1)
-    assert "gpt_neox" in text
+    assert "'mamba'" in text
     assert tree(place) == before
 
 

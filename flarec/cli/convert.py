@@ -41,6 +41,10 @@ from .options import kernels_option
     "--eval-data", multiple=True, metavar="PATH",
     help="Documents to evaluate on.  [default: some are held out of the training data]",
 )
+@click.option(
+    "--max-shard-size", default="50GB", show_default=True, metavar="SIZE",
+    help="Split weights that are larger into several files, for example 5GB.",
+)
 @kernels_option("auto")
 @click.option("--dry-run", is_flag=True, help="Say what would run, and what memory and time it needs; writes nothing.")
 @click.pass_context

@@ -13,7 +13,7 @@ import click
 from flarec.errors import DataError, UsageError
 
 from .loading import open_model
-from .options import decode_options, runtime_options
+from .options import decode_options, foreign_options, runtime_options
 
 if TYPE_CHECKING:
     from flarec.api import Output
@@ -38,18 +38,21 @@ JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Equal seeds give equal texts.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text (repeatable).")
 @runtime_options
+@foreign_options
 @click.option("--stats", is_flag=True, help="Print tokens, forward passes and time on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array on stdout, an object per prompt, in order.")
 def command(
     checkpoint: str, prompt: str | None, prompts_file: Path | None, chat: bool, device: str, dtype: str | None,
-    kernels: str, stats: bool, as_json: bool, **options: Any,
+    kernels: str, mask_token_id: int | None, block_size: int | None, stats: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Generate text with a converted checkpoint CKPT, or causally with any supported model.
 
     Give one PROMPT (- reads it from stdin), or --prompts FILE. One prompt streams to the terminal.
     """
     prompts = _prompts(prompt, prompts_file)
-    model = open_model(checkpoint, dtype=dtype, device=device, kernels=kernels)
+    model = open_model(
+        checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size
+    )
     stream = len(prompts) == 1 and not as_json
     if stream:
         options["on_text"] = lambda _, text: click.echo(text, nl=False)

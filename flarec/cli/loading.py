@@ -10,9 +10,13 @@ if TYPE_CHECKING:
     from flarec.api import Model
 
 
-def open_model(checkpoint: str, *, dtype: str | None, device: str, kernels: str) -> Model:
+def open_model(
+    checkpoint: str, *, dtype: str | None, device: str, kernels: str, mask_token_id: int | None, block_size: int | None
+) -> Model:
     """`flarec.load`, imported here: a command calls this once it knows its arguments to be right."""
     with collector_paused():
         from flarec.api import load
 
-        return load(checkpoint, dtype=dtype, device=device, kernels=kernels)
+        return load(
+            checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size
+        )

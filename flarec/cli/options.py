@@ -48,3 +48,20 @@ def decode_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )):  # fmt: skip
         command = option(command)
     return command
+
+
+def foreign_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--mask-token-id`, `--block-size`: what another program's dual-mode checkpoint may not state."""
+    note = "Of a dual-mode checkpoint that another program wrote"
+    for option in reversed((
+        click.option(
+            "--mask-token-id", type=int, metavar="ID",
+            help=f"{note}: the vocabulary row of its mask token. Default: mask_token_id in its config.json.",
+        ),
+        click.option(
+            "--block-size", type=int, metavar="N",
+            help=f"{note}: positions per block. Default: block_size in its config.json.",
+        ),
+    )):  # fmt: skip
+        command = option(command)
+    return command

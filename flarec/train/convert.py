@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import describe_source, stored_dtypes, write_checkpoint
+from ..checkpoint import MAX_SHARD_SIZE, describe_source, stored_dtypes, write_checkpoint
 from ..errors import CheckpointError, TrainingError
 from ..manifest import DecodeDefaults, Manifest, Mask
 from .loop import Step
@@ -24,6 +24,8 @@ from .metrics import MetricsLog
 from .options import Options
 from .prepare import Run, prepare
 from .progress import Reporter, describe_evaluation
+from .router import describe as describe_router
+from .router import worst
 from .state import METRICS, StateDirectory
 
 READ_EVERY = {"cpu": 1, "cuda": 10}
@@ -55,6 +57,7 @@ def convert(
     skip_bad_lines: bool = False,
     eval_data: str | Path | Sequence[str | Path] = (),
     kernels: str = "auto",
+    max_shard_size: str = MAX_SHARD_SIZE,
     debug: bool = False,
     reporter: Reporter | None = None,
 ) -> Path:
@@ -78,6 +81,7 @@ def convert(
         skip_bad_lines=skip_bad_lines,
         eval_data=_texts(eval_data),
         kernels=kernels,
+        max_shard_size=max_shard_size,
         debug=debug,
     )
     return run(options, reporter or Reporter())
@@ -249,6 +253,8 @@ class _Conversion:
                 self._manifest(),
                 extra,
                 dtype=stored_dtypes(run.source.path, run.model),
+                max_shard_size=run.options.max_shard_size,
+                carried=run.carried,
                 attachments={METRICS: self.directory.metrics},
                 overwrite=run.options.overwrite,
             )
@@ -283,6 +289,7 @@ class _Conversion:
             metrics={
                 "ar_loss": self.last["ar_loss"],
                 "diffusion_loss": self.last["diffusion_loss"],
+                **({"router": worst(self.last["router"])} if "router" in self.last else {}),
                 "held_out": {f"step {step}": values for step, values in self._first_and_last().items()},
             },
         )
@@ -295,6 +302,8 @@ class _Conversion:
         note = self.reporter.note
         note(f"trained {self.totals['clean_tokens']:,} tokens in {self.trainer.step:,} steps")
         note(f"last step: AR loss {self.last['ar_loss']:.3f}, diffusion loss {self.last['diffusion_loss']:.3f}")
+        if "router" in self.last:
+            note(f"last step: {describe_router(self.last['router'])}")
         for step, values in self._first_and_last().items():
             note(f"held-out {'before' if step == 0 else 'after'}: {describe_evaluation(values)}")
         note(f"checkpoint: {out}")

@@ -19,6 +19,7 @@ from .mask_token import MaskToken
 from .noise import step_generator
 from .objective import Metrics, loss
 from .packing import RowStream
+from .router import ExpertLoad, RouterProbe
 from .state import SavedState
 
 NAMED_ROWS, NAMED_DOCUMENTS = 2, 8
@@ -33,6 +34,7 @@ class Step:
     losses    [micro batches] weighted contributions to the step's loss
     gradient  [] global gradient norm before clipping
     rows      the packed rows, `micro_rows` of them per micro batch
+    experts   load of the expert layers, None for a model without them
     """
 
     step: int
@@ -44,6 +46,7 @@ class Step:
     micro_rows: int
     clean_tokens: int
     noisy_tokens: int
+    experts: ExpertLoad | None = None
 
     def read(self, tokenizer: Any) -> dict[str, Any]:
         """Plain numbers for the log (a host sync). Raises `TrainingError` if the loss or gradient is not finite."""
@@ -63,6 +66,7 @@ class Step:
             "lr": self.lr,
             "clean_tokens": self.clean_tokens,
             "noisy_tokens": self.noisy_tokens,
+            **({"router": self.experts.summary()} if self.experts is not None else {}),
         }
 
     def _describe(self, bad: Sequence[int], tokenizer: Any) -> list[str]:
@@ -86,6 +90,7 @@ class Trainer:
 
     def __init__(self, program: Program, recipe: Recipe, mask: MaskToken, rows: RowStream, seed: int) -> None:
         self.program = program
+        self.probe = RouterProbe(program)
         self.recipe = recipe
         self.mask = mask
         self.rows = rows
@@ -117,28 +122,27 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        losses, metrics = self.accumulate(batches)
+        losses, metrics, experts = self.accumulate(batches)
         parameters = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
         gradient = nn.utils.clip_grad_norm_(parameters, options.clip or math.inf)
         self.optimizer.step()
         self.step += 1
         clean, noisy = sum(batch.clean_tokens for batch in batches), sum(batch.noisy_tokens for batch in batches)
-        return Step(self.step, lr, losses, gradient, metrics, rows, options.micro_rows, clean, noisy)
+        return Step(self.step, lr, losses, gradient, metrics, rows, options.micro_rows, clean, noisy, experts)
 
-    def accumulate(self, batches: Sequence[Batch]) -> tuple[Tensor, Metrics]:
-        """Gradients of the micro batches of one step, added up: (losses [micro batches], summed metrics)."""
+    def accumulate(self, batches: Sequence[Batch]) -> tuple[Tensor, Metrics, ExpertLoad | None]:
+        """Gradients of the micro batches of one step, added up: (losses [micro batches], summed metrics and load)."""
         # The totals are counted on the host beforehand: each loss is a mean over the targets of the whole step.
         ar_total = sum(batch.ar_count for batch in batches)
         diffusion_total = sum(batch.diffusion_count for batch in batches)
         weights, device = self.recipe.objective, self.program.device
         losses: list[Tensor] = []
         metrics: Metrics | None = None
+        experts: ExpertLoad | None = None
         for host_batch in batches:
             derived = self.program.derive(host_batch.layout)
             batch = host_batch.to(device)
-            logits = self.program(
-                batch.input_ids, layout=batch.layout, head_rows=batch.head_rows, derived=derived
-            )
+            logits, load = self.probe(batch.input_ids, batch.layout, batch.head_rows, derived)
             result = loss(
                 logits,
                 batch,
@@ -151,8 +155,9 @@ class Trainer:
             result.total.backward()
             losses.append(result.total.detach())
             metrics = result.metrics if metrics is None else metrics + result.metrics
+            experts = load if experts is None or load is None else experts + load
         assert metrics is not None, "a step without rows"
-        return torch.stack(losses), metrics
+        return torch.stack(losses), metrics, experts
 
     def state(self, **values: Any) -> SavedState:
         """Everything that the next step depends on; `values` are kept beside it."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint import check_destination
+from ..checkpoint import MAX_SHARD_SIZE, check_destination
 from ..config import Recipe, load_recipe
 from ..errors import RecipeError, UsageError
 from .data import parse_source
@@ -25,6 +25,7 @@ class Options:
     eval_data       as `data`: documents to evaluate on; by default some training documents are taken out for it
     kernels         implementation of the token mixers: "triton", "torch", "reference", or "auto" (triton on CUDA, else
                     torch)
+    max_shard_size  of a weight file of the checkpoint, as "5GB"
     """
 
     source: str
@@ -41,6 +42,7 @@ class Options:
     skip_bad_lines: bool = False
     eval_data: Sequence[str] = ()
     kernels: str = "auto"
+    max_shard_size: str = MAX_SHARD_SIZE
     debug: bool = False
 
     @property

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import Checkpoint, context_of, open_checkpoint
+from ..carried import Carried
+from ..checkpoint import Checkpoint, check_shard_size, context_of, open_checkpoint
 from ..config import Recipe
 from ..device import resolve_kernels, torch_device
 from ..errors import CheckpointError, DataError, UsageError
@@ -29,13 +30,15 @@ from .progress import Reporter
 
 @dataclass(frozen=True)
 class Run:
-    """A conversion that is ready to train. `held_out` is None if nothing is evaluated."""
+    """A conversion that is ready to train. `held_out` is None if nothing is evaluated, `carried` if the source is no
+    multimodal checkpoint."""
 
     options: Options
     recipe: Recipe
     source: Checkpoint
     tokenizer: Any
     model: Any
+    carried: Carried | None
     captured: Program
     mask: MaskToken
     sources: Sequence[TokenSource]
@@ -55,18 +58,22 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     recipe = options.load_recipe()
     device = torch_device(options.device)
     options.check_seed()
+    check_shard_size(options.max_shard_size)
     options = _with_kernels(options, device, reporter)
     source = _open_source(options.source)
     options.check_output()
     tokenizer = source.load_tokenizer()
-    config = source.load_model(device="meta").config  # the configuration and the family, without weights
+    empty = source.load_model(device="meta")  # the configuration and the family, without weights
+    config, carried = empty.config, source.carried(empty)
+    if carried is not None:
+        reporter.note(carried.describe())
     context = context_of(config, tokenizer)
     if recipe.data.max_length > context:
         raise UsageError(
             f"data.max_length = {recipe.data.max_length} is longer than the model's context of {context} positions; "
             f"use --max-length {context} or less"
         )
-    mask = choose_mask_token(recipe.mask_token, config, tokenizer)
+    mask = _mask_token(source, recipe, tokenizer, reporter)
     eos_ids = tuple(sorted(source.eos_ids(config, tokenizer)))
 
     reporter.note("reading data")
@@ -76,7 +83,8 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     reporter.note(f"loading {options.source} on {device}")
     model = source.load_model(torch.float32, device)
     captured = capture(model, cache=True)
-    initialise_mask_token(mask, model, captured, tokenizer)
+    if source.manifest is None or mask.kind == "vector":
+        initialise_mask_token(mask, model, captured, tokenizer)
     vector = mask.kind == "vector"
     train = lower(captured, "train", mask_vector=vector, kernels=options.kernels, debug=options.debug)
     decode = lower(captured, "decode", mask_vector=vector, kernels=options.kernels, debug=options.debug)
@@ -90,8 +98,9 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     trainer = Trainer(train, recipe, mask, rows, options.seed)
     held_out = HeldOut(held, train, decode, recipe, mask, eos_ids, context) if held else None
     return Run(
-        options, recipe, source, tokenizer, model, captured, mask, sources, len(held), trainer, held_out, pipelines
-    )
+        options, recipe, source, tokenizer, model, carried, captured, mask, sources, len(held), trainer, held_out,
+        pipelines,
+    )  # fmt: skip
 
 
 def _with_kernels(options: Options, device: torch.device, reporter: Reporter) -> Options:
@@ -105,11 +114,23 @@ def _with_kernels(options: Options, device: torch.device, reporter: Reporter) ->
 
 def _open_source(location: str) -> Checkpoint:
     source = open_checkpoint(location)
-    if source.manifest is not None:
+    if source.manifest is not None and not source.foreign:
         raise CheckpointError(
             f"{location} is a converted checkpoint already; convert its source model ({source.manifest.source.name})"
         )
     return source
+
+
+def _mask_token(source: Checkpoint, recipe: Recipe, tokenizer: Any, reporter: Reporter) -> MaskToken:
+    """The recipe's choice; a dual-mode checkpoint of another program goes on with the trained row that it has."""
+    if source.manifest is None or recipe.mask_token == "vector":
+        return choose_mask_token(recipe.mask_token, source.load_config(), tokenizer)
+    mask, size = source.manifest.mask, source.manifest.decode.block_size
+    reporter.note(
+        f"the source is a dual-mode checkpoint already (mask token {mask.token_id}, blocks of {size}): training goes "
+        f"on with its mask token and blocks of {recipe.diffusion.block_size}"
+    )
+    return MaskToken("row", mask.token_id)
 
 
 def _read_data(

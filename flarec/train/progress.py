@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from .router import describe as describe_router
+
 PLAIN_SECONDS = 10.0
 """Seconds between lines of progress where the output is no terminal."""
 
@@ -84,7 +86,8 @@ class ConsoleReporter(Reporter):
         elif time.monotonic() - self._last >= PLAIN_SECONDS or values["step"] == self._steps:
             self._last = time.monotonic()
             left = (self._steps - values["step"]) * values["seconds"]
-            self.note(f"step {values['step']} of {self._steps}: {text}, {left:,.0f} s left")
+            router = f", {describe_router(values['router'])}" if "router" in values else ""
+            self.note(f"step {values['step']} of {self._steps}: {text}, {left:,.0f} s left{router}")
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         self.note(f"held-out at step {step}: {describe_evaluation(values)}")

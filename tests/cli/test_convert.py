@@ -51,6 +51,9 @@ def test_a_source_becomes_a_checkpoint(
     assert manifest is not None
     manifest.check_files(out)
     assert manifest.source.name == family
+    has_experts = family == "kimi_linear"
+    assert ("busiest expert clean" in result.stderr) == has_experts
+    assert set(manifest.metrics.get("router", {})) == ({"clean", "noisy"} if has_experts else set())
     assert manifest.source.sha256
     assert manifest.recipe["name"] == recipe
     assert manifest.recipe["optimizer"]["steps"] == 6

@@ -38,7 +38,7 @@ def losses_and_gradients(made: Trainer) -> tuple[Tensor, dict[str, Tensor]]:
     batches = build_batches(
         made.rows.rows(4), made.recipe.diffusion, made.mask.token_id, step_generator(0, 0), micro_rows=2
     )
-    losses, _ = made.accumulate(batches)
+    losses, *_ = made.accumulate(batches)
     return losses.cpu(), {n: p.grad.cpu() for n, p in made.parameters.items() if p.grad is not None}
 
 
