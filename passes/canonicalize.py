@@ -14,7 +14,8 @@ from flarec.program import Program
 
 ATEN = torch.ops.aten
 ASSERTS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_assert_async")
-NO_OPS = (ATEN.alias.default, ATEN.detach.default, ATEN.lift_fresh_copy.default, ATEN.detach_.default)
+NO_OPS = (ATEN.alias.default, ATEN.lift_fresh_copy.default)
+STOPS = (ATEN.detach.default, ATEN.detach_.default)
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Canonicalize(Pass):
             elif _is_region(node):
                 sites.append(node)
                 _inline(program, node)
+        learned = _learned(program)
         for node in list(graph.nodes):
-            replacement = _simplify(graph, node)
+            replacement = _simplify(graph, node, learned)
             if replacement is not None:
                 sites.append(node)
                 node.replace_all_uses_with(replacement)
@@ -65,8 +67,19 @@ def _is_region(node: fx.Node) -> bool:
     )
 
 
+def _learned(program: Program) -> set[fx.Node]:
+    """Nodes through which a parameter gets a gradient."""
+    parameters = program.parameters()
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        own = node.op == "get_attr" and node.target in parameters
+        if own or (node.target not in STOPS and any(source in found for source in node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
 def _inline(program: Program, node: fx.Node) -> None:
-    """Copy the body of a grad-mode or disabled-autocast region into the graph."""
+    """Copy the body of a grad-mode or disabled-autocast region into the graph; what no_grad gives is detached."""
     graph = program.graph
     position = next(i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
     holder = node.args[position]
@@ -85,9 +98,13 @@ def _inline(program: Program, node: fx.Node) -> None:
             elif not _is_assert(inner):
                 values[inner] = graph.node_copy(inner, lambda a: values[a])  # type: ignore[arg-type, return-value]
     assert isinstance(result, (tuple, list))
+    without_gradient = getattr(node.target, "__name__", "") == "wrap_with_set_grad_enabled" and node.args[0] is False
     for user in list(node.users):
         assert user.target is operator.getitem
         value = result[user.args[1]]  # type: ignore[index]
+        if without_gradient and isinstance(value, fx.Node):
+            with graph.inserting_before(node):
+                value = _like(graph.call_function(ATEN.detach.default, (value,)), value)
         user.replace_all_uses_with(value)
         graph.erase_node(user)
     graph.erase_node(node)
@@ -95,12 +112,14 @@ def _inline(program: Program, node: fx.Node) -> None:
         graph.erase_node(holder)
 
 
-def _simplify(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    """A node that can stand for `node`, or None if it stays."""
+def _simplify(graph: fx.Graph, node: fx.Node, learned: set[fx.Node]) -> fx.Node | None:
+    """A node that can stand for `node`, or None if it stays. A detach stays where it stops a gradient."""
     if node.op != "call_function":
         return None
     args = node.args
     if node.target in NO_OPS and isinstance(args[0], fx.Node):
+        return args[0]
+    if node.target in STOPS and isinstance(args[0], fx.Node) and args[0] not in learned:
         return args[0]
     if node.target is ATEN.slice.Tensor and isinstance(args[0], fx.Node) and _keeps_everything(node):
         return args[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flarec.passes.canonicalize import Canonicalize
+from flarec.program import Program
 from tests.models import FAMILIES, captured
 from tests.passes.snippets import before_and_after, count, plain
 
@@ -66,3 +68,39 @@ def test_a_view_that_is_written_through_stays_a_view() -> None:
     _, after = before_and_after("canonicalize", "qwen3_5_text")
     for node in after.calls(ATEN.copy_.default):
         assert node.args[0].target is not ATEN.reshape.default  # type: ignore[union-attr]
+
+
+class StopsGradients(torch.nn.Module):
+    """Three ways to write a scaled row: through both factors, with the second detached, and made without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept, self.stopped, self.frozen = (torch.nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            scale = self.frozen(x).sigmoid()
+        constant = torch.ones(4).detach()
+        return self.kept(x) * self.stopped(x).detach() * scale * constant
+
+
+def test_a_stopped_gradient_stays_stopped() -> None:
+    model, x = StopsGradients(), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    module = torch.export.export(model, (x,), strict=False).module(check_guards=False)
+    assert isinstance(module, torch.fx.GraphModule)
+    program = Program(module=module, config=None, family="test", dtype=torch.float32)
+    Canonicalize().apply(program)
+    program.finish()
+    assert count(program, "wrap_with_set_grad_enabled") == 0
+    assert len(program.calls(ATEN.detach.default)) == 2  # not the constant's
+    model(x).sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    program.module(x).sum().backward()
+    for name, parameter in program.parameters().items():
+        wanted = expected[name]
+        if wanted is None:
+            assert parameter.grad is None, name
+        else:
+            torch.testing.assert_close(parameter.grad, wanted)
+    assert {name for name, grad in expected.items() if grad is not None} == {"kept.weight", "kept.bias"}
