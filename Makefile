@@ -4,13 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check
 WORKERS ?= 2
+MATRIX  ?= 5.17.0 newest
 
 # One thread per process: tests run in $(WORKERS) processes, and results must not depend on how many there are.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast pytest lint typecheck demo bench-cpu clean
+.PHONY: help install test test-fast test-matrix test-fla pytest lint typecheck demo bench-cpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -36,6 +37,14 @@ pytest: $(VENV)/.installed-test lint  # after lint also under make -j: the last 
 test-fast: $(VENV)/.installed-test  ## the tests that are not marked slow, nothing else
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "not slow"
 
+# These two share .venv's packages and hold a few of their own: see tools/environment.py.
+test-matrix: $(VENV)/.installed-test  ## the tests of the families with other versions of transformers: MATRIX="5.17.0 newest"
+	$(BIN)/python tools/matrix.py --workers $(WORKERS) $(MATRIX)
+
+test-fla: $(VENV)/.installed-test  ## the models of flash-linear-attention, which is never installed in .venv
+	$(BIN)/python tools/environment.py .venv-fla -c constraints-fla.txt torch==2.13.0 flash-linear-attention
+	.venv-fla/bin/python -m pytest -q -n $(WORKERS) --dist loadgroup tests_fla
+
 lint: $(VENV)/.installed-test typecheck  ## ruff and the type check
 	$(BIN)/ruff check
 
@@ -48,6 +57,6 @@ demo: $(VENV)/.installed  ## run examples/demo.py on all cores
 bench-cpu: $(VENV)/.installed  ## time the two-stream linear attention on the CPU
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/cpu_linear_attention.py
 
-clean:  ## remove builds and caches, keep .venv
+clean:  ## remove builds and caches, keep the environments
 	rm -rf build dist flarec.egg-info .hypothesis .pytest_cache .ruff_cache
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
