@@ -75,8 +75,10 @@ FAMILIES: dict[str, Family] = {
         Family("granitemoehybrid", _SSD_MIXERS, _SSD),
         Family("zamba2", _SSD_MIXERS, _SSD),
         Family("jamba", ("softmax", "short_conv", "selective scan"), _SCAN),
+        Family("zamba", ("softmax", "short_conv", "selective scan"), _SCAN),
         Family("lfm2", ("softmax", "short_conv"), _CONV),
         Family("lfm2_moe", ("softmax", "short_conv"), _CONV),
+        Family("lfm3", ("softmax", "softmax (window)", "short_conv"), _CONV),
         Family(
             "recurrent_gemma",
             ("softmax (window)", "short_conv", "gated recurrence"),

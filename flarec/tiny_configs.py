@@ -100,12 +100,19 @@ TINY: dict[str, TinyModel] = {
     # Selective scan (Mamba-1), softmax attention without positions, experts in every second layer.
     "jamba": _tiny("JambaConfig", "JambaForCausalLM", num_hidden_layers=2, num_experts=4, attn_layer_period=2,
         attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=8, mamba_proj_bias=True),
+    # Selective scan with several heads; a softmax attention block whose weights layers share, beside it.
+    "zamba": _tiny("ZambaConfig", "ZambaForCausalLM", num_key_value_heads=4, num_hidden_layers=3,
+        layers_block_type=["linear_attention", "hybrid", "hybrid"], mamba_d_state=8, mamba_dt_rank=8,
+        n_mamba_heads=2, attention_hidden_size=128),
     # A gated short convolution as the only recurrence.
     "lfm2": _tiny("Lfm2Config", "Lfm2ForCausalLM", num_hidden_layers=2, layer_types=["conv", "full_attention"],
         block_multiple_of=32, conv_bias=True),
     "lfm2_moe": _tiny("Lfm2MoeConfig", "Lfm2MoeForCausalLM", num_hidden_layers=2,
         layer_types=["conv", "full_attention"], moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2,
         num_dense_layers=1),
+    # The same with sliding windows and with rotary positions that turn a part of each head.
+    "lfm3": _tiny("Lfm3Config", "Lfm3ForCausalLM", num_hidden_layers=3, head_dim=16, sliding_window=12,
+        layer_types=["conv", "sliding_attention", "full_attention"]),
     # A diagonal recurrence (RG-LRU) and attention with a sliding window; soft-capped logits.
     "recurrent_gemma": _tiny("RecurrentGemmaConfig", "RecurrentGemmaForCausalLM", num_hidden_layers=3, lru_width=64,
         attention_window_size=12, head_dim=16, num_key_value_heads=1, tie_word_embeddings=True),
