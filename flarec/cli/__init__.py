@@ -24,6 +24,8 @@ COMMANDS: dict[str, str] = {
     "verify": "Check a checkpoint against the invariants of the method.",
     "bench": "Check and time the Triton kernels on a GPU.",
     "recipes": "List the recipes, or document every key of one.",
+    "families": "Which model families convert, and through which stages they go.",
+    "doctor": "What a model needs to be converted and served, without its weights.",
 }
 """Name and one-line help, in the order in which `flarec --help` lists them."""
 

@@ -1,0 +1,69 @@
+"""Which implementation would compute each mixer, and why the Triton kernels would not."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import fx
+
+from flarec import ops
+from flarec.errors import PassError
+from flarec.inspect.shapes import shape_text
+from flarec.passes import pipeline
+from flarec.passes.lower_mixers import LAYOUT_OPERAND, TORCH, LowerMixers
+from flarec.pipeline import run_pipeline
+from flarec.program import Program, target_name
+from flarec.properties import CHECKERS
+
+from .report import Site
+
+TRITON, PLAIN, REFUSED = "triton", "torch", "refused"
+
+
+def sites(captured: Program) -> tuple[Site, ...]:
+    """Every kind of site of both pipelines, equal ones counted together; empty without the package triton.
+
+    The answer of `lower-mixers(implementation='triton')` site by site, without stopping at the first refusal.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return ()
+    found: dict[tuple[str, str, str, str], list[str]] = {}
+    for target in ("train", "decode"):
+        steps = [step for step in pipeline(target) if not isinstance(step, LowerMixers)]
+        program = run_pipeline(captured, steps, CHECKERS)
+        for node in program.calls(*LAYOUT_OPERAND, ops.MOE_EXPERTS):
+            choice, why = _choice(node)
+            operands = ", ".join(
+                f"{value.name} {shape_text(value)}" for value in node.args[:3] if isinstance(value, fx.Node)
+            )
+            found.setdefault((target, target_name(node).rsplit(".", 1)[-1], choice, why), []).append(operands)
+    return tuple(
+        Site(target, mixer, operands[0], len(operands), choice, why)
+        for (target, mixer, choice, why), operands in found.items()
+    )
+
+
+def availability(device: torch.device) -> str:
+    """Why no Triton kernel runs on this device; empty if they may."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed, so nothing can be said about its kernels"
+    from flarec import lowered_triton
+
+    try:
+        lowered_triton.check_device(device)
+    except PassError:
+        return f"the Triton kernels run on CUDA devices, not on '{device}'"
+    return ""
+
+
+def _choice(node: fx.Node) -> tuple[str, str]:
+    """What `--kernels triton` would do with a site, and why it is not Triton."""
+    from flarec import lowered_triton
+
+    plain = TORCH.get(node.target)
+    if plain is None or not hasattr(lowered_triton, plain.__name__):
+        return PLAIN, "no Triton form"
+    operands = [value.meta.get("val") if isinstance(value, fx.Node) else value for value in node.args]
+    why = lowered_triton.refusal(node.target, operands)
+    return (TRITON, "") if why is None else (REFUSED, why)

@@ -1,0 +1,161 @@
+"""One training step and the steps of decoding, simulated: their memory and their work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flarec.cache_spec import CacheSlot
+from flarec.config import Recipe
+from flarec.decode.cache import Cache
+from flarec.decode.engine import PREFILL_CHUNK
+from flarec.decode.plan import StepPlan, StepShape
+from flarec.program import Program
+from flarec.train.batch import build_batches
+from flarec.train.data import DataStats, TokenSource
+from flarec.train.loop import Trainer
+from flarec.train.mask_token import MaskToken
+from flarec.train.noise import step_generator
+from flarec.train.packing import RowStream
+
+from .report import Memory
+from .simulate import Simulation, Work, with_fake_weights
+
+
+@dataclass(frozen=True)
+class Training:
+    """Memory at the worst moment of an optimizer step, and the work of its two parts."""
+
+    memory: Memory
+    micro_batch: Work
+    update: Work
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Memory at the worst moment of decoding, and the work of each kind of step by its name."""
+
+    memory: Memory
+    steps: dict[str, Work]
+
+
+def full_rows(length: int, batch: int, recipe: Recipe) -> RowStream:
+    """Rows of one document of `length` tokens, all but the first of them the response: the most that a row can ask for.
+    """
+    spans = np.array([[1, length]] * batch)
+    tokens = np.zeros(batch * length, dtype=np.int32)
+    starts = np.arange(batch + 1) * length
+    source = TokenSource(
+        DataStats("full rows"), 1.0, tokens, starts, spans, np.arange(batch + 1), np.arange(batch)
+    )
+    return RowStream([source], max_length=length, seed=0, lookahead=batch)
+
+
+def simulate_training(program: Program, recipe: Recipe, *, length: int, batch: int, device: torch.device) -> Training:
+    """An optimizer step with `batch` rows of `length` tokens per forward pass; the trainer is that of `flarec convert`.
+
+    program: lowered for training, on the meta device. The gradients of earlier micro batches are there already, and
+    the optimizer has its moments. Raises `CaptureError` for a program whose shapes depend on computed numbers.
+    """
+    recipe = recipe.override([f"optimizer.batch_rows={batch}", f"optimizer.micro_rows={batch}"])
+    mask = MaskToken("row", program.vocab_size - 1)
+    rows = full_rows(length, batch, recipe)
+    batches = build_batches(rows.rows(batch), recipe.diffusion, mask.token_id, step_generator(0, 0))
+    with Simulation() as simulation:
+        program = with_fake_weights(program, simulation, device)
+        parameters = list(program.parameters().values())
+        weights = simulation.live
+        trainer = Trainer(program, recipe, mask, rows, seed=0)
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients = simulation.live - weights
+        trainer.optimizer.step()
+        moments = simulation.live - weights - gradients
+        simulation.forget_peak()
+        start = simulation.work.copy()
+        trainer.accumulate(batches)
+        middle = simulation.work.copy()
+        torch.nn.utils.clip_grad_norm_(parameters, recipe.optimizer.clip or math.inf)
+        trainer.optimizer.step()
+        peak, end = simulation.peak, simulation.work.copy()
+    parts = {"weights": weights, "gradients": gradients, "AdamW moments": moments}
+    parts["activations"] = peak - sum(parts.values())
+    return Training(Memory(parts), middle - start, end - middle)
+
+
+def simulate_serving(
+    program: Program, *, length: int, batch: int, block_size: int, device: torch.device
+) -> Serving:
+    """Decoding `batch` requests whose caches hold `length` positions: a prefill and the steps of the three modes.
+
+    program: lowered for decoding, on the meta device, in the dtype that serves. Raises `CaptureError` as above.
+    """
+    steps: dict[str, Work] = {}
+    with Simulation() as simulation, torch.no_grad():
+        program = with_fake_weights(program, simulation, device)
+        weights = simulation.live
+        cache = Cache.allocate(program.cache_slots, batch, length, device)
+        cache.tensors = {name: _unknown(simulation, tensor) for name, tensor in cache.tensors.items()}
+        caches = simulation.live - weights
+        simulation.forget_peak()
+        chunk = min(PREFILL_CHUNK, length - 1)
+        cache.length = torch.full((batch,), max(0, length - 1 - chunk - 4 * (block_size + 1)), device=device)
+        drafts = block_size + 1
+        for name, counts, anchors in (
+            (f"prefill of {chunk} tokens", chunk, [chunk]),
+            ("commit of the prefill", 1, []),
+            ("causal", 1, []),
+            ("AR-Trust", drafts, list(range(1, drafts + 1))),
+            ("Diffusion-Trust", 0, [0]),
+        ):
+            start = simulation.work.copy()
+            decode_step(program, cache, batch, counts, anchors, block_size, device)
+            steps[name] = simulation.work - start
+        del steps["commit of the prefill"]
+        parts = {"weights": weights, "caches": caches, "working memory": simulation.peak - weights - caches}
+    return Serving(Memory(parts), steps)
+
+
+def _unknown(simulation: Simulation, tensor: torch.Tensor) -> torch.Tensor:
+    """Small caches too must not be computed with."""
+    if simulation.is_fake(tensor):
+        return tensor
+    with simulation.fake:
+        return torch.empty_like(tensor)
+
+
+def decode_step(
+    program: Program, cache: Cache, batch: int, clean: int, anchors: list[int], block_size: int, device: torch.device
+) -> None:
+    """A step with `clean` rows per request and a block at each of `anchors`; one clean row is accepted."""
+    shape = StepShape(
+        counts=(clean,) * batch,
+        anchors=(tuple(anchors),) * batch,
+        heads=(min(clean, 1) if clean > block_size + 1 else clean,) * batch,
+        block_size=block_size,
+        block_heads=block_size,
+        readout="causal",
+    )
+    plan = StepPlan(shape, device)
+    layout = plan.layout(cache.length)
+    ids = torch.zeros(batch, layout.length, dtype=torch.int64, device=device)
+    program.step(ids, layout, plan.head_rows, cache)
+    cache.accept(torch.full((batch,), min(clean, 1), device=device))
+
+
+def cache_bytes(slots: Sequence[CacheSlot]) -> tuple[int, int]:
+    """(bytes of a request whatever its length, bytes of each position that it can hold) of empty caches."""
+    fixed = per_position = 0
+    for slot in slots:
+        size = slot.dtype.itemsize
+        for axis in slot.shape:
+            size *= axis if isinstance(axis, int) else 0 if axis == "pending" else 1
+        if "capacity" in slot.shape:
+            per_position += size
+        else:
+            fixed += size
+    return fixed, per_position

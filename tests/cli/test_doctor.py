@@ -1,0 +1,210 @@
+"""`flarec doctor`: what it says of models that convert and of those that do not; weights are never read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner, Result
+
+from flarec import doctor
+from flarec.cli import main
+from flarec.cli.doctor import size_text
+from flarec.config import load_recipe
+from flarec.doctor.kernels import REFUSED, sites
+from flarec.errors import PassError, UsageError
+from flarec.frontend import capture
+from flarec.inspect.summary import mixer_kind
+from flarec.passes import lower
+from flarec.program import Program
+from tests.models import FAMILIES, captured, shared_model, tiny_config
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration without weights."""
+    path = tmp_path_factory.mktemp("small")
+    tiny_config("bamba").save_pretrained(path)
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["doctor", *map(str, arguments)])
+
+
+def report(*arguments: object) -> Any:
+    done = run(*arguments, "--json", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_a_model_that_converts(small: Path) -> None:
+    found = report(small, "--length", 16, "--batch", 2, "--kernels")
+    assert found["converts"] and found["reason"] is None and not found["estimate_note"]
+    assert found["anatomy"]["parameters"] == sum(p.numel() for p in shared_model("bamba").parameters())
+    assert found["anatomy"]["family"] == "bamba" and found["anatomy"]["known_family"]
+    assert [count for _, count in found["anatomy"]["layers"]] == [2, 2]
+    assert "linear_attention (scalar gate, no delta rule)" in found["anatomy"]["layers"][0][0]
+    for name in ("convert", "serve"):
+        assert found[name]["total"] == sum(found[name]["parts"].values()) > 0
+        assert all(size > 0 for size in found[name]["parts"].values())
+    steps = [speed["step"] for speed in found["speed"]]
+    assert steps[0] == "training step (8 rows, 2 at a time)"
+    assert all(speed["seconds"] > 0 and speed["flops"] > 0 for speed in found["speed"])
+    assert (found["length"], found["batch"], found["serve_dtype"]) == (16, 2, "float32")
+    assert {site["target"] for site in found["sites"]} == {"train", "decode"}
+
+
+def test_the_text_says_what_the_json_says(small: Path) -> None:
+    done = run(small, "--length", 8, "--device", "cpu", "--dtype", "bfloat16")
+    assert done.exit_code == 0, done.output
+    for words in (
+        "converts    yes", "BambaForCausalLM (bamba; in the adapter table)", "249,584", "memory to convert: float32",
+        "memory to serve: bfloat16", "at the worst moment", "extrapolated", "measured on cpu, bfloat16",
+        "decoding: AR-Trust", "2 x BambaDecoderLayer: softmax_attention",
+    ):  # fmt: skip
+        assert words in done.stdout, words
+
+
+def test_quick_tells_no_memory(small: Path) -> None:
+    found = report(small, "--quick")
+    assert found["converts"] and found["capture_seconds"] > 0
+    assert found["convert"] is None and found["speed"] == [] and found["rates"] == [] and found["sites"] == []
+
+
+def test_a_configuration_file_is_enough(small: Path, tmp_path: Path) -> None:
+    other = tmp_path / "model-3b.json"
+    other.write_text((small / "config.json").read_text())
+    found = [report(path, "--quick")["anatomy"] for path in (small, small / "config.json", other)]
+    assert found[0] == found[1] == found[2]
+
+
+def test_the_text_model_of_a_wrapper(tmp_path: Path) -> None:
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    text = tiny_config("qwen3_5_text").to_dict()
+    config = transformers.Qwen3_5Config(text_config=text, vision_config=vision)
+    config.architectures = ["Qwen3_5ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    done = run(tmp_path, "--quick")
+    assert done.exit_code == 0, done.output
+    assert "text model of Qwen3_5ForConditionalGeneration; the rest of it is carried over untouched" in done.stdout
+    assert f"{sum(p.numel() for p in shared_model('qwen3_5_text').parameters()):,}" in done.stdout
+
+
+NO_POSITIONS = {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512, "state_size": 8}
+ADDMM = {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 512}
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "layers"),
+    [
+        (NO_POSITIONS, "takes no position_ids", [["MambaBlock: MambaRMSNorm, MambaMixer", 2]]),
+        (ADDMM, "could reach a clean one", [["GPT2Block: LayerNorm, GPT2Attention, LayerNorm, GPT2MLP", 2]]),
+        ({"model_type": "nonsense"}, "model type `nonsense`", None),
+    ],
+    ids=["no positions", "not token-local", "unknown to transformers"],
+)
+def test_a_model_that_does_not_convert(tmp_path: Path, config: dict[str, Any], words: str, layers: object) -> None:
+    """Exit code 1, and one sentence; what is known of the model is told all the same."""
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(config))
+    done = run(path)
+    assert done.exit_code == 1, done.output
+    line = next(line for line in done.stdout.splitlines() if line.startswith("converts"))
+    assert line.startswith("converts    no: ") and words in line
+    assert "/tmp/tmp" not in line
+    found = json.loads(run(path, "--json").stdout)
+    assert found["converts"] is False and words in found["reason"]
+    assert (found["anatomy"] or {"layers": None})["layers"] == layers
+    assert found["convert"] is None and found["speed"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "nowhere does not exist; give a model directory"),
+        (["--length", "1"], "length 1 and batch 1 cannot be used"),
+        (["--batch", "0"], "batch 0 cannot be used"),
+        (["--recipe", "nonsense"], "neither a built-in recipe nor a TOML file"),
+        (["--device", "nonsense"], "device 'nonsense' cannot be used"),
+        (["--dtype", "int8"], "dtype 'int8' is unknown"),
+    ],
+)
+def test_wrong_usage(small: Path, arguments: list[str], words: str) -> None:
+    source = [] if arguments[0] == "nowhere" else [str(small)]
+    done = run(*source, *arguments)
+    assert done.exit_code == 2
+    assert words in done.stderr and done.stdout == ""
+
+
+def test_a_directory_without_a_model(tmp_path: Path) -> None:
+    done = run(tmp_path)
+    assert done.exit_code == 2 and "holds no config.json" in done.stderr
+
+
+def on_meta(family: str) -> Program:
+    cls = type(shared_model(family))
+    with torch.device("meta"):
+        return capture(cls(tiny_config(family)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_site_is_listed_and_refused_where_the_pass_refuses(family: str) -> None:
+    program = on_meta(family)
+    found = sites(program)
+    for target in ("train", "decode"):
+        mine = [site for site in found if site.target == target]
+        plain = lower(program, target)
+        assert sum(site.count for site in mine) == sum(mixer_kind(node) is not None for node in plain.graph.nodes)
+        refused = [site.why for site in mine if site.choice == REFUSED]
+        if refused:
+            with pytest.raises(PassError) as caught:
+                lower(program, target, kernels="triton")
+            assert any(why in str(caught.value) for why in refused)
+            continue
+        calls = lower(program, target, kernels="triton").op_counts()
+        triton = sum(count for name, count in calls.items() if name.startswith("lowered_triton."))
+        assert sum(site.count for site in mine if site.choice == "triton") == triton > 0
+
+
+def test_a_refused_site_is_told(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
+    from flarec import lowered_triton
+
+    def refuse(target: object, operands: object) -> str | None:
+        return "width 99" if "conv" in getattr(target, "__name__", "") else None
+
+    monkeypatch.setattr(lowered_triton, "refusal", refuse)
+    done = run(small, "--quick", "--kernels", "--device", "cpu")
+    lines = [line.split() for line in done.stdout.splitlines() if "two_stream" in line or "cached" in line]
+    assert {line[1]: line[3] for line in lines} == {
+        "two_stream_short_conv": "refused", "two_stream_linear_attention": "triton",
+        "two_stream_softmax_attention": "triton", "cached_short_conv": "refused",
+        "cached_linear_attention": "triton", "cached_softmax_attention": "torch",
+    }  # fmt: skip
+    assert "width 99" in done.stdout
+
+
+def test_what_cannot_be_estimated_is_said(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: object, **options: object) -> object:
+        raise RuntimeError("no fake kernel\nand a trace")
+
+    monkeypatch.setattr(doctor, "simulate_training", fails)
+    options = {"length": 16, "batch": 1, "device": torch.device("cpu")}
+    found = doctor.diagnose(str(small), load_recipe("flare"), **options)  # type: ignore[arg-type]
+    assert found.converts and found.convert is None
+    assert found.estimate_note == "memory and time are not told: no fake kernel"
+
+
+def test_a_hub_id_that_cannot_be_fetched() -> None:
+    with pytest.raises(UsageError, match="cannot be opened"):
+        doctor.diagnose("nobody/nothing", load_recipe("flare"), length=16, batch=1, device=torch.device("cpu"))
+
+
+def test_sizes() -> None:
+    assert size_text(99_000_000) == "99.0 MB"
+    assert size_text(1_230_000_000) == "1.23 GB"
+    assert captured("bamba").properties == {"captured"}, "nothing above changed the shared program"
