@@ -84,7 +84,7 @@ def _no_captured(target: object) -> Checker:
 
 
 def check_state_scheduled(program: Program) -> None:
-    for target in (ops.SHORT_CONV, ops.LINEAR_ATTENTION):
+    for target in (ops.SHORT_CONV, *ops.RECURRENCES):
         _no_captured(target)(program)
 
 

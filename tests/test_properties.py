@@ -72,6 +72,7 @@ def test_every_property_holds_after_every_pass(family: str, target: str) -> None
         (lambda g, h: g.call_function(ATEN.cumsum.default, (h, 1)), "token dimension"),
         (lambda g, h: g.call_function(ATEN.mean.dim, (h, [-2], True)), "token dimension"),
         (lambda g, h: g.call_function(ATEN.softmax.int, (h, 1)), "token dimension"),
+        (lambda g, h: g.call_function(ATEN.repeat.default, (h, [1, 2, 1])), "repeats tokens"),
         (lambda g, h: g.call_function(ATEN.constant_pad_nd.default, (h, [0, 0, 1, -1])), "not known to be token-local"),
         (lambda g, h: g.call_function(ATEN.conv1d.default, (h, h)), "not known to be token-local"),
         (lambda g, h: g.call_function(len, (h,)), "not known"),
@@ -190,13 +191,15 @@ def test_canonical(make: Callable[[fx.Graph, fx.Node], fx.Node], words: str) -> 
 
 def test_masked_and_state_scheduled() -> None:
     """A mixer that a pass forgot still sees one causal document per row."""
-    before, done = after("duplicate-streams"), after("schedule-states")
-    for name, forgotten in (
-        ("masked", ops.SOFTMAX_ATTENTION),
-        ("state-scheduled", ops.SHORT_CONV),
-        ("state-scheduled", ops.LINEAR_ATTENTION),
+    for family, name, forgotten in (
+        ("qwen3_5_text", "masked", ops.SOFTMAX_ATTENTION),
+        ("qwen3_5_text", "state-scheduled", ops.SHORT_CONV),
+        ("qwen3_5_text", "state-scheduled", ops.LINEAR_ATTENTION),
+        ("jamba", "state-scheduled", ops.SELECTIVE_SCAN),
+        ("recurrent_gemma", "state-scheduled", ops.GATED_RECURRENCE),
     ):
-        program = before.clone()
+        program = after("duplicate-streams", family=family).clone()
+        done = after("schedule-states", family=family)
         for node in program.calls(*ops.TOKEN_MIXERS):
             if node.target is not forgotten:
                 node.target = ATEN.clone.default  # as good as gone for this checker
@@ -205,7 +208,7 @@ def test_masked_and_state_scheduled() -> None:
         text = fails(program, name)
         assert f"({str(forgotten).removesuffix('.default')})" in text
         assert "still sees one causal document per row" in text
-        assert "modeling_qwen3_5.py:" in text
+        assert f"modeling_{family.removesuffix('_text')}.py:" in text
 
 
 def test_narrowed() -> None:

@@ -92,6 +92,7 @@ def open_subject(path: str | Path, *, kernels: str = "torch", seed: int = 0) -> 
     checkpoint = open_checkpoint(path)
     manifest = checkpoint.manifest
     source = checkpoint.load_model(torch.float32)
+    source.set_attn_implementation("eager")  # the definition: gemma2's default in transformers 5.17 drops its softcap
     program = capture(source)
     program.extra.update(checkpoint.load_extra(torch.float32))
     vector = manifest is not None and manifest.mask.kind == "vector"
