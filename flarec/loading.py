@@ -134,7 +134,9 @@ def check_rotary(model: nn.Module) -> None:
     """
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq") and buffer.device.type != "meta" and not bool(buffer.any()):
-            raise CaptureError(f"rotary buffer {name} holds only zeros; load the model with from_pretrained, not from meta")
+            raise CaptureError(
+                f"rotary buffer {name} holds only zeros; load the model with from_pretrained, not from meta"
+            )
 
 
 def _cannot_open(path: str | Path, error: Exception) -> UsageError:
