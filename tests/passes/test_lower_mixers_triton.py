@@ -22,10 +22,21 @@ from flarec.pipeline import run_pipeline
 from flarec.program import Program, target_name
 from flarec.properties import CHECKERS
 from tests.checkpoints import MASK_ROW
-from tests.models import FAMILIES, captured, captured_float64
+from tests.models import ALL_FAMILIES, FAMILIES, PLAIN_FAMILIES, captured, captured_float64
 from tests.passes.snippets import before_and_after, count, example
 
 lowered_triton = pytest.importorskip("flarec.lowered_triton")
+
+
+TRAINING = {
+    lowered.softmax_attention: lowered_triton.softmax_attention,
+    lowered.short_conv: lowered_triton.short_conv,
+    lowered.linear_attention: lowered_triton.linear_attention,
+}
+DECODING = {
+    lowered.short_conv_step: lowered_triton.short_conv_step,
+    lowered.linear_attention_step: lowered_triton.linear_attention_step,
+}
 
 
 def names(program: Program) -> set[str]:
@@ -47,6 +58,19 @@ def test_every_site_of_the_training_graph_gets_its_triton_form() -> None:
     assert before.calls(lowered_triton.short_conv) == []
 
 
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in (*ALL_FAMILIES, *PLAIN_FAMILIES)]
+)
+def test_no_mixer_of_any_family_is_refused(family: str) -> None:
+    """What has a Triton form takes it; the rest is torch by rule, not because a size did not fit."""
+    for target, forms in (("train", TRAINING), ("decode", DECODING)):
+        after = lower(captured(family), target, kernels="triton")
+        before = lower(captured(family), target, kernels="torch")
+        for torch_form, triton_form in forms.items():
+            assert len(after.calls(triton_form)) == len(before.calls(torch_form))
+            assert not after.calls(torch_form)
+
+
 def test_the_convolution_reads_the_projection_without_a_copy() -> None:
     for target, call in (("train", "short_conv"), ("decode", "short_conv_step")):
         for family in FAMILIES:
@@ -66,8 +90,12 @@ def test_the_decoding_graph_keeps_attention_over_the_cache_with_torch() -> None:
     assert after.derivations["softmax_mask"] == SoftmaxMask(None)
 
 
+# a fixed decay, a conv of width 3, soft caps with windows, a recurrence without a Triton form, mixers side by side
+OTHER_MIXERS = ("minimax", "lfm2", "gemma2", "recurrent_gemma", "falcon_h1")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHER_MIXERS])
 def test_losses_and_gradients_are_those_of_the_torch_kernels(family: str) -> None:
     programs = [lower(captured(family), "train", kernels=kernels) for kernels in ("triton", "torch")]
     ids, layout = example(3, rows=1)
