@@ -12,6 +12,7 @@ import click
 
 from flarec.errors import DataError, UsageError
 
+from .interrupts import Interrupts
 from .loading import open_model
 from .options import decode_options, foreign_options, runtime_options
 
@@ -54,9 +55,13 @@ def command(
         checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size
     )
     stream = len(prompts) == 1 and not as_json
-    if stream:
-        options["on_text"] = lambda _, text: click.echo(text, nl=False)
-    outputs: list[Output] = model.generate(prompts, chat=chat, **options)
+    with Interrupts() as interrupts:
+
+        def show(_: int, text: str) -> None:
+            interrupts.check()
+            click.echo(text, nl=False)
+
+        outputs: list[Output] = model.generate(prompts, chat=chat, on_text=show if stream else None, **options)
     if as_json:
         items = [json.dumps(output.to_dict(), ensure_ascii=False) for output in outputs]
         click.echo("[\n" + ",\n".join(items) + "\n]")

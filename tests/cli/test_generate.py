@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from flarec import api
 from flarec.cli import main
+from flarec.cli.interrupts import Interrupts
 from tests.checkpoints import converted
 from tests.models import tiny_checkpoint
 
@@ -227,6 +228,25 @@ def test_stdout_is_json_alone_and_nothing_unneeded_is_imported(paths: tuple[Path
     (item,) = json.loads(done.stdout)
     assert item["token_ids"] == model.generate("Hello", max_new_tokens=4).token_ids
     assert done.stderr.strip() == ""
+
+
+class Swallows:
+    """An object whose destructor is interrupted: Python reports the exception and goes on."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_a_library_swallows_is_not_lost() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts:
+        interrupts.check()
+        victim = Swallows()
+        del victim
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_text_streams_and_ctrl_c_ends_with_130(paths: tuple[Path, Path]) -> None:
