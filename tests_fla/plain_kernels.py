@@ -229,9 +229,9 @@ def install() -> None:
 
 
 def _generate_without_mask() -> None:
-    """The plain kernels know no padding: drop the mask of all ones that `generate` makes."""
+    """The plain kernels know neither padding nor states: drop the mask of ones that `generate` makes, and its cache."""
     mixin = importlib.import_module("fla.models.generation_utils").FLAGenerationMixin
-    stock = mixin.prepare_inputs_for_generation
+    stock, generate = mixin.prepare_inputs_for_generation, mixin.generate
 
     def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = stock(self, *args, **kwargs)
@@ -240,3 +240,4 @@ def _generate_without_mask() -> None:
         return inputs
 
     mixin.prepare_inputs_for_generation = prepare
+    mixin.generate = lambda self, *args, **kwargs: generate(self, *args, use_cache=False, **kwargs)
