@@ -1,8 +1,8 @@
 """Lowered mixers for `--kernels triton`: what the graph calls after `lower-mixers(implementation='triton')`.
 
 Thin calls of the Triton kernels with the operands in graph order; shapes as in `flarec.stream_ops`, schedules from
-`flarec.derive`. Softmax attention over a cache and expert layers have no Triton form: they stay with `flarec.lowered`.
-`refusal` says which sites these kernels cannot run.
+`flarec.derive`. Softmax attention over a cache, selective scans, gated recurrences and expert layers have no Triton
+form: they stay with `flarec.lowered`. `refusal` says which sites these kernels cannot run.
 """
 
 from __future__ import annotations
