@@ -1,8 +1,11 @@
 """Products of vectors that decay per key channel: W[l, j] = sum_c x_lc y_jc exp(a_lc - b_jc), in dense products only.
 
-Row l reads a prefix of its columns (docs/kernels.md, "Exponents"). The binary digits of the prefix's length cut it into
-aligned pieces of 2^p columns. With r the last column of a piece, exp(a - b_j) = exp(a - b_r) exp(b_r - b_j) has both
-factors <= 1, so that every digit costs one dense product. `pair_decay.py` is the CPU form of the same.
+Row l reads a prefix of its columns (docs/kernels.md, "Exponents"). With any reference r, exp(a - b_j) = exp(a - r)
+exp(r - b_j): one dense product, if no factor overflows. Where the log decays of a piece of rows span at most SPAN (in
+bits, in all channels of the slice), r is a row in the piece's middle and one product takes all pairs of the piece. The
+rest goes by the binary digits of the prefix's length, which cut it into aligned pieces of 2^p columns: with r the last
+column of a piece both factors are <= 1, whatever the decay, and every digit costs one product. `pair_decay.py` is the
+CPU form of the digits.
 
 `cumulative` [B, T, H, K] float32 holds log2 decays: of clean rows since the chunk's start (gam), of noisy rows since
 the block's start (t), inclusive.
@@ -13,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import load_tile, reciprocal_norm, store_tile
+from .triton_common import load_tile, reciprocal_norm
 
 # Triton's interpreter multiplies bfloat16 matrices as integers: there one float32 piece takes the place of them all.
 PIECE = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
@@ -26,10 +29,13 @@ def exact_sums(member, x, PIECES: tl.constexpr):
     high = x.to(PIECE)
     rest = x - high.to(tl.float32)
     middle = rest.to(PIECE)
+    if PIECES == 2:
+        # side by side in one product: pieces of a number are neighbours, in the same thread
+        sums = tl.dot(member, tl.reshape(tl.join(high, middle), [x.shape[0], 2 * x.shape[1]]))
+        return tl.sum(tl.reshape(sums, [member.shape[0], x.shape[1], 2]), 2)
+    low = (rest - middle.to(tl.float32)).to(PIECE)
     total = tl.dot(member, middle)
-    if PIECES == 3:
-        low = (rest - middle.to(tl.float32)).to(PIECE)
-        total += tl.dot(member, low)
+    total += tl.dot(member, low)
     return total + tl.dot(member, high)
 
 
@@ -80,25 +86,94 @@ def load_picked(base, row, wanted, stride, width, BS: tl.constexpr, EXACT: tl.co
 
 
 @triton.jit
-def finish_norm(
-    grad,
-    raw,
-    first,
+def pair_gradients(weight, x, y, by_row, by_column, PRECISION: tl.constexpr):
+    """Of W = x y^T with x = u by_row, y = v by_column, and the masked gradient `weight` of W: gradients of u and v, and
+    of the logs of both factors (those of the columns' with the sign of a product: a caller takes them off)."""
+    rows = tl.dot(weight, y, input_precision=PRECISION)
+    columns = tl.dot(tl.trans(weight), x, input_precision=PRECISION)
+    return rows * by_row, rows * x.to(tl.float32), columns * by_column, columns * y.to(tl.float32)
+
+
+@triton.jit
+def direct_level(
+    logs,
     count,
-    norm,
-    along,
     stride,
-    grad_stride,
     width,
     ROWS: tl.constexpr,
     BS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    SPAN: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Gradient of raw rows, in place, from that of the unit rows; along [n]: sum of unit * gradient over channels."""
-    unit = load_tile(raw, first, count, stride, width, ROWS, BS, EXACT).to(tl.float32) * norm[:, None]
-    given = load_tile(grad, first, count, grad_stride, width, ROWS, BS, EXACT).to(tl.float32)
-    value = norm[:, None] * (given - unit * along[:, None])
-    store_tile(grad, value, first, count, grad_stride, width, ROWS, BS, EXACT)
+    """Level p <= LEVELS such that log decays inside any aligned piece of 2^p of the chunk's rows span at most SPAN in
+    this slice of channels: the whole chunk, pieces of 16, or 0."""
+    column = tl.arange(0, BS)
+    real = column < tl.where(count > 0, width, 0)
+    whole = tl.load(logs + column, mask=real, other=0.0)
+    whole -= tl.load(logs + (count - 1) * stride + column, mask=real, other=0.0)
+    level = tl.where(tl.max(whole, 0) <= SPAN, LEVELS, 0)
+    if level == 0:
+        row = tl.arange(0, ROWS)
+        begin = (row >> 4) << 4
+        end = tl.minimum(begin + 15, count - 1)
+        piece = load_picked(logs, begin, row < count, stride, width, BS, EXACT)
+        piece -= load_picked(logs, end, row < count, stride, width, BS, EXACT)
+        level = tl.where(tl.max(tl.max(piece, 1), 0) <= SPAN, 4 if LEVELS > 4 else 0, 0)
+    return level
+
+
+@triton.jit
+def load_middle(logs, piece, level, count, stride, width, BS: tl.constexpr, EXACT: tl.constexpr):
+    """[n, BS] log decays of the rows in the middle of aligned pieces of 2^level rows."""
+    middle = tl.minimum((piece << level) + ((1 << level) >> 1), count - 1)
+    return load_picked(logs, middle, middle >= 0, stride, width, BS, EXACT)
+
+
+@triton.jit
+def not_above(log, SPAN: tl.constexpr):
+    """exp2 of a log decay that is <= SPAN, or that belongs to rows which make no pair."""
+    return tl.exp2(tl.minimum(log, SPAN))
+
+
+@triton.jit
+def prefix_start(anchor, level, LEVELS: tl.constexpr):
+    """([n] piece of 2^level columns in which the prefix ends, first digit that it does not cover). At LEVELS the one
+    piece holds every prefix, that of all columns too."""
+    whole = level == LEVELS
+    return tl.where(whole, 0, anchor >> level), tl.where(whole, LEVELS + 1, level)
+
+
+@triton.jit
+def direct_prefix_pairs(anchor, piece, level, C: tl.constexpr):
+    """[R, C] the pairs (row, clean column) inside the piece in which the row's prefix ends."""
+    column = tl.arange(0, C)
+    return ((column >> level)[None, :] == piece[:, None]) & (column[None, :] < anchor[:, None])
+
+
+@triton.jit
+def direct_prefix_rows(
+    logs, c, anchor, piece, level, count, stride, width, BS: tl.constexpr, EXACT: tl.constexpr, SPAN: tl.constexpr
+):
+    """[R, BS] exp(gam[anchor - 1] - gam in the middle of the piece), 0 for rows that read nothing of it."""
+    at = load_middle(logs, piece, level, count, stride, width, BS, EXACT)
+    return tl.where((anchor > (piece << level))[:, None], not_above(c - at, SPAN), 0.0)
+
+
+@triton.jit
+def blocks_span(logs, start, last, count, stride, width, R: tl.constexpr, BS: tl.constexpr, EXACT: tl.constexpr):
+    """([R, BS] t at the first row of each row's block, what t spans at most in a block, in this slice of channels)."""
+    valid = tl.arange(0, R) < count
+    at = load_picked(logs, start, valid, stride, width, BS, EXACT)
+    span = at - load_picked(logs, last, valid, stride, width, BS, EXACT)
+    return at, tl.max(tl.max(span, 1), 0)
+
+
+@triton.jit
+def direct_block_pairs(prefix, start, R: tl.constexpr):
+    """[R, R] the pairs (row, row of the same block among the first `prefix` of it)."""
+    row = tl.arange(0, R)
+    return (row[None, :] >= start[:, None]) & (row[None, :] < (start + prefix)[:, None])
 
 
 @triton.jit

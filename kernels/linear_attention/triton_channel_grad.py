@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_channel_common import direct_block_pairs
 from .triton_common import (
     load_matrix,
     load_tile,
@@ -38,7 +39,9 @@ def channel_noisy_grad_kernel(
     tile_chunk,
     tile_first,
     tile_count,
+    tile_anchor,
     tile_start,
+    tile_stop,
     scale,
     key_dim: tl.constexpr,
     value_dim: tl.constexpr,
@@ -64,7 +67,8 @@ def channel_noisy_grad_kernel(
     chunk = tl.load(tile_chunk + tile)
     clean_first, clean_count = tl.load(chunk_token + chunk).to(tl.int64), tl.load(chunk_length + chunk)
     first, count = tl.load(tile_first + tile).to(tl.int64), tl.load(tile_count + tile)
-    start = tl.load(tile_start + tile.to(tl.int64) * R + row)
+    meta = tile.to(tl.int64) * R + row
+    start = tl.load(tile_start + meta)
     chunk_head, tile_head = chunk.to(tl.int64) * H + head, tile.to(tl.int64) * H + head
     state = states + chunk_head * key_dim * value_dim
     clean_place = tile_head * 2 * R * C + row[:, None] * C + column[None, :]
@@ -133,7 +137,10 @@ def channel_noisy_grad_kernel(
         EXACT_V,
         PRECISION,
     )
-    tl.store(grad_clean_weights + clean_place + R * C, (weight * (clean_b * scale)[None, :]).to(dtype))
+    # loaded here, so that the masks are made here
+    anchor, start, stop = tl.load(tile_anchor + meta), tl.load(tile_start + meta), tl.load(tile_stop + meta)
+    weight = tl.where(column[None, :] < anchor[:, None], weight * (clean_b * scale)[None, :], 0.0)
+    tl.store(grad_clean_weights + clean_place + R * C, weight.to(dtype))
     weight = product_of_tiles(
         grad_0,
         own_0,
@@ -153,7 +160,8 @@ def channel_noisy_grad_kernel(
         EXACT_V,
         PRECISION,
     )
-    tl.store(block_weights + block_place + R * R, (weight * (own_b * scale)[None, :]).to(dtype))
+    weight = tl.where(direct_block_pairs(stop - start, start, R), weight * (own_b * scale)[None, :], 0.0)
+    tl.store(block_weights + block_place + R * R, weight.to(dtype))
     if DELTA:
         error_0 = load_tile(error_base, first, count, out_stride, value_dim, R, BV, EXACT_V)
         rows_grad = product_with_state(
@@ -193,7 +201,8 @@ def channel_noisy_grad_kernel(
             EXACT_V,
             PRECISION,
         )
-        tl.store(grad_clean_weights + clean_place, (weight * -clean_b[None, :]).to(dtype))
+        weight = tl.where(column[None, :] < anchor[:, None], weight * -clean_b[None, :], 0.0)
+        tl.store(grad_clean_weights + clean_place, weight.to(dtype))
         if LARGEST > 1:
             weight = product_of_tiles(
                 error_0,
@@ -214,7 +223,8 @@ def channel_noisy_grad_kernel(
                 EXACT_V,
                 PRECISION,
             )
-            tl.store(block_weights + block_place, (weight * -own_b[None, :]).to(dtype))
+            weight = tl.where(direct_block_pairs(row - start, start, R), weight * -own_b[None, :], 0.0)
+            tl.store(block_weights + block_place, weight.to(dtype))
 
 
 @triton.jit
@@ -374,7 +384,8 @@ def channel_clean_grad_kernel(
         EXACT_V,
         PRECISION,
     )
-    tl.store(query_weights + corner, (weight * (b * scale)[None, :]).to(dtype))
+    weight = tl.where(row[:, None] >= row[None, :], weight * (b * scale)[None, :], 0.0)
+    tl.store(query_weights + corner, weight.to(dtype))
     rows_grad = product_with_state(
         grad_0,
         out_base,
@@ -414,7 +425,8 @@ def channel_clean_grad_kernel(
             EXACT_V,
             PRECISION,
         )
-        tl.store(weights + corner, (weight * -b[None, :]).to(dtype))
+        weight = tl.where(row[:, None] > row[None, :], weight * -b[None, :], 0.0)
+        tl.store(weights + corner, weight.to(dtype))
         rows_grad = product_with_state(
             error_0,
             error_base,

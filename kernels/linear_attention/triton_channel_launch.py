@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import triton_channel, triton_channel_finish, triton_channel_grad, triton_states_grad
+from . import (
+    triton_channel,
+    triton_channel_digits,
+    triton_channel_finish,
+    triton_channel_finish_digits,
+    triton_channel_grad,
+    triton_channel_norm,
+    triton_states_grad,
+)
 from .tile_schedule import TileSchedule
 
 if TYPE_CHECKING:
@@ -20,40 +28,55 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launch:
-    """Width of a program's tile (channels of K, or columns of V), warps, depth of the software pipeline."""
+    """Width of a program's tile (channels of K, or columns of V), warps, depth of the software pipeline, and the most
+    registers of a thread (None: the compiler's choice)."""
 
     tile: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
-# With K = V = 128 and 64 rows the widest tiles that keep a program in its registers (bfloat16, sm_90).
+# Measured on an H100 with K = V = 128 (benchmarks/NOTES.md).
 LAUNCHES = {
-    "channel_clean": Launch(32, 4, 1),
-    "channel_block": Launch(32, 4, 1),
-    "channel_prefix": Launch(32, 4, 1),
-    "channel_noisy_grad": Launch(128, 8, 1),
-    "channel_chunk_grad": Launch(128, 8, 1),
-    "channel_clean_grad": Launch(128, 8, 1),
-    "channel_prefix_finish": Launch(32, 8, 1),
-    "channel_block_finish": Launch(32, 8, 1),
-    "channel_clean_finish": Launch(32, 8, 1),
+    "channel_clean": Launch(64, 4, 1),
+    "channel_block": Launch(64, 4, 1),
+    "channel_prefix": Launch(128, 4, 1),
+    "channel_clean_digits": Launch(64, 4, 1),
+    "channel_block_digits": Launch(32, 4, 1),
+    "channel_prefix_digits": Launch(32, 4, 1),
+    "channel_noisy_grad": Launch(128, 4, 1),
+    "channel_chunk_grad": Launch(128, 4, 1),
+    "channel_clean_grad": Launch(128, 4, 1),
+    "channel_tile_finish": Launch(32, 4, 1),
+    "channel_clean_finish": Launch(64, 4, 1),
+    "channel_norm_grad": Launch(128, 4, 1),
+    "channel_prefix_finish_digits": Launch(64, 8, 1),
+    "channel_block_finish_digits": Launch(32, 4, 1),
+    "channel_clean_finish_digits": Launch(64, 8, 1),
 }
+PER_SLICE = ("channel_tile_finish", "channel_clean_finish")
 KERNELS: dict[str, Any] = {
-    "channel_clean": triton_channel.channel_clean_kernel,
-    "channel_block": triton_channel.channel_block_kernel,
-    "channel_prefix": triton_channel.channel_prefix_kernel,
-    "channel_noisy_grad": triton_channel_grad.channel_noisy_grad_kernel,
-    "channel_chunk_grad": triton_channel_grad.channel_chunk_grad_kernel,
-    "channel_clean_grad": triton_channel_grad.channel_clean_grad_kernel,
-    "channel_prefix_finish": triton_channel_finish.channel_prefix_finish_kernel,
-    "channel_block_finish": triton_channel_finish.channel_block_finish_kernel,
-    "channel_clean_finish": triton_channel_finish.channel_clean_finish_kernel,
-}
+    name: getattr(module, f"{name}_kernel")
+    for module, names in (
+        (triton_channel, ("channel_clean", "channel_block", "channel_prefix")),
+        (triton_channel_digits, ("channel_clean_digits", "channel_block_digits", "channel_prefix_digits")),
+        (triton_channel_grad, ("channel_noisy_grad", "channel_chunk_grad", "channel_clean_grad")),
+        (triton_channel_norm, ("channel_norm_grad",)),
+        (triton_channel_finish, ("channel_tile_finish", "channel_clean_finish")),
+        (triton_channel_finish_digits,
+         ("channel_prefix_finish_digits", "channel_block_finish_digits", "channel_clean_finish_digits")),
+    )
+    for name in names
+}  # fmt: skip
 
 
 def flags(p: Problem, name: str) -> dict[str, Any]:
-    """Values of the constexpr arguments, by name."""
+    """Values of the constexpr arguments, by name.
+
+    SPAN: bits of decay for which one product takes all pairs. Factors of 2^80 leave 46 bits of float32's exponents to
+    the rows themselves; in float16 little more than one product of small numbers is left.
+    """
     tile_k = min(LAUNCHES[name].tile, p.block_k)
     widest = 64 if p.block_k > 128 or p.dtype == torch.float32 else 128
     tile_v = min(LAUNCHES[name].tile, widest, max(p.least_columns, 1 << (p.value_dim - 1).bit_length()))
@@ -77,6 +100,7 @@ def flags(p: Problem, name: str) -> dict[str, Any]:
         "EXACT_S": p.key_dim % tile_k == 0,
         "EXACT_V": p.value_dim % tile_v == 0,
         "PRECISION": "tf32x3" if p.dtype == torch.float32 else "tf32",
+        "SPAN": 4.0 if p.dtype == torch.float16 else 80.0,
         "PIECES": 3 if p.dtype == torch.float32 else 2,
         "key_dim": p.key_dim,
         "value_dim": p.value_dim,
@@ -89,9 +113,11 @@ def _run(p: Problem, name: str, programs: int, operands: dict[str, Any]) -> None
     known = operands | flags(p, name)
     if name == "channel_chunk_grad":
         programs *= known["NV"]
+    if name in PER_SLICE:
+        programs *= known["NS"]
     if programs:
         taken = {n: known[n] for n in kernel.arg_names}
-        kernel[(programs,)](**taken, num_warps=launch.warps, num_stages=launch.stages)
+        kernel[(programs,)](**taken, num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers)
 
 
 def decay(p: Problem, g: Tensor, operands: dict[str, Any], schedule: TileSchedule) -> dict[str, Tensor]:
@@ -100,7 +126,8 @@ def decay(p: Problem, g: Tensor, operands: dict[str, Any], schedule: TileSchedul
     g [B, T, H, K]; operands: q, k, their strides, and the schedule. decayed_q, decayed_k [B, T, H, K]; tail_k
     [N * C, H, K]; total [N, H, K] float32; weights (A), query_weights (A_q) [N, H, C, C]; clean_weights (P, Pq)
     [M, H, 2, R, C]; block_weights (N, M) [M, H, 2, R, R]; cumulative [B, T, H, K] float32, log2 decays since the start
-    of the chunk or block. What only the delta rule needs is empty or unwritten without it.
+    of the chunk or block; shrunk_k [N * C, H, K], exp(-gam) k; chunk_direct [N, H], tile_direct [M, H] int32, whose
+    decays leave exp(-gam) and exp(-t) in range. What only the delta rule needs is empty or unwritten without it.
     """
     s, q, heads, size, rows = schedule, operands["q"], p.heads, p.chunk_size, p.tile_rows
     tokens = (s.rows, s.length, heads, p.key_dim)
@@ -110,16 +137,22 @@ def decay(p: Problem, g: Tensor, operands: dict[str, Any], schedule: TileSchedul
         "decayed_q": q.new_empty(tokens),
         "decayed_k": q.new_empty(tokens if p.delta else (0,)),
         "tail_k": q.new_empty(s.chunks * size, heads, p.key_dim),
+        "shrunk_k": q.new_empty(s.chunks * size, heads, p.key_dim),
         "total": torch.empty(s.chunks, heads, p.key_dim, **single),
         "weights": q.new_empty((s.chunks, heads, size, size) if p.delta else (0,)),
         "query_weights": q.new_empty(s.chunks, heads, size, size),
         "clean_weights": q.new_empty(s.tiles, heads, 2, rows, size),
         "block_weights": q.new_empty(s.tiles, heads, 2, rows, rows),
+        "chunk_direct": torch.empty(s.chunks, heads, dtype=torch.int32, device=q.device),
+        "tile_direct": torch.empty(s.tiles, heads, dtype=torch.int32, device=q.device),
     }
     known = operands | made | {"g": g, "g_token": g.stride(1), "g_head": g.stride(2)}
     _run(p, "channel_clean", s.chunks * heads, known)
     _run(p, "channel_block", s.tiles * heads, known)
     _run(p, "channel_prefix", s.tiles * heads, known)
+    _run(p, "channel_clean_digits", s.chunks * heads, known)
+    _run(p, "channel_block_digits", s.tiles * heads, known)
+    _run(p, "channel_prefix_digits", s.tiles * heads, known)
     return made
 
 
@@ -143,7 +176,13 @@ def backward(
     known["grad_total"] = torch.empty_like(known["total"])
     _run(p, "channel_clean_grad", s.chunks * heads, known)
     known["grad_keys"] = q.new_empty(s.tiles * size, heads, p.key_dim)
-    known["grad_gates"] = torch.empty_like(known["grad_keys"])
-    _run(p, "channel_prefix_finish", s.tiles * heads, known)
-    _run(p, "channel_block_finish", s.tiles * heads, known)
+    known["grad_gates"] = torch.empty(known["grad_keys"].shape, dtype=torch.float32, device=q.device)
+    _run(p, "channel_tile_finish", s.tiles * heads, known)
+    _run(p, "channel_prefix_finish_digits", s.tiles * heads, known)
+    _run(p, "channel_block_finish_digits", s.tiles * heads, known)
     _run(p, "channel_clean_finish", s.chunks * heads, known)
+    _run(p, "channel_clean_finish_digits", s.chunks * heads, known)
+    if p.l2norm:
+        for first, count in ((s.chunk_token, s.chunk_length), (s.tile_first, s.tile_count)):
+            runs = {"first_of": first, "count_of": count}
+            _run(p, "channel_norm_grad", first.shape[0] * heads, known | runs)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from tests.oracles.layouts import layouts
 
 pytest.importorskip("triton")
 
+from flarec.kernels.linear_attention import triton_channel_launch
 from flarec.kernels.linear_attention.triton_train import two_stream
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,11 +109,13 @@ def distance(x: Tensor, exact: Tensor) -> float:
     return float((x.detach().double() - exact.detach()).norm() / (exact.detach().norm() + 1e-300))
 
 
-def assert_equal_to_reference(case: Case, layout: Layout, size: int = 16) -> None:
+def assert_equal_to_reference(
+    case: Case, layout: Layout, size: int = 16, inputs: dict[str, Tensor | None] | None = None
+) -> None:
     """Within what the loop in float32 loses itself, times a margin for the other order of operations, and what float32
     cumulative sums lose, which grow with the decay."""
     layout = layout.validate().to(DEVICE)
-    inputs = case.inputs(layout)
+    inputs = case.inputs(layout) if inputs is None else inputs
     exact = run_reference(case, inputs, layout, torch.float64)
     loop = run_reference(case, inputs, layout, None)
     padding = layout.token_document() < 0
@@ -173,9 +176,45 @@ LONG_ENOUGH = build_layout(
 )
 
 
-@pytest.mark.parametrize("decay", [0.1, 8.0])
+@pytest.mark.parametrize("decay", [0.1, 3.0, 8.0])
 def test_weak_and_strong_decay(decay: float) -> None:
+    """Pairs of a chunk in one product; one for every piece of 16 rows, then digits; digits alone."""
     assert_equal_to_reference(Case(decay=decay, seed=3), LONG_ENOUGH, 64)
+
+
+@pytest.fixture
+def direct(monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[int], set[int]]]:
+    """(chunk_direct, tile_direct), each as the set of their values, of every forward and backward from here on."""
+    seen: list[tuple[set[int], set[int]]] = []
+    original = triton_channel_launch.decay
+
+    def watched(*arguments: Any) -> dict[str, Tensor]:
+        made = original(*arguments)
+        seen.append((set(made["chunk_direct"].flatten().tolist()), set(made["tile_direct"].flatten().tolist())))
+        return made
+
+    monkeypatch.setattr(triton_channel_launch, "decay", watched)
+    return seen
+
+
+@pytest.mark.parametrize("where", ["in blocks", "in a chunk", "in a channel of a head"])
+@pytest.mark.parametrize("l2norm", [True, False])
+def test_one_product_for_some(where: str, l2norm: bool, direct: list[tuple[set[int], set[int]]]) -> None:
+    """Chunks and tiles that decay too much for one product of their pairs, beside others that do not."""
+    case = Case(l2norm=l2norm, group=2, decay=0.2, seed=6)
+    layout = LONG_ENOUGH.validate().to(DEVICE)
+    inputs = case.inputs(layout)
+    gates = inputs["g"]
+    assert gates is not None
+    with torch.no_grad():
+        if where == "in blocks":
+            gates[:, 80:90] *= 300
+        elif where == "in a chunk":
+            gates[:, 8:24] *= 50
+        else:
+            gates[:, :, 1, 3] *= 200
+    assert_equal_to_reference(replace(case, decay=5.0), layout, 64, inputs)  # the budget of the stronger decay
+    assert direct == [({"in blocks": {1}}.get(where, {0, 1}), {"in a chunk": {1}}.get(where, {0, 1}))] * 2
 
 
 def test_total_decay() -> None:
@@ -286,6 +325,14 @@ def test_float32_heads(dims: tuple[int, int]) -> None:
     """As wide as the chunk that float32 leaves room for: 64 to 16 rows."""
     case = Case(group=2, key_dim=dims[0], value_dim=dims[1])
     assert_equal_to_reference(case, TWO_VIEWS, largest_chunk(torch.float32, *dims))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("decay", [0.1, 3.0, 8.0])
+def test_decays_of_large_heads(decay: float, dtype: torch.dtype) -> None:
+    case = Case(l2norm=False, decay=decay, key_dim=128, value_dim=128, dtype=dtype)
+    assert_within_twice_the_rounding(case, TWO_VIEWS)
 
 
 @pytest.mark.gpu
