@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ..errors import UsageError
-from . import conv, decode, linear, softmax
+from . import conv, decode, flex, linear, softmax
 from .measure import GIB, NotMeasured, Training
 from .problems import Conv, Decode, Linear, Softmax, Streams
 from .session import Outcome, Row, Session
@@ -124,6 +124,17 @@ def _attention(problem: Softmax) -> Callable[[Session], Outcome]:
     return measure
 
 
+def _flex(session: Session) -> Outcome:
+    """What the kernels of `softmax-128` replace, against the same causal attention per visible pair."""
+    theirs, plain = flex.flex(session, ATTENTION), softmax.causal(session, ATTENTION)
+    pairs = softmax.pairs_ratio(session, ATTENTION)
+    return Outcome(
+        theirs.both_ms / (plain.both_ms * pairs),
+        {"flex_ms": theirs.both_ms, "causal_ms": plain.both_ms, "pairs_ratio": pairs,
+         "forward_ratio": theirs.forward_ms / (plain.forward_ms * pairs)},
+    )  # fmt: skip
+
+
 def _plain_tokens(session: Session) -> Outcome:
     """The same number of tokens, all clean, through the baseline's kernel: what the arithmetic costs there."""
     tripled = replace(LAYER, streams=replace(LAYER.streams, tokens=3 * LAYER.streams.tokens))
@@ -217,6 +228,7 @@ REPORTED: tuple[Row, ...] = (
             f"blocks of {block}", _route(name, block), _checks(), unit="ms", baselines=RULE)
         for name, blocks in ROUTE_BLOCKS.items() for block in blocks
     ),
+    Row("softmax-flex-128", "flex attention, D = 128, to causal attention per visible pair", _flex, _checks()),
 )  # fmt: skip
 ROWS = (*BARS, *REPORTED)
 

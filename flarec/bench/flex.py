@@ -1,4 +1,4 @@
-"""The same two-stream attention through PyTorch's flex attention: a baseline for benchmarks, never used by flarec.
+"""The same two-stream attention through PyTorch's flex attention, a baseline that nothing else in flarec uses.
 
 Flex attention has no backward on the CPU and compiles anew for every shape.
 """
@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from flarec.layout import CAUSAL, Layout
+from ..kernels.softmax_attention.reference import reference
+from ..layout import CAUSAL, Layout
+from .checks import check_training
+from .measure import Training
+from .problems import Softmax
+from .session import Session
 
 
 def block_mask(layout: Layout, window: int | None = None) -> BlockMask:
@@ -37,7 +42,8 @@ def block_mask(layout: Layout, window: int | None = None) -> BlockMask:
         return mask | ((document[row, query] < 0) & (query == key))
 
     make: Any = torch.compile(create_block_mask) if layout.device.type == "cuda" else create_block_mask
-    return make(visible, layout.rows, None, layout.length, layout.length, device=str(layout.device))
+    mask: BlockMask = make(visible, layout.rows, None, layout.length, layout.length, device=str(layout.device))
+    return mask
 
 
 @cache
@@ -55,3 +61,29 @@ def flex_two_stream(
     mask = block_mask(layout) if mask is None else mask
     out: Tensor = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
+
+
+def flex(session: Session, problem: Softmax) -> Training:
+    """Forward and backward of `flex_two_stream` on the batch, its block mask made before."""
+    problem = session.size(problem)
+
+    def run() -> Training:
+        small = problem.small(session.small_tokens)
+        layout = small.streams.layout(session.device)
+        session.check(
+            f"flex attention of torch, {small.text()}",
+            lambda: check_training(
+                lambda *x: flex_two_stream(x[0], x[1], x[2], layout, small.scale),
+                lambda *x: reference(x[0], x[1], x[2], layout, scale=small.scale),
+                small.inputs(layout.length, session.device),
+                ["q", "k", "v"],
+                baseline=True,
+            ),
+        )
+        layout = problem.streams.layout(session.device)
+        mask = block_mask(layout)
+        leaves = problem.inputs(layout.length, session.device)
+        q, k, v = leaves
+        return session.clock.training(lambda: [flex_two_stream(q, k, v, layout, problem.scale, mask)], leaves)
+
+    return session.measured(("flex", problem), run)
