@@ -55,6 +55,8 @@ LAUNCHES = {
     "channel_block_finish_digits": Launch(32, 4, 1),
     "channel_clean_finish_digits": Launch(64, 8, 1),
 }
+# In float32, with 4 warps, ptxas makes wrong code of these two (benchmarks/NOTES.md, "A compiler trap").
+SINGLE = {"channel_tile_finish": Launch(32, 8, 1), "channel_clean_finish": Launch(32, 8, 1)}
 PER_SLICE = ("channel_tile_finish", "channel_clean_finish")
 KERNELS: dict[str, Any] = {
     name: getattr(module, f"{name}_kernel")
@@ -71,15 +73,20 @@ KERNELS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def launch_of(p: Problem, name: str) -> Launch:
+    return SINGLE.get(name, LAUNCHES[name]) if p.dtype == torch.float32 else LAUNCHES[name]
+
+
 def flags(p: Problem, name: str) -> dict[str, Any]:
     """Values of the constexpr arguments, by name.
 
     SPAN: bits of decay for which one product takes all pairs. Factors of 2^80 leave 46 bits of float32's exponents to
     the rows themselves; in float16 little more than one product of small numbers is left.
     """
-    tile_k = min(LAUNCHES[name].tile, p.block_k)
+    tile = launch_of(p, name).tile
+    tile_k = min(tile, p.block_k)
     widest = 64 if p.block_k > 128 or p.dtype == torch.float32 else 128
-    tile_v = min(LAUNCHES[name].tile, widest, max(p.least_columns, 1 << (p.value_dim - 1).bit_length()))
+    tile_v = min(tile, widest, max(p.least_columns, 1 << (p.value_dim - 1).bit_length()))
     largest = 1 << (max(p.largest_block, 1) - 1).bit_length()
     return {
         "H": p.heads,
@@ -109,7 +116,7 @@ def flags(p: Problem, name: str) -> dict[str, Any]:
 
 def _run(p: Problem, name: str, programs: int, operands: dict[str, Any]) -> None:
     """Run `programs` programs of a kernel (times the tiles of V of the chunk kernel); arguments are taken by name."""
-    kernel, launch = KERNELS[name], LAUNCHES[name]
+    kernel, launch = KERNELS[name], launch_of(p, name)
     known = operands | flags(p, name)
     if name == "channel_chunk_grad":
         programs *= known["NV"]
