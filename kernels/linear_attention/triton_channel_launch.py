@@ -55,7 +55,8 @@ LAUNCHES = {
     "channel_block_finish_digits": Launch(32, 4, 1),
     "channel_clean_finish_digits": Launch(64, 8, 1),
 }
-# In float32, with 4 warps, ptxas makes wrong code of these two (benchmarks/NOTES.md, "A compiler trap").
+# Float32 rows of at most 64, which come in chunks of 64: with 4 warps ptxas makes wrong code of these two
+# (benchmarks/NOTES.md, "A compiler trap").
 SINGLE = {"channel_tile_finish": Launch(32, 8, 1), "channel_clean_finish": Launch(32, 8, 1)}
 PER_SLICE = ("channel_tile_finish", "channel_clean_finish")
 KERNELS: dict[str, Any] = {
@@ -74,7 +75,8 @@ KERNELS: dict[str, Any] = {
 
 
 def launch_of(p: Problem, name: str) -> Launch:
-    return SINGLE.get(name, LAUNCHES[name]) if p.dtype == torch.float32 else LAUNCHES[name]
+    narrow = p.dtype == torch.float32 and p.block_k <= 64
+    return SINGLE.get(name, LAUNCHES[name]) if narrow else LAUNCHES[name]
 
 
 def flags(p: Problem, name: str) -> dict[str, Any]:
