@@ -100,6 +100,19 @@ class Checkpoint:
             return None
         return Carried.of(self.path, _weight_files(self.path), model.state_dict())
 
+    def left_out(self, model: nn.Module) -> tuple[str, ...]:
+        """Stored tensors that transformers passes over in silence when it opens `model` from here, and that therefore
+        are in no checkpoint written from it: layers for multi-token prediction. Raises `CheckpointError`."""
+        patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        own, stored = set(model.state_dict()), []
+        for file in _weight_files(self.path):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    stored += opened.keys()
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} cannot be read: {_first_line(error)}; copy the model again") from error
+        return tuple(name for name in stored if name not in own and any(re.search(p, name) for p in patterns))
+
     def load_extra(
         self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> dict[str, nn.Parameter]:

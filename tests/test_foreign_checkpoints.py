@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import flarec as package
@@ -185,3 +186,20 @@ def test_a_manifest_is_not_overruled(tmp_path: Path) -> None:
     (tmp_path / "flarec.json").write_text(manifest_for(source).to_json())
     with pytest.raises(UsageError, match=r"flarec.json states the mask token and the block size; leave them out"):
         open_checkpoint(tmp_path, block_size=4)
+
+
+def test_tensors_that_transformers_passes_over_are_named(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path, "nemotron_h")
+    checkpoint = open_checkpoint(source)
+    assert checkpoint.left_out(checkpoint.load_model(device="meta")) == ()
+    weights = source / "model.safetensors"
+    save_file({**load_file(weights), "mtp.layers.0.fc.weight": torch.zeros(2)}, weights, metadata={"format": "pt"})
+    assert checkpoint.left_out(checkpoint.load_model(device="meta")) == ("mtp.layers.0.fc.weight",)
+    data = write_data(tmp_path / "data.jsonl")
+    result = flarec("convert", source, "--data", data, "--out", tmp_path / "out", "--recipe", "dual", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert "left out: mtp.layers.0.fc.weight of the source, which transformers does not load" in result.stderr
+    weights.write_bytes(weights.read_bytes()[:100])
+    result = flarec("convert", source, "--data", data, "--out", tmp_path / "again", "--recipe", "dual", *QUICK)
+    assert result.exit_code == CheckpointError.exit_code
+    assert "model.safetensors cannot be read" in result.output
