@@ -1,8 +1,18 @@
-"""The search for ptxas' fault tells a stack pointer that is a number from one that is an address."""
+"""Triton kernels compile for an H100, and ptxas makes right code of them: no stack pointer that is a number."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
 from tools.compiled_code import stack_pointer_as_number
+
+ROOT = Path(__file__).resolve().parent.parent
 
 GOOD = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;
@@ -24,3 +34,16 @@ def test_addresses_on_the_stack_are_no_fault() -> None:
 
 def test_computing_with_the_stack_pointer_is() -> None:
     assert len(list(stack_pointer_as_number(GOOD + BAD))) == 2
+
+
+@pytest.mark.parametrize(("op", "kernels"), [("linear", 12), ("kda", 21), ("conv", 2), ("attention", 3), ("decode", 1)])
+def test_kernels_compile_without_a_gpu(op: str, kernels: int) -> None:
+    """In bfloat16 at the sizes of the benchmark; the interpreter, which runs them elsewhere, compiles nothing."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tools.compile_kernels", op]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+    needs = re.findall(r"(\w+)_kernel +(\d+) registers +(\d+) B stack +(\d+) B shared", done.stdout)
+    assert len(needs) == kernels, done.stdout
+    assert all(int(shared) <= 227 * 1024 for *_, shared in needs)

@@ -22,7 +22,7 @@ def check_ours(session: Session, problem: Conv) -> None:
         layout = small.streams.layout("cpu")
         schedule = ConvSchedule.from_layout(layout, small.width).to(session.device)
         return check_training(
-            lambda x, weight: _kernel(x, weight, schedule),
+            lambda x, weight: kernel(x, weight, schedule),
             lambda x, weight: reference(x.transpose(1, 2), weight, None, layout, activation="silu").transpose(1, 2),
             small.inputs(layout.length, session.device),
             ["x", "weight"],
@@ -31,7 +31,7 @@ def check_ours(session: Session, problem: Conv) -> None:
     session.check(f"short convolution, {small.text()}", run)
 
 
-def _kernel(x: Tensor, weight: Tensor, schedule: ConvSchedule) -> Tensor:
+def kernel(x: Tensor, weight: Tensor, schedule: ConvSchedule) -> Tensor:
     """x [B, T, C] -> [B, T, C]; both are transposed views of what the op takes and gives, without a copy."""
     from ..kernels.short_conv import triton_conv
 
@@ -46,7 +46,7 @@ def ours(session: Session, problem: Conv) -> Training:
         layout = problem.streams.layout("cpu")
         schedule = ConvSchedule.from_layout(layout, problem.width).to(session.device)
         leaves = problem.inputs(layout.length, session.device)
-        return session.clock.training(lambda: [_kernel(leaves[0], leaves[1], schedule)], leaves)
+        return session.clock.training(lambda: [kernel(leaves[0], leaves[1], schedule)], leaves)
 
     return session.measured(("ours", problem), run)
 

@@ -22,7 +22,7 @@ def _names(results: Sequence[Tensor]) -> dict[str, Tensor]:
     return dict(zip(("out", "state", "pending_k", "pending_d", "pending_g"), results, strict=True))
 
 
-def _step(problem: Decode, device: torch.device, seed: int) -> Callable[[], tuple[Tensor, ...]]:
+def step(problem: Decode, device: torch.device, seed: int) -> Callable[[], tuple[Tensor, ...]]:
     """Our step on inputs and a cache of its own."""
     from ..kernels.linear_attention.triton_step import linear_attention_step
 
@@ -52,7 +52,7 @@ def check_ours(session: Session, problem: Decode) -> None:
                 )
             )
 
-        got = _names(_step(small, device, 0)())
+        got = _names(step(small, device, 0)())
         rough = {name: x.to(got[name].dtype) for name, x in reference(torch.float32).items()}
         return compare(got, reference(torch.float64), rough)
 
@@ -65,7 +65,7 @@ def ours(session: Session, problem: Decode) -> float:
     problem = session.size(problem)
     return session.measured(
         ("ours", problem),
-        lambda: session.clock.graph_ms([_step(problem, session.device, seed) for seed in range(COPIES)]),
+        lambda: session.clock.graph_ms([step(problem, session.device, seed) for seed in range(COPIES)]),
     )
 
 

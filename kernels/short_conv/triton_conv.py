@@ -218,7 +218,7 @@ def _backward(
             x, dy, weight, bias, window, table, starts, cached, dx, partial, dwindow,
             length, regions, channels, x.stride(0), x.stride(2), dy.stride(0), dy.stride(2), *weight.stride(),
             *_strides(window), WIDTH=width, SILU=silu, EXACT=channels % launch.block == 0, BLOCK=launch.block,
-            SUM=_sum_type(x.dtype), AHEAD=launch.ahead if x.is_cuda else 0,
+            SUM=_sum_type(x.dtype), AHEAD=0 if triton.knobs.runtime.interpret else launch.ahead,
             SECTOR=min(32 // x.dtype.itemsize, launch.block), num_warps=launch.warps, maxnreg=launch.registers,
         )  # fmt: skip
     return dx, partial.sum((0, 1)), dwindow

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
 
@@ -56,8 +57,8 @@ def precision(x: Tensor) -> str:
     """How products of this tensor are computed.
 
     Float32 without tensor cores: it serves exactness, and three TF32 products need more registers. Triton's interpreter
-    (a CPU tensor) multiplies the bits of bfloat16 numbers as integers, so there they are widened first.
+    multiplies the bits of bfloat16 numbers as integers, so there they are widened first.
     """
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+    if x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
         return "widen"
     return "ieee" if x.dtype == torch.float32 else "tf32"

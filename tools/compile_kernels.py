@@ -1,0 +1,175 @@
+"""Compile the Triton kernels for an H100 where there is none: `python -m tools.compile_kernels kda --dtype float16`.
+
+Triton's interpreter shows what kernels compute, not whether they compile, how many registers they spill, or whether
+ptxas makes right code of them. Here the ops run on small CPU tensors with the options of the benchmark, forward and
+backward, and every launch compiles (for sm_90, with the ptxas of the installed Triton) instead of running. A line per
+kernel: registers and bytes of stack of a thread, shared memory, and faults that `compiled_code.py` looks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flarec.bench import conv, decode, linear
+from flarec.bench.problems import Conv, Decode, Linear, Softmax, Streams
+from flarec.bench.rows import ATTENTION, CONV, KDA, LAYER, MAMBA, STEP
+from flarec.kernels.linear_attention.tile_schedule import TileSchedule, largest_chunk
+from flarec.kernels.short_conv.triton_conv import ConvSchedule
+from flarec.kernels.softmax_attention.attention_schedule import AttentionSchedule
+from tools.compiled_code import faults, nvdisasm
+
+SHORT = Streams(rows=1, tokens=64)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel's needs: registers and bytes of stack of a thread, bytes of shared memory; faulty instructions."""
+
+    name: str
+    registers: int
+    stack: int
+    shared: int
+    faulty: list[str]
+
+
+class H100:
+    """In place of Triton's driver: says what to compile for."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(found: Callable[[Any], None]) -> None:
+    """From now on a launch compiles its kernel and gives it to `found`."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(H100(GPUTarget("cuda", 90, 32)))
+    launch = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        found(kernel)
+        return kernel
+
+    JITFunction.run = run
+
+
+def examine(kernel: Any) -> Compiled:
+    bin_folder = nvdisasm().parent
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = subprocess.run(
+            [bin_folder / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
+        numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+        return Compiled(
+            kernel.metadata.name, numbers["REG"], numbers["STACK"], kernel.metadata.shared, faults(cubin, nvdisasm())
+        )
+
+
+def differentiate(op: Callable[..., Tensor], leaves: list[Tensor]) -> None:
+    out = op(*leaves)
+    torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+
+def compile_linear(problem: Linear) -> None:
+    problem = replace(problem, streams=SHORT)
+    layout = problem.streams.layout("cpu")
+    size = largest_chunk(problem.dtype, problem.key_dim, problem.value_dim)
+    op = linear.kernel(problem, TileSchedule.from_layout(layout, size))
+    differentiate(op, problem.inputs(layout.length, "cpu"))
+
+
+def compile_conv(problem: Conv) -> None:
+    problem = replace(problem, streams=SHORT)
+    layout = problem.streams.layout("cpu")
+    differentiate(
+        partial(conv.kernel, schedule=ConvSchedule.from_layout(layout, problem.width)),
+        problem.inputs(layout.length, "cpu"),
+    )
+
+
+def compile_attention(problem: Softmax) -> None:
+    from flarec.kernels.softmax_attention.triton_attention import two_stream
+
+    problem = replace(problem, streams=SHORT)
+    layout = problem.streams.layout("cpu")
+    schedule = AttentionSchedule.from_layout(layout)
+    differentiate(
+        lambda q, k, v: two_stream(q, k, v, schedule, scale=problem.scale), problem.inputs(layout.length, "cpu")
+    )
+
+
+def compile_decode(problem: Decode) -> None:
+    decode.step(replace(problem, batch=1), torch.device("cpu"), 0)()
+
+
+OPS: dict[str, tuple[Callable[[Any], None], Any]] = {
+    "linear": (compile_linear, LAYER),
+    "kda": (compile_linear, KDA),
+    "mamba2": (compile_linear, MAMBA),
+    "conv": (compile_conv, CONV),
+    "attention": (compile_attention, ATTENTION),
+    "decode": (compile_decode, STEP),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", help=f"of {', '.join(OPS)}; by default all")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--key-dim", type=int, help="of linear attention")
+    parser.add_argument("--value-dim", type=int, help="of linear attention")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        parser.error("TRITON_INTERPRET is set, so that kernels are interpreted; unset it")
+    unknown = [name for name in options.ops if name not in OPS]
+    if unknown:
+        parser.error(f"unknown op '{unknown[0]}'; choose among {', '.join(OPS)}")
+    dims = {"key_dim": options.key_dim, "value_dim": options.value_dim}
+    seen: dict[str, Compiled] = {}
+
+    def found(kernel: Any) -> None:
+        if kernel.hash not in seen:
+            one = seen[kernel.hash] = examine(kernel)
+            bad = f"  FAULTY: {one.faulty[0]}" if one.faulty else ""
+            needs = f"{one.registers:>4} registers{one.stack:>6} B stack{one.shared:>8} B shared"
+            print(f"{one.name:<42}{needs}{bad}", flush=True)
+
+    compile_only(found)
+    for name in options.ops or OPS:
+        run, problem = OPS[name]
+        problem = replace(problem, dtype=getattr(torch, options.dtype))
+        if isinstance(problem, Linear):
+            problem = replace(problem, **{key: value for key, value in dims.items() if value is not None})
+        run(problem)
+    return int(any(one.faulty for one in seen.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
