@@ -22,7 +22,7 @@ def test_the_rows_are_listed() -> None:
     assert done.exit_code == 0
     assert [line.split()[0] for line in done.stdout.splitlines()] == [row.name for row in ROWS]
     some = CliRunner().invoke(main, ["bench", "kernels", "--list", "--only", "softmax"])
-    assert [line.split()[0] for line in some.stdout.splitlines()] == ["softmax-128", "softmax-256"]
+    assert [line.split()[0] for line in some.stdout.splitlines()] == ["softmax-128", "softmax-256", "softmax-flex-128"]
 
 
 @NO_GPU
