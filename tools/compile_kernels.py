@@ -1,7 +1,7 @@
 """Compile the Triton kernels for an H100 where there is none: `python -m tools.compile_kernels kda --dtype float16`.
 
 Triton's interpreter shows what kernels compute, not whether they compile, how many registers they spill, or whether
-ptxas makes right code of them. Here the ops run on small CPU tensors with the options of the benchmark, forward and
+ptxas makes right code of them. Here the ops run on small CPU tensors with the sizes of the benchmark, forward and
 backward, and every launch compiles (for sm_90, with the ptxas of the installed Triton) instead of running. A line per
 kernel: registers and bytes of stack of a thread, shared memory, and faults that `compiled_code.py` looks for.
 """
@@ -23,11 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flarec.bench import conv, decode, linear
+from flarec.bench import conv, decode
 from flarec.bench.problems import Conv, Decode, Linear, Softmax, Streams
 from flarec.bench.rows import ATTENTION, CONV, KDA, LAYER, MAMBA, STEP
 from flarec.kernels.linear_attention.tile_schedule import TileSchedule, largest_chunk
+from flarec.kernels.linear_attention.triton_train import two_stream
 from flarec.kernels.short_conv.triton_conv import ConvSchedule
+from flarec.kernels.softmax_attention import triton_attention
 from flarec.kernels.softmax_attention.attention_schedule import AttentionSchedule
 from tools.compiled_code import faults, nvdisasm
 
@@ -101,7 +103,12 @@ def compile_linear(problem: Linear) -> None:
     problem = replace(problem, streams=SHORT)
     layout = problem.streams.layout("cpu")
     size = largest_chunk(problem.dtype, problem.key_dim, problem.value_dim)
-    op = linear.kernel(problem, TileSchedule.from_layout(layout, size))
+    schedule, options = TileSchedule.from_layout(layout, size), problem.options() | {"l2norm": True}  # as in models
+
+    def op(*leaves: Tensor) -> Tensor:
+        out: Tensor = two_stream(**problem.named(leaves), schedule=schedule, **options)
+        return out
+
     differentiate(op, problem.inputs(layout.length, "cpu"))
 
 
@@ -115,13 +122,12 @@ def compile_conv(problem: Conv) -> None:
 
 
 def compile_attention(problem: Softmax) -> None:
-    from flarec.kernels.softmax_attention.triton_attention import two_stream
-
     problem = replace(problem, streams=SHORT)
     layout = problem.streams.layout("cpu")
     schedule = AttentionSchedule.from_layout(layout)
     differentiate(
-        lambda q, k, v: two_stream(q, k, v, schedule, scale=problem.scale), problem.inputs(layout.length, "cpu")
+        lambda q, k, v: triton_attention.two_stream(q, k, v, schedule, scale=problem.scale),
+        problem.inputs(layout.length, "cpu"),
     )
 
 

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(.*?)\s*;")
 ADDRESS = re.compile(r"\[[^\]]*\]")
 SETS_UP_THE_STACK = re.compile(r"(LDC|MOV|IMAD\.MOV\.U32) R1, |(IADD3|VIADD) R1, R1, ")
 
