@@ -23,9 +23,9 @@ import torch
 import transformers
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-from flarec.adapters import FAMILIES, PLAIN
-from flarec.frontend import capture
-from flarec.tiny_configs import available, build_tiny
+from flarec.frontend.export import capture
+from flarec.frontend.families import FAMILIES, PLAIN
+from flarec.frontend.tiny import available, build_tiny
 
 TARGET_SMALL, TARGET_9B = 3.0, 15.0
 SHAPES: dict[str, dict[str, Any]] = {

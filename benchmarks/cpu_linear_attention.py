@@ -25,7 +25,8 @@ import transformers
 from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from flarec.kernels.linear_attention import StateSchedule, commit, reference, two_stream, two_stream_step
+from flarec.kernels.linear_attention import StateSchedule, reference, two_stream, two_stream_step
+from flarec.kernels.linear_attention.panels.commit import commit
 from flarec.layout import Block, Layout, build_layout
 
 TARGET = 4.0

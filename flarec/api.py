@@ -14,15 +14,15 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from .checkpoint import Checkpoint, context_of, open_checkpoint
+from .checkpoint.directory import Checkpoint, context_of, open_checkpoint
 from .collector import collector_paused
 from .decode import Engine, Generation, SamplingParams, StopStrings
+from .decode.streaming import ShownText, cut
 from .device import resolve_kernels, torch_device, torch_dtype
 from .errors import CheckpointError, GenerationError
-from .frontend import capture
+from .frontend.export import capture
 from .passes import lower
 from .passes.embed_mask import PARAMETER
-from .streaming import ShownText, cut
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Messages

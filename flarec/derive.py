@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels.linear_attention.schedule import StateSchedule
-from .kernels.linear_attention.step_schedule import MAX_TILE, StepSchedule
-from .kernels.linear_attention.tile_schedule import TileSchedule
-from .kernels.scan_schedule import CHUNK_SIZE, ScanSchedule
+from .kernels.diagonal.schedule import CHUNK_SIZE, ScanSchedule
+from .kernels.linear_attention.panels.schedule import StateSchedule
+from .kernels.linear_attention.step.schedule import MAX_TILE, StepSchedule
+from .kernels.linear_attention.tiles.schedule import TileSchedule
 from .kernels.short_conv.readers import ConvSchedule
 from .kernels.short_conv.windows import conv_windows
 from .kernels.softmax_attention.attention_schedule import AttentionSchedule

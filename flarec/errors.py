@@ -53,3 +53,9 @@ class TrainingError(FlarecError):
 
 class GenerationError(UsageError):
     """A generation request cannot be served (for example a prompt longer than the context)."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of a library says."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

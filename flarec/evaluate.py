@@ -20,8 +20,8 @@ from .api import Model, Output
 from .decode import Cache, DecodeProgram
 from .decode.plan import StepPlan, StepShape
 from .errors import DataError
-from .train.data import record_encoder
-from .train.data_files import BadRecord, read_records
+from .train.data.files import BadRecord, read_records
+from .train.data.sources import record_encoder
 
 SCORE_ROWS = 1024  # clean rows per forward while scoring: bounds the logits
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .api import Model, Output
-from .checkpoint import open_checkpoint
+from .checkpoint.directory import open_checkpoint
 from .errors import GenerationError
 
 # generation_config fields that flarec has no counterpart for, with the values that ask for nothing

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .kernels.gated_recurrence import torch_walk
-from .kernels.linear_attention import torch_chunk
-from .kernels.linear_attention.commit import commit
-from .kernels.linear_attention.schedule import StateSchedule
+from .kernels.diagonal.gated_recurrence import torch_walk
+from .kernels.diagonal.schedule import ScanSchedule
+from .kernels.diagonal.selective_scan import torch_scan
+from .kernels.linear_attention.panels import chunk
+from .kernels.linear_attention.panels.commit import commit
+from .kernels.linear_attention.panels.schedule import StateSchedule
 from .kernels.moe_experts import torch_grouped
-from .kernels.scan_schedule import ScanSchedule
-from .kernels.selective_scan import torch_scan
 from .kernels.short_conv import torch_gather
 from .kernels.softmax_attention import torch_sdpa
 from .layout import Layout
@@ -74,7 +74,7 @@ def linear_attention(
     delta: bool,
     l2norm: bool,
 ) -> Tensor:
-    return torch_chunk.two_stream(q, k, v, g, beta, schedule, scale=scale, delta=delta, l2norm=l2norm)
+    return chunk.two_stream(q, k, v, g, beta, schedule, scale=scale, delta=delta, l2norm=l2norm)
 
 
 def linear_attention_step(
@@ -95,7 +95,7 @@ def linear_attention_step(
     l2norm: bool,
 ) -> tuple[Tensor, ...]:
     state = commit(state, pending_k, pending_d, pending_g, accepted)
-    out, *rows = torch_chunk.two_stream_step(
+    out, *rows = chunk.two_stream_step(
         q,
         k,
         v,

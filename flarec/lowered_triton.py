@@ -23,10 +23,11 @@ except ModuleNotFoundError as error:
         "the Triton kernels need the package triton; install flarec[gpu], or use --kernels torch"
     ) from error
 
-from .kernels.linear_attention import triton_step, triton_train
-from .kernels.linear_attention.step_schedule import StepSchedule
-from .kernels.linear_attention.tile_schedule import TileSchedule
-from .kernels.linear_attention.triton_prefill import linear_attention_prefill
+from .kernels.linear_attention.step import launch as triton_step
+from .kernels.linear_attention.step.schedule import StepSchedule
+from .kernels.linear_attention.tiles import train
+from .kernels.linear_attention.tiles.prefill import linear_attention_prefill
+from .kernels.linear_attention.tiles.schedule import TileSchedule
 from .kernels.short_conv import triton_conv
 from .kernels.short_conv.readers import WIDTHS, ConvSchedule
 from .kernels.softmax_attention import triton_attention
@@ -77,7 +78,7 @@ def linear_attention(
     delta: bool,
     l2norm: bool,
 ) -> Tensor:
-    out: Tensor = triton_train.two_stream(q, k, v, g, beta, schedule, scale=scale, delta=delta, l2norm=l2norm)
+    out: Tensor = train.two_stream(q, k, v, g, beta, schedule, scale=scale, delta=delta, l2norm=l2norm)
     return out
 
 
@@ -146,7 +147,7 @@ def _refuse_conv(operands: Sequence[Any]) -> str | None:
 def _refuse_linear(operands: Sequence[Any]) -> str | None:
     q, k, v = operands[:3]
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    return triton_train.unsupported(dtype, q.size(3), v.size(3))
+    return train.unsupported(dtype, q.size(3), v.size(3))
 
 
 _REFUSALS: Mapping[object, Callable[[Sequence[Any]], str | None]] = {

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels.gated_recurrence.reference import reference as gated_recurrence_reference
+from .kernels.diagonal.gated_recurrence.reference import reference as gated_recurrence_reference
+from .kernels.diagonal.selective_scan.reference import reference as selective_scan_reference
 from .kernels.linear_attention.reference import reference as linear_attention_reference
 from .kernels.moe_experts.reference import reference as moe_experts_reference
-from .kernels.selective_scan.reference import reference as selective_scan_reference
 from .kernels.short_conv.reference import reference as short_conv_reference
 from .kernels.softmax_attention.reference import reference as softmax_attention_reference
 from .layout import Layout, build_layout

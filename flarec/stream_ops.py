@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels.gated_recurrence.reference import reference as gated_recurrence_reference
-from .kernels.gated_recurrence.reference import reference_commit as gated_recurrence_commit
+from .kernels.diagonal.gated_recurrence.reference import reference as gated_recurrence_reference
+from .kernels.diagonal.gated_recurrence.reference import reference_commit as gated_recurrence_commit
+from .kernels.diagonal.selective_scan.reference import reference as selective_scan_reference
+from .kernels.diagonal.selective_scan.reference import reference_commit as selective_scan_commit
 from .kernels.linear_attention.reference import reference as linear_attention_reference
 from .kernels.linear_attention.reference_step import reference_commit, reference_rows
-from .kernels.selective_scan.reference import reference as selective_scan_reference
-from .kernels.selective_scan.reference import reference_commit as selective_scan_commit
 from .kernels.short_conv.reference import reference as short_conv_reference
 from .kernels.short_conv.torch_gather import commit_window, next_buffer
 from .kernels.softmax_attention.reference import reference as softmax_attention_reference

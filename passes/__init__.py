@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flarec.errors import UsageError
-from flarec.pipeline import Pass, run_pipeline
-from flarec.program import Program
-from flarec.properties import CHECKERS
+from flarec.ir.pipeline import Pass, run_pipeline
+from flarec.ir.program import Program
+from flarec.passes.properties import CHECKERS
 
 from .canonicalize import Canonicalize
 from .duplicate_streams import DuplicateStreams

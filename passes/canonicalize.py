@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from flarec.pipeline import Pass
-from flarec.program import Program
+from flarec.ir.pipeline import Pass
+from flarec.ir.program import Program
 
 ATEN = torch.ops.aten
 ASSERTS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_assert_async")

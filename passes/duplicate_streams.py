@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import fx
 
 from flarec.derive import PositionIds
-from flarec.pipeline import Pass
-from flarec.program import Program
+from flarec.ir.pipeline import Pass
+from flarec.ir.program import Program
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import fx
 from flarec import lowered, ops
 from flarec.derive import AttentionIntervals, ConvOrder, ConvWindows, Scan, Schedule, SoftmaxMask, StepTiles, Tiles
 from flarec.errors import PassError
-from flarec.kernels.linear_attention.tile_schedule import largest_chunk
-from flarec.pipeline import Pass
-from flarec.program import Derivation, Program, locate
+from flarec.ir.pipeline import Pass
+from flarec.ir.program import Derivation, Program, locate
+from flarec.kernels.linear_attention.tiles.schedule import largest_chunk
 from flarec.stream_ops import (
     cached_gated_recurrence,
     cached_linear_attention,

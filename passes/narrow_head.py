@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from flarec.pipeline import Pass
-from flarec.program import Program
+from flarec.ir.pipeline import Pass
+from flarec.ir.program import Program
 
 ATEN = torch.ops.aten
 

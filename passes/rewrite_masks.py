@@ -8,11 +8,11 @@ from typing import ClassVar
 from torch import fx
 
 from flarec import ops
-from flarec.pipeline import Pass
-from flarec.program import Program
+from flarec.ir.pipeline import Pass
+from flarec.ir.program import Program
 from flarec.stream_ops import two_stream_softmax_attention
 
-from .rewrite_mixers import rewrite
+from .rewrite import rewrite
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import fx
 
 from flarec import ops
-from flarec.pipeline import Pass
-from flarec.program import Program
+from flarec.ir.pipeline import Pass
+from flarec.ir.program import Program
 from flarec.stream_ops import (
     two_stream_gated_recurrence,
     two_stream_linear_attention,
@@ -17,7 +17,7 @@ from flarec.stream_ops import (
     two_stream_short_conv,
 )
 
-from .rewrite_mixers import rewrite
+from .rewrite import rewrite
 
 
 @dataclass(frozen=True)

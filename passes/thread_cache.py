@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from flarec.cache_spec import CacheSlot
-from flarec.pipeline import Pass
-from flarec.program import Program, layer_of, placeholder_name
+from flarec.ir.pipeline import Pass
+from flarec.ir.program import Program, layer_of, placeholder_name
+from flarec.ir.slots import CacheSlot
 from flarec.stream_ops import (
     CACHED,
     clean_state_dtype,

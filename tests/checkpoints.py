@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from flarec.checkpoint import describe_source, open_checkpoint, write_checkpoint
-from flarec.manifest import DecodeDefaults, Manifest, Mask
+from flarec.checkpoint.directory import describe_source, open_checkpoint
+from flarec.checkpoint.manifest import DecodeDefaults, Manifest, Mask
+from flarec.checkpoint.write import write_checkpoint
 from flarec.passes.embed_mask import PARAMETER
 from tests.models import VOCABULARY, tiny_checkpoint
 

@@ -18,16 +18,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import fx
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from flarec import adapters
-from flarec.frontend import capture
-from flarec.program import Program
-from flarec.spec import TensorSpec
-from flarec.tiny_configs import END_ID as END_ID
-from flarec.tiny_configs import PAD_ID as PAD_ID
-from flarec.tiny_configs import START_ID as START_ID
-from flarec.tiny_configs import VOCABULARY as VOCABULARY
-from flarec.tiny_configs import available, build_tiny
-from flarec.tiny_configs import tiny_config as tiny_config
+from flarec.frontend import families as adapters
+from flarec.frontend.export import capture
+from flarec.frontend.tiny import END_ID as END_ID
+from flarec.frontend.tiny import PAD_ID as PAD_ID
+from flarec.frontend.tiny import START_ID as START_ID
+from flarec.frontend.tiny import VOCABULARY as VOCABULARY
+from flarec.frontend.tiny import available, build_tiny
+from flarec.frontend.tiny import tiny_config as tiny_config
+from flarec.ir.program import Program
+from flarec.ir.spec import TensorSpec
 
 FAMILIES = ("qwen3_5_text", "kimi_linear", "bamba")
 """Three families that between them have every kind of gate; the tests of the parts use these."""

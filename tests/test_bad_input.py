@@ -15,7 +15,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 
-from flarec.manifest import DecodeDefaults, Manifest, Mask, Source
+from flarec.checkpoint.manifest import DecodeDefaults, Manifest, Mask, Source
 from tests.cli.conversions import QUICK, flarec, write_data
 from tests.models import tiny_checkpoint
 from tests.train.test_resume import full_disk

@@ -15,7 +15,7 @@ import torch
 
 from flarec.decode import Engine
 from flarec.derive import ConvWindows, Schedule, SoftmaxMask
-from flarec.kernels.linear_attention.schedule import StateSchedule
+from flarec.kernels.linear_attention.panels.schedule import StateSchedule
 from flarec.layout import Layout
 from flarec.passes import lower
 from flarec.verify import (

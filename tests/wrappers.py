@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
-from flarec.tiny_configs import TINY
+from flarec.frontend.tiny import TINY
 from tests.models import END_ID, PAD_ID, START_ID, VOCABULARY, tiny_tokenizer
 
 # Ids that only the wrapper's configuration names, in rows that the tokenizer leaves free.

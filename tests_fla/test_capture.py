@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from flarec import ops
-from flarec.frontend import capture
-from tests.families.shared import widened
+from flarec.frontend.export import capture
+from tests.conformance.shared import widened
 from tests.models import tiny_model
 
 from .tiny import NAMES

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.families.shared import converted
+from tests.conformance.shared import converted
 
 COMMAND = "import sys; from flarec.cli import main; sys.exit(main())"
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-from flarec import fla_families
 from flarec.errors import CaptureError
-from flarec.frontend import capture, load_model
+from flarec.frontend.export import capture, load_model
+from flarec.frontend.fla import families
 from tests.models import tiny_checkpoint, tiny_config, tiny_model
 
 CONFIGS = {
@@ -41,16 +41,16 @@ def test_opens_without_the_flash_attention_package(tmp_path: Path, monkeypatch: 
 
 def test_every_model_of_the_library_converts_or_has_a_reason() -> None:
     assert len(CONFIGS) > 30
-    assert set(CONFIGS) == {*fla_families.MODEL_TYPES, *fla_families.REFUSED}
-    assert not {*fla_families.MODEL_TYPES} & {*fla_families.REFUSED}
+    assert set(CONFIGS) == {*families.MODEL_TYPES, *families.REFUSED}
+    assert not {*families.MODEL_TYPES} & {*families.REFUSED}
 
 
-@pytest.mark.parametrize("model_type", fla_families.REFUSED)
+@pytest.mark.parametrize("model_type", families.REFUSED)
 def test_refused_with_the_reason(model_type: str) -> None:
     config = object.__new__(CONFIGS[model_type])  # some cannot be made from defaults
     with pytest.raises(CaptureError) as caught:
-        fla_families.row_of(config)
-    assert fla_families.REFUSED[model_type] in str(caught.value)
+        families.row_of(config)
+    assert families.REFUSED[model_type] in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,8 @@ def test_options_that_no_hook_covers_are_refused(family: str, options: dict[str,
 
 
 def test_a_model_type_of_both_libraries_is_told_by_its_class() -> None:
-    assert fla_families.row_of(transformers.Mamba2Config()) is None
-    assert fla_families.row_of(tiny_config("mamba2")) is not None
+    assert families.row_of(transformers.Mamba2Config()) is None
+    assert families.row_of(tiny_config("mamba2")) is not None
 
 
 def test_groups_of_mamba2_are_read_as_in_transformers() -> None:

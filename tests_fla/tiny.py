@@ -10,8 +10,8 @@ from typing import Any
 
 import fla.models
 
-from flarec import tiny_configs
-from flarec.tiny_configs import END_ID, PAD_ID, START_ID, VOCABULARY, TinyModel
+from flarec.frontend import tiny
+from flarec.frontend.tiny import END_ID, PAD_ID, START_ID, VOCABULARY, TinyModel
 from tests import models
 
 _ATTENTION = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "window_size": 7}
@@ -49,6 +49,6 @@ def register() -> None:
         # the table looks classes up in transformers, which has a Mamba2 of its own
         setattr(transformers, config, getattr(fla.models, f"{stem}Config"))
         setattr(transformers, model, getattr(fla.models, f"{stem}ForCausalLM"))
-        tiny_configs.TINY[name] = TinyModel(config, model, _BASE | values)
+        tiny.TINY[name] = TinyModel(config, model, _BASE | values)
     models.ALL_FAMILIES = NAMES  # type: ignore[attr-defined]
     models.PLAIN_FAMILIES = ()  # type: ignore[attr-defined]

@@ -26,8 +26,8 @@ from torch import Tensor
 from flarec.bench import conv, decode
 from flarec.bench.problems import Conv, Decode, Linear, Softmax, Streams
 from flarec.bench.rows import ATTENTION, CONV, KDA, LAYER, MAMBA, STEP
-from flarec.kernels.linear_attention.tile_schedule import TileSchedule, largest_chunk
-from flarec.kernels.linear_attention.triton_train import two_stream
+from flarec.kernels.linear_attention.tiles.schedule import TileSchedule, largest_chunk
+from flarec.kernels.linear_attention.tiles.train import two_stream
 from flarec.kernels.short_conv.triton_conv import ConvSchedule
 from flarec.kernels.softmax_attention import triton_attention
 from flarec.kernels.softmax_attention.attention_schedule import AttentionSchedule

@@ -1,6 +1,6 @@
 """Run the tests of the families under several versions of transformers, each in an environment of its own.
 
-    .venv/bin/python tools/matrix.py 5.17.0 newest [--write flarec/families/results.json]
+    .venv/bin/python tools/matrix.py 5.17.0 newest [--write flarec/conformance/results.json]
 
 `.venv-VERSION` shares every package with `.venv` but transformers and what that asks for (`tools/environment.py`),
 pinned by `constraints-VERSION.txt` if there is one; `newest` is the newest release that the index has. At the end: the
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from tools.environment import make  # noqa: E402
 
 TORCH = "torch==2.13.0"  # an exact request is met by the build that is there; a looser one can fetch another
-TESTS = ("tests/families", "tests/test_capture.py")
+TESTS = ("tests/conformance", "tests/frontend/test_export.py")
 NEWEST = "newest"
 _FACTS = """
 import json, transformers

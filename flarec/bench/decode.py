@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.linear_attention.step_schedule import StepSchedule
+from ..kernels.linear_attention.step.schedule import StepSchedule
 from ..stream_ops import cached_linear_attention
 from .checks import BASELINE_BOUND, Check, compare
 from .problems import Decode
@@ -24,7 +24,7 @@ def _names(results: Sequence[Tensor]) -> dict[str, Tensor]:
 
 def step(problem: Decode, device: torch.device, seed: int) -> Callable[[], tuple[Tensor, ...]]:
     """Our step on inputs and a cache of its own."""
-    from ..kernels.linear_attention.triton_step import linear_attention_step
+    from ..kernels.linear_attention.step.launch import linear_attention_step
 
     layer, layout = problem.layer(), problem.layout("cpu")
     schedule = StepSchedule.from_layout(layout).to(device)

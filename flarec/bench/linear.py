@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.linear_attention.reference import reference
-from ..kernels.linear_attention.tile_schedule import TileSchedule
+from ..kernels.linear_attention.tiles.schedule import TileSchedule
 from .checks import Check, check_training
 from .measure import Training
 from .problems import Linear
@@ -21,10 +21,10 @@ CHUNK = 64
 
 def kernel(problem: Linear, schedule: TileSchedule) -> Callable[..., Tensor]:
     """Our op on leaves in the order of `Linear.inputs`."""
-    from ..kernels.linear_attention import triton_train
+    from ..kernels.linear_attention.tiles import train
 
     def op(*leaves: Tensor) -> Tensor:
-        out: Tensor = triton_train.two_stream(**problem.named(leaves), schedule=schedule, **problem.options())
+        out: Tensor = train.two_stream(**problem.named(leaves), schedule=schedule, **problem.options())
         return out
 
     return op

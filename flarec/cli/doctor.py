@@ -41,9 +41,9 @@ def command(
     Only the configuration is read. Memory is that of one training step and of decoding, run without numbers; times are
     extrapolated from a micro-benchmark of this device. Exit code 1 if the model does not convert.
     """
-    from flarec.config import load_recipe
     from flarec.device import torch_device, torch_dtype
     from flarec.doctor import diagnose
+    from flarec.recipe import load_recipe
 
     report = diagnose(
         source,

@@ -15,7 +15,7 @@ from flarec.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from flarec.families import Row, Run, Trial
+    from flarec.conformance import Row, Run, Trial
 
 
 WIDTH = 150  # of what is not a terminal
@@ -40,7 +40,7 @@ def command(
     Shown is the recorded run of all families on small models. `--run` tries those named, or all that the installed
     transformers has; exit code 1 if a stage fails.
     """
-    from flarec.families import load_runs, markdown, merge_run, names, rows, save_runs
+    from flarec.conformance import load_runs, markdown, merge_run, names, rows, save_runs
 
     if as_json and as_markdown:
         raise UsageError("--json and --markdown are two forms of one table; choose one")
@@ -68,10 +68,10 @@ def _run(families: Sequence[str], commit: str | None) -> Run:
     """Try the families (all if none is named); a line on stderr for each."""
     import torch
 
-    from flarec.checkpoint import versions
-    from flarec.families import Run, names, try_family
-    from flarec.families.record import device_text
-    from flarec.tiny_configs import available
+    from flarec.checkpoint.write import versions
+    from flarec.conformance import Run, names, try_family
+    from flarec.conformance.record import device_text
+    from flarec.frontend.tiny import available
 
     torch.set_num_threads(1)  # on models this small, threads wait for each other
     wanted = list(families) or names()
@@ -109,7 +109,7 @@ def _print(table: Sequence[Row], runs: Sequence[Run]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from flarec.families.table import TITLES
+    from flarec.conformance.table import TITLES
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     shown = Table(*TITLES, box=None, pad_edge=False)

@@ -11,8 +11,8 @@ import click
 def command(name: str | None, as_toml: bool) -> None:
     """List the recipes, or document every key of one (a built-in name or a TOML file)."""
     from flarec import recipes
-    from flarec.config import load_recipe
     from flarec.errors import UsageError
+    from flarec.recipe import load_recipe
 
     if name is None:
         if as_toml:

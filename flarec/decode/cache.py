@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flarec.cache_spec import CacheSlot
+from flarec.ir.slots import CacheSlot
 
 GRANULE = 64  # positions; small steps at first, larger ones once the cache is large
 LARGE_GRANULE = 256

@@ -11,12 +11,12 @@ from flarec.errors import GenerationError
 from flarec.layout import READOUTS
 
 from .batch import Batch, BlockSpec
-from .causal import decode_causal
-from .denoise import decode_diffusion_trust
+from .modes.ar_trust import DRAFTS, decode_ar_trust
+from .modes.causal import decode_causal
+from .modes.diffusion_trust import decode_diffusion_trust
 from .plan import DecodeProgram
 from .request import Generation, OnTokens, Request, StopCheck, Stopping
 from .sampling import SamplingParams
-from .speculative import DRAFTS, decode_ar_trust
 
 MODES = ("causal", "ar-trust", "diffusion-trust")
 PREFILL_CHUNK = 512  # clean rows of one prefill forward

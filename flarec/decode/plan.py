@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flarec.cache_spec import CacheSlot
+from flarec.ir.slots import CacheSlot
 from flarec.layout import BLOCK_END, PADDING, READOUTS, Layout
 
 from .cache import Cache

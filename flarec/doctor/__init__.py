@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from flarec.config import Recipe
 from flarec.errors import CaptureError, PassError, PropertyError, UsageError
-from flarec.frontend import capture
+from flarec.frontend.export import capture
 from flarec.inspect import summarize
+from flarec.ir.program import Program
 from flarec.passes import lower
-from flarec.program import Program
+from flarec.recipe import Recipe
 
 from .kernels import availability, sites
 from .rates import measure, seconds_of

@@ -10,11 +10,11 @@ from torch import fx
 from flarec import ops
 from flarec.errors import PassError
 from flarec.inspect.shapes import shape_text
+from flarec.ir.pipeline import run_pipeline
+from flarec.ir.program import Program, target_name
 from flarec.passes import pipeline
 from flarec.passes.lower_mixers import LAYOUT_OPERAND, TORCH, LowerMixers
-from flarec.pipeline import run_pipeline
-from flarec.program import Program, target_name
-from flarec.properties import CHECKERS
+from flarec.passes.properties import CHECKERS
 
 from .report import Site
 

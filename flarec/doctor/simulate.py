@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from flarec.errors import CaptureError
-from flarec.program import Program
+from flarec.ir.program import Program
 
 ATEN = torch.ops.aten
 REAL_ELEMENTS = 1 << 22

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from flarec.adapters import FAMILIES, family_of
-from flarec.checkpoint import HUB_ID
+from flarec.checkpoint.location import HUB_ID
 from flarec.errors import UsageError
-from flarec.frontend import load_model
+from flarec.frontend.export import load_model
+from flarec.frontend.families import FAMILIES, family_of
+from flarec.frontend.loading import is_wrapper, read_config
 from flarec.inspect.summary import Summary
-from flarec.loading import is_wrapper, read_config
 
 from .report import Anatomy
 

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from flarec.cache_spec import CacheSlot
-from flarec.config import Recipe
 from flarec.decode.cache import Cache
 from flarec.decode.engine import PREFILL_CHUNK
 from flarec.decode.plan import StepPlan, StepShape
-from flarec.program import Program
-from flarec.train.batch import build_batches
-from flarec.train.data import DataStats, TokenSource
+from flarec.ir.program import Program
+from flarec.ir.slots import CacheSlot
+from flarec.recipe import Recipe
+from flarec.train.data.packing import RowStream
+from flarec.train.data.sources import DataStats, TokenSource
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import MaskToken
-from flarec.train.noise import step_generator
-from flarec.train.packing import RowStream
+from flarec.train.objective.batch import build_batches
+from flarec.train.objective.noise import step_generator
 
 from .report import Memory
 from .simulate import Simulation, Work, with_fake_weights

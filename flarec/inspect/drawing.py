@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flarec.kernels.linear_attention.schedule import StateSchedule
+from flarec.kernels.linear_attention.panels.schedule import StateSchedule
 from flarec.kernels.softmax_attention.mask import visibility
 from flarec.layout import Block, Layout, build_layout
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flarec.checkpoint import open_checkpoint
+from flarec.checkpoint.directory import open_checkpoint
 from flarec.errors import UsageError
-from flarec.frontend import capture
+from flarec.frontend.export import capture
+from flarec.ir.pipeline import run_pipeline
+from flarec.ir.program import Program
 from flarec.passes import pipeline
-from flarec.pipeline import run_pipeline
-from flarec.program import Program
-from flarec.properties import CHECKERS
+from flarec.passes.properties import CHECKERS
 
 CAPTURE = "capture"
 """Name that stands for "before the first pass" where a pass is asked for."""

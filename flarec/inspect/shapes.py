@@ -6,7 +6,7 @@ import re
 
 from torch import fx
 
-from flarec.spec import LENGTH, ROWS, Size, TensorSpec
+from flarec.ir.spec import LENGTH, ROWS, Size, TensorSpec
 
 _NAME = re.compile(rf"\b{LENGTH}\b")
 _PRODUCT = re.compile(r"\w+(\*\w+)*")

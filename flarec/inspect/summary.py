@@ -13,8 +13,7 @@ import torch
 from torch import fx
 
 from flarec import lowered, ops, stream_ops
-from flarec.passes.narrow_head import find_head
-from flarec.program import (
+from flarec.ir.program import (
     LAYER,
     Program,
     layer_of,
@@ -24,7 +23,8 @@ from flarec.program import (
     source_line,
     target_name,
 )
-from flarec.spec import TensorSpec
+from flarec.ir.spec import TensorSpec
+from flarec.passes.narrow_head import find_head
 
 from .shapes import shape_text
 

@@ -7,7 +7,7 @@ from textwrap import wrap
 
 from torch import fx
 
-from flarec.program import Program, module_of, source_line, target_name
+from flarec.ir.program import Program, module_of, source_line, target_name
 
 from .shapes import shape_text
 from .summary import Group, Mixer, Part, Step, Summary, layer_nodes

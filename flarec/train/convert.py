@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import MAX_SHARD_SIZE, describe_source, stored_dtypes, write_checkpoint
+from ..checkpoint.directory import describe_source
+from ..checkpoint.manifest import DecodeDefaults, Manifest, Mask
+from ..checkpoint.weights import stored_dtypes
+from ..checkpoint.write import MAX_SHARD_SIZE, write_checkpoint
 from ..errors import CheckpointError, TrainingError
-from ..manifest import DecodeDefaults, Manifest, Mask
 from .loop import Step
 from .metrics import MetricsLog
 from .options import Options

@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from ..config import Diffusion, Recipe
 from ..decode import Engine
-from ..program import Program
-from .batch import build_batches
-from .data_document import Document, PackedRow
+from ..ir.program import Program
+from ..recipe import Recipe
+from ..recipe.sections import Diffusion
+from .data.document import Document, PackedRow
 from .mask_token import MaskToken
-from .noise import step_generator
-from .objective import Metrics, loss
+from .objective.batch import build_batches
+from .objective.loss import Metrics, loss
+from .objective.noise import step_generator
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import Recipe
 from ..errors import CheckpointError, TrainingError
-from ..program import Program
-from .batch import Batch, build_batches
-from .data_document import PackedRow
+from ..ir.program import Program
+from ..recipe import Recipe
+from .data.document import PackedRow
+from .data.packing import RowStream
 from .mask_token import MaskToken
-from .noise import step_generator
-from .objective import Metrics, loss
-from .packing import RowStream
+from .objective.batch import Batch, build_batches
+from .objective.loss import Metrics, loss
+from .objective.noise import step_generator
 from .router import ExpertLoad, RouterProbe
 from .state import SavedState
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ..errors import RecipeError, UsageError
+from ..ir.program import Program
 from ..passes.embed_mask import PARAMETER
-from ..program import Program
 
 
 @dataclass(frozen=True)

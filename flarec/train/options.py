@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint import MAX_SHARD_SIZE, check_destination
-from ..config import Recipe, load_recipe
+from ..checkpoint.write import MAX_SHARD_SIZE, check_destination
 from ..errors import RecipeError, UsageError
-from .data import parse_source
+from ..recipe import Recipe, load_recipe
+from .data.sources import parse_source
 from .state import StateDirectory
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from .batch import build_batches
-from .noise import step_generator
+from .objective.batch import build_batches
+from .objective.noise import step_generator
 from .options import Options
 from .prepare import Run, prepare
 from .progress import Reporter

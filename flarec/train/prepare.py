@@ -8,23 +8,24 @@ from typing import Any
 
 import torch
 
-from ..carried import Carried
-from ..checkpoint import Checkpoint, check_shard_size, context_of, open_checkpoint
-from ..config import Recipe
+from ..checkpoint.carried import Carried
+from ..checkpoint.directory import Checkpoint, context_of, open_checkpoint
+from ..checkpoint.write import check_shard_size
 from ..device import resolve_kernels, torch_device
 from ..errors import CheckpointError, DataError, UsageError
-from ..frontend import capture
+from ..frontend.export import capture
+from ..ir.pipeline import pipeline_text
+from ..ir.program import Program
 from ..passes import lower, pipeline
 from ..passes.lower_mixers import IMPLEMENTATIONS
-from ..pipeline import pipeline_text
-from ..program import Program
-from .data import TokenSource, hold_out, load_sources, parse_source
-from .data_document import Document
+from ..recipe import Recipe
+from .data.document import Document
+from .data.packing import RowStream
+from .data.sources import TokenSource, hold_out, load_sources, parse_source
 from .heldout import HeldOut
 from .loop import Trainer
 from .mask_token import MaskToken, choose_mask_token, initialise_mask_token
 from .options import Options
-from .packing import RowStream
 from .progress import Reporter
 
 

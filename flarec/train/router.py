@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import lowered, ops
+from ..ir.program import Program, layer_of
 from ..layout import PADDING, Layout
-from ..program import Program, layer_of
 
 STREAMS = ("clean", "noisy")
 _PADDED = len(STREAMS)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flarec.ir.program import Program
 from flarec.layout import BLOCK_END, Block, Layout, build_layout
-from flarec.program import Program
 
 from .subject import Subject
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from flarec.ir.program import Program
 from flarec.layout import Block, Layout, build_layout
-from flarec.program import Program
 
 from .inputs import all_logits, random_ids, random_layout, random_tokens, reads
 from .subject import Comparison, Result, Subject

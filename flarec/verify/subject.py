@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flarec.checkpoint import open_checkpoint
+from flarec.checkpoint.directory import open_checkpoint
 from flarec.errors import CheckpointError
-from flarec.frontend import capture
+from flarec.frontend.export import capture
+from flarec.ir.program import Program
 from flarec.passes import lower
 from flarec.passes.embed_mask import PARAMETER
-from flarec.program import Program
 
 ROUNDING_STEPS = 1000
 """Differences up to this many rounding steps of the largest compared number count as rounding."""

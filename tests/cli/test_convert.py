@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import flarec as package
-from flarec.manifest import Manifest
+from flarec.checkpoint.manifest import Manifest
 from flarec.train.convert import READ_EVERY
 from flarec.train.metrics import read_metrics
 from flarec.train.progress import Reporter

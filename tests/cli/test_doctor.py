@@ -14,13 +14,13 @@ from click.testing import CliRunner, Result
 from flarec import doctor
 from flarec.cli import main
 from flarec.cli.doctor import size_text
-from flarec.config import load_recipe
 from flarec.doctor.kernels import REFUSED, sites
 from flarec.errors import PassError, UsageError
-from flarec.frontend import capture
+from flarec.frontend.export import capture
 from flarec.inspect.summary import mixer_kind
+from flarec.ir.program import Program
 from flarec.passes import lower
-from flarec.program import Program
+from flarec.recipe import load_recipe
 from tests.models import FAMILIES, captured, shared_model, tiny_config
 
 

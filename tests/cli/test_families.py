@@ -11,10 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from flarec import adapters, tiny_configs
 from flarec.cli import main
-from flarec.errors import UsageError
-from flarec.families import (
+from flarec.conformance import (
     STAGES,
     Outcome,
     Run,
@@ -30,6 +28,9 @@ from flarec.families import (
     stages,
     try_family,
 )
+from flarec.errors import UsageError
+from flarec.frontend import families as adapters
+from flarec.frontend import tiny
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -51,7 +52,7 @@ def test_what_is_tried_is_what_the_adapter_table_has() -> None:
     assert names() == [*adapters.FAMILIES, *adapters.PLAIN]
     assert len(set(names())) == len(names())
     assert [family for family in names() if is_hybrid(family)] == list(adapters.FAMILIES)
-    assert set(names()) <= set(tiny_configs.TINY)
+    assert set(names()) <= set(tiny.TINY)
 
 
 def test_the_recorded_runs_cover_every_family_and_nothing_else() -> None:
@@ -223,7 +224,7 @@ def test_wrong_usage(arguments: list[str], words: str) -> None:
 
 
 def test_a_family_that_transformers_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiny_configs, "available", lambda family: False)
+    monkeypatch.setattr(tiny, "available", lambda family: False)
     done = flarec("bamba", "--run")
     assert done.exit_code == 2 and "has none of bamba" in done.stderr
     assert "not in this transformers" in done.stderr

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from flarec import recipes
 from flarec.cli import main
-from flarec.config import load_recipe, recipe_from_toml
+from flarec.recipe import load_recipe, recipe_from_toml
 
 
 def run(*arguments: str) -> str:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flarec.cache_spec import CacheSlot
 from flarec.decode.cache import Cache
+from flarec.ir.slots import CacheSlot
 from flarec.layout import READOUTS, Layout
 
 WORD = 2**64

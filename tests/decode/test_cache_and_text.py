@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flarec.cache_spec import KINDS, CacheSlot
 from flarec.decode import Cache, StopStrings, TextStream
 from flarec.errors import GenerationError
+from flarec.ir.slots import KINDS, CacheSlot
 
 SLOTS = [
     CacheSlot("k", "keys", ("batch", 2, "capacity", 4), torch.float32),

@@ -11,20 +11,20 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from flarec.config import load_recipe
 from flarec.decode.cache import Cache
 from flarec.doctor.rates import FAR, NEAR, _bandwidth, measure, seconds_of
 from flarec.doctor.report import Rates
 from flarec.doctor.simulate import GATHER, MATMUL, MEMORY, Work
 from flarec.doctor.steps import Training, cache_bytes, decode_step, full_rows, simulate_serving, simulate_training
-from flarec.frontend import capture
+from flarec.frontend.export import capture
+from flarec.frontend.tiny import build_tiny
+from flarec.ir.program import Program
 from flarec.passes import lower
-from flarec.program import Program
-from flarec.tiny_configs import build_tiny
-from flarec.train.batch import build_batches
+from flarec.recipe import load_recipe
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import MaskToken
-from flarec.train.noise import step_generator
+from flarec.train.objective.batch import build_batches
+from flarec.train.objective.noise import step_generator
 
 LENGTH, BATCH, WIDTH = 128, 2, 256
 CPU = torch.device("cpu")

@@ -7,11 +7,11 @@ import random
 import torch
 from torch import Tensor, fx
 
+from flarec.ir.pipeline import run_pipeline
+from flarec.ir.program import Program, target_name
 from flarec.layout import Layout
 from flarec.passes import pipeline
-from flarec.pipeline import run_pipeline
-from flarec.program import Program, target_name
-from flarec.properties import CHECKERS
+from flarec.passes.properties import CHECKERS
 from flarec.verify.inputs import random_layout
 from tests.models import captured
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flarec.ir.program import Program
 from flarec.passes.canonicalize import Canonicalize
-from flarec.program import Program
 from tests.models import FAMILIES, captured
 from tests.passes.snippets import before_and_after, count, plain
 
@@ -48,9 +48,9 @@ def test_before_and_after_of_the_docstring() -> None:
         user.replace_input_with(hidden, viewed)
     program.finish()
 
+    from flarec.ir.pipeline import run_pipeline
     from flarec.passes import pipeline
-    from flarec.pipeline import run_pipeline
-    from flarec.properties import CHECKERS
+    from flarec.passes.properties import CHECKERS
 
     after = run_pipeline(program, pipeline("train")[:1], CHECKERS)
     hidden = after.calls(ATEN.linear.default)[0]

@@ -11,9 +11,9 @@ import torch
 from flarec import lowered, ops, stream_ops
 from flarec.decode import Cache
 from flarec.derive import Scan
+from flarec.ir.program import Program, placeholder_name
 from flarec.layout import build_layout
 from flarec.passes import lower
-from flarec.program import Program, placeholder_name
 from tests.models import captured, captured_float64, shared_model
 from tests.passes.snippets import arguments, before_and_after, example, on_layout
 

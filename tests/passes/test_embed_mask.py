@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flarec.errors import PassError
+from flarec.ir.pipeline import run_pipeline
 from flarec.passes.embed_mask import PARAMETER
-from flarec.pipeline import run_pipeline
 from tests.models import FAMILIES, VOCABULARY
 from tests.passes.snippets import before_and_after, example, on_layout
 

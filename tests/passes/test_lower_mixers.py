@@ -8,10 +8,10 @@ import torch
 from flarec import lowered, ops, stream_ops
 from flarec.derive import ConvWindows, Schedule, SoftmaxMask
 from flarec.errors import PassError
+from flarec.ir.pipeline import run_pipeline
 from flarec.passes import lower
 from flarec.passes.lower_mixers import LowerMixers
-from flarec.pipeline import run_pipeline
-from flarec.properties import CHECKERS
+from flarec.passes.properties import CHECKERS
 from tests.models import FAMILIES, captured, captured_float64
 from tests.passes.snippets import arguments, before_and_after, example
 

@@ -16,11 +16,11 @@ from flarec import lowered
 from flarec.decode import Engine, SamplingParams
 from flarec.derive import AttentionIntervals, ConvOrder, SoftmaxMask, StepTiles, Tiles
 from flarec.errors import PassError
+from flarec.ir.pipeline import run_pipeline
+from flarec.ir.program import Program, target_name
 from flarec.passes import lower
 from flarec.passes.lower_mixers import LowerMixers
-from flarec.pipeline import run_pipeline
-from flarec.program import Program, target_name
-from flarec.properties import CHECKERS
+from flarec.passes.properties import CHECKERS
 from tests.checkpoints import MASK_ROW
 from tests.models import ALL_FAMILIES, FAMILIES, PLAIN_FAMILIES, captured, captured_float64
 from tests.passes.snippets import before_and_after, count, example

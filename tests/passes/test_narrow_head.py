@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from flarec.errors import PassError
+from flarec.ir.pipeline import run_pipeline
 from flarec.passes.narrow_head import NarrowHead, find_head
-from flarec.pipeline import run_pipeline
 from tests.models import FAMILIES
 from tests.passes.snippets import before_and_after, example, on_layout
 

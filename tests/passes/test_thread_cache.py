@@ -10,8 +10,8 @@ import torch
 
 from flarec import stream_ops
 from flarec.decode import Cache
+from flarec.ir.program import placeholder_name
 from flarec.layout import build_layout
-from flarec.program import placeholder_name
 from tests.models import FAMILIES, shared_model
 from tests.passes.snippets import arguments, before_and_after
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from flarec.train.data_document import Document, PackedRow
+from flarec.train.data.document import Document, PackedRow
 
 VOCABULARY = 50
 MASK = 60

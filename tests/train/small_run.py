@@ -7,14 +7,14 @@ import functools
 import numpy as np
 import torch
 
-from flarec.config import Recipe, load_recipe
-from flarec.frontend import capture
+from flarec.frontend.export import capture
+from flarec.ir.program import Program
 from flarec.passes import lower
-from flarec.program import Program
-from flarec.train.data import DataStats, TokenSource
+from flarec.recipe import Recipe, load_recipe
+from flarec.train.data.packing import RowStream
+from flarec.train.data.sources import DataStats, TokenSource
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import MaskToken, choose_mask_token, initialise_mask_token
-from flarec.train.packing import RowStream
 from tests.models import TOKENS, tiny_model, tiny_tokenizer
 
 SMALL = [

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 import flarec as package
-from flarec.frontend import capture
+from flarec.frontend.export import capture
 from flarec.passes import lower
-from flarec.train.batch import build_batches
+from flarec.train.data.packing import RowStream
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import choose_mask_token, initialise_mask_token
-from flarec.train.noise import step_generator
-from flarec.train.packing import RowStream
+from flarec.train.objective.batch import build_batches
+from flarec.train.objective.noise import step_generator
 from tests.cli.conversions import QUICK, flarec, write_data
 from tests.models import FAMILIES, tiny_checkpoint, tiny_model, tiny_tokenizer
 from tests.train.small_run import recipe, source

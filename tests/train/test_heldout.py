@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flarec.passes import lower
-from flarec.train.data_document import Document
+from flarec.train.data.document import Document
 from flarec.train.heldout import HeldOut, prompt_of
 from tests.models import END_ID
 from tests.train.small_run import Small, recipe, small, source

@@ -10,9 +10,9 @@ import torch
 from flarec.errors import RecipeError, TrainingError, UsageError
 from flarec.passes import lower
 from flarec.passes.embed_mask import PARAMETER
-from flarec.train.batch import build_batches
 from flarec.train.mask_token import MaskToken, choose_mask_token, initialise_mask_token, used_rows
-from flarec.train.noise import step_generator
+from flarec.train.objective.batch import build_batches
+from flarec.train.objective.noise import step_generator
 from tests.models import END_ID, FAMILIES, PAD_ID, TOKENS, VOCABULARY, tiny_config, tiny_tokenizer
 from tests.train.small_run import recipe, small, source
 

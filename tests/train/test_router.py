@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flarec import lowered
 from flarec.layout import PADDING
-from flarec.train.batch import Batch, build_batches
 from flarec.train.loop import Trainer
-from flarec.train.noise import step_generator
+from flarec.train.objective.batch import Batch, build_batches
+from flarec.train.objective.noise import step_generator
 from flarec.train.progress import ConsoleReporter
 from flarec.train.router import ExpertLoad, count_choices, describe, worst
 from tests.models import tiny_tokenizer

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: opened (`directory`), and written whole or not at all (`write`)."""

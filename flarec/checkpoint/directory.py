@@ -1,0 +1,170 @@
+"""Checkpoints on disk: opening one, or a plain source model.
+
+A checkpoint is a directory that unmodified transformers opens with `AutoModelForCausalLM`. Beside the Hugging Face
+files it holds `flarec.json` (`flarec.checkpoint.manifest`), `flarec.safetensors` for parameters that the model class
+has no place for, a model card, and `custom_generate/generate.py`, which brings the decode modes to `model.generate`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from ..errors import CheckpointError, UsageError, first_line
+from ..frontend.loading import is_wrapper, load_model, read_config
+from .card import licence_of
+from .carried import Carried
+from .location import resolve
+from .manifest import NAME as MANIFEST
+from .manifest import Manifest, Source, sha256_of
+from .weights import EXTRA, weight_files
+
+GENERATION_CONFIG = "generation_config.json"
+NO_LIMIT = 1 << 20
+"""Context of a model that states none."""
+_TOKENIZER_WITHOUT_LIMIT = 10**9  # such tokenizers state a huge number
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tiktoken.model")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory that was checked.
+
+    manifest  None for a model that was not converted
+    foreign   the manifest stands for values of config.json or of the user: another program made this checkpoint
+    """
+
+    path: Path
+    manifest: Manifest | None
+    foreign: bool = False
+
+    def load_tokenizer(self) -> Any:
+        """The transformers tokenizer. Raises `CheckpointError` if the directory has none that can be read."""
+        from transformers import AutoTokenizer
+
+        if not any((self.path / name).is_file() for name in TOKENIZER_FILES):
+            raise CheckpointError(f"{self.path} has no tokenizer (tokenizer.json); save the model's tokenizer there")
+        try:
+            return AutoTokenizer.from_pretrained(str(self.path))
+        except Exception as error:  # the Rust library raises bare exceptions
+            raise CheckpointError(f"the tokenizer in {self.path} cannot be read: {first_line(error)}") from error
+
+    def load_config(self) -> Any:
+        """The transformers configuration; of a multimodal checkpoint the whole one."""
+        try:
+            return read_config(self.path)
+        except UsageError as error:
+            raise CheckpointError(str(error)) from error
+
+    def load_model(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
+        """The transformers model in `dtype` (default: as stored), in eval mode; the text model of a multimodal one."""
+        try:
+            model = load_model(self.path, dtype, device).eval()
+        except UsageError as error:
+            raise CheckpointError(str(error)) from error
+        except (SafetensorError, RuntimeError) as error:  # damaged weights, shapes that do not fit
+            raise CheckpointError(f"the weights in {self.path} cannot be loaded: {first_line(error)}") from error
+        mask = self.manifest.mask if self.manifest is not None else None
+        rows = int(model.get_input_embeddings().weight.shape[0])
+        if mask is not None and mask.kind == "row" and mask.token_id >= rows:
+            raise CheckpointError(
+                f"the mask token {mask.token_id} is no row of the vocabulary in {self.path}, which has {rows}; "
+                "give the right mask_token_id"
+            )
+        return model
+
+    def carried(self, model: nn.Module) -> Carried | None:
+        """What surrounds `model`, the text model loaded from here; None if this is no multimodal checkpoint."""
+        if not is_wrapper(self.load_config()):
+            return None
+        return Carried.of(self.path, weight_files(self.path), model.state_dict())
+
+    def left_out(self, model: nn.Module) -> tuple[str, ...]:
+        """Stored tensors that transformers passes over in silence when it opens `model` from here, and that therefore
+        are in no checkpoint written from it: layers for multi-token prediction. Raises `CheckpointError`."""
+        patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        own, stored = set(model.state_dict()), []
+        for file in weight_files(self.path):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    stored += opened.keys()
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} cannot be read: {first_line(error)}; copy the model again") from error
+        return tuple(name for name in stored if name not in own and any(re.search(p, name) for p in patterns))
+
+    def load_extra(
+        self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> dict[str, nn.Parameter]:
+        """Parameters without a place in the transformers model, by name (the mask vector); empty if there are none."""
+        path = self.path / EXTRA
+        if not path.is_file():
+            return {}
+        try:
+            tensors = load_file(path, device=str(device))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read: {first_line(error)}; copy the checkpoint again") from error
+        return {name: nn.Parameter(tensor.to(dtype or tensor.dtype)) for name, tensor in tensors.items()}
+
+    def eos_ids(self, config: Any, tokenizer: Any) -> frozenset[int]:
+        """Ids that end a text: those of the generation config (else of the configuration) and the tokenizer's own."""
+        path = self.path / GENERATION_CONFIG
+        stated = getattr(config.get_text_config(), "eos_token_id", None)
+        if path.is_file():
+            try:
+                stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            except (OSError, ValueError, AttributeError) as error:
+                raise CheckpointError(f"{path} cannot be read: {first_line(error)}; copy the model again") from error
+        ids = {*stated} if isinstance(stated, (list, tuple)) else {stated}
+        ids.add(getattr(tokenizer, "eos_token_id", None))
+        return frozenset(int(token) for token in ids if token is not None)
+
+
+def context_of(config: Any, tokenizer: Any) -> int:
+    """Positions that a model has; what the tokenizer says where the configuration says nothing."""
+    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if stated is None:
+        limit = getattr(tokenizer, "model_max_length", None)
+        stated = limit if limit is not None and limit < _TOKENIZER_WITHOUT_LIMIT else NO_LIMIT
+    return int(stated)
+
+
+def open_checkpoint(path: str | Path, *, mask_token_id: int | None = None, block_size: int | None = None) -> Checkpoint:
+    """Check a checkpoint, or a source model, before anything is loaded from it.
+
+    path: a directory or a hub id. mask_token_id, block_size: for a dual-mode checkpoint that another program wrote and
+    whose config.json does not state them (`Manifest.stated`).
+
+    Raises `CheckpointError` if there is no such directory, if it holds no model, and for a checkpoint with a manifest
+    that is foreign, damaged or of a newer format, or with a missing or changed file; `UsageError` for the numbers.
+    """
+    directory = resolve(path)
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"{directory} is not a model directory (no config.json); give a checkpoint or a Hugging Face model"
+        )
+    manifest = Manifest.read(directory)
+    if manifest is None:
+        stated = Manifest.stated(directory, mask_token_id, block_size)
+        return Checkpoint(directory, stated, foreign=stated is not None)
+    if mask_token_id is not None or block_size is not None:
+        raise UsageError(f"{directory / MANIFEST} states the mask token and the block size; leave them out")
+    manifest.check_files(directory)
+    return Checkpoint(directory, manifest)
+
+
+def describe_source(path: str | Path) -> Source:
+    """Name (never a machine's path), weight hash and licence of a source model, for the manifest."""
+    directory = resolve(path)
+    name = directory.resolve().name if Path(path).is_dir() else str(path)
+    weights = weight_files(directory)
+    return Source(name, sha256_of(*weights) if weights else None, licence_of(directory))
+
+

@@ -1,0 +1,29 @@
+"""Where a model directory is: a local one, or the snapshot of a hub id."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..errors import CheckpointError, first_line
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def resolve(path: str | Path) -> Path:
+    """A local directory as it is; a hub id becomes the directory of its downloaded snapshot."""
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise CheckpointError(f"{directory} is a file, not a model directory; give the directory that holds it")
+    if not HUB_ID.fullmatch(str(path)):
+        raise CheckpointError(f"{path} does not exist; give a checkpoint or model directory, or a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]))
+    except (OSError, ValueError) as error:  # hub errors are one or the other
+        raise CheckpointError(
+            f"{path} is no local directory and could not be fetched from the hub: {first_line(error)}"
+        ) from error

@@ -1,0 +1,234 @@
+"""The manifest `flarec.json` of a converted checkpoint: where it comes from, how it decodes, and what files it has.
+
+A checkpoint is a plain Hugging Face directory; the manifest holds everything that transformers has no place for. Every
+other file is listed with size and hash, so that a truncated or edited directory is noticed when it is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import CheckpointError, UsageError
+from ..layout import READOUTS
+
+NAME = "flarec.json"
+FORMAT_VERSION = 1
+HASHED_AT_OPEN = 256 << 20
+"""Bytes up to which a file's hash is checked whenever a checkpoint is opened; larger ones are checked by size."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The converted model: its name (no path), the hash of its weight files, and its licence if it states one."""
+
+    name: str
+    sha256: str | None = None
+    licence: str | None = None
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The mask token. "row": a spare vocabulary row; "vector": id = vocabulary size, its embedding is stored apart."""
+
+    kind: Literal["row", "vector"]
+    token_id: int
+
+
+@dataclass(frozen=True)
+class DecodeDefaults:
+    """How the checkpoint decodes unless told otherwise.
+
+    block_size            noisy positions per block
+    readouts              "ar-trust" and "diffusion-trust" -> "block_end" or "causal"
+    confidence_threshold  Diffusion-Trust commits positions that are this confident
+    denoising_steps       Diffusion-Trust: most steps per block; 0 for the block size
+    drafts                AR-Trust: "branches" or "single"
+    """
+
+    block_size: int
+    readouts: dict[str, str]
+    confidence_threshold: float = 0.9
+    denoising_steps: int = 0
+    drafts: str = "branches"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file as it was written."""
+
+    bytes: int
+    sha256: str
+
+    @staticmethod
+    def of(path: Path) -> FileEntry:
+        return FileEntry(path.stat().st_size, sha256_of(path))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of `flarec.json`.
+
+    recipe     `Recipe.to_dict()`
+    pipelines  "train", "decode" -> one pass per line
+    data       documents, tokens and targets per source, and how many tokens were trained on
+    metrics    last training metrics and measurements
+    versions   of flarec, torch, transformers and Python
+    files      every other file of the directory, filled in when the checkpoint is written
+    """
+
+    source: Source
+    mask: Mask
+    decode: DecodeDefaults
+    recipe: dict[str, Any] = field(default_factory=dict)
+    pipelines: dict[str, str] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        table = _finite(asdict(self))
+        order = ["format_version", *(item.name for item in fields(self) if item.name != "format_version")]
+        return json.dumps({name: table[name] for name in order}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str, where: str = NAME) -> Manifest:
+        """The inverse of `to_json`. Raises `CheckpointError` for text that is not a manifest this version can read."""
+        try:
+            table = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise CheckpointError(f"{where} is not JSON ({error}); the checkpoint is damaged, copy it again") from None
+        if not isinstance(table, dict) or not isinstance(table.get("format_version"), int):
+            raise CheckpointError(f"{where} is not a manifest of flarec (no format_version); give another directory")
+        version = table["format_version"]
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{where} has format version {version}, made by a newer flarec: upgrade flarec "
+                f"(this one reads up to version {FORMAT_VERSION})"
+            )
+        try:
+            manifest = _read(table)
+            _check(manifest)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{where} is not a manifest of flarec ({_reason(error)}); copy it again") from None
+        return manifest
+
+    @staticmethod
+    def read(directory: Path) -> Manifest | None:
+        """The manifest of a directory, None if it has none (a model that was not converted)."""
+        path = directory / NAME
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); copy the checkpoint again") from None
+        return Manifest.from_json(text, str(path))
+
+    @staticmethod
+    def stated(directory: Path, mask_token_id: int | None = None, block_size: int | None = None) -> Manifest | None:
+        """What stands in for the manifest of a dual-mode checkpoint that another program wrote; None for other models.
+
+        mask_token_id, block_size: what the user says; else what config.json says under these names. Such checkpoints
+        hold the mask token in a vocabulary row and were trained with the published objective (recipe `flare`), so both
+        modes read a block from its end. Raises `UsageError` for values that are out of range or incomplete.
+        """
+        given = {"mask_token_id": mask_token_id, "block_size": block_size}
+        lowest = {"mask_token_id": 0, "block_size": 1}
+        for name, value in given.items():
+            if value is not None and value < lowest[name]:
+                raise UsageError(f"{name} is {value}; give a whole number from {lowest[name]}")
+        in_config = _config_values(directory)
+        values: dict[str, Any] = {name: in_config.get(name) if v is None else v for name, v in given.items()}
+        unknown = [name for name, value in values.items() if type(value) is not int or value < lowest[name]]
+        if unknown and all(value is None for value in given.values()):
+            return None
+        if unknown:
+            raise UsageError(
+                f"{directory / 'config.json'} states no {unknown[0]}; give --{unknown[0].replace('_', '-')} too"
+            )
+        mask, size = int(values["mask_token_id"]), int(values["block_size"])
+        readouts = {"ar-trust": "block_end", "diffusion-trust": "block_end"}
+        return Manifest(Source(directory.resolve().name), Mask("row", mask), DecodeDefaults(size, readouts))
+
+    def check_files(self, directory: Path) -> None:
+        """Compare the directory with what was written. Raises `CheckpointError` naming the first file that differs."""
+        for name, entry in self.files.items():
+            path = directory / name
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing; the checkpoint is incomplete, copy it again")
+            size = path.stat().st_size
+            if size != entry.bytes:
+                what = "truncated" if size < entry.bytes else "changed"
+                raise CheckpointError(
+                    f"{path} is {what}: it has {size:,} bytes, {entry.bytes:,} were written; copy the checkpoint again"
+                )
+            if size <= HASHED_AT_OPEN and sha256_of(path) != entry.sha256:
+                raise CheckpointError(f"{path} was changed after it was written (its hash differs); copy it again")
+
+
+def _config_values(directory: Path) -> dict[str, Any]:
+    """config.json as it stands, the text model's values over those around them."""
+    try:
+        table = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory / 'config.json'} cannot be read ({error}); copy the model again") from None
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{directory / 'config.json'} is no table of values; copy the model again")
+    text = table.get("text_config")
+    return {**table, **(text if isinstance(text, dict) else {})}
+
+
+def sha256_of(*paths: Path) -> str:
+    """Hash of the contents of the files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: a metric that is not a number becomes null."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(table: Mapping[str, Any]) -> Manifest:
+    """Unknown keys are errors: within one format version nobody adds any."""
+    values = dict(table)
+    values["source"] = Source(**values["source"])
+    values["mask"] = Mask(**values["mask"])
+    values["decode"] = DecodeDefaults(**values["decode"])
+    values["files"] = {str(name): FileEntry(**entry) for name, entry in values["files"].items()}
+    return Manifest(**values)
+
+
+def _check(manifest: Manifest) -> None:
+    """Values that decide what happens must make sense; the rest is for readers."""
+    mask, decode = manifest.mask, manifest.decode
+    if mask.kind not in ("row", "vector") or not isinstance(mask.token_id, int) or mask.token_id < 0:
+        raise ValueError(f"mask {asdict(mask)} is unknown")
+    if not isinstance(decode.block_size, int) or decode.block_size < 1:
+        raise ValueError(f"block size {decode.block_size!r} is not a positive whole number")
+    if not isinstance(decode.readouts, dict) or any(readout not in READOUTS for readout in decode.readouts.values()):
+        raise ValueError(f"readouts {decode.readouts!r} are unknown")
+    for name in manifest.files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"file name {name!r} leaves the directory")
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    return f"no key {text}" if isinstance(error, KeyError) else text

@@ -1,0 +1,81 @@
+"""The weight files of a model directory: which there are, and in which dtypes they hold the tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, first_line
+from ..frontend.loading import text_name
+from .location import resolve
+
+EXTRA = "flarec.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def stored_dtypes(path: str | Path, model: nn.Module) -> dict[str, torch.dtype]:
+    """The dtype in which the files of a model directory hold each of the model's parameters and buffers, by name.
+
+    Models often keep a few tensors (decay rates, norms) wider than the rest. Names are matched exactly (of text models
+    inside wrappers without the prefix), then from the layer index on; tensors without a counterpart get the dtype that
+    holds most elements.
+    """
+    found: dict[str, torch.dtype] = {}
+    similar: dict[str, torch.dtype] = {}
+    elements: Counter[torch.dtype] = Counter()
+    for file in weight_files(resolve(path)):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                piece = opened.get_slice(name)
+                dtype = _DTYPES.get(piece.get_dtype())
+                if dtype is not None:
+                    found[text_name(name)] = dtype
+                    similar.setdefault(_from_layer(name), dtype)
+                    elements[dtype] += torch.Size(piece.get_shape()).numel()
+    floating = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    if not found:  # weights in another format: nothing better is known than what was loaded
+        return {name: tensor.dtype for name, tensor in floating.items()}
+    usual = elements.most_common(1)[0][0]
+    return {name: found.get(name, similar.get(_from_layer(name), usual)) for name in floating}
+
+
+def cast(state: Mapping[str, Tensor], dtype: torch.dtype | Mapping[str, torch.dtype] | None) -> dict[str, Tensor]:
+    """The tensors in their dtype on disk. Tied weights stay one tensor: transformers finds ties by their storage."""
+    made: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
+    result = {}
+    for name, tensor in state.items():
+        wanted = dtype.get(name) if isinstance(dtype, Mapping) else dtype
+        if wanted is None or not tensor.is_floating_point():
+            wanted = tensor.dtype
+        key = (tensor.data_ptr(), tensor.shape, wanted)
+        if key not in made:
+            made[key] = tensor.detach().to(device="cpu", dtype=wanted)
+        result[name] = made[key]
+    return result
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that transformers loads; some directories hold the weights a second time under other names."""
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    index = directory / INDEX
+    if not index.is_file():
+        return []
+    try:
+        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({first_line(error)}); copy the model again") from error
+    return [directory / name for name in sorted(names) if (directory / name).is_file()]
+
+
+def _from_layer(name: str) -> str:
+    match = re.search(r"(?:^|\.)(layers\.\d+\..*)", name)
+    return match[1] if match else name

@@ -1,0 +1,221 @@
+"""The program cache: captured graphs on the user's disk, so that the second run of a model need not trace it.
+
+    $FLAREC_CACHE_DIR, else $XDG_CACHE_HOME/flarec, else ~/.cache/flarec    (FLAREC_CACHE_DIR= or "off": no cache)
+        programs/<key>.json    sha256 of key and graph, newline, the graph as JSON (`flarec.ir.json`); no weights
+
+The key is a hash of everything that decides a capture: the model's configuration, its modules with their settings,
+names, shapes and dtypes of its tensors, the source of the modelling code and of our own, and the versions of what they
+use. A model whose code is not transformers' or torch's own is not cached. A file that is not exactly what was written
+is as good as none: caching never is an error and never gives another result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .. import __version__
+from ..ir.json import Unstorable, graph_from_json, graph_to_json
+
+VARIABLE = "FLAREC_CACHE_DIR"
+KEPT = 64
+"""Graphs that are kept; beyond that, the ones written first go."""
+_OWN_SOURCES = ("frontend", "ir", "ops.py")
+"""Folders and files of flarec that decide what a capture is."""
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "causal-conv1d",
+    "fla-core",
+    "flash-linear-attention",
+    "kernels",
+    "mamba-ssm",
+)
+"""What the modelling code looks at when it chooses its path."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_SCALARS = (bool, int, float, str, type(None))
+_NO_SETTINGS = ("training", "name_or_path")
+"""Attributes without a say: capture switches to eval mode, and a copy elsewhere is the same model."""
+
+
+def cache_directory() -> Path | None:
+    """Where graphs are kept; None if that is switched off."""
+    chosen = os.environ.get(VARIABLE)
+    if chosen is not None:
+        return None if chosen.strip().lower() in ("", "off") else Path(chosen) / "programs"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "flarec" / "programs"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The place of one model's graph."""
+
+    path: Path
+
+    def restore(self, model: nn.Module) -> fx.GraphModule | None:
+        """The stored graph on the model's own parameters and buffers; None if there is none that can be used."""
+        try:
+            digest, _, text = self.path.read_text(encoding="utf-8").partition("\n")
+            if digest != self._digest(text):
+                return None
+            return graph_from_json(json.loads(text), _tensors(model))
+        except Exception:  # missing, unreadable, or whatever a foreign file leads to: the model is captured afresh
+            return None
+
+    def store(self, module: fx.GraphModule, model: nn.Module) -> None:
+        """Write the graph if it can be written; it appears complete, also beside other writers."""
+        try:
+            text = json.dumps(graph_to_json(module, _tensors(model)), separators=(",", ":"))
+        except Unstorable:
+            return
+        directory = self.path.parent
+        with contextlib.suppress(OSError):
+            directory.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=directory, suffix=".tmp")
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(f"{self._digest(text)}\n{text}")
+                os.replace(temporary, self.path)
+            except BaseException:
+                Path(temporary).unlink(missing_ok=True)
+                raise
+            _drop_oldest(directory)
+
+    def _digest(self, text: str) -> str:
+        """Covers the key too: a file under another name is foreign."""
+        return _sha256(f"{self.path.stem}\n{text}")
+
+
+def entry_of(model: nn.Module, family: str) -> Entry | None:
+    """The place of a model's graph; None if the cache is off or the model cannot be known by its key."""
+    directory = cache_directory()
+    key = key_of(model, family) if directory is not None else None
+    return Entry(directory / f"{key}.json") if directory is not None and key is not None else None
+
+
+def key_of(model: nn.Module, family: str) -> str | None:
+    """sha256 (hex) of what decides the capture of a model; None for a model with code or hooks of its own."""
+    modules = dict(model.named_modules())
+    classes = {type(module) for module in modules.values()}
+    if not all(_is_libraries_own(cls.__module__) for cls in classes):
+        return None
+    if any(getattr(module, name) for module in modules.values() for name in _HOOKS):
+        return None
+    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
+    config.pop("_name_or_path", None)
+    settings = [[name, _class(module), _settings(module)] for name, module in modules.items()]
+    if any(known is None for _, _, known in settings):
+        return None
+    table = {
+        "family": family,
+        "config": config,
+        "modules": settings,
+        "tensors": [
+            [name, list(tensor.shape), str(tensor.dtype), str(tensor.device)]
+            for name, tensor in _tensors(model).items()
+        ],
+        "default dtype": str(torch.get_default_dtype()),
+        "modelling code": sorted({_source(cls.__module__) for cls in classes if cls.__module__ in sys.modules}),
+        "versions": _versions(),
+    }
+    return _sha256(json.dumps(table, sort_keys=True))
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    named: Iterable[tuple[str, Tensor]] = (
+        *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
+    )  # fmt: skip
+    return dict(named)
+
+
+def _class(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _settings(module: nn.Module) -> dict[str, Any] | None:
+    """Plain attributes of a module, which tracing may bake into the graph; None if its code was replaced."""
+    found: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if name in _NO_SETTINGS or value == {}:
+            continue
+        if _is_plain(value):
+            found[name] = value
+        elif callable(value):
+            origin = getattr(value, "__module__", None) or "torch"  # torch's builtins name no module
+            qualified = getattr(value, "__qualname__", None)
+            if name == "forward" or qualified is None or not _is_libraries_own(origin):
+                return None
+            found[name] = f"{origin}.{qualified}"
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return all(map(_is_plain, value)) if isinstance(value, (tuple, list)) else isinstance(value, _SCALARS)
+
+
+def _is_libraries_own(module: str) -> bool:
+    return module.split(".")[0] in ("torch", "transformers")
+
+
+def _versions() -> dict[str, str | None]:
+    own = Path(__file__).parent.parent
+    return {
+        "python": platform.python_version(),
+        "flarec": __version__,
+        **{f"flarec/{name}": _sources_sha256(own / name) for name in _OWN_SOURCES},
+        **{name: _version(name) for name in _PACKAGES},
+    }
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def _source(module: str) -> str:
+    path = getattr(sys.modules[module], "__file__", None)
+    return f"{module} {_file_sha256(Path(path)) if path else ''}"
+
+
+@cache
+def _file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@cache
+def _sources_sha256(place: Path) -> str:
+    """Hash of a file, or of all Python files below a folder with their names."""
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
+    return _sha256("\n".join(f"{file.relative_to(place.parent)} {_file_sha256(file)}" for file in files))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _drop_oldest(directory: Path) -> None:
+    files = sorted(directory.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    for path in files[:-KEPT]:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,255 @@
+"""The program: a captured model as an fx graph, with its properties and the history of what passes did to it.
+
+The graph's parameters are those of the Hugging Face model, under their names. Besides `input_ids` the graph may take
+the layout, tensors derived from it once per batch (`derivations`), rows for the head, and caches (`cache_slots`);
+`outputs` names what it returns. Running a program feeds all of these by name.
+
+Metadata of a node (`node.meta`), where it is known: "val", the `TensorSpec` of its result; "modules", the (path, class
+name) pairs of the modules it was made in, the outermost first; "source", `file:line` of the model code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..layout import Layout
+from .slots import CacheSlot
+
+SPELLED_OUT = ("kernels", "stream_ops", "reference_ops", "lowered_triton")
+"""Modules that are part of the short name of what a node calls."""
+LAYER_LISTS = ("layers", "h")
+"""What models call their list of decoder layers."""
+LAYER = re.compile(rf"(?:^|\.)(?:{'|'.join(LAYER_LISTS)})\.(\d+)(?:\.|$)")
+
+
+class Derivation(Protocol):
+    """Something computed from the layout once per batch and shared by all layers (a mask, a schedule, ...)."""
+
+    def build(self, layout: Layout, capacity: int | None) -> Any:
+        """`capacity`: slots of the KV cache, None without a cache."""
+
+    def describe(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one pass did: its text with options, rewritten nodes, change of op counts, seconds."""
+
+    step: str
+    sites: tuple[str, ...]
+    delta: Mapping[str, int]
+    seconds: float
+    provides: tuple[str, ...]
+
+
+class CacheTensors(Protocol):
+    """What a program needs of a decode cache (see `flarec.decode.cache`)."""
+
+    tensors: dict[str, Tensor]
+    accepted: Tensor
+
+
+@dataclass
+class Program:
+    """An fx graph with its contract. Passes change it in place; `clone` first (parameters stay shared)."""
+
+    module: fx.GraphModule
+    config: Any
+    family: str
+    dtype: torch.dtype
+    properties: frozenset[str] = frozenset()
+    history: tuple[Record, ...] = ()
+    derivations: dict[str, Derivation] = field(default_factory=dict)
+    cache_slots: tuple[CacheSlot, ...] = ()
+    outputs: tuple[str, ...] = ("logits",)
+    extra: dict[str, nn.Parameter] = field(default_factory=dict)
+    """Parameters that have no place in the Hugging Face model (the mask vector)."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.get_text_config().vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def clone(self) -> Program:
+        """A copy with its own graph; parameters and buffers are shared."""
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(self.graph, mapping)
+        graph.output(output)
+        module = fx.GraphModule(self.module, graph)
+        return Program(
+            module,
+            self.config,
+            self.family,
+            self.dtype,
+            self.properties,
+            self.history,
+            dict(self.derivations),
+            self.cache_slots,
+            self.outputs,
+            dict(self.extra),
+        )
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.module.named_parameters())
+
+    def derive(self, layout: Layout, capacity: int | None = None) -> dict[str, Any]:
+        """Everything that the graph reads from the layout, computed once for all layers, on the program's device.
+
+        A layout may be given on the host: schedules whose sizes depend on it are then made there, without waiting for
+        what the device is doing.
+        """
+        device = self.device
+        moved = layout.to(device)
+        return {
+            name: item.build(layout, capacity).to(device)
+            if getattr(item, "on_host", False)
+            else item.build(moved, capacity)
+            for name, item in self.derivations.items()
+        }
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        layout: Layout | None = None,
+        head_rows: Tensor | None = None,
+        cache: CacheTensors | None = None,
+        derived: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Run the graph and return the logits; caches are updated in place (`cache.tensors`).
+
+        input_ids [rows, T] int64; position_ids [rows, T] only before `duplicate-streams`; head_rows [N] int64 flat
+        indices row * T + slot. Logits are [N, V] with `narrow-head`, else [rows, T, V].
+        """
+        given: dict[str, Any] = {"input_ids": input_ids}
+        optional = {"position_ids": position_ids, "layout": layout, "head_rows": head_rows}
+        given.update({name: value for name, value in optional.items() if value is not None})
+        if self.derivations and derived is None:
+            assert layout is not None, "this program derives tensors from a layout"
+            derived = self.derive(layout, self.capacity(cache))
+        given.update(derived or {})
+        if cache is not None:
+            given.update({placeholder_name(name): tensor for name, tensor in cache.tensors.items()})
+            given["accepted"] = cache.accepted
+        results = self.module(*[given[node.name] for node in self.placeholders()])
+        logits: Tensor = results[0]
+        if cache is not None:
+            cache.tensors.update(zip(self.outputs[1:], results[1:], strict=True))
+        return logits
+
+    def step(self, input_ids: Tensor, layout: Layout, head_rows: Tensor, cache: CacheTensors) -> Tensor:
+        """One forward of the decode program without autograd; logits [N, V]."""
+        with torch.no_grad():
+            return self(input_ids, layout=layout, head_rows=head_rows, cache=cache)
+
+    def capacity(self, cache: CacheTensors | None) -> int | None:
+        if cache is None:
+            return None
+        keys = [slot.name for slot in self.cache_slots if slot.kind == "keys"]
+        return cache.tensors[keys[0]].shape[2] if keys else 0
+
+    def placeholders(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def placeholder(self, name: str) -> fx.Node:
+        """The graph input of that name, made after the existing ones if it is not there yet."""
+        existing = self.placeholders()
+        for node in existing:
+            if node.name == name:
+                return node
+        with self.graph.inserting_after(existing[-1]):
+            node = self.graph.placeholder(name)
+        assert node.name == name, f"graph input {name} collides with a node"
+        return node
+
+    def output_node(self) -> fx.Node:
+        output: fx.Node = next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        return output
+
+    def add_outputs(self, named: Iterable[tuple[str, fx.Node]]) -> None:
+        named = list(named)
+        node = self.output_node()
+        node.args = (tuple(node.args[0]) + tuple(value for _, value in named),)  # type: ignore[arg-type]
+        self.outputs += tuple(name for name, _ in named)
+
+    def calls(self, *targets: object) -> list[fx.Node]:
+        """Call nodes with one of these targets, in graph order."""
+        return [node for node in self.graph.nodes if node.op == "call_function" and node.target in targets]
+
+    def op_counts(self) -> Counter[str]:
+        return Counter(target_name(node) for node in self.graph.nodes if node.op == "call_function")
+
+    def finish(self) -> None:
+        """Recompile after a rewrite; the graph must be well formed."""
+        self.graph.lint()
+        self.module.recompile()
+
+
+def placeholder_name(slot: str) -> str:
+    """Graph input of a cache slot: dots are not allowed in names."""
+    return slot.replace(".", "_")
+
+
+def target_name(node: fx.Node) -> str:
+    """Short name of what a call node does: `linear`, `flarec.softmax_attention`, `torch_sdpa.two_stream`, ..."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, name = target._schema.name.split("::")
+        return name if namespace == "aten" else f"{namespace}.{name}"
+    module = getattr(target, "__module__", "").removeprefix("flarec.").split(".")
+    name = getattr(target, "__name__", str(target))
+    return f"{'.'.join(module[-2:])}.{name}" if module[0] in SPELLED_OUT else name
+
+
+def layer_of(node: fx.Node) -> int | None:
+    """Index of the decoder layer a node belongs to, None outside of the layers."""
+    for path, _ in modules_of(node):
+        match = LAYER.search(path)
+        if match:
+            return int(match.group(1))
+    return None
+
+
+def modules_of(node: fx.Node) -> tuple[tuple[str, str], ...]:
+    """(module path, class name) of the modules that a node was made in, the outermost first."""
+    modules: tuple[tuple[str, str], ...] = node.meta.get("modules", ())
+    return modules
+
+
+def module_of(node: fx.Node) -> tuple[str, str]:
+    """(module path, class name) of the innermost module that made the node; empty strings if unknown."""
+    modules = modules_of(node)
+    return modules[-1] if modules else ("", "")
+
+
+def source_line(node: fx.Node) -> str:
+    """`file:line` of the model code that made the node, or an empty string."""
+    line: str = node.meta.get("source", "")
+    return line
+
+
+def locate(node: fx.Node) -> str:
+    """Where a node is, for error messages: name, op, module and source line."""
+    path, cls = module_of(node)
+    line = source_line(node)
+    return (
+        f"node '{node.name}' ({target_name(node)})"
+        + (f" in {path} ({cls})" if path else "")
+        + (f" at {line}" if line else "")
+    )

@@ -1,0 +1,62 @@
+"""Recipes by name or from TOML files, each a difference to its base."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from flarec import recipes
+
+from ..errors import RecipeError
+from .sections import Recipe
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """A built-in recipe by name, or one from a TOML file. Raises `RecipeError` naming the recipe or file."""
+    table = _table(str(name_or_path), Path(), ())
+    try:
+        return Recipe.from_dict(table)
+    except RecipeError as error:
+        raise RecipeError(f"recipe {name_or_path}: {error}") from None
+
+
+def _table(source: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
+    """The merged tables of a recipe and its bases; `folder` is where relative paths start."""
+    if source in recipes.NAMES:
+        identity, text, folder = source, recipes.read(source), Path()
+    else:
+        path = folder / source
+        if not path.is_file():
+            near = difflib.get_close_matches(source, recipes.NAMES, 1)
+            hint = f"did you mean {near[0]}?" if near else f"built-in recipes are {', '.join(recipes.NAMES)}."
+            raise RecipeError(f'"{source}" is neither a built-in recipe nor a TOML file; {hint}')
+        identity, folder = str(path.resolve()), path.parent
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe {path}: cannot be read ({error})") from None
+    if identity in seen:
+        raise RecipeError(f"recipe {source} is its own base; remove one `base` line")
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"recipe {source}: not TOML: {error}") from None
+    base = table.pop("base", None)
+    if source not in recipes.NAMES:
+        table.setdefault("name", Path(source).stem)
+    if base is None:
+        return table
+    if not isinstance(base, str):
+        raise RecipeError(f"recipe {source}: base = {base!r} is not text; give a recipe's name or a path")
+    return _merge(_table(base, folder, (*seen, identity)), table)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merge(base[key], top[key]) for key in base.keys() & top.keys() if _tables(base[key], top[key])}
+    return {**base, **top, **both}
+
+
+def _tables(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)

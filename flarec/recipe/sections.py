@@ -1,0 +1,329 @@
+"""Recipes: typed data that says how a model is converted. TOML outside, frozen dataclasses inside.
+
+Every key has a documentation string and limits in its field's metadata; the same table drives validation, `--set`
+overrides, error messages and `flarec recipes NAME`. Contract of the objective: docs/semantics.md section 3.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import tomli_w
+
+from ..errors import RecipeError
+from .keys import allowed_values, coerce, key, parse_value, plain_values, types_of
+
+Readout = Literal["block_end", "causal"]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Base of all sections: coerces and checks every key on construction. `path` is the section's dotted name."""
+
+    path: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        cls: Any = type(self)
+        hints = types_of(cls)
+        for item in fields(self):
+            name = f"{self.path}.{item.name}" if self.path else item.name
+            value = coerce(name, getattr(self, item.name), hints[item.name], item.metadata)
+            object.__setattr__(self, item.name, value)
+
+
+@dataclass(frozen=True)
+class BlockKind(Section):
+    """How a noisy block is masked, read and supervised."""
+
+    path: ClassVar[str] = "diffusion"
+    mask: Literal["random", "all"] = key(
+        "random", "random: a mask rate per block, uniform on [0, 1], stratified; all: every position masked"
+    )
+    views: Literal[1, 2] = key(2, "noisy copies of a block; with 2 the second view masks the complement of the first")
+    supervise: Literal["masked-input", "masked-target", "masked-both"] = key(
+        "masked-input",
+        "which noisy positions count: those whose own token is masked (published), those that cannot see the token "
+        "they predict, or those for which both hold; a target with two signals gives each the weight 1/2",
+    )
+    readout: Literal["block_end", "causal"] = key(
+        "block_end", "what a noisy token reads of its own block: all of it (block_end), or up to itself (causal)"
+    )
+    loss: Literal["ce", "kl"] = key(
+        "ce", "ce: cross entropy with the next token; kl: KL from the clean stream's distribution for the same target"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask == "all" and self.views == 2:
+            raise RecipeError(
+                f'{self.path}.views = 2 needs {self.path}.mask = "random": the complement of a fully masked view '
+                f"masks nothing; set {self.path}.views = 1"
+            )
+
+
+@dataclass(frozen=True)
+class SecondKind(BlockKind):
+    """A second kind of block, drawn instead of the first with some probability. Its defaults are those of `draft`."""
+
+    path: ClassVar[str] = "diffusion.second"
+    probability: float = key(
+        0.0, "probability that a block is of this second kind instead of the first; 0 switches it off", low=0, high=1
+    )
+    mask: Literal["random", "all"] = key("all", "as diffusion.mask, for the second kind")
+    views: Literal[1, 2] = key(1, "as diffusion.views, for the second kind")
+    supervise: Literal["masked-input", "masked-target", "masked-both"] = key(
+        "masked-input", "as diffusion.supervise, for the second kind"
+    )
+    readout: Literal["block_end", "causal"] = key("causal", "as diffusion.readout, for the second kind")
+    loss: Literal["ce", "kl"] = key("kl", "as diffusion.loss, for the second kind")
+
+
+@dataclass(frozen=True)
+class Diffusion(BlockKind):
+    """The noisy blocks of training: their size, their kind, and an optional second kind."""
+
+    block_size: int = key(4, "noisy positions per block; the publication leaves it open, 4 is our choice", low=1)
+    second: SecondKind = field(default_factory=SecondKind)
+
+    @property
+    def kinds(self) -> tuple[tuple[float, BlockKind], ...]:
+        """(probability, kind) of the kinds that can be drawn, first kind first; probabilities add to 1."""
+        pairs: tuple[tuple[float, BlockKind], ...] = (
+            (1.0 - self.second.probability, self),
+            (self.second.probability, self.second),
+        )
+        return tuple(pair for pair in pairs if pair[0] > 0)
+
+
+@dataclass(frozen=True)
+class Objective(Section):
+    """Weights of the two losses; each loss is a mean over its own supervised targets of an optimizer step."""
+
+    path: ClassVar[str] = "objective"
+    ar_weight: float = key(1.0, "weight of the autoregressive loss (small values damage the model)", low=0)
+    diffusion_weight: float = key(1.0, "weight of the diffusion loss; 0 trains the clean stream alone", low=0)
+
+
+@dataclass(frozen=True)
+class Optimizer(Section):
+    """AdamW and its schedule; `lr`, warmup, schedule, decay and clip defaults are the published ones."""
+
+    path: ClassVar[str] = "optimizer"
+    steps: int = key(1000, "optimizer steps", low=1)
+    batch_rows: int = key(8, "packed rows per optimizer step", low=1)
+    micro_rows: int = key(1, "packed rows per forward pass; gradients accumulate over the passes of a step", low=1)
+    lr: float = key(1e-5, "peak learning rate (published: 1e-5; a tiny model needs more)", above=0)
+    betas: tuple[float, float] = key((0.9, 0.999), "AdamW's decay rates of the two moments", low=0, high=0.999999)
+    eps: float = key(1e-8, "AdamW's epsilon", above=0)
+    weight_decay: float = key(0.0, "AdamW's decoupled weight decay", low=0)
+    warmup_steps: int = key(100, "steps of linear warmup; 0 for none", low=0)
+    schedule: Literal["constant", "linear", "cosine"] = key(
+        "constant", "after the warmup: constant, or a decay to 0 at the last step (linear, cosine)"
+    )
+    clip: float = key(1.0, "limit of the global gradient norm; 0 for none", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_rows % self.micro_rows:
+            raise RecipeError(
+                f"optimizer.batch_rows = {self.batch_rows} is not a multiple of optimizer.micro_rows = "
+                f"{self.micro_rows}; choose values that divide"
+            )
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of optimizer step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.lr
+        left = (self.steps - step) / max(1, self.steps - self.warmup_steps)
+        left = min(1.0, max(0.0, left))
+        return self.lr * (left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+
+
+@dataclass(frozen=True)
+class Data(Section):
+    """Packing of documents into rows."""
+
+    path: ClassVar[str] = "data"
+    max_length: int = key(2048, "clean tokens per packed row; longer documents are truncated and counted", low=2)
+    lookahead: int = key(64, "documents the packer may choose from when it fills a row", low=1)
+
+
+@dataclass(frozen=True)
+class Evaluation(Section):
+    """A short held-out decode during training: training accuracy does not predict acceptance."""
+
+    path: ClassVar[str] = "evaluation"
+    every: int = key(200, "steps between evaluations; 0 for none", low=0)
+    prompts: int = key(8, "held-out documents to decode (taken out of the training data)", low=1)
+    max_new_tokens: int = key(64, "new tokens per prompt", low=1)
+
+
+@dataclass(frozen=True)
+class Save(Section):
+    """Training state on disk."""
+
+    path: ClassVar[str] = "save"
+    every: int = key(200, "steps between saves of the training state; an interruption loses at most this much", low=1)
+
+
+@dataclass(frozen=True)
+class Decode(Section):
+    """Decoding defaults that go into the checkpoint."""
+
+    path: ClassVar[str] = "decode"
+    ar_trust_readout: Literal["auto", "block_end", "causal"] = key(
+        "auto", "readout of draft blocks in AR-Trust; auto: causal if a kind of block trains it, else block_end"
+    )
+    diffusion_trust_readout: Literal["auto", "block_end", "causal"] = key(
+        "auto", "readout of blocks in Diffusion-Trust; auto: block_end if a kind of block trains it, else causal"
+    )
+    drafts: Literal["branches", "single"] = key(
+        "branches", "AR-Trust: a draft block per possible accepted length, or one block (the published scheme)"
+    )
+    confidence_threshold: float = key(0.9, "Diffusion-Trust commits every position this confident", low=0, high=1)
+    denoising_steps: int = key(0, "Diffusion-Trust: most steps per block; 0 for the block size", low=0)
+
+
+@dataclass(frozen=True)
+class Recipe(Section):
+    """Everything that decides a conversion except the model, the data files and the seed."""
+
+    name: str = key("custom", "the recipe's name")
+    description: str = key("", "one sentence for lists")
+    mask_token: Literal["auto", "row", "vector"] = key(
+        "auto",
+        "what stands for a masked token: a spare row of a padded vocabulary (row), a separate learned vector (vector), "
+        "or the row if the model has one (auto)",
+    )
+    diffusion: Diffusion = field(default_factory=Diffusion)
+    objective: Objective = field(default_factory=Objective)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    data: Data = field(default_factory=Data)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    save: Save = field(default_factory=Save)
+    decode: Decode = field(default_factory=Decode)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        trained = {kind.readout for _, kind in self.diffusion.kinds}
+        for mode, readout in self.readouts().items():
+            if readout not in trained:
+                key = f"decode.{mode.replace('-', '_')}_readout"
+                raise RecipeError(f'{key} = "{readout}", but no kind of block trains that readout; set {key} = "auto"')
+
+    def readouts(self) -> dict[str, Readout]:
+        """The readout of each decoding mode ("ar-trust", "diffusion-trust"), with `auto` resolved."""
+        trained = {kind.readout for _, kind in self.diffusion.kinds}
+        draft: Readout = "causal" if "causal" in trained else "block_end"
+        denoise: Readout = "block_end" if "block_end" in trained else "causal"
+        chosen = self.decode
+        return {
+            "ar-trust": draft if chosen.ar_trust_readout == "auto" else chosen.ar_trust_readout,
+            "diffusion-trust": denoise if chosen.diffusion_trust_readout == "auto" else chosen.diffusion_trust_readout,
+        }
+
+    def override(self, assignments: Sequence[str]) -> Recipe:
+        """A recipe with `key=value` strings applied together, for example `diffusion.block_size=8`.
+
+        Raises `RecipeError` for a missing "=", an unknown key (with the nearest name) or a value out of range.
+        """
+        table = self.to_dict()
+        for assignment in assignments:
+            path, equals, text = assignment.partition("=")
+            path, text = path.strip(), text.strip()
+            if not equals:
+                raise RecipeError(f'cannot read "{assignment}": write key=value, for example diffusion.block_size=4')
+            section, (name, hint, metadata) = table, _find(path)
+            for part in path.split(".")[:-1]:
+                section = section[part]
+            section[name] = coerce(path, parse_value(path, text, hint), hint, metadata)
+        return Recipe.from_dict(table)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values (JSON and TOML can hold them); `Recipe.from_dict` is the inverse."""
+        table: dict[str, Any] = plain_values(self)
+        return table
+
+    def to_toml(self) -> str:
+        """The whole recipe as TOML text; `recipe_from_toml` is the inverse."""
+        return tomli_w.dumps(self.to_dict())
+
+    @staticmethod
+    def from_dict(table: Mapping[str, Any]) -> Recipe:
+        """A recipe from nested values; missing keys take their defaults, unknown ones raise `RecipeError`."""
+        recipe = _build(Recipe, table)
+        assert isinstance(recipe, Recipe)
+        return recipe
+
+    def describe(self) -> list[Entry]:
+        """Every key with its value in this recipe, its documentation and what is allowed, in file order."""
+        return [
+            Entry(path, _lookup(self, path), f"{metadata['doc']} [{allowed_values(hint, metadata)}]".lstrip())
+            for path, (_, hint, metadata) in _keys(Recipe)
+        ]
+
+
+class Entry(NamedTuple):
+    """One documented key."""
+
+    key: str
+    value: Any
+    doc: str
+
+
+def recipe_from_toml(text: str) -> Recipe:
+    """The recipe that `Recipe.to_toml` wrote."""
+    return Recipe.from_dict(tomllib.loads(text))
+
+
+def _keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, tuple[str, Any, Mapping[str, Any]]]]:
+    """(dotted path, (name, type, metadata)) of every key; a section's own keys come before its subsections."""
+    hints = types_of(cls)
+    leaves = [item for item in fields(cls) if not is_dataclass(hints[item.name])]
+    for item in leaves:
+        yield prefix + item.name, (item.name, hints[item.name], item.metadata)
+    for item in fields(cls):
+        if is_dataclass(hints[item.name]):
+            yield from _keys(hints[item.name], f"{prefix}{item.name}.")
+
+
+def _find(path: str) -> tuple[str, Any, Mapping[str, Any]]:
+    keys = dict(_keys(Recipe))
+    if path in keys:
+        return keys[path]
+    by_name = {full.rpartition(".")[2]: full for full in keys}
+    near = difflib.get_close_matches(path, keys, 1, 0.7)
+    near = near or [by_name[name] for name in difflib.get_close_matches(path.rpartition(".")[2], by_name, 1)]
+    hint = f"did you mean {near[0]}?" if near else "`flarec recipes NAME` lists the keys."
+    raise RecipeError(f"unknown recipe key {path}; {hint}")
+
+
+def _lookup(recipe: Recipe, path: str) -> Any:
+    value: Any = recipe
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _build(cls: Any, table: Mapping[str, Any], prefix: str = "") -> Any:
+    hints = {item.name: types_of(cls)[item.name] for item in fields(cls)}
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        if name not in hints:
+            _find(prefix + name)
+        elif is_dataclass(hints[name]):
+            if not isinstance(value, Mapping):
+                raise RecipeError(f"{prefix}{name} is a section, not a value; write [{prefix}{name}] and its keys")
+            values[name] = _build(hints[name], value, f"{prefix}{name}.")
+        else:
+            values[name] = value
+    return cls(**values)
+
+

@@ -1,0 +1,58 @@
+"""Packing documents into rows: first fit over a small look-ahead buffer, deterministic, nothing lost or cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .document import Document, PackedRow
+from .sources import TokenSource
+from .stream import Mixture, Reference
+
+
+class RowStream:
+    """An endless, resumable stream of packed rows of at most `max_length` clean tokens.
+
+    A row starts with the document that has waited longest, so none waits forever, and then takes the first document of
+    the buffer that still fits, until none does. Documents longer than `max_length` must have been truncated before.
+    """
+
+    def __init__(self, sources: Sequence[TokenSource], *, max_length: int, seed: int, lookahead: int = 64) -> None:
+        self.mixture = Mixture(sources, seed)
+        self.max_length = max_length
+        self.lookahead = lookahead
+        self._waiting: list[Reference] = []
+
+    def rows(self, count: int) -> list[PackedRow]:
+        """The next `count` rows."""
+        return [self._row() for _ in range(count)]
+
+    def _row(self) -> PackedRow:
+        sources, free = self.mixture.sources, self.max_length
+        documents: list[Document] = []
+        while True:
+            while len(self._waiting) < self.lookahead:
+                self._waiting.append(self.mixture.draw())
+            lengths = (sources[ref.source].length(ref.document) for ref in self._waiting)
+            place = next((at for at, length in enumerate(lengths) if length <= free), None)
+            if place is None:
+                assert documents, "a document is longer than a row"
+                return PackedRow(tuple(documents))
+            ref = self._waiting.pop(place)
+            documents.append(sources[ref.source].document(ref.document))
+            free -= len(documents[-1])
+
+    @property
+    def epochs(self) -> list[float]:
+        """How often each source has been passed, fractions included."""
+        state = zip(self.mixture.epoch, self.mixture.position, self.mixture.sources, strict=True)
+        return [epoch + position / len(source) for epoch, position, source in state]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values; a stream that loads them continues exactly."""
+        return {"mixture": self.mixture.state_dict(), "waiting": [list(ref) for ref in self._waiting]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved position. Raises `CheckpointError` if the data or the seed changed."""
+        self.mixture.load_state_dict(state["mixture"])
+        self._waiting = [Reference(*ref) for ref in state["waiting"]]

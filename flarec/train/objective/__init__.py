@@ -1,0 +1,1 @@
+"""Noise, batches with noisy blocks, and the losses."""

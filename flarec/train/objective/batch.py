@@ -1,0 +1,253 @@
+"""From packed rows to the tensors of a forward pass: ids, layout, the rows that need logits, and their targets.
+
+Contract: docs/semantics.md sections 1 and 3. A response of R tokens at document positions p .. p+R-1 has R AR targets
+(clean rows p-1 .. p+R-2) and R-1 diffusion targets (noisy rows p .. p+R-2), each row predicting the next token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import DataError
+from ...layout import BLOCK_END, PADDING, READOUTS, Layout
+from ...recipe.sections import Diffusion
+from ..data.document import PackedRow
+from .noise import Noise, draw_noise
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass. `T = Lc + Ln` tokens per row, `N` rows with logits, `Na` AR targets, `Nd` diffusion signals.
+
+    input_ids         [rows, T] int64  clean ids, then noisy ids (the mask token where masked); 0 on padding
+    head_rows         [N] int64        flat indices row * T + slot of the tokens whose logits are needed; sorted, unique
+    ar_index          [Na] int64       into the head_rows axis
+    ar_target         [Na] int64       token ids
+    noisy_index       [Nd] int64       into the head_rows axis
+    noisy_target      [Nd] int64       token ids
+    noisy_weight      [Nd] float32     1 / number of signals of the same target
+    noisy_kl          [Nd] bool        KL from the teacher instead of cross entropy
+    teacher_index     [Nd] int64       into the head_rows axis: the clean row that predicts the same token
+    slot              [Nd] int64       offset of the predicting row in its block
+    all_masked_index  [Nm] int64       into the Nd axis: the signals of fully masked blocks (what decoding sees)
+    """
+
+    input_ids: Tensor
+    layout: Layout
+    head_rows: Tensor
+    ar_index: Tensor
+    ar_target: Tensor
+    noisy_index: Tensor
+    noisy_target: Tensor
+    noisy_weight: Tensor
+    noisy_kl: Tensor
+    teacher_index: Tensor
+    slot: Tensor
+    all_masked_index: Tensor
+    block_size: int
+    ar_count: int
+    """AR targets."""
+    diffusion_count: int
+    """Diffusion targets = the sum of their signals' weights."""
+    uses_kl: bool
+    clean_tokens: int
+    """Clean tokens without padding."""
+    noisy_tokens: int
+    """Noisy tokens without padding slots."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        for name, value in values.items():
+            values[name] = value.to(device) if isinstance(value, (Tensor, Layout)) else value
+        return Batch(**values)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The blocks of the responses before noise, all [n] int64: where they are, and what their response allows."""
+
+    row: Tensor
+    document: Tensor
+    offset: Tensor  # clean slot of the document's first token
+    anchor: Tensor
+    end: Tensor  # document position after the response
+
+    def select(self, keep: Tensor) -> _Grid:
+        return _Grid(*(getattr(self, item.name)[keep] for item in fields(self)))
+
+
+def build_batch(
+    rows: Sequence[PackedRow],
+    diffusion: Diffusion,
+    mask_token_id: int,
+    generator: torch.Generator,
+    *,
+    clean_length: int | None = None,
+) -> Batch:
+    """All rows in one forward pass; see `build_batches`."""
+    return build_batches(rows, diffusion, mask_token_id, generator, clean_length=clean_length)[0]
+
+
+def build_batches(
+    rows: Sequence[PackedRow],
+    diffusion: Diffusion,
+    mask_token_id: int,
+    generator: torch.Generator,
+    *,
+    micro_rows: int | None = None,
+    clean_length: int | None = None,
+) -> list[Batch]:
+    """The forward passes of one optimizer step, `micro_rows` rows each (None: all in one).
+
+    Noise is drawn and stratified over all rows together, so the micro batch size does not change it. Clean rows are
+    padded to `clean_length` (None: to the longest row). Raises `DataError` if the data contains the mask token.
+    """
+    assert rows, "no rows"
+    micro_rows = micro_rows or len(rows)
+    grid = _grid(rows, diffusion.block_size)
+    noise = draw_noise(len(grid.row), diffusion, generator)
+    batches = []
+    for start in range(0, len(rows), micro_rows):
+        part = rows[start : start + micro_rows]
+        keep = ((grid.row >= start) & (grid.row < start + len(part))).nonzero().squeeze(1)
+        cells = grid.select(keep)
+        local = _Grid(cells.row - start, cells.document, cells.offset, cells.anchor, cells.end)
+        noisy = Noise(noise.kind[keep], noise.masked[keep])
+        batches.append(_build(part, local, noisy, diffusion, mask_token_id, clean_length))
+    return batches
+
+
+def _grid(rows: Sequence[PackedRow], block_size: int) -> _Grid:
+    """Blocks start at the first loss token of each response and follow each other to its end."""
+    cells: list[tuple[int, int, int, int, int]] = []
+    for row, packed in enumerate(rows):
+        offset = 0
+        for index, document in enumerate(packed.documents):
+            for start, end in document.responses:
+                cells += [(row, index, offset, anchor, end) for anchor in range(start, end, block_size)]
+            offset += len(document)
+    columns = torch.tensor(cells, dtype=torch.int64).reshape(-1, 5)
+    return _Grid(*columns.unbind(1))
+
+
+def _clean(rows: Sequence[PackedRow], length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids, document and position of the clean stream [rows, length], and a mask of the rows with an AR target."""
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    documents, positions = torch.full_like(ids, PADDING), torch.zeros_like(ids)
+    targets = torch.zeros_like(ids, dtype=torch.bool)
+    for row, packed in enumerate(rows):
+        offset = 0
+        for index, document in enumerate(packed.documents):
+            stop = offset + len(document)
+            ids[row, offset:stop] = torch.from_numpy(document.ids)
+            documents[row, offset:stop] = index
+            positions[row, offset:stop] = torch.arange(len(document))
+            for start, end in document.responses:
+                targets[row, offset + start - 1 : offset + end - 1] = True
+            offset = stop
+    return ids, documents, positions, targets
+
+
+def _build(
+    rows: Sequence[PackedRow],
+    grid: _Grid,
+    noise: Noise,
+    diffusion: Diffusion,
+    mask_token_id: int,
+    clean_length: int | None,
+) -> Batch:
+    lengths = [packed.length for packed in rows]
+    size = diffusion.block_size
+    clean_length = clean_length or max(lengths)
+    assert max(lengths) <= clean_length, "packed rows are longer than clean_length"
+    ids, documents, positions, ar_rows = _clean(rows, clean_length)
+    if bool((ids[documents != PADDING] == mask_token_id).any()):
+        raise DataError(f"the data contains the mask token (id {mask_token_id}); clean the data or choose another")
+
+    # Copies of the blocks, one per view, ordered by row, view and position.
+    kinds = [kind for _, kind in diffusion.kinds]
+    views = torch.tensor([kind.views for kind in kinds])[noise.kind]
+    cell = torch.cat([torch.arange(len(views)), (views == 2).nonzero().squeeze(1)])
+    view = (torch.arange(len(cell)) >= len(views)).long()
+    order = (grid.row[cell] * 2 + view).argsort(stable=True)
+    cell, view = cell[order], view[order]
+    copies, kind = grid.select(cell), noise.kind[cell]
+    per_row = torch.bincount(copies.row, minlength=len(rows))
+    index = torch.arange(len(cell)) - (per_row.cumsum(0) - per_row)[copies.row]  # block index inside the row
+
+    offset = torch.arange(size)
+    position = copies.anchor[:, None] + offset  # [copies, B]
+    inside = position < copies.end[:, None]
+    # Beyond the response every view is masked: a shorter block, or visible padding, would reveal where it ends.
+    masked = (noise.masked[cell] ^ (view == 1)[:, None]) | ~inside
+    slot = (copies.offset[:, None] + position).clamp_max(clean_length - 1)
+    tokens = ids[copies.row[:, None], slot].masked_fill(masked, mask_token_id)
+
+    def spread(values: Tensor, fill: int) -> Tensor:
+        """Per-copy values [copies, ...] on the block axis [rows, blocks, ...]."""
+        out = torch.full((len(rows), int(per_row.max()), *values.shape[1:]), fill, dtype=torch.int64)
+        out[copies.row, index] = values
+        return out
+
+    readout = torch.tensor([READOUTS[kind.readout] for kind in kinds])[kind]
+    layout = Layout(
+        clean_document=documents,
+        clean_position=positions,
+        noisy_block=spread(index[:, None].expand(-1, size), PADDING).flatten(1),
+        noisy_position=spread(position, 0).flatten(1),
+        block_document=spread(copies.document, PADDING),
+        block_anchor=spread(copies.anchor, 0),
+        block_view=spread(view, PADDING),
+        block_readout=spread(readout, BLOCK_END),
+        cached=torch.zeros(len(rows), dtype=torch.int64),
+    )
+
+    signal = _signals(masked, position, copies.end, kind, diffusion)
+    count = torch.zeros(len(views), size).index_add_(0, cell, signal.float())  # signals per target
+    at, column = signal.nonzero(as_tuple=True)
+    ar_row, ar_slot = ar_rows.nonzero(as_tuple=True)
+    total = layout.length
+    ar_flat = ar_row * total + ar_slot
+    noisy_flat = copies.row[at] * total + clean_length + index[at] * size + column
+    teacher_flat = copies.row[at] * total + copies.offset[at] + position[at, column]
+    head_rows = torch.cat([ar_flat, noisy_flat]).sort().values
+    weight = 1.0 / count[cell[at], column]
+    return Batch(
+        input_ids=torch.cat([ids, spread(tokens, 0).flatten(1)], dim=1),
+        layout=layout,
+        head_rows=head_rows,
+        ar_index=torch.searchsorted(head_rows, ar_flat),
+        ar_target=ids[ar_row, ar_slot + 1],
+        noisy_index=torch.searchsorted(head_rows, noisy_flat),
+        noisy_target=ids[copies.row[at], copies.offset[at] + position[at, column] + 1],
+        noisy_weight=weight,
+        noisy_kl=torch.tensor([kind.loss == "kl" for kind in kinds])[kind[at]],
+        teacher_index=torch.searchsorted(head_rows, teacher_flat),
+        slot=column,
+        all_masked_index=masked.all(1)[at].nonzero().squeeze(1),
+        block_size=size,
+        ar_count=len(ar_flat),
+        diffusion_count=int((count > 0).sum()),
+        uses_kl=any(kinds[k].loss == "kl" for k in set(kind[at].tolist())),
+        clean_tokens=sum(lengths),
+        noisy_tokens=len(cell) * size,
+    )
+
+
+def _signals(masked: Tensor, position: Tensor, end: Tensor, kind: Tensor, diffusion: Diffusion) -> Tensor:
+    """[copies, B] bool: which noisy rows are supervised, by each kind's `supervise` rule."""
+    kinds = [chosen for _, chosen in diffusion.kinds]
+    has_target = position + 1 < end[:, None]
+    # A row sees its target only inside its own block, with the block_end readout, where that token is not masked.
+    visible = torch.zeros_like(masked)
+    visible[:, :-1] = ~masked[:, 1:]
+    visible &= torch.tensor([chosen.readout == "block_end" for chosen in kinds])[kind][:, None]
+    needs_masked_input = torch.tensor([chosen.supervise != "masked-target" for chosen in kinds])[kind][:, None]
+    needs_hidden_target = torch.tensor([chosen.supervise != "masked-input" for chosen in kinds])[kind][:, None]
+    return has_target & (masked | ~needs_masked_input) & (~visible | ~needs_hidden_target)

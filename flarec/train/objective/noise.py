@@ -1,0 +1,52 @@
+"""Noise of a training step: the kind of each block and its masked positions. Contract: docs/semantics.md section 3.
+
+Everything is drawn on the CPU from one explicit generator that depends on (seed, step) alone, so that a resumed run and
+a run with other micro batches see the same noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...recipe.sections import Diffusion
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """A CPU generator for optimizer step `step` of a run with `seed`; distinct pairs give unrelated streams."""
+    digest = hashlib.blake2b(f"flarec noise {seed} {step}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def stratified_rates(count: int, generator: torch.Generator) -> Tensor:
+    """[count] float64 mask rates: uniform on [0, 1), exactly one in each interval [i/count, (i+1)/count), shuffled."""
+    strata = torch.randperm(count, generator=generator)
+    return (strata + torch.rand(count, generator=generator, dtype=torch.float64)) / max(1, count)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The draws for `n` blocks.
+
+    kind    [n] int64     index into `Diffusion.kinds`
+    masked  [n, B] bool   masked positions of the first view; the second view masks the complement
+    """
+
+    kind: Tensor
+    masked: Tensor
+
+
+def draw_noise(count: int, diffusion: Diffusion, generator: torch.Generator) -> Noise:
+    """Draw kinds, then rates stratified over the randomly masked blocks, then one Bernoulli per position."""
+    kinds = diffusion.kinds
+    # `searchsorted` on the cumulated probabilities; the last bound is left out so that rounding cannot exceed it.
+    bounds = torch.tensor([probability for probability, _ in kinds], dtype=torch.float64).cumsum(0)[:-1]
+    kind = torch.searchsorted(bounds, torch.rand(count, generator=generator, dtype=torch.float64), right=True)
+    uniform = torch.rand(count, diffusion.block_size, generator=generator, dtype=torch.float64)
+    is_random = torch.tensor([chosen.mask == "random" for _, chosen in kinds])[kind]
+    rate = torch.ones(count, dtype=torch.float64)
+    rate[is_random] = stratified_rates(int(is_random.sum()), generator)
+    return Noise(kind, uniform < rate[:, None])

@@ -1,0 +1,1 @@
+"""Diagonal recurrences: selective scan and gated recurrence walk the same schedule."""

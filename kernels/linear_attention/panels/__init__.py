@@ -1,0 +1,1 @@
+"""Linear attention in PyTorch: chunks of clean tokens and panels of noisy rows."""

@@ -1,0 +1,98 @@
+"""Gathers between the token-major tensors of a model and the schedule's rows (clean chunks, noisy panels)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..reference import L2_EPSILON
+from .schedule import StateSchedule
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs of chunks [N, H, C, .] or panels [M, H, R, .]; padding rows are 0. g has Kg = 1 or K channels; beta 1."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All rows, and what the way back needs. `q_norm`, `k_norm` [rows, 1]: reciprocal norms, None without l2norm."""
+
+    clean: Rows
+    noisy: Rows
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+
+def split_rows(flat: Tensor, schedule: StateSchedule, heads: int) -> tuple[Tensor, Tensor]:
+    """[N*H*C + M*H*R, D] -> views [N, H, C, D] and [M, H, R, D]."""
+    chunk_rows = schedule.chunks * heads * schedule.chunk_size
+    return (
+        flat[:chunk_rows].view(schedule.chunks, heads, schedule.chunk_size, flat.shape[1]),
+        flat[chunk_rows:].view(schedule.panels, heads, schedule.panel_rows, flat.shape[1]),
+    )
+
+
+def join_rows(clean: Tensor, noisy: Tensor) -> Tensor:
+    """The inverse of `split_rows`."""
+    return torch.cat([clean.reshape(-1, clean.shape[-1]), noisy.reshape(-1, noisy.shape[-1])])
+
+
+def gather(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, schedule: StateSchedule, *, l2norm: bool
+) -> Gathered:
+    """Rows of all inputs (shapes as in `reference`), in the dtype of v, keys and queries normalised if l2norm."""
+    heads = v.shape[2]
+    index = schedule.heads(heads, k.shape[2])
+
+    def take(x: Tensor, rows: Tensor) -> Tensor:
+        taken = x.reshape(-1, x.shape[-1]).index_select(0, rows)
+        return taken.index_fill_(0, index.padding, 0) if schedule.rows_padded else taken
+
+    flat_q, flat_k, flat_v = take(q, index.key), take(k, index.key), take(v, index.value)
+    flat_beta = take(beta[..., None], index.value)
+    per_channel = g if g is None or g.ndim == 4 else g[..., None]
+    flat_g = torch.zeros_like(flat_beta) if per_channel is None else take(per_channel, index.value)
+    q_norm = k_norm = None
+    if l2norm:
+        q_norm, k_norm = _reciprocal_norm(flat_q), _reciprocal_norm(flat_k)
+        flat_q.mul_(q_norm)
+        flat_k.mul_(k_norm)
+    pairs = [split_rows(x, schedule, heads) for x in (flat_q, flat_k, flat_v, flat_g, flat_beta)]
+    return Gathered(Rows(*(clean for clean, _ in pairs)), Rows(*(noisy for _, noisy in pairs)), q_norm, k_norm)
+
+
+def scatter(clean: Tensor, noisy: Tensor, schedule: StateSchedule, key_heads: int | None = None) -> Tensor:
+    """Rows back to tokens, [B, T, H, D], padding slots 0; with key_heads, summed over heads of a key head."""
+    heads = clean.shape[1]
+    tokens = (schedule.rows, schedule.length, heads, clean.shape[-1])
+    if schedule.chunks == 0:
+        out = clean.new_zeros(tokens)
+    else:
+        out = join_rows(clean, noisy).index_select(0, schedule.heads(heads, key_heads or heads).token)
+        if schedule.tokens_padded:
+            out.view(schedule.rows * schedule.length, -1).masked_fill_(schedule.token_padding, 0)
+        out = out.view(tokens)
+    if key_heads is not None and key_heads != heads:
+        out = out.unflatten(2, (key_heads, heads // key_heads)).sum(dim=3)
+    return out
+
+
+def _reciprocal_norm(x: Tensor) -> Tensor:
+    """[rows, 1]"""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().add_(L2_EPSILON).rsqrt_()
+
+
+def undo_normalise(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
+    """Gradient of the raw vector from that of unit = raw * norm, norm = rsqrt(sum raw^2 + eps)."""
+    along = (unit * grad).sum(dim=-1, keepdim=True)
+    return torch.addcmul(grad, unit, along, value=-1).mul_(norm)

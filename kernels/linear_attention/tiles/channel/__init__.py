@@ -1,0 +1,1 @@
+"""Key-channel gates (KDA) in Triton."""

@@ -1,0 +1,115 @@
+"""Sizes and flags of one call, and the launch of each kernel of the training forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .schedule import TileSchedule
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Columns of V per program, warps per program, depth of the software pipeline."""
+
+    tile_v: int
+    warps: int
+    stages: int
+
+
+# Measured on an H100 with K = V = 128 (benchmarks/NOTES.md); wider heads take narrower tiles of V.
+LAUNCHES = {
+    "chunk_gates": Launch(16, 1, 1),
+    "tile_gates": Launch(16, 4, 1),
+    "clean_inverse": Launch(64, 4, 1),
+    "clean_states": Launch(64, 4, 2),
+    "clean_outputs": Launch(128, 4, 1),
+    "noisy_outputs": Launch(128, 4, 1),
+    "noisy_queries_grad": Launch(128, 4, 1),
+    "noisy_keys_grad": Launch(128, 4, 1),
+    "chunk_grad": Launch(64, 4, 1),
+    "states_grad": Launch(64, 4, 2),
+    "clean_queries_grad": Launch(128, 4, 1),
+    "clean_keys_grad": Launch(128, 4, 1),
+}
+PER_TILE_OF_V = ("clean_states", "clean_outputs", "noisy_outputs", "chunk_grad", "states_grad")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes and flags of one call."""
+
+    heads: int
+    group: int
+    key_dim: int
+    value_dim: int
+    gate: int  # 0 none, 1 per head, 2 per key channel
+    delta: bool
+    l2norm: bool
+    chunk_size: int
+    tile_rows: int
+    largest_block: int
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(q: Tensor, v: Tensor, g: Tensor | None, schedule: TileSchedule, delta: bool, l2norm: bool) -> Problem:
+        gate = 0 if g is None else g.ndim - 2
+        heads, key_dim, value_dim = v.shape[2], q.shape[3], v.shape[3]
+        return Problem(
+            heads, heads // q.shape[2], key_dim, value_dim, gate, delta, l2norm, schedule.chunk_size,
+            schedule.tile_rows, schedule.largest_block, q.dtype,
+        )  # fmt: skip
+
+    @property
+    def least_columns(self) -> int:
+        """Tiles of less than 128 bytes in a row are padded: Triton 3.6 reads shared memory out of bounds where it moves
+        some of them from the layout of a load to that of a product (compute-sanitizer is clean from 128 bytes on)."""
+        return 32 if self.dtype == torch.float32 else 64
+
+    @property
+    def block_k(self) -> int:
+        return max(self.least_columns, int(triton.next_power_of_2(self.key_dim)))
+
+    def tile_v(self, name: str) -> int:
+        wide = self.block_k > 128 or self.dtype == torch.float32
+        most = min(LAUNCHES[name].tile_v, 64) if wide else LAUNCHES[name].tile_v
+        return int(min(most, max(self.least_columns, triton.next_power_of_2(self.value_dim))))
+
+    def tiles_of_v(self, name: str) -> int:
+        return -(-self.value_dim // self.tile_v(name))
+
+    def flags(self, name: str) -> dict[str, Any]:
+        """Values of the constexpr arguments, by name."""
+        tile_v = self.tile_v(name)
+        return {
+            "H": self.heads,
+            "GROUP": self.group,
+            "BK": self.block_k,
+            "BV": tile_v,
+            "NV": self.tiles_of_v(name),
+            "C": self.chunk_size,
+            "R": self.tile_rows,
+            "LARGEST": 1 if self.largest_block < 2 else triton.next_power_of_2(self.largest_block),
+            "GATE": self.gate,
+            "DELTA": self.delta,
+            "L2NORM": self.l2norm,
+            "EXACT_K": self.key_dim == self.block_k,
+            "EXACT_V": self.value_dim % tile_v == 0,
+            "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
+            "key_dim": self.key_dim,
+            "value_dim": self.value_dim,
+        }
+
+    def launch(self, name: str, kernel: Any, programs: int, operands: dict[str, Any], **more: Any) -> None:
+        """Run `programs` programs (times the tiles of V if the kernel has them); its arguments are taken by name."""
+        names = kernel.arg_names
+        known = operands | self.flags(name) | more
+        if name in PER_TILE_OF_V:
+            programs *= self.tiles_of_v(name)
+        if programs:
+            launch = LAUNCHES[name]
+            kernel[(programs,)](**{n: known[n] for n in names}, num_warps=launch.warps, num_stages=launch.stages)

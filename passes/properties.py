@@ -1,0 +1,107 @@
+"""Property checkers: what a pass claims is looked up on the graph, without sharing the pass's assumptions."""
+
+from __future__ import annotations
+
+import torch
+
+from flarec import ops, stream_ops
+from flarec.errors import PropertyError
+from flarec.ir.pipeline import Checker
+from flarec.ir.program import Program, locate, placeholder_name
+from flarec.ir.wellformed import check_canonical, check_captured
+
+from .token_local import has_token_dimension, mixing_reason
+
+ATEN = torch.ops.aten
+
+
+def _names(program: Program) -> set[str]:
+    return {node.name for node in program.placeholders()}
+
+
+def check_two_stream(program: Program) -> None:
+    """Outside of the mixers nothing moves information between tokens, and nothing reads a token's slot number."""
+    if not has_token_dimension(program):
+        raise PropertyError("the sequence length of the capture is not symbolic, so streams cannot be told apart")
+    mixers = set(ops.TOKEN_MIXERS)
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target in mixers or stream_ops.is_stream_op(node.target):
+            continue
+        if getattr(node.target, "__module__", "").startswith("flarec.lowered"):
+            continue
+        reason = mixing_reason(node)
+        if reason is not None:
+            raise PropertyError(
+                f"{locate(node)} {reason}; a noisy token could reach a clean one. Make it a semantic op (flarec/ops.py)"
+            )
+    if "position_ids" in _names(program) and "position_ids" not in program.derivations:
+        raise PropertyError("position_ids is still an input; positions must come from the layout")
+
+
+def _no_captured(target: object) -> Checker:
+    def check(program: Program) -> None:
+        for node in program.calls(target):
+            raise PropertyError(f"{locate(node)} still sees one causal document per row")
+
+    return check
+
+
+def check_state_scheduled(program: Program) -> None:
+    for target in (ops.SHORT_CONV, *ops.RECURRENCES):
+        _no_captured(target)(program)
+
+
+def check_narrowed(program: Program) -> None:
+    """The head's input is gathered by `head_rows`."""
+    rows = [node for node in program.placeholders() if node.name == "head_rows"]
+    if not rows or not rows[0].users:
+        raise PropertyError("no node reads head_rows")
+    for user in rows[0].users:
+        if user.target is not ATEN.index_select.default:
+            raise PropertyError(f"{locate(user)} reads head_rows but does not select rows")
+
+
+def check_mask_embedded(program: Program) -> None:
+    """If there is a mask vector, the embedding result depends on it."""
+    for name in program.extra:
+        if not any(node.op == "get_attr" and node.target == name for node in program.graph.nodes):
+            raise PropertyError(f"parameter '{name}' is not used by the graph")
+
+
+def check_cached(program: Program) -> None:
+    """Every cache slot is an input; all but keys and values (written in place) come back as outputs."""
+    if not program.cache_slots:
+        raise PropertyError("the program has no cache slot")
+    names = _names(program)
+    for slot in program.cache_slots:
+        if placeholder_name(slot.name) not in names:
+            raise PropertyError(f"cache slot '{slot.name}' is not an input")
+        if slot.kind not in ("keys", "values") and slot.name not in program.outputs:
+            raise PropertyError(f"cache slot '{slot.name}' is not returned")
+    for node in program.calls(*stream_ops.CACHED):
+        raise PropertyError(f"{locate(node)} has no cache")
+
+
+def check_lowered(program: Program) -> None:
+    """No mixer is left to the reference unless that was asked for, and every derived tensor is read."""
+    step = next((r.step for r in reversed(program.history) if r.step.startswith("lower-mixers")), "")
+    reference = "reference" in step
+    for node in program.graph.nodes:
+        if node.op == "call_function" and stream_ops.is_stream_op(node.target) and not reference:
+            raise PropertyError(f"{locate(node)} still runs the reference")
+    for node in program.placeholders():
+        if node.name in program.derivations and not node.users:
+            raise PropertyError(f"derived input '{node.name}' is not read by any node")
+
+
+CHECKERS: dict[str, Checker] = {
+    "captured": check_captured,
+    "canonical": check_canonical,
+    "two-stream": check_two_stream,
+    "masked": _no_captured(ops.SOFTMAX_ATTENTION),
+    "state-scheduled": check_state_scheduled,
+    "narrowed": check_narrowed,
+    "mask-embedded": check_mask_embedded,
+    "cached": check_cached,
+    "lowered": check_lowered,
+}

@@ -1,0 +1,361 @@
+"""The program cache: a restored program is the fresh one, and a file that is not just right is as good as none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+from flarec.decode import Engine, SamplingParams
+from flarec.frontend import cache as program_cache
+from flarec.frontend.cache import Entry, cache_directory, entry_of, key_of
+from flarec.frontend.export import capture
+from flarec.ir.json import Unstorable, graph_from_json, graph_to_json
+from flarec.ir.program import Program
+from flarec.layout import Block, build_layout
+from flarec.passes import lower
+from tests.models import FAMILIES, captured, shared_model, tiny_checkpoint, tiny_model
+
+CACHED = "capture(cached=True)"
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv(program_cache.VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache" / "programs"
+
+
+def restored(family: str) -> Program:
+    """The shared model's program from a cache that holds its capture."""
+    model = shared_model(family)
+    entry = entry_of(model, family)
+    assert entry is not None
+    entry.store(captured(family).module, model)
+    program = capture(model, cache=True)
+    assert program.history[0].step == CACHED
+    return program
+
+
+def is_fresh(program: Program) -> bool:
+    return program.history[0].step == "capture()"
+
+
+def nodes(module: fx.GraphModule) -> list[tuple[Any, ...]]:
+    """Everything about a graph but its tensors; node arguments by name, regions after it."""
+    found: list[tuple[Any, ...]] = []
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            args, kwargs = fx.map_arg((node.args, node.kwargs), repr)
+            found.append((node.op, node.name, node.target, args, kwargs, node.meta))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_restored_program_is_the_fresh_one(family: str) -> None:
+    program, fresh = restored(family), captured(family)
+    assert nodes(program.module) == nodes(fresh.module)
+    assert (program.properties, program.dtype, program.family) == (fresh.properties, fresh.dtype, fresh.family)
+    assert program.history[0].delta == fresh.history[0].delta
+    assert {name: id(p) for name, p in program.parameters().items()} == {
+        name: id(p) for name, p in fresh.parameters().items()
+    }, "the model's own parameters, in the same order"
+    assert list(program.parameters()) == list(fresh.parameters())
+    assert program.module.code == fresh.module.code
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_computes_the_same_bits(family: str) -> None:
+    program, fresh = restored(family), captured(family)
+    ids = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(11).expand(2, -1).contiguous()
+    parameters = list(fresh.parameters().values())
+    results = []
+    for one in (program, fresh):
+        logits = one(ids, position_ids=positions)
+        results.append((logits, *torch.autograd.grad(logits.square().mean(), parameters, allow_unused=True)))
+    for a, b in zip(*results, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_its_lowered_programs_are_the_same(family: str) -> None:
+    """All properties are checked on the way, after each pass."""
+    program, fresh = restored(family), captured(family)
+    one, two = (lower(p, "train", mask_vector=True, debug=True) for p in (program, fresh))
+    assert nodes(one.module) == nodes(two.module)
+    assert one.properties == two.properties
+    layout = build_layout([[8]], [[Block(0, 4, 2)]])
+    ids = torch.randint(3, 300, (1, layout.length), generator=torch.Generator().manual_seed(4))
+    rows = torch.arange(layout.length)
+    assert torch.equal(one(ids, layout=layout, head_rows=rows), two(ids, layout=layout, head_rows=rows))
+
+    one, two = (lower(p, "decode", debug=True) for p in (program, fresh))
+    assert nodes(one.module) == nodes(two.module)
+    assert [record.sites for record in one.history] == [record.sites for record in two.history]
+    assert one.cache_slots == two.cache_slots
+    texts = [
+        Engine(p, mask_token_id=None, block_size=None, readouts={}, eos_ids=frozenset(), max_positions=64).generate(
+            [[5, 9, 12]], "causal", SamplingParams(), 6
+        )[0].token_ids
+        for p in (one, two)
+    ]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 6
+
+
+def test_only_what_asks_for_the_cache_uses_it(directory: Path) -> None:
+    capture(tiny_model("bamba"))
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize("value", ["", "off", "OFF"])
+def test_it_can_be_switched_off(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(program_cache.VARIABLE, value)
+    assert cache_directory() is None
+    assert entry_of(shared_model("bamba"), "bamba") is None
+    assert is_fresh(capture(shared_model("bamba"), cache=True))
+
+
+def test_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(program_cache.VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_directory() == Path("/x/flarec/programs")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cache_directory() == Path("/home/someone/.cache/flarec/programs")
+
+
+def _damage(kind: str, content: bytes, other: bytes) -> bytes:
+    return {
+        "empty": b"",
+        "truncated": content[: len(content) // 2],
+        "one bit": content[:-200] + bytes([content[-200] ^ 1]) + content[-199:],
+        "another target": content.replace(b"aten.linear.default", b"aten.matmul.default"),
+        "no text": b"\xff\xfe" + content,
+        "another model's": other,
+    }[kind]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Entry, bytes]]:
+    """Entries of two models whose tensors have the same names and shapes, with their contents."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(program_cache.VARIABLE, str(tmp_path_factory.mktemp("stored")))
+        for window in (16, 32):
+            model = tiny_model("bamba", mamba_chunk_size=window, rms_norm_eps=1 / window)
+            capture(model, cache=True)
+            entry = entry_of(model, "bamba")
+            assert entry is not None
+            found[window] = entry, entry.path.read_bytes()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "one bit", "another target", "no text", "another model's"])
+def test_a_file_that_is_not_just_right_is_no_file(kind: str, stored: dict[int, tuple[Entry, bytes]]) -> None:
+    (entry, content), (_, other) = stored[16], stored[32]
+    model = tiny_model("bamba", mamba_chunk_size=16, rms_norm_eps=1 / 16)
+    assert entry.restore(model) is not None
+    damaged = _damage(kind, content, other)
+    assert damaged != content
+    entry.path.write_bytes(damaged)
+    assert entry.restore(model) is None
+    entry.path.write_bytes(content)
+
+
+def test_a_damaged_file_is_replaced(directory: Path) -> None:
+    model = tiny_model("bamba")
+    assert is_fresh(capture(model, cache=True))
+    (path,) = directory.glob("*.json")
+    content = path.read_bytes()
+    path.write_bytes(content[:1000])
+    assert is_fresh(capture(model, cache=True))
+    assert path.read_bytes() == content
+    assert not is_fresh(capture(model, cache=True))
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def _table(program: Program) -> Any:
+    return graph_to_json(program.module, _tensors(program.module))
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "words"),
+    [
+        (0, "call_module", "is a call_module"),
+        (2, "os:system", "unknown target"),
+        (2, "builtins:eval", "unknown target"),
+        (2, "aten.no_such_op.default", None),
+        (2, "aten._schema", "unknown target"),
+        (3, {"tuple": [{"node": "nobody"}]}, None),
+        (3, {"tuple": [{"dtype": "Tensor"}]}, "is no dtype"),
+        (5, {"val": [["__import__('os')"], "float32"]}, "is no size"),
+    ],
+)
+def test_a_table_with_anything_else_is_refused(position: int, value: Any, words: str | None) -> None:
+    program = captured("bamba")
+    table = _table(program)
+    call = next(node for node in table["nodes"] if node[2] == "aten.linear.default")
+    call[position] = value
+    with pytest.raises((Unstorable, KeyError, AttributeError), match=words):
+        graph_from_json(table, _tensors(program.module))
+
+
+def test_a_graph_that_does_not_fit_the_model_is_not_bound() -> None:
+    program = captured("bamba")
+    tensors = _tensors(program.module)
+    tensors.pop("model.embed_tokens.weight")
+    with pytest.raises(KeyError):
+        graph_from_json(_table(program), tensors)
+
+
+def test_constants_of_the_tracer_are_not_stored() -> None:
+    program = captured("bamba").clone()
+    program.module.register_buffer("lifted", torch.ones(1))
+    with program.graph.inserting_before(program.output_node()):
+        program.graph.get_attr("lifted")
+    with pytest.raises(Unstorable, match="'lifted' is no tensor of the model"):
+        graph_to_json(program.module, _tensors(shared_model("bamba")))
+
+
+def test_a_stored_program_that_fails_its_checks_is_captured_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right file, wrong graph: a layer without a mixer."""
+    model = tiny_model("bamba")
+    capture(model, cache=True)
+    wrong = captured("bamba").clone()
+    for node in wrong.calls(torch.ops.flarec.softmax_attention.default):
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        wrong.graph.erase_node(node)
+    wrong.finish()
+    monkeypatch.setattr(Entry, "restore", lambda self, model: wrong.module)
+    assert is_fresh(capture(model, cache=True))
+
+
+def test_what_decides_a_capture_decides_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = key_of(tiny_model("bamba"), "bamba")
+    assert base is not None
+    assert key_of(tiny_model("bamba", seed=1), "bamba") == base, "weights do not"
+    keys = {base, key_of(tiny_model("qwen3_5_text"), "qwen3_5_text")}
+    keys.add(key_of(tiny_model("bamba", rms_norm_eps=1e-3), "bamba"))
+    keys.add(key_of(tiny_model("bamba").to(torch.bfloat16), "bamba"))
+    model = tiny_model("bamba")
+    model.model.layers[1].self_attn.scaling *= 2  # an attribute that tracing bakes into the graph
+    keys.add(key_of(model, "bamba"))
+    model = tiny_model("bamba")
+    model.model.final_layernorm.weight = nn.Parameter(model.model.final_layernorm.weight.double())
+    keys.add(key_of(model, "bamba"))
+    versions = program_cache._versions()
+    for name in versions:
+        monkeypatch.setattr(program_cache, "_versions", lambda name=name: versions | {name: "another"})
+        keys.add(key_of(tiny_model("bamba"), "bamba"))
+    monkeypatch.setattr(program_cache, "_versions", lambda: versions)
+    monkeypatch.setattr(program_cache, "_source", lambda module: f"{module} changed")
+    keys.add(key_of(tiny_model("bamba"), "bamba"))
+    assert len(keys) == 7 + len(versions)
+    assert None not in keys
+
+
+def test_the_versions_name_what_they_should() -> None:
+    own = {"flarec/frontend", "flarec/ir", "flarec/ops.py"}
+    assert {"python", "torch", "transformers", "flarec"} | own <= set(program_cache._versions())
+
+
+def test_the_hash_of_a_folder_covers_names_and_contents(tmp_path: Path) -> None:
+    def made(name: str, files: dict[str, str]) -> str:
+        for file, text in files.items():
+            (tmp_path / name / "own" / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / "own" / file).write_text(text)
+        return program_cache._sources_sha256(tmp_path / name / "own")
+
+    first = made("a", {"x.py": "1", "deep/y.py": "2"})
+    assert first == made("b", {"deep/y.py": "2", "x.py": "1", "notes.txt": "no source"})
+    assert len({first, made("c", {"x.py": "1", "deep/y.py": "3"}), made("d", {"x.py": "1", "deep/z.py": "2"})}) == 3
+
+
+def test_models_with_code_of_their_own_are_not_cached(directory: Path) -> None:
+    class Norm(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    changes = {
+        "module": lambda m: setattr(m.model, "final_layernorm", Norm()),
+        "forward": lambda m: setattr(m.lm_head, "forward", lambda x: x),
+        "function": lambda m: setattr(m.lm_head, "extra", lambda x: x),
+        "hook": lambda m: m.lm_head.register_forward_hook(lambda *args: None),
+    }
+    for name, change in changes.items():
+        model = tiny_model("bamba")
+        change(model)
+        assert key_of(model, "bamba") is None, name
+
+
+def test_where_nothing_can_be_written(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(program_cache.VARIABLE, str(tmp_path / "file"))
+    assert is_fresh(capture(tiny_model("bamba"), cache=True))
+    assert is_fresh(capture(tiny_model("bamba"), cache=True))
+
+
+def test_writers_beside_each_other(directory: Path) -> None:
+    """Readers find nothing or the whole graph, and no temporary file stays."""
+    program, model = captured("bamba"), shared_model("bamba")
+    entry = entry_of(model, "bamba")
+    assert entry is not None
+    results: list[bool] = []
+    errors: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            for _ in range(8):
+                entry.store(program.module, model)
+                results.append(entry.restore(model) is not None)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert results == [True] * 32
+    assert list(directory.iterdir()) == [entry.path]
+
+
+def test_the_oldest_graphs_go(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program_cache, "KEPT", 3)
+    program, model = captured("bamba"), shared_model("bamba")
+    for number in range(5):
+        Entry(directory / f"{number}.json").store(program.module, model)
+    assert len(list(directory.iterdir())) == 3
+    assert (directory / "4.json").exists()
+
+
+SECOND_RUN = """
+import sys
+import flarec
+model = flarec.load(sys.argv[1])
+print(model.program.history[0].step, "torch.export._trace" in sys.modules, model.generate("hi", max_new_tokens=4).text)
+"""
+
+
+def test_a_second_process_does_not_trace(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, "qwen3_5_text")
+    lines = [
+        subprocess.run(
+            [sys.executable, "-c", SECOND_RUN, str(path)], capture_output=True, text=True, check=True
+        ).stdout.split(" ", 2)
+        for _ in range(2)
+    ]
+    assert [line[0] for line in lines] == ["capture()", CACHED]
+    assert lines[0][2] == lines[1][2]

@@ -1,0 +1,69 @@
+"""The prefill of linear attention through the training kernels: outputs and pending rows of the cached reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flarec.kernels.linear_attention.tiles.schedule import TileSchedule
+from flarec.layout import PADDING, Block, build_layout
+from flarec.stream_ops import cached_linear_attention
+from tests.kernels.linear_attention.cases import Case
+
+triton_prefill = pytest.importorskip("flarec.kernels.linear_attention.tiles.prefill")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = [
+    Case("scalar", True, True, 2, seed=1), Case("channel", True, False, 1, seed=2),
+    Case("scalar", False, False, 2, seed=3), Case("none", True, True, 1, seed=4),
+]  # fmt: skip
+
+
+def result_names(results: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return dict(zip(("out", "state", "pending_k", "pending_d", "pending_g"), results, strict=False))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.gate}-{case.delta}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_equals_the_cached_reference(case: Case, dtype: torch.dtype) -> None:
+    """Rows of unequal length, NaN on padding, pending rows of which some are accepted, blocks inside and at the end."""
+    layout = build_layout(
+        [[37], [20], [0]],
+        [[Block(0, 5 + 37, 3, 0, "causal")], [Block(0, 29, 2), Block(0, 20, 2)], [Block(0, 4, 3)]],
+        cached=[5, 9, 4],
+    )
+    inputs: dict[str, Any] = case.inputs(layout)
+    pending: dict[str, Any] = case.inputs(build_layout([[3]] * 3, [[]] * 3))
+    accepted = torch.tensor([0, 3, 2])
+    padding = layout.token_document() == PADDING
+    low = {n: None if x is None else x.detach().to(dtype) for n, x in inputs.items()}
+    cache = [inputs["initial_state"].detach().float(), *(
+        None if x is None else x.detach().float() for x in (pending["k"], pending["v"], pending["g"])
+    )]  # fmt: skip
+
+    def spoiled(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        return x.masked_fill(padding.view(*padding.shape, *[1] * (x.ndim - 2)), float("nan")).to(DEVICE)
+
+    got = triton_prefill.linear_attention_prefill(
+        *(spoiled(low[name]) for name in ("q", "k", "v", "g", "beta")),
+        *(None if x is None else x.to(DEVICE) for x in cache),
+        accepted.to(DEVICE),
+        TileSchedule.from_layout(layout, 16, 16).to(DEVICE),
+        clean_padding=padding[:, : layout.clean_length].to(DEVICE),
+        **case.options(),
+    )
+    wide: list[Any] = [None if (x := low[n]) is None else x.double() for n in ("q", "k", "v", "g", "beta")]
+    old: list[Any] = [None if x is None else x.double() for x in cache]
+    arguments: list[Any] = [*wide, *old, accepted, layout, *case.options().values()]
+    exact = cached_linear_attention(*arguments)
+    assert len(got) == len(exact) == (4 if case.gate == "none" else 5)
+    for name, wanted in result_names(exact).items():
+        mine = result_names(got)[name].cpu()
+        assert bool(mine.isfinite().all()), name
+        assert mine.dtype == (dtype if name == "out" else torch.float32)
+        allowed = torch.finfo(mine.dtype).eps * (1 if mine.dtype == torch.float16 else 50)
+        assert float((mine.double() - wanted).norm()) <= allowed * float(wanted.norm()), name

@@ -1,0 +1,183 @@
+"""The objective against a float64 oracle, its gradient, and what must not change it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flarec.recipe import load_recipe
+from flarec.recipe.sections import Diffusion
+from flarec.train.data.document import PackedRow
+from flarec.train.objective.batch import Batch, build_batch, build_batches
+from flarec.train.objective.loss import Metrics, loss
+from flarec.train.objective.noise import step_generator
+from tests.train.documents import MASK, make_document, packed_rows
+
+V = 64
+ROWS = [
+    PackedRow((make_document([(3, 9), (2, 5)]), make_document([(1, 7)], first=9))),
+    PackedRow((make_document([(4, 12)], first=21),)),
+]
+
+
+def logits_for(batch: Batch, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = 2 * torch.randn(len(batch.head_rows), V, generator=generator, dtype=torch.float64)
+    return values.to(dtype).requires_grad_()
+
+
+def probabilities(row: list[float], suppress: int | None) -> list[float]:
+    weights = [0.0 if token == suppress else math.exp(value) for token, value in enumerate(row)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def oracle(logits: Tensor, batch: Batch, suppress: int | None) -> tuple[float, float]:
+    """The two sums, by loops in double precision."""
+    table = [probabilities(row, suppress) for row in logits.tolist()]
+    ar = sum(-math.log(table[i][t]) for i, t in zip(batch.ar_index.tolist(), batch.ar_target.tolist(), strict=True))
+    diffusion = 0.0
+    for n, weight in enumerate(batch.noisy_weight.tolist()):
+        q = table[int(batch.noisy_index[n])]
+        if bool(batch.noisy_kl[n]):
+            p = table[int(batch.teacher_index[n])]
+            diffusion += weight * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+        else:
+            diffusion -= weight * math.log(q[int(batch.noisy_target[n])])
+    return ar, diffusion
+
+
+@settings(max_examples=25)
+@given(
+    packed_rows(),
+    st.sampled_from(["flare", "draft", "dual"]),
+    st.sampled_from(["masked-input", "masked-target"]),
+    st.sampled_from([None, MASK]),
+    st.integers(1, 40),
+    st.integers(0, 99),
+)
+def test_values_equal_the_oracle(
+    rows: list[PackedRow], name: str, rule: str, suppress: int | None, chunk: int, seed: int
+) -> None:
+    diffusion = load_recipe(name).override([f"diffusion.supervise={rule}"]).diffusion
+    batch = build_batch(rows, diffusion, MASK, step_generator(seed, 0))
+    logits = logits_for(batch, seed)
+    ar, noisy = oracle(logits, batch, suppress)
+    scales: dict[str, Any] = {"ar_weight": 0.5, "diffusion_weight": 2.0, "ar_total": 10, "diffusion_total": 7}
+    found = loss(logits, batch, suppress=suppress, chunk=chunk, **scales)
+    assert float(found.ar) == pytest.approx(ar / 10)
+    assert float(found.diffusion) == pytest.approx(noisy / 7, abs=1e-12)
+    assert float(found.total.detach()) == pytest.approx(0.5 * ar / 10 + 2 * noisy / 7)
+    assert found.total.requires_grad and not found.ar.requires_grad and not found.diffusion.requires_grad
+
+
+@pytest.mark.parametrize("name", ["flare", "draft", "dual"])
+def test_gradient(name: str) -> None:
+    """d/dlogits = (softmax - target distribution) * weight / total, nothing more for the teacher's rows."""
+    batch = build_batch(ROWS, load_recipe(name).diffusion, MASK, step_generator(0, 0))
+    logits = logits_for(batch)
+    scales: dict[str, Any] = {"ar_weight": 0.7, "diffusion_weight": 1.3, "ar_total": 11, "diffusion_total": 5}
+    loss(logits, batch, suppress=MASK, **scales).total.backward()
+    with torch.no_grad():
+        q = logits.index_fill(1, torch.tensor([MASK]), -torch.inf).softmax(1)
+        expected = torch.zeros_like(logits)
+        for i, target in zip(batch.ar_index, batch.ar_target, strict=True):
+            expected[i] = 0.7 / 11 * q[i]
+            expected[i, target] -= 0.7 / 11
+        for n, i in enumerate(batch.noisy_index):
+            scale = 1.3 / 5 * batch.noisy_weight[n].double()
+            hard = torch.zeros(V, dtype=torch.float64)
+            hard[batch.noisy_target[n]] = 1
+            expected[i] = scale * (q[i] - (q[batch.teacher_index[n]] if batch.noisy_kl[n] else hard))
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, expected, rtol=1e-9, atol=1e-12)
+    assert not logits.grad[:, MASK].any()
+
+
+def test_kl_of_identical_distributions_is_zero_and_does_not_train_the_teacher() -> None:
+    batch = build_batch(ROWS, load_recipe("draft").diffusion, MASK, step_generator(0, 0))
+    values = logits_for(batch).detach()
+    values[batch.noisy_index] = values[batch.teacher_index]
+    same = values.clone().requires_grad_()
+    found = loss(same, batch, suppress=MASK, ar_weight=0.0, ar_total=1, diffusion_total=1)
+    found.total.backward()
+    assert float(found.diffusion) == 0.0 and same.grad is not None and float(same.grad.abs().max()) < 1e-12
+    other = logits_for(batch)
+    loss(other, batch, suppress=MASK, ar_weight=0.0, ar_total=1, diffusion_total=1).total.backward()
+    assert other.grad is not None
+    assert not other.grad[batch.ar_index].any() and bool(other.grad[batch.noisy_index].any(1).all())
+    overlap = found.metrics.slot_overlap / found.metrics.slot_count
+    torch.testing.assert_close(overlap, torch.ones_like(overlap))
+
+
+@pytest.mark.parametrize("name", ["flare", "draft", "dual"])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_micro_batches_add_up(name: str, micro: int) -> None:
+    diffusion = load_recipe(name).override(["diffusion.supervise=masked-target"]).diffusion
+    rows = [*ROWS, PackedRow((make_document([(2, 1)]),)), ROWS[0]]
+    whole = build_batch(rows, diffusion, MASK, step_generator(5, 1))
+    parts = build_batches(rows, diffusion, MASK, step_generator(5, 1), micro_rows=micro)
+    totals = {"ar_total": whole.ar_count, "diffusion_total": whole.diffusion_count}
+    logits = logits_for(whole)
+    expected = loss(logits, whole, suppress=MASK, **totals)
+    at, sums, metrics = 0, torch.zeros(3, dtype=torch.float64), None
+    for part in parts:  # head rows are sorted by row, so the parts' logits are consecutive slices
+        mine = logits[at : at + len(part.head_rows)]
+        at += len(mine)
+        found = loss(mine, part, suppress=MASK, **totals)
+        sums += torch.stack([found.total, found.ar, found.diffusion]).detach()
+        metrics = found.metrics if metrics is None else metrics + found.metrics
+    assert at == len(logits) and isinstance(metrics, Metrics)
+    torch.testing.assert_close(sums, torch.stack([expected.total, expected.ar, expected.diffusion]).detach())
+    for key, value in metrics.summary().items():
+        assert value == pytest.approx(expected.metrics.summary()[key]), key
+
+
+def test_metrics() -> None:
+    batch = build_batch(ROWS, load_recipe("dual").diffusion, MASK, step_generator(2, 0))
+    logits = logits_for(batch)
+    found = loss(logits, batch, suppress=MASK, ar_total=batch.ar_count, diffusion_total=batch.diffusion_count)
+    summary: dict[str, Any] = found.metrics.summary()
+    ar, noisy = oracle(logits, batch, MASK)
+    assert summary["ar_loss"] == pytest.approx(ar / batch.ar_count) == pytest.approx(float(found.ar))
+    assert summary["diffusion_loss"] == pytest.approx(noisy / batch.diffusion_count)
+    table = [probabilities(row, MASK) for row in logits.tolist()]
+    pairs = zip(batch.noisy_index.tolist(), batch.noisy_target.tolist(), strict=True)
+    hits = [max(range(V), key=table[i].__getitem__) == target for i, target in pairs]
+    accuracy = sum(h * w for h, w in zip(hits, batch.noisy_weight.tolist(), strict=True)) / batch.diffusion_count
+    assert summary["diffusion_accuracy"] == pytest.approx(accuracy)
+    for slot in range(batch.block_size):
+        probes = [n for n in batch.all_masked_index.tolist() if int(batch.slot[n]) == slot]
+        mean = sum(hits[n] for n in probes) / len(probes)
+        assert summary["all_masked_accuracy"][slot] == pytest.approx(mean)
+        distances = [
+            sum(abs(a - b) for a, b in zip(table[batch.noisy_index[n]], table[batch.teacher_index[n]], strict=True)) / 2
+            for n in probes
+        ]
+        assert summary["one_minus_tv"][slot] == pytest.approx(1 - sum(distances) / len(probes))
+
+
+def test_slots_without_a_fully_masked_block_are_none() -> None:
+    rows = [PackedRow((make_document([(2, 1)]),))]
+    batch = build_batch(rows, load_recipe("draft").diffusion, MASK, step_generator(0, 0))
+    assert (batch.ar_count, batch.diffusion_count) == (1, 0)
+    found = loss(logits_for(batch), batch, suppress=None, ar_total=1, diffusion_total=0)
+    assert found.metrics.summary()["one_minus_tv"] == [None] * 4
+    assert float(found.diffusion) == 0.0 and bool(torch.isfinite(found.total))
+
+
+def test_low_precision_logits_are_computed_in_float32() -> None:
+    batch = build_batch(ROWS, Diffusion(), MASK, step_generator(0, 0))
+    logits = logits_for(batch, dtype=torch.bfloat16)
+    totals = {"ar_total": batch.ar_count, "diffusion_total": batch.diffusion_count}
+    found = loss(logits, batch, suppress=MASK, **totals)
+    exact = loss(logits.detach().double(), batch, suppress=MASK, **totals)
+    assert found.total.dtype == torch.float32
+    assert float(found.total.detach()) == pytest.approx(float(exact.total), rel=1e-5)
+    found.total.backward()
+    assert logits.grad is not None and logits.grad.dtype == torch.bfloat16 and bool(torch.isfinite(logits.grad).all())
