@@ -25,8 +25,10 @@ import transformers
 from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from flarec.kernels.linear_attention import StateSchedule, reference, two_stream, two_stream_step
+from flarec.kernels.linear_attention import reference
+from flarec.kernels.linear_attention.panels.chunk import two_stream, two_stream_step
 from flarec.kernels.linear_attention.panels.commit import commit
+from flarec.kernels.linear_attention.panels.schedule import StateSchedule
 from flarec.layout import Block, Layout, build_layout
 
 TARGET = 4.0

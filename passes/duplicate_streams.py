@@ -5,11 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import fx
+from torch import Tensor, fx
 
-from flarec.derive import PositionIds
 from flarec.ir.pipeline import Pass
 from flarec.ir.program import Program
+from flarec.layout import Layout
+
+
+@dataclass(frozen=True)
+class PositionIds:
+    """[rows, T] int64, position of every token inside its document."""
+
+    def build(self, layout: Layout, capacity: int | None) -> Tensor:
+        return layout.position_ids()
+
+    def describe(self) -> str:
+        return "positions inside the document, clean | noisy"
 
 
 @dataclass(frozen=True)

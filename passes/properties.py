@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from flarec import ops, stream_ops
+from flarec import ops
 from flarec.errors import PropertyError
 from flarec.ir.pipeline import Checker
 from flarec.ir.program import Program, locate, placeholder_name
 from flarec.ir.wellformed import check_canonical, check_captured
+from flarec.ops.mixer import Mixing
 
 from .token_local import has_token_dimension, mixing_reason
 
@@ -20,35 +21,30 @@ def _names(program: Program) -> set[str]:
 
 
 def check_two_stream(program: Program) -> None:
-    """Outside of the mixers nothing moves information between tokens, and nothing reads a token's slot number."""
+    """Outside of the semantic ops nothing moves information between tokens, and nothing reads a token's slot number."""
     if not has_token_dimension(program):
         raise PropertyError("the sequence length of the capture is not symbolic, so streams cannot be told apart")
-    mixers = set(ops.TOKEN_MIXERS)
     for node in program.graph.nodes:
-        if node.op != "call_function" or node.target in mixers or stream_ops.is_stream_op(node.target):
-            continue
-        if getattr(node.target, "__module__", "").startswith("flarec.lowered"):
+        if node.op != "call_function" or ops.mixer_of(node.target) is not None:
             continue
         reason = mixing_reason(node)
         if reason is not None:
             raise PropertyError(
-                f"{locate(node)} {reason}; a noisy token could reach a clean one. Make it a semantic op (flarec/ops.py)"
+                f"{locate(node)} {reason}; a noisy token could reach a clean one. Make it a semantic op (flarec/ops)"
             )
     if "position_ids" in _names(program) and "position_ids" not in program.derivations:
         raise PropertyError("position_ids is still an input; positions must come from the layout")
 
 
-def _no_captured(target: object) -> Checker:
+def _no_captured(mixing: Mixing) -> Checker:
+    """No op of that kind is left as it was captured."""
+
     def check(program: Program) -> None:
-        for node in program.calls(target):
-            raise PropertyError(f"{locate(node)} still sees one causal document per row")
+        for node, mixer in ops.sites(program.graph):
+            if mixer.mixing == mixing and not isinstance(node.target, ops.Call):
+                raise PropertyError(f"{locate(node)} still sees one causal document per row")
 
     return check
-
-
-def check_state_scheduled(program: Program) -> None:
-    for target in (ops.SHORT_CONV, *ops.RECURRENCES):
-        _no_captured(target)(program)
 
 
 def check_narrowed(program: Program) -> None:
@@ -69,25 +65,26 @@ def check_mask_embedded(program: Program) -> None:
 
 
 def check_cached(program: Program) -> None:
-    """Every cache slot is an input; all but keys and values (written in place) come back as outputs."""
+    """Every cache slot is an input, comes back as an output unless it is written in place, and every mixer has them."""
     if not program.cache_slots:
         raise PropertyError("the program has no cache slot")
     names = _names(program)
     for slot in program.cache_slots:
         if placeholder_name(slot.name) not in names:
             raise PropertyError(f"cache slot '{slot.name}' is not an input")
-        if slot.kind not in ("keys", "values") and slot.name not in program.outputs:
+        if not slot.in_place and slot.name not in program.outputs:
             raise PropertyError(f"cache slot '{slot.name}' is not returned")
-    for node in program.calls(*stream_ops.CACHED):
-        raise PropertyError(f"{locate(node)} has no cache")
+    for node, mixer in ops.sites(program.graph):
+        if mixer.mixing != "none" and not (isinstance(node.target, ops.Call) and node.target.step):
+            raise PropertyError(f"{locate(node)} has no cache")
 
 
 def check_lowered(program: Program) -> None:
     """No mixer is left to the reference unless that was asked for, and every derived tensor is read."""
     step = next((r.step for r in reversed(program.history) if r.step.startswith("lower-mixers")), "")
     reference = "reference" in step
-    for node in program.graph.nodes:
-        if node.op == "call_function" and stream_ops.is_stream_op(node.target) and not reference:
+    for node, _ in ops.sites(program.graph):
+        if not reference and (not isinstance(node.target, ops.Call) or node.target.implementation == ops.REFERENCE):
             raise PropertyError(f"{locate(node)} still runs the reference")
     for node in program.placeholders():
         if node.name in program.derivations and not node.users:
@@ -98,8 +95,8 @@ CHECKERS: dict[str, Checker] = {
     "captured": check_captured,
     "canonical": check_canonical,
     "two-stream": check_two_stream,
-    "masked": _no_captured(ops.SOFTMAX_ATTENTION),
-    "state-scheduled": check_state_scheduled,
+    "masked": _no_captured("attention"),
+    "state-scheduled": _no_captured("state"),
     "narrowed": check_narrowed,
     "mask-embedded": check_mask_embedded,
     "cached": check_cached,

@@ -7,20 +7,18 @@ from typing import ClassVar
 
 from torch import fx
 
-from flarec import ops
 from flarec.ir.pipeline import Pass
 from flarec.ir.program import Program
-from flarec.stream_ops import two_stream_softmax_attention
 
-from .rewrite import rewrite
+from .give_layout import give_layout
 
 
 @dataclass(frozen=True)
 class RewriteMasks(Pass):
     """Give every softmax attention the layout's visibility (clean: causal per document; noisy: prefix and own block).
 
-    before   %o = flarec.softmax_attention(%q, %k, %v, scale, window, softcap)
-    after    %o = stream_ops.two_stream_softmax_attention(%q, %k, %v, %layout, scale, window, softcap)
+    before   %o = flarec.softmax_attention(q=%q, k=%k, v=%v, scale, window, softcap)
+    after    %o = stream_ops.two_stream_softmax_attention(q=%q, k=%k, v=%v, scale, window, softcap, layout=%layout)
     """
 
     name: ClassVar[str] = "rewrite-masks"
@@ -29,10 +27,4 @@ class RewriteMasks(Pass):
     may_be_empty: ClassVar[bool] = True  # a purely recurrent model has no softmax attention
 
     def apply(self, program: Program) -> list[fx.Node]:
-        layout = program.placeholder("layout")
-        return rewrite(
-            program,
-            ops.SOFTMAX_ATTENTION,
-            two_stream_softmax_attention,
-            lambda o: (o["q"], o["k"], o["v"], layout, o["scale"], o["window"], o["softcap"]),
-        )
+        return give_layout(program, "attention")

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from flarec.decode import Engine
-from flarec.derive import ConvWindows, Schedule, SoftmaxMask
 from flarec.kernels.linear_attention.panels.schedule import StateSchedule
 from flarec.layout import Layout
+from flarec.ops.linear_attention import Schedule
+from flarec.ops.short_conv import ConvWindows
+from flarec.ops.softmax_attention import SoftmaxMask
 from flarec.passes import lower
 from flarec.verify import (
     Subject,

@@ -21,11 +21,9 @@ LONGEST_FILE = 500
 # Which module belongs to which layer: the longest prefix decides.
 BASE = ("errors", "layout", "device", "collector")
 KERNELS = ("linear_attention", "short_conv", "softmax_attention", "moe_experts", "diagonal")
-# what the graph calls, and what those calls read from the layout
-OPS = ("ops", "stream_ops", "lowered", "lowered_triton", "derive")
 ROOMS = (
-    "recipe", "ir", "frontend", "passes", "checkpoint", "train", "decode", "verify", "inspect", "bench", "conformance",
-    "doctor", "cli",
+    "recipe", "ir", "ops", "frontend", "passes", "checkpoint", "train", "decode", "verify", "inspect", "bench",
+    "conformance", "doctor", "cli",
 )
 LAYER_OF = {
     "flarec": "root",  # flarec/__init__.py: the version, no imports
@@ -34,7 +32,6 @@ LAYER_OF = {
     "flarec.recipes": "recipes",
     "flarec.kernels": "kernels",
     **{f"flarec.kernels.{name}": f"kernels.{name}" for name in KERNELS},
-    **{f"flarec.{name}": "ops" for name in OPS},
     **{f"flarec.{name}": "api" for name in ("api", "hf_generate", "evaluate")},
 }
 
@@ -55,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {*ALL_KERNELS, "layout"},
     "ir": {"layout", "slots"},
     "frontend": {"ops", "ir"},
-    "passes": {*ALL_KERNELS, "ops", "ir", "layout", "slots"},
+    "passes": {"ops", "ir", "layout", "slots"},
     "decode": {"layout", "slots"},
     "train": {
         "ops", "ir", "layout", "recipe", "device", "decode", "recipes", "frontend", "passes", "checkpoint",

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.linear_attention.reference_step import reference_step
 from ..kernels.linear_attention.step.schedule import StepSchedule
-from ..stream_ops import cached_linear_attention
 from .checks import BASELINE_BOUND, Check, compare
 from .problems import Decode
 from .session import Session
@@ -45,12 +45,11 @@ def check_ours(session: Session, problem: Decode) -> None:
         state, *pending, accepted = small.cache(device)
 
         def reference(dtype: torch.dtype) -> dict[str, Tensor]:
-            q, k, v, g, beta, old, old_k, old_d, old_g = (x.to(dtype) for x in (*operands, state, *pending))
-            return _names(
-                cached_linear_attention(
-                    q, k, v, g, beta, old, old_k, old_d, old_g, accepted, layout, layer.scale, layer.delta, False
-                )
-            )
+            names = ("q", "k", "v", "g", "beta", "state", "pending_k", "pending_d", "pending_g")
+            tensors = zip(names, (*operands, state, *pending), strict=True)
+            named = {name: x.to(dtype) for name, x in tensors}
+            options = {"scale": layer.scale, "delta": layer.delta, "l2norm": False}
+            return _names(reference_step(**named, accepted=accepted, layout=layout, **options))
 
         got = _names(step(small, device, 0)())
         rough = {name: x.to(got[name].dtype) for name, x in reference(torch.float32).items()}

@@ -13,7 +13,7 @@ from flarec.inspect.shapes import shape_text
 from flarec.ir.pipeline import run_pipeline
 from flarec.ir.program import Program, target_name
 from flarec.passes import pipeline
-from flarec.passes.lower_mixers import LAYOUT_OPERAND, TORCH, LowerMixers
+from flarec.passes.lower_mixers import LowerMixers, check_triton
 from flarec.passes.properties import CHECKERS
 
 from .report import Site
@@ -32,10 +32,12 @@ def sites(captured: Program) -> tuple[Site, ...]:
     for target in ("train", "decode"):
         steps = [step for step in pipeline(target) if not isinstance(step, LowerMixers)]
         program = run_pipeline(captured, steps, CHECKERS)
-        for node in program.calls(*LAYOUT_OPERAND, ops.MOE_EXPERTS):
-            choice, why = _choice(node)
+        for node, mixer in ops.sites(program.graph):
+            choice, why = _choice(mixer, ops.site_of(node))
             operands = ", ".join(
-                f"{value.name} {shape_text(value)}" for value in node.args[:3] if isinstance(value, fx.Node)
+                f"{value.name} {shape_text(value)}"
+                for value in list(node.kwargs.values())[:3]
+                if isinstance(value, fx.Node)
             )
             found.setdefault((target, target_name(node).rsplit(".", 1)[-1], choice, why), []).append(operands)
     return tuple(
@@ -48,22 +50,17 @@ def availability(device: torch.device) -> str:
     """Why no Triton kernel runs on this device; empty if they may."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed, so nothing can be said about its kernels"
-    from flarec import lowered_triton
-
     try:
-        lowered_triton.check_device(device)
+        check_triton(device)
     except PassError:
         return f"the Triton kernels run on CUDA devices, not on '{device}'"
     return ""
 
 
-def _choice(node: fx.Node) -> tuple[str, str]:
+def _choice(mixer: ops.Mixer, site: ops.Site) -> tuple[str, str]:
     """What `--kernels triton` would do with a site, and why it is not Triton."""
-    from flarec import lowered_triton
-
-    plain = TORCH.get(node.target)
-    if plain is None or not hasattr(lowered_triton, plain.__name__):
+    if mixer.implementation(ops.TRITON, site.step) != ops.TRITON:
         return PLAIN, "no Triton form"
-    operands = [value.meta.get("val") if isinstance(value, fx.Node) else value for value in node.args]
-    why = lowered_triton.refusal(node.target, operands)
+    refuses = mixer.forms[ops.TRITON].refuses
+    why = refuses(site) if refuses else None
     return (TRITON, "") if why is None else (REFUSED, why)

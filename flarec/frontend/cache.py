@@ -34,8 +34,8 @@ from ..ir.json import Unstorable, graph_from_json, graph_to_json
 VARIABLE = "FLAREC_CACHE_DIR"
 KEPT = 64
 """Graphs that are kept; beyond that, the ones written first go."""
-_OWN_SOURCES = ("frontend", "ir", "ops.py")
-"""Folders and files of flarec that decide what a capture is."""
+_OWN_SOURCES = ("frontend", "ir", "ops")
+"""Folders of flarec that decide what a capture is."""
 _PACKAGES = (
     "torch",
     "transformers",

@@ -2,7 +2,7 @@
 
 `torch.export` traces the model with dynamic batch and length while the adapter table's hooks stand in for its mixers.
 The result is checked: every decoder layer must hold a mixer op, and parameters keep their Hugging Face names. The
-tracer's objects stay behind: nodes keep plain metadata (see `flarec.ir.program`).
+tracer's objects stay behind: nodes keep plain metadata (see `flarec.ir.program`), and mixers take operands by name.
 """
 
 from __future__ import annotations
@@ -121,6 +121,9 @@ def _export(model: nn.Module, family: Family) -> fx.GraphModule:
     assert isinstance(module, fx.GraphModule)
     _plain_signature(module)
     _plain_metadata(module)
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            ops.name_operands(part.graph)
     return fx.GraphModule(module, module.graph)  # without what else export hangs on to it
 
 
@@ -185,7 +188,7 @@ def _class_name(cls: Any) -> str:
 
 def _check_layers(program: Program, model: nn.Module, family: Family) -> None:
     """Every decoder layer must have a token mixer, but for the layers that the family's row declares to have none."""
-    found = {layer_of(node) for node in program.calls(*ops.TOKEN_MIXERS)}
+    found = {layer_of(node) for node, mixer in ops.sites(program.graph) if mixer.mixing != "none"}
     layers = next(
         (
             module

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+from flarec import ops
 from flarec.kernels.linear_attention.panels.schedule import StateSchedule
 from flarec.kernels.softmax_attention.mask import visibility
 from flarec.layout import Block, Layout, build_layout
 
 from .canvas import Canvas
-from .summary import NO_MIXER, Summary
+from .summary import Summary
 from .text import ranges
 
 MARGIN = 24
 INK, QUIET, RULE = "#1f2933", "#616e7c", "#cbd2d9"
 PROMPT, RESPONSE, VIEWS = "#9fb3c8", "#486581", ("#e8833a", "#b44d9b")
 CAUSAL, PREFIX, OWN = "#6c8ff0", "#3ebd93", "#f0b429"
-KIND_COLOUR = {
-    "softmax_attention": "#2f80c2",
-    "short_conv": "#8bc34a",
-    "linear_attention": "#3f9b57",
-    "selective_scan": "#3f9b57",
-    "gated_recurrence": "#3f9b57",
-    "moe_experts": "#8d6cc9",
-    NO_MIXER: RULE,
-}
+COLOUR = {"attention": "#2f80c2", "state": "#3f9b57", "none": "#8d6cc9"}
+"""Of an op, by what it mixes."""
 CELL = 13
 EXAMPLE_CHUNK = 4
 PROMPTS, RESPONSES, BLOCK = (3, 2), (6, 4), 3
@@ -73,7 +67,7 @@ def _program(canvas: Canvas, summary: Summary) -> None:
         canvas.text(1088, y + 18, f"{group.cls}, {group.nodes} ops", fill=QUIET, anchor="end")
         for index, mixer in enumerate(mixers):
             top = y + 28 + 34 * index
-            canvas.rect(12, top, 6, 28, KIND_COLOUR[mixer.kind], radius=2)
+            canvas.rect(12, top, 6, 28, _colour(mixer.kind), radius=2)
             options = ", ".join(mixer.options)
             canvas.text(26, top + 11, f"{mixer.call}   {options}", size=12)
             shapes = "  ".join(f"{name} {shape}" for name, shape in mixer.operands if name not in ("weight", "bias"))
@@ -94,18 +88,22 @@ def _program(canvas: Canvas, summary: Summary) -> None:
     canvas.text(0, y, f"head  {summary.head}", fill=QUIET)
 
 
+def _colour(kind: str) -> str:
+    return next((COLOUR[mixer.mixing] for mixer in ops.mixers() if mixer.name == kind), RULE)
+
+
 def _strip(canvas: Canvas, summary: Summary, y: float) -> None:
     """One box per layer, in the colour of its last mixer, with a legend below."""
     kinds = summary.layer_kinds()
     width = min(40.0, 1100 / max(1, len(kinds)))
     for place, (layer, names) in enumerate(kinds.items()):
-        colour = KIND_COLOUR[names.split(" + ")[-1]]
+        colour = _colour(names.split(" + ")[-1])
         canvas.rect(place * width, y, width - 3, 24, colour, radius=3, title=f"layer {layer}: {names}")
         if width > 18:
             canvas.text(place * width + (width - 3) / 2, y + 16, str(layer), size=10, fill="#ffffff", anchor="middle")
     x = 0.0
     for names in dict.fromkeys(kinds.values()):
-        canvas.rect(x, y + 32, 11, 11, KIND_COLOUR[names.split(" + ")[-1]], radius=2)
+        canvas.rect(x, y + 32, 11, 11, _colour(names.split(" + ")[-1]), radius=2)
         canvas.text(x + 16, y + 42, names, size=11, fill=QUIET)
         x += 40 + 7 * len(names)
 

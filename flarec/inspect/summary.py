@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import fx
 
-from flarec import lowered, ops, stream_ops
+from flarec import ops
 from flarec.ir.program import (
     LAYER,
     Program,
@@ -28,27 +26,17 @@ from flarec.passes.narrow_head import find_head
 
 from .shapes import shape_text
 
-KINDS = ("softmax_attention", "short_conv", "linear_attention", "selective_scan", "gated_recurrence", "moe_experts")
 NO_MIXER = "no token mixer"
-_RECURRENCE = "clean: reset per document; noisy: from the clean state at the anchor"
-READS = {
-    "softmax_attention": "clean: causal per document; noisy: clean before the anchor + own block",
-    "short_conv": "clean: causal per document; noisy: own block, then clean before the anchor",
-    "linear_attention": _RECURRENCE,
-    "selective_scan": _RECURRENCE,
-    "gated_recurrence": _RECURRENCE,
-    "moe_experts": "token by token",
-}
-"""What a mixer reads once it knows the layout (docs/semantics.md sections 1 and 2)."""
 
 
 @dataclass(frozen=True)
 class Mixer:
     """One token mixer or expert layer of a decoder layer.
 
-    module    path inside the layer; kind one of `KINDS`; call: what the graph node calls
+    module    path inside the layer; kind: name of its op (`flarec.ops`); call: what the graph node calls
     operands  tensor operands and their shapes, symbolic in rows and T
     options   what else defines it ("scalar gate", "delta rule", "width 4", ...)
+    mixes     whether it moves information between tokens
     streams   "one document per row" or "clean | noisy"; reads: what a token may see
     inputs    graph inputs it reads: the layout or tensors derived from it
     caches    kinds of its cache slots
@@ -59,6 +47,7 @@ class Mixer:
     call: str
     operands: tuple[tuple[str, str], ...]
     options: tuple[str, ...]
+    mixes: bool
     streams: str
     reads: str
     inputs: tuple[str, ...]
@@ -124,7 +113,7 @@ class Summary:
         """Layer index -> kinds of its mixers, joined by "+"; "no token mixer" for a layer that has none."""
         kinds = {}
         for group in self.groups:
-            names = list(dict.fromkeys(mixer.kind for mixer in group.mixers if mixer.kind != "moe_experts"))
+            names = list(dict.fromkeys(mixer.kind for mixer in group.mixers if mixer.mixes))
             kinds.update(dict.fromkeys(group.layers, " + ".join(names) or NO_MIXER))
         return dict(sorted(kinds.items()))
 
@@ -160,13 +149,8 @@ def mixer_kind(node: fx.Node) -> str | None:
     """Which semantic op a node is, at any stage of lowering; None for everything else."""
     if node.op != "call_function":
         return None
-    target: Any = node.target
-    if target in (*ops.TOKEN_MIXERS, ops.MOE_EXPERTS):
-        return str(target_name(node).removeprefix("flarec."))
-    if stream_ops.is_stream_op(target) or getattr(target, "__module__", "").startswith(lowered.__name__):
-        name = str(target.__name__)
-        return next((kind for kind in KINDS if kind in name), None)
-    return None
+    mixer = ops.mixer_of(node.target)
+    return mixer.name if mixer else None
 
 
 def layer_nodes(program: Program, layer: int) -> list[fx.Node]:
@@ -190,7 +174,7 @@ def _groups(program: Program, layers: dict[int, list[fx.Node]]) -> Iterator[Grou
     folded: dict[object, Group] = {}
     for index, nodes in layers.items():
         cls, parts = _parts(program, nodes)
-        mixers = tuple(_mixer(program, node, kind) for node in nodes if (kind := mixer_kind(node)))
+        mixers = tuple(_mixer(program, node, op) for node in nodes if (op := ops.mixer_of(node.target)))
         key = (cls, parts, tuple(replace(mixer, node="", source="") for mixer in mixers), len(nodes))
         known = folded.get(key)
         group = Group((), cls, parts, mixers, len(nodes)) if known is None else known
@@ -228,21 +212,10 @@ def _parts(program: Program, nodes: Sequence[fx.Node]) -> tuple[str, tuple[Part,
     )
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """Operands of a mixer call by name."""
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        names = [argument.name for argument in target._schema.arguments]
-    else:
-        names = list(inspect.signature(target).parameters)
-    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-
-
-def _mixer(program: Program, node: fx.Node, kind: str) -> Mixer:
-    arguments = _arguments(node)
+def _mixer(program: Program, node: fx.Node, op: ops.Mixer) -> Mixer:
     slots = {placeholder_name(slot.name): slot.kind for slot in program.cache_slots}
     operands, inputs, caches = [], [], []
-    for name, value in arguments.items():
+    for name, value in node.kwargs.items():
         if not isinstance(value, fx.Node):
             continue
         if value.op == "placeholder" and value.name in slots:
@@ -251,50 +224,23 @@ def _mixer(program: Program, node: fx.Node, kind: str) -> Mixer:
             inputs.append(value.name)
         else:
             operands.append((name, shape_text(value)))
-    aware = not isinstance(node.target, torch._ops.OpOverload)
+    aware = isinstance(node.target, ops.Call)
     inside = _inside(module_of(node)[0])
-    module = str(getattr(node.target, "__module__", "")).rsplit(".", 1)[-1]
-    local = kind == "moe_experts"
+    local = op.mixing == "none"
     return Mixer(
         module=inside or "",
-        kind=kind,
-        call=f"{module}.{node.target.__name__}" if aware else target_name(node),  # type: ignore[union-attr]
+        kind=op.name,
+        call=target_name(node),
         operands=tuple(operands),
-        options=tuple(_options(kind, arguments)),
+        options=tuple(op.options(ops.site_of(node))),
+        mixes=not local,
         streams="clean | noisy" if aware or ("two-stream" in program.properties and local) else "one document per row",
-        reads=READS[kind] if aware or local else "causal over the row",
+        reads=op.sees if aware or local else "causal over the row",
         inputs=tuple(inputs),
         caches=tuple(caches),
         node=node.name,
         source=source_line(node),
     )
-
-
-def _options(kind: str, arguments: dict[str, Any]) -> Iterator[str]:
-    if kind == "linear_attention":
-        gate = arguments.get("g")
-        dims = len(gate.meta["val"].shape) if isinstance(gate, fx.Node) else 0
-        yield {0: "no gate", 3: "scalar gate"}.get(dims, "channel gate")
-        yield "delta rule" if arguments["delta"] else "no delta rule"
-        if arguments["l2norm"]:
-            yield "q, k normalised"
-    if kind == "short_conv":
-        yield f"width {arguments['weight'].meta['val'].size(-1)}"
-        yield f"activation {arguments.get('activation') or 'none'}"
-    if kind == "selective_scan":
-        yield f"{arguments['a'].meta['val'].size(1)} states per channel"
-    if kind == "gated_recurrence":
-        yield "one state per channel"
-    if kind == "softmax_attention":
-        for name in ("window", "softcap"):
-            if arguments.get(name) is not None:
-                yield f"{name} {arguments[name]}"
-    if kind == "moe_experts":
-        yield f"activation {arguments['activation']}"
-        if not arguments.get("gated", True):
-            yield "no gate"
-    if "scale" in arguments:
-        yield f"scale {arguments['scale']:.4g}"
 
 
 def _inputs(program: Program) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ from textwrap import wrap
 
 from torch import fx
 
+from flarec import ops as semantic
 from flarec.ir.program import Program, module_of, source_line, target_name
 
 from .shapes import shape_text
@@ -114,7 +115,8 @@ def _diff(steps: Sequence[Step]) -> Iterator[str]:
 def _nodes(program: Program, layer: int) -> Iterator[str]:
     for node in layer_nodes(program, layer):
         path, _ = module_of(node)
-        arguments = ", ".join(_argument(value) for value in node.args)
+        named = (f"{name}={_argument(value)}" for name, value in node.kwargs.items() if semantic.mixer_of(node.target))
+        arguments = ", ".join([*(_argument(value) for value in node.args), *named])
         text = f"  %{node.name} = {target_name(node)}({arguments})"
         where = " ".join(filter(None, (shape_text(node), path.split(f"layers.{layer}.")[-1], source_line(node))))
         yield f"{text:<88} {where}"

@@ -22,8 +22,6 @@ from torch import Tensor, fx, nn
 from ..layout import Layout
 from .slots import CacheSlot
 
-SPELLED_OUT = ("kernels", "stream_ops", "reference_ops", "lowered_triton")
-"""Modules that are part of the short name of what a node calls."""
 LAYER_LISTS = ("layers", "h")
 """What models call their list of decoder layers."""
 LAYER = re.compile(rf"(?:^|\.)(?:{'|'.join(LAYER_LISTS)})\.(\d+)(?:\.|$)")
@@ -207,14 +205,13 @@ def placeholder_name(slot: str) -> str:
 
 
 def target_name(node: fx.Node) -> str:
-    """Short name of what a call node does: `linear`, `flarec.softmax_attention`, `torch_sdpa.two_stream`, ..."""
+    """Short name of what a call node does: `linear`, `flarec.softmax_attention`, `lowered.short_conv`, ..."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         namespace, name = target._schema.name.split("::")
         return name if namespace == "aten" else f"{namespace}.{name}"
-    module = getattr(target, "__module__", "").removeprefix("flarec.").split(".")
-    name = getattr(target, "__name__", str(target))
-    return f"{'.'.join(module[-2:])}.{name}" if module[0] in SPELLED_OUT else name
+    label: str = getattr(target, "label", "")  # of a mixer's call (`flarec.ops`)
+    return label or str(getattr(target, "__name__", target))
 
 
 def layer_of(node: fx.Node) -> int | None:

@@ -6,24 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-KINDS = (
-    "keys",
-    "values",
-    "conv",
-    "state",
-    *("pending_k", "pending_d", "pending_g"),  # linear attention
-    *("pending_x", "pending_dt", "pending_b", "pending_a"),  # selective scan, gated recurrence
-)
-
 
 @dataclass(frozen=True)
 class CacheSlot:
     """One cache tensor of a lowered decode program.
 
     name   key of the tensor in `Cache.tensors`
-    kind   one of `KINDS`: "keys"/"values" (slot index = absolute position, written in place), "conv" (the raw inputs of
-           a short convolution), "state" (recurrent state), "pending_*" (the last step's clean rows, see `Cache`)
-    shape  sizes; "batch" is the number of requests, "capacity" the positions that keys and values can hold, "pending"
+    kind   what the op calls it (`flarec.ops`): "keys", "values", "conv" (the raw inputs of a short convolution),
+           "state", "pending_*" (the last step's clean rows, see `Cache`), ...
+    shape  sizes; "batch" is the number of requests, "capacity" the positions that keys and values can hold
+           (slot index = absolute position; such a tensor is written in place), "pending"
            the clean rows that the last step left uncommitted (0 at the start). A conv slot names its width at the
            start, `("batch", channels, W - 1)`: a step with n clean rows leaves W - 1 + n columns.
     dtype  element type
@@ -33,6 +25,11 @@ class CacheSlot:
     kind: str
     shape: tuple[int | str, ...]
     dtype: torch.dtype
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a step writes it; every other slot comes back as an output."""
+        return "capacity" in self.shape
 
     def batch_dim(self) -> int:
         """Index of the request axis."""

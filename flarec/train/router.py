@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import lowered, ops
+from .. import ops
 from ..ir.program import Program, layer_of
 from ..layout import PADDING, Layout
 
@@ -90,11 +90,11 @@ class RouterProbe:
 
     def __init__(self, program: Program) -> None:
         self.program = program.clone()
-        self.nodes = self.program.calls(ops.MOE_EXPERTS, lowered.moe_experts)
-        self.experts = [int(node.args[3].meta["val"].size(0)) for node in self.nodes]  # type: ignore[union-attr]
+        self.nodes = [node for node, mixer in ops.sites(self.program.graph) if mixer is ops.MOE_EXPERTS]
+        self.experts = [ops.site_of(node).size("up", 0) for node in self.nodes]
         self.layers = tuple(layer if (layer := layer_of(node)) is not None else -1 for node in self.nodes)
         if self.nodes:
-            chosen = [(f"experts_{number}", node.args[1]) for number, node in enumerate(self.nodes)]
+            chosen = [(f"experts_{number}", node.kwargs["index"]) for number, node in enumerate(self.nodes)]
             self.program.add_outputs(chosen)  # type: ignore[arg-type]
             self.program.finish()
 

@@ -71,7 +71,7 @@ def compare_caches(comparison: Comparison, a: Session, b: Session) -> int:
     for slot in a.subject.decode.cache_slots:
         for row, length in enumerate(a.fed):
             pair = [session.cache.tensors[slot.name][row] for session in (a, b)]
-            if slot.kind in ("keys", "values"):
+            if slot.in_place:
                 pair = [tensor[:, :length] for tensor in pair]
             comparison.add(*pair)
     return len(a.subject.decode.cache_slots)

@@ -1,18 +1,19 @@
-"""Deferred commit of a decode step, as loops: the specification of `torch_chunk.commit` and of the pending rows.
+"""A decode step with its deferred commit, as loops: the specification of `panels.commit` and of the pending rows.
 
 A step keeps, for every clean row, its key, its corrected value D = beta (v - [delta] S'^T k) and its log decay. The
-state
-after the first r rows is then a walk over r outer products (docs/kernels.md, "Decode").
+state after the first r rows is then a walk over r outer products (docs/kernels.md, "Decode").
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flarec.layout import PADDING, Layout
 
-from .reference import l2_normalise, update
+from .reference import l2_normalise, reference, update
 
 
 def reference_rows(
@@ -73,3 +74,29 @@ def reference_commit(state: Tensor, k_rows: Tensor, d_rows: Tensor, g_rows: Tens
             current = current + torch.einsum("hk,hv->hkv", key, d_rows[row, slot])
         result.append(current)
     return torch.stack(result)
+
+
+def reference_step(
+    *,
+    state: Tensor,
+    pending_k: Tensor,
+    pending_d: Tensor,
+    pending_g: Tensor | None = None,
+    accepted: Tensor,
+    layout: Layout,
+    **operands: Any,
+) -> tuple[Tensor, ...]:
+    """Commit the accepted pending rows, run from that state, and leave this step's clean rows pending.
+
+    operands: those of `reference`, by name. state [B, H, K, V] float32; pending_k [B, R, Hk, K], pending_d [B, R, H,
+    V], pending_g [B, R, H(, K)], None without a gate; accepted [B] int64, 0..R.
+    Returns (o [B, T, H, V], state, pending_k, pending_d[, pending_g]). Noisy tokens never change the state.
+    """
+    state = reference_commit(state, pending_k, pending_d, pending_g, accepted)
+    out = reference(**operands, layout=layout, initial_state=state)
+    rows = reference_rows(
+        **{name: value for name, value in operands.items() if name not in ("q", "scale")},
+        layout=layout,
+        initial_state=state,
+    )
+    return (out, state, *(row for row in rows if row is not None))

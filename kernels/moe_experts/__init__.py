@@ -1,6 +1,5 @@
-"""Mixture-of-experts feed-forward: `reference` (the specification) and `grouped` (sorted by expert)."""
+"""Mixture-of-experts feed-forward: `reference` is the specification."""
 
 from .reference import reference
-from .torch_grouped import grouped
 
-__all__ = ["grouped", "reference"]
+__all__ = ["reference"]

@@ -84,3 +84,24 @@ def reference(
             outputs.append(apply_activation(total, activation))
         rows.append(torch.stack(outputs, dim=1))
     return torch.stack(rows).to(x.dtype)
+
+
+def reference_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    buffer: Tensor,
+    accepted: Tensor,
+    layout: Layout,
+    *,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """(y [B, C, T], next buffer [B, C, W-1+Lc]) of a decode step.
+
+    buffer [B, C, W-1+R]: raw inputs at the W-1 positions before the previous step and of its clean rows, of which the
+    first `accepted[b]` count. The next buffer is the window that results, and this step's clean rows.
+    """
+    past = weight.shape[1] - 1
+    window = torch.stack([buffer[row, :, count : count + past] for row, count in enumerate(accepted.tolist())])
+    y = reference(x, weight, bias, layout, activation=activation, window=window)
+    return y, torch.cat([window.to(x.dtype), x[:, :, : layout.clean_length]], dim=2)

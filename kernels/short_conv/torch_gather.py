@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flarec.layout import Layout
+
 from .reference import apply_activation
 
 
@@ -50,3 +52,20 @@ def commit_window(buffer: Tensor, accepted: Tensor, width: int) -> Tensor:
     """The window [B, C, W-1] after the first `accepted[b]` clean slots of `buffer` [B, C, W-1+Lc]; 0 keeps the old."""
     columns = accepted[:, None] + torch.arange(width - 1, device=buffer.device)  # [B, W-1]
     return buffer.gather(2, columns[:, None, :].expand(-1, buffer.shape[1], -1))
+
+
+def step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    buffer: Tensor,
+    accepted: Tensor,
+    windows: Tensor,
+    layout: Layout,
+    *,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """(y [B, C, T], next buffer) of a decode step: the arguments and meaning of `reference_step`."""
+    window = commit_window(buffer, accepted, weight.shape[-1])
+    y = two_stream(x, weight, bias, windows, activation=activation, window=window)
+    return y, next_buffer(x, window, layout.clean_length)

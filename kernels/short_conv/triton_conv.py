@@ -15,11 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from flarec.errors import CaptureError, LayoutError
+from flarec.layout import Layout
 
 from .readers import ConvSchedule
 from .triton_kernels import backward_kernel, forward_kernel
 
-__all__ = ["ConvSchedule", "step", "two_stream"]
+__all__ = ["ConvSchedule", "step", "step_of_layout", "two_stream"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -116,6 +117,11 @@ def step(
     kept = _token_major(x, x.shape[0], x.shape[1], past + schedule.clean_length)
     y = _forward(x, weight, bias, buffer, accepted, schedule.table, schedule.clean_length, silu, kept=kept)
     return y, kept
+
+
+def step_of_layout(*, layout: Layout, **operands: Any) -> tuple[Tensor, Tensor]:
+    """`step` with a layout for its number of clean slots, as graphs call it."""
+    return step(**operands, layout_clean_length=layout.clean_length)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, schedule: ConvSchedule, activation: str | None) -> bool:

@@ -80,3 +80,26 @@ def reference(
             outputs.append(torch.einsum("hj,hjd->hd", scores.softmax(dim=1), value))
         rows.append(torch.stack(outputs))
     return torch.stack(rows).to(q.dtype)
+
+
+def reference_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`reference` over the caches, which then take this step's clean keys and values at their positions, in place."""
+    out = reference(q, k, v, layout, scale=scale, window=window, softcap=softcap, k_cache=k_cache, v_cache=v_cache)
+    for row in range(layout.rows):
+        for slot in range(layout.clean_length):
+            if int(layout.clean_document[row, slot]) == PADDING:
+                continue
+            position = int(layout.clean_position[row, slot])
+            k_cache[row, :, position], v_cache[row, :, position] = k[row, :, slot], v[row, :, slot]
+    return out

@@ -10,7 +10,7 @@ import torch
 from flarec.bench import linear, softmax
 from flarec.bench.problems import Decode, Linear, Softmax, Streams
 from flarec.bench.session import Session
-from flarec.kernels.softmax_attention import visibility
+from flarec.kernels.softmax_attention.mask import visibility
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import transformers
 from click.testing import CliRunner, Result
 
-from flarec import doctor
+from flarec import doctor, ops
 from flarec.cli import main
 from flarec.cli.doctor import size_text
 from flarec.doctor.kernels import REFUSED, sites
@@ -172,12 +173,8 @@ def test_every_site_is_listed_and_refused_where_the_pass_refuses(family: str) ->
 
 
 def test_a_refused_site_is_told(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
-    from flarec import lowered_triton
-
-    def refuse(target: object, operands: object) -> str | None:
-        return "width 99" if "conv" in getattr(target, "__name__", "") else None
-
-    monkeypatch.setattr(lowered_triton, "refusal", refuse)
+    form = replace(ops.SHORT_CONV.forms["triton"], refuses=lambda site: "width 99")
+    monkeypatch.setitem(ops.SHORT_CONV.forms, "triton", form)
     done = run(small, "--quick", "--kernels", "--device", "cpu")
     lines = [line.split() for line in done.stdout.splitlines() if "two_stream" in line or "cached" in line]
     assert {line[1]: line[3] for line in lines} == {

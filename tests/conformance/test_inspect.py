@@ -28,7 +28,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def mixers(captured: Program) -> list[fx.Node]:
-    return captured.calls(*ops.TOKEN_MIXERS, ops.MOE_EXPERTS)
+    return [node for node, _ in ops.sites(captured.graph)]
 
 
 @pytest.mark.parametrize("family", EVERY)

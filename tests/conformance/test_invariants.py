@@ -71,7 +71,7 @@ WINDOWS = {"mistral": "sliding_window", "gemma2": "sliding_window", "gemma3_text
 def test_a_window_that_is_shorter_than_the_documents(family: str) -> None:
     source = eager(tiny_model(family, **{WINDOWS[family]: 3}))
     captured = capture(source)
-    assert any(node.args[4] == 3 for node in captured.calls(ops.SOFTMAX_ATTENTION))
+    assert any(node.kwargs["window"] == 3 for node in captured.calls(ops.SOFTMAX_ATTENTION.op))
     train, decode = (lower(captured, target, debug=True) for target in ("train", "decode"))
     narrow = Subject(train, decode, source, MASK_ID, block_size=BLOCK_SIZE, suppress=(MASK_ID,))
     for check in (clean_logits, split_is_whole):

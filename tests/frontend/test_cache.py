@@ -234,7 +234,7 @@ def test_a_stored_program_that_fails_its_checks_is_captured_afresh(monkeypatch: 
     capture(model, cache=True)
     wrong = captured("bamba").clone()
     for node in wrong.calls(torch.ops.flarec.softmax_attention.default):
-        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        node.replace_all_uses_with(node.kwargs["q"])  # type: ignore[arg-type]
         wrong.graph.erase_node(node)
     wrong.finish()
     monkeypatch.setattr(Entry, "restore", lambda self, model: wrong.module)

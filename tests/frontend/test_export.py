@@ -216,10 +216,10 @@ def test_dropout_is_left_out() -> None:
 
 def test_nodes_know_where_they_come_from() -> None:
     program = captured("qwen3_5_text")
-    node = program.calls(ops.SOFTMAX_ATTENTION)[0]
+    node = program.calls(ops.SOFTMAX_ATTENTION.op)[0]
     assert layer_of(node) == 3
     assert module_of(node) == ("model.layers.3.self_attn", "Qwen3_5Attention")
-    assert "modeling_qwen3_5.py:" in source_line(program.calls(ops.SHORT_CONV)[0])
+    assert "modeling_qwen3_5.py:" in source_line(program.calls(ops.SHORT_CONV.op)[0])
 
 
 def test_meta_capture_needs_no_weights() -> None:

@@ -66,7 +66,7 @@ def test_masks_that_are_not_causal_are_refused(function: Any, words: str) -> Non
 def test_the_window_is_that_of_the_mask() -> None:
     """As in the eager forward: a layer's `sliding_window` only chooses the mask."""
     program = capture(tiny_model("gemma2"))
-    windows = [node.args[4] for node in program.calls(torch.ops.flarec.softmax_attention.default)]
+    windows = [node.kwargs["window"] for node in program.calls(torch.ops.flarec.softmax_attention.default)]
     kinds = [{"sliding_attention": 12, "full_attention": None}[kind] for kind in program.config.layer_types]
     assert windows == kinds
     assert set(windows) == {12, None}

@@ -79,7 +79,7 @@ def test_layers_with_different_sizes_are_not_folded() -> None:
     """Equal classes do not make equal layers: change one layer's mixer option."""
     program = captured("bamba").clone()
     node = next(n for n in program.graph.nodes if mixer_kind(n) == "linear_attention")
-    node.args = (*node.args[:5], 0.5, *node.args[6:])
+    node.kwargs = node.kwargs | {"scale": 0.5}
     assert [group.layers for group in summarize(program).groups] == [(0,), (1, 3), (2,)]
 
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flarec.errors import CaptureError
-from flarec.kernels.moe_experts import grouped, reference
+from flarec.kernels.moe_experts import reference
+from flarec.kernels.moe_experts.torch_grouped import grouped
 
 
 @settings(max_examples=40, deadline=None)

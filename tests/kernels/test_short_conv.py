@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flarec.errors import CaptureError
-from flarec.kernels.short_conv import commit_window, conv_windows, next_buffer, reference, two_stream
+from flarec.kernels.short_conv import reference
+from flarec.kernels.short_conv.torch_gather import commit_window, next_buffer, two_stream
+from flarec.kernels.short_conv.windows import conv_windows
 from flarec.layout import Block, Layout, build_layout
 from tests.oracles.layouts import layouts
 from tests.oracles.visibility import conv_lag, tokens

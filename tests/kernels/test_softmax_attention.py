@@ -11,12 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flarec.errors import LayoutError
-from flarec.kernels import softmax_attention
+from flarec.kernels.softmax_attention import mask as masks
+from flarec.kernels.softmax_attention import reference as definition
+from flarec.kernels.softmax_attention import torch_sdpa
 from flarec.layout import Block, Layout, build_layout
 from tests.oracles.layouts import layouts
 from tests.oracles.visibility import reads_past, tokens, visible_slots
 
-op: Any = softmax_attention  # untyped: tests unpack inputs before further positional arguments
+# untyped: tests unpack inputs before further positional arguments
+op: Any = torch_sdpa
+reference: Any = definition
+visibility = masks.visibility
 
 windows = st.one_of(st.none(), st.integers(1, 6))
 
@@ -55,23 +60,23 @@ def expected_mask(layout: Layout, window: int | None, cache_length: int | None) 
 @settings(max_examples=60, deadline=None)
 @given(layout=layouts(cache=False), window=windows)
 def test_mask_equals_oracle(layout: Layout, window: int | None) -> None:
-    assert torch.equal(op.visibility(layout, window), expected_mask(layout, window, None))
+    assert torch.equal(visibility(layout, window), expected_mask(layout, window, None))
 
 
 @settings(max_examples=60, deadline=None)
 @given(layout=layouts(single_document=True), window=windows, spare=st.integers(0, 3))
 def test_mask_with_cache_equals_oracle(layout: Layout, window: int | None, spare: int) -> None:
     slots = int((layout.cached + layout.clean_length).max()) + spare
-    assert torch.equal(op.visibility(layout, window, slots), expected_mask(layout, window, slots))
+    assert torch.equal(visibility(layout, window, slots), expected_mask(layout, window, slots))
 
 
 def test_mask_refuses_layouts_that_do_not_fit() -> None:
     with pytest.raises(LayoutError, match="cache slots"):
-        op.visibility(build_layout([[3]], [[]], cached=[4]), cache_length=6)
+        visibility(build_layout([[3]], [[]], cached=[4]), cache_length=6)
     with pytest.raises(LayoutError, match="document 0"):
-        op.visibility(build_layout([[3, 2]], [[]]), cache_length=6)
+        visibility(build_layout([[3, 2]], [[]]), cache_length=6)
     with pytest.raises(LayoutError, match="cache_length"):
-        op.visibility(build_layout([[3]], [[]], cached=[4]))
+        visibility(build_layout([[3]], [[]], cached=[4]))
 
 
 @settings(max_examples=30, deadline=None)
@@ -86,14 +91,14 @@ def test_two_stream_equals_reference(
     layout: Layout, window: int | None, softcap: float | None, group: int, seed: int
 ) -> None:
     q, k, v = (x.requires_grad_() for x in make(layout, seed, group=group))
-    expected = op.reference(q, k, v, layout, scale=0.7, window=window, softcap=softcap)
+    expected = reference(q, k, v, layout, scale=0.7, window=window, softcap=softcap)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed), dtype=expected.dtype)
     grads = torch.autograd.grad((expected * weights).sum(), (q, k, v), materialize_grads=True)
 
     real = layout.token_document() >= 0
     padding = ~real[:, None, :, None]
     poisoned: Any = [x.detach().masked_fill(padding, float("nan")).requires_grad_() for x in (q, k, v)]
-    got = op.two_stream(*poisoned, op.visibility(layout, window), scale=0.7, softcap=softcap, real=real)
+    got = op.two_stream(*poisoned, visibility(layout, window), scale=0.7, softcap=softcap, real=real)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
     for mine, theirs in zip(torch.autograd.grad((got * weights).sum(), poisoned), grads, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
@@ -111,13 +116,13 @@ def test_cached_equals_reference(layout: Layout, window: int | None, softcap: fl
     slots = int((layout.cached + layout.clean_length).max()) + 2
     gen = torch.Generator().manual_seed(seed + 1)
     caches = [torch.randn(layout.rows, 2, slots, dim, generator=gen, dtype=torch.float64) for dim in (4, 3)]
-    expected = op.reference(
+    expected = reference(
         q, k, v, layout, scale=0.7, window=window, softcap=softcap, k_cache=caches[0], v_cache=caches[1]
     )
     padding = (layout.token_document() < 0)[:, None, :, None]
     poisoned: Any = [x.masked_fill(padding, float("nan")) for x in (q, k, v)]
     before = [cache.clone() for cache in caches]
-    mask = op.visibility(layout, window, slots)
+    mask = visibility(layout, window, slots)
     got = op.cached(*poisoned, caches[0], caches[1], mask, layout, scale=0.7, softcap=softcap)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
     for cache, old, new in zip(caches, before, (k, v), strict=True):
@@ -143,12 +148,12 @@ def test_write_cache_never_writes_padding() -> None:
 def test_bfloat16_keeps_its_dtype() -> None:
     layout = build_layout([[5]], [[Block(0, 2, 3)]])
     q, k, v = make(layout, 0)
-    exact = op.reference(q, k, v, layout, scale=0.5)
+    exact = reference(q, k, v, layout, scale=0.5)
     low: Any = [x.bfloat16() for x in (q, k, v)]
     for out in (
-        op.reference(*low, layout, scale=0.5),
-        op.two_stream(*low, op.visibility(layout), scale=0.5),
-        op.two_stream(*low, op.visibility(layout), scale=0.5, softcap=1e4),
+        reference(*low, layout, scale=0.5),
+        op.two_stream(*low, visibility(layout), scale=0.5),
+        op.two_stream(*low, visibility(layout), scale=0.5, softcap=1e4),
     ):
         assert out.dtype == torch.bfloat16
         assert (out.double() - exact).abs().max() < 0.05
@@ -160,7 +165,7 @@ def test_no_leak(layout: Layout) -> None:
     """The gradient of every output with respect to every input is zero exactly where the contract says "never
     reads"."""
     q, k, v = (x.requires_grad_() for x in make(layout, 1))
-    out = op.two_stream(q, k, v, op.visibility(layout), scale=0.7, real=layout.token_document() >= 0)
+    out = op.two_stream(q, k, v, visibility(layout), scale=0.7, real=layout.token_document() >= 0)
     for row in range(layout.rows):
         seen = visible_slots(layout, row)
         for slot in range(layout.length):

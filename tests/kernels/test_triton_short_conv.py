@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flarec import lowered
 from flarec.errors import CaptureError, LayoutError
-from flarec.kernels.short_conv import conv_windows, reference
-from flarec.kernels.short_conv import two_stream as torch_two_stream
+from flarec.kernels.short_conv import reference, torch_gather
 from flarec.kernels.short_conv.readers import ENTER, LEAVE, NEAR, ConvSchedule
+from flarec.kernels.short_conv.windows import conv_windows
 from flarec.layout import Block, Layout, build_layout
 from tests.oracles.layouts import layouts
 from tests.oracles.visibility import conv_lag, tokens
@@ -89,7 +88,7 @@ class Case:
         """Output and gradients of the torch kernel in `dtype`: the reference, fast enough for long rows."""
         x, weight, bias, window = self.inputs(dtype)
         windows = conv_windows(self.layout, self.width)
-        y = torch_two_stream(x, weight, bias, windows, activation=activation, window=window)
+        y = torch_gather.two_stream(x, weight, bias, windows, activation=activation, window=window)
         return self._gradients(y, [x, weight, bias, window])
 
     def got(self, dtype: torch.dtype, activation: str | None, wider: int = 0, region: int = 64) -> list[Tensor]:
@@ -257,7 +256,7 @@ def test_addresses_beyond_32_bits() -> None:
     for operand, rows in ((x.contiguous(), None), (x, schedule)):
         operand = operand.detach().transpose(1, 2).requires_grad_()
         if rows is None:
-            y = torch_two_stream(operand, weight, None, windows, activation="silu")
+            y = torch_gather.two_stream(operand, weight, None, windows, activation="silu")
         else:
             y = triton_conv.two_stream(operand, weight, None, rows, activation="silu")
         results.append((y.detach(), torch.autograd.grad(y.float().square().sum(), operand)[0]))
@@ -311,7 +310,7 @@ def test_step_equals_lowered(
     accepted = torch.randint(0, pending + 1, (layout.rows,), generator=gen)
     x, weight, bias = (t.detach() for t in case.inputs(torch.float64, poison=True)[:3])
     windows = conv_windows(layout, width)
-    y, kept = lowered.short_conv_step(x, weight, bias, buffer, accepted, windows, layout, "silu")
+    y, kept = torch_gather.step(x, weight, bias, buffer, accepted, windows, layout, activation="silu")
 
     ours = buffer.to(DEVICE)
     ours = token_major(ours) if token_major_buffer else ours
@@ -331,7 +330,8 @@ def test_step_in_bfloat16_with_a_float32_buffer() -> None:
     case = Case(layout, 4, 8, bias=False, window=False, seed=1)
     x, weight = case.x.bfloat16(), case.weight.bfloat16()
     buffer, accepted = torch.randn(1, 8, 5), torch.tensor([1])
-    y, kept = lowered.short_conv_step(x, weight, None, buffer, accepted, conv_windows(layout, 4), layout, "silu")
+    windows = conv_windows(layout, 4)
+    y, kept = torch_gather.step(x, weight, None, buffer, accepted, windows, layout, activation="silu")
     schedule = ConvSchedule.from_layout(layout, 4).to(DEVICE)
     operands = [t.to(DEVICE) for t in (x, weight)]
     got_y, got_kept = triton_conv.step(

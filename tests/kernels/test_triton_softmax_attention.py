@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flarec.errors import LayoutError, UsageError
-from flarec.kernels.softmax_attention import reference, torch_sdpa, visibility
+from flarec.kernels.softmax_attention import reference, torch_sdpa
 from flarec.kernels.softmax_attention.attention_schedule import QUERY_STEP, AttentionSchedule
+from flarec.kernels.softmax_attention.mask import visibility
 from flarec.layout import Block, Layout, build_layout
 from tests.oracles.layouts import layouts
 from tests.oracles.visibility import tokens, visible_slots

@@ -26,9 +26,10 @@ def before_and_after(
     return before, run_pipeline(before, steps[index : index + 1], CHECKERS)
 
 
-def arguments(node: fx.Node) -> list[object]:
-    """Operands with nodes as names."""
-    return [value.name if isinstance(value, fx.Node) else value for value in node.args]
+def operands(node: fx.Node) -> dict[str, object]:
+    """Operands of a mixer by name, with nodes as their names."""
+    assert node.args == (), "mixers have named operands only"
+    return {name: value.name if isinstance(value, fx.Node) else value for name, value in node.kwargs.items()}
 
 
 def count(program: Program, name: str) -> int:

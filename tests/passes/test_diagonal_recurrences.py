@@ -8,30 +8,31 @@ from typing import Any
 import pytest
 import torch
 
-from flarec import lowered, ops, stream_ops
+from flarec import ops
 from flarec.decode import Cache
-from flarec.derive import Scan
 from flarec.ir.program import Program, placeholder_name
 from flarec.layout import build_layout
+from flarec.ops.gated_recurrence import RowScan
+from flarec.ops.selective_scan import Scan
 from flarec.passes import lower
 from tests.models import captured, captured_float64, shared_model
-from tests.passes.snippets import arguments, before_and_after, example, on_layout
+from tests.passes.snippets import before_and_after, example, on_layout, operands
 
-CASES = {
-    "jamba": (ops.SELECTIVE_SCAN, "selective_scan", "scan", ("pending_x", "pending_dt", "pending_b")),
-    "recurrent_gemma": (ops.GATED_RECURRENCE, "gated_recurrence", "recurrence", ("pending_x", "pending_a")),
+CASES: dict[str, tuple[ops.Mixer, tuple[str, ...], Any]] = {
+    "jamba": (ops.SELECTIVE_SCAN, ("pending_x", "pending_dt", "pending_b"), Scan()),
+    "recurrent_gemma": (ops.GATED_RECURRENCE, ("pending_x", "pending_a"), RowScan()),
 }
 families = pytest.mark.parametrize("family", CASES)
 
 
 @families
-def test_schedule_states_appends_the_layout(family: str) -> None:
-    target, name, *_ = CASES[family]
+def test_schedule_states_gives_the_layout(family: str) -> None:
+    mixer, *_ = CASES[family]
     before, after = before_and_after("schedule-states", family)
-    was, now = before.calls(target), after.calls(getattr(stream_ops, f"two_stream_{name}"))
-    assert was and not after.calls(*ops.RECURRENCES)
+    was, now = before.calls(mixer.op), after.calls(mixer.call("reference"))
+    assert was and not after.calls(mixer.op)
     for old, new in zip(was, now, strict=True):
-        assert arguments(new) == [*arguments(old), "layout"]
+        assert operands(new) == operands(old) | {"layout": "layout"}
 
 
 @families
@@ -50,17 +51,17 @@ def test_the_references_give_the_source_model_on_every_document(family: str) -> 
 
 @families
 def test_thread_cache_adds_a_state_and_pending_rows(family: str) -> None:
-    _, name, prefix, rows = CASES[family]
+    mixer, rows, _ = CASES[family]
     before, after = before_and_after("thread-cache", family)
-    was, now = (p.calls(getattr(stream_ops, f"{k}_{name}")) for p, k in ((before, "two_stream"), (after, "cached")))
+    was, now = before.calls(mixer.call("reference")), after.calls(mixer.call("reference", step=True))
     slots = {slot.name: slot for slot in after.cache_slots}
     for old, new in zip(was, now, strict=True):
-        *operands, layout = arguments(old)
-        got = arguments(new)
-        state = next(s for s in slots.values() if placeholder_name(s.name) == got[len(operands)])
+        found = operands(new)
+        state = next(s for s in slots.values() if placeholder_name(s.name) == found["state"])
         names = [state.name.replace(".state", f".{kind}") for kind in ("state", *rows)]
-        assert state.name.split(".")[2] == prefix
-        assert got == [*operands, *(placeholder_name(n) for n in names), "accepted", layout]
+        assert state.name.split(".")[2] == mixer.name
+        added = {kind: placeholder_name(n) for kind, n in zip(("state", *rows), names, strict=True)}
+        assert found == operands(old) | added | {"accepted": "accepted"}
         assert {user.args[1] for user in new.users if user.target is operator.getitem} == set(range(1 + len(names)))
         assert set(names) <= set(after.outputs)
         sizes = operand_sizes(old)
@@ -71,10 +72,10 @@ def test_thread_cache_adds_a_state_and_pending_rows(family: str) -> None:
 
 def operand_sizes(node: Any) -> tuple[tuple[int, ...], list[int]]:
     """(state, pending rows) by the op's own operands."""
-    shapes = [tuple(x.meta["val"].shape) for x in node.args if "val" in x.meta]
-    if len(node.args) == 6:  # x, dt, a, b, c, layout
-        return (int(shapes[2][0]), int(shapes[2][1])), [int(shapes[0][2]), int(shapes[1][2]), int(shapes[3][2])]
-    return (int(shapes[0][2]),), [int(shapes[0][2]), int(shapes[1][2])]
+    shapes = {name: x.meta["val"].shape for name, x in node.kwargs.items() if hasattr(x, "meta") and "val" in x.meta}
+    if "dt" in shapes:
+        return tuple(shapes["a"]), [shapes["x"][2], shapes["dt"][2], shapes["b"][2]]
+    return (shapes["x"][2],), [shapes["x"][2], shapes["a"][2]]
 
 
 @families
@@ -83,17 +84,17 @@ def test_lower_mixers_calls_the_torch_form(family: str, kernels: str) -> None:
     """There is no Triton form: `--kernels triton` keeps these mixers with torch, and the names say so."""
     if kernels == "triton":
         pytest.importorskip("triton")
-    _, name, *_ = CASES[family]
-    expected = ("scan_schedule", Scan()) if family == "jamba" else ("row_schedule", Scan(chunk_size=None))
-    for target, suffix, extra in (("train", "", []), ("decode", "_step", ["layout"])):
+    mixer, _, derivation = CASES[family]
+    for target, step in (("train", False), ("decode", True)):
         before, after = before_and_after("lower-mixers", family, target, kernels=kernels)
-        kind = "two_stream" if target == "train" else "cached"
-        was = before.calls(getattr(stream_ops, f"{kind}_{name}"))
-        now = after.calls(getattr(lowered, f"{name}{suffix}"))
+        was, now = before.calls(mixer.call("reference", step)), after.calls(mixer.call("torch", step))
         assert was
         for old, new in zip(was, now, strict=True):
-            assert arguments(new) == [*arguments(old)[:-1], expected[0], *extra]
-        assert after.derivations[expected[0]] == expected[1]
+            expected = operands(old) | {"schedule": derivation.name}
+            if not step:
+                del expected["layout"]
+            assert operands(new) == expected
+        assert after.derivations[derivation.name] == derivation
 
 
 @families

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flarec.derive import PositionIds
 from flarec.layout import build_layout
+from flarec.passes.duplicate_streams import PositionIds
 from tests.models import FAMILIES
 from tests.passes.snippets import before_and_after, example, on_layout, plain
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flarec import lowered, ops, stream_ops
-from flarec.derive import ConvWindows, Schedule, SoftmaxMask
+from flarec import ops
 from flarec.errors import PassError
 from flarec.ir.pipeline import run_pipeline
+from flarec.ops.linear_attention import Schedule
+from flarec.ops.short_conv import ConvWindows
+from flarec.ops.softmax_attention import SoftmaxMask
 from flarec.passes import lower
 from flarec.passes.lower_mixers import LowerMixers
 from flarec.passes.properties import CHECKERS
 from tests.models import FAMILIES, captured, captured_float64
-from tests.passes.snippets import arguments, before_and_after, example
+from tests.passes.snippets import before_and_after, example, operands
 
 
 def test_before_and_after_of_the_docstring() -> None:
@@ -21,12 +23,14 @@ def test_before_and_after_of_the_docstring() -> None:
     assert after.derivations["softmax_mask"] == SoftmaxMask(None)
     assert after.derivations["conv_windows_4"] == ConvWindows(4)
     assert after.derivations["state_schedule"] == Schedule(64)
-    (was,) = before.calls(stream_ops.two_stream_softmax_attention)
-    (node,) = after.calls(lowered.softmax_attention)
-    q, k, v, _, scale, window, softcap = arguments(was)
-    assert arguments(node) == [q, k, v, "softmax_mask", scale, window, softcap]
+    (was,) = before.calls(ops.SOFTMAX_ATTENTION.call("reference"))
+    (node,) = after.calls(ops.SOFTMAX_ATTENTION.call("torch"))
+    expected = operands(was) | {"mask": "softmax_mask"}
+    del expected["layout"]
+    assert operands(node) == expected
     assert "layout" not in [placeholder.name for placeholder in after.placeholders()], "nothing reads it any more"
-    assert len(after.calls(lowered.short_conv)) == len(after.calls(lowered.linear_attention)) == 3
+    for mixer in (ops.SHORT_CONV, ops.LINEAR_ATTENTION):
+        assert len(after.calls(mixer.call("torch"))) == 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,13 +69,13 @@ def test_the_chunk_size_is_only_a_tile(chunk_size: int) -> None:
 
 def test_experts_are_lowered_too() -> None:
     before, after = before_and_after("lower-mixers", "kimi_linear")
-    assert len(before.calls(ops.MOE_EXPERTS)) == len(after.calls(lowered.moe_experts)) == 3
-    assert not after.calls(ops.MOE_EXPERTS)
+    assert len(before.calls(ops.MOE_EXPERTS.op)) == len(after.calls(ops.MOE_EXPERTS.call("torch"))) == 3
+    assert not after.calls(ops.MOE_EXPERTS.op)
 
 
 def test_the_reference_stays_where_it_is_asked_for() -> None:
     program = lower(captured("bamba"), "decode", kernels="reference")
-    assert program.calls(stream_ops.cached_linear_attention)
+    assert program.calls(ops.LINEAR_ATTENTION.call("reference", step=True))
     assert program.history[-1].sites
     assert program.history[-1].delta == {}
 

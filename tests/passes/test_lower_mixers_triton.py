@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from flarec import lowered
+from flarec import ops
 from flarec.decode import Engine, SamplingParams
-from flarec.derive import AttentionIntervals, ConvOrder, SoftmaxMask, StepTiles, Tiles
 from flarec.errors import PassError
 from flarec.ir.pipeline import run_pipeline
 from flarec.ir.program import Program, target_name
+from flarec.ops.linear_attention import StepTiles, Tiles
+from flarec.ops.short_conv import ConvOrder
+from flarec.ops.softmax_attention import AttentionIntervals, SoftmaxMask
 from flarec.passes import lower
 from flarec.passes.lower_mixers import LowerMixers
 from flarec.passes.properties import CHECKERS
@@ -25,18 +27,15 @@ from tests.checkpoints import MASK_ROW
 from tests.models import ALL_FAMILIES, FAMILIES, PLAIN_FAMILIES, captured, captured_float64
 from tests.passes.snippets import before_and_after, count, example
 
-lowered_triton = pytest.importorskip("flarec.lowered_triton")
+pytest.importorskip("triton")
+
+TRAINING = (ops.SOFTMAX_ATTENTION, ops.SHORT_CONV, ops.LINEAR_ATTENTION)
+DECODING = (ops.SHORT_CONV, ops.LINEAR_ATTENTION)
+"""Ops with a Triton form."""
 
 
-TRAINING = {
-    lowered.softmax_attention: lowered_triton.softmax_attention,
-    lowered.short_conv: lowered_triton.short_conv,
-    lowered.linear_attention: lowered_triton.linear_attention,
-}
-DECODING = {
-    lowered.short_conv_step: lowered_triton.short_conv_step,
-    lowered.linear_attention_step: lowered_triton.linear_attention_step,
-}
+def triton_calls(program: Program, mixer: ops.Mixer, step: bool = False) -> int:
+    return len(program.calls(mixer.call("triton", step)))
 
 
 def names(program: Program) -> set[str]:
@@ -45,17 +44,17 @@ def names(program: Program) -> set[str]:
 
 def test_every_site_of_the_training_graph_gets_its_triton_form() -> None:
     before, after = before_and_after("lower-mixers", "kimi_linear", "train", kernels="triton")
-    assert len(after.calls(lowered_triton.linear_attention)) == 2
-    assert len(after.calls(lowered_triton.short_conv)) == 2
-    assert len(after.calls(lowered_triton.softmax_attention)) == 2
+    assert triton_calls(after, ops.LINEAR_ATTENTION) == 2
+    assert triton_calls(after, ops.SHORT_CONV) == 2
+    assert triton_calls(after, ops.SOFTMAX_ATTENTION) == 2
     assert after.derivations["attention_intervals"] == AttentionIntervals(None)
     assert after.derivations["conv_order_4"] == ConvOrder(4)
     assert after.derivations["state_tiles"] == Tiles(64)
     assert "softmax_mask" not in after.derivations
-    assert after.calls(lowered.moe_experts), "experts have no Triton form"
+    assert after.calls(ops.MOE_EXPERTS.call("torch")), "experts have no Triton form"
     assert "lowered_triton.short_conv" in names(after), "the record of the pass says what became what"
     assert after.history[-1].delta["lowered_triton.short_conv"] == 2
-    assert before.calls(lowered_triton.short_conv) == []
+    assert triton_calls(before, ops.SHORT_CONV) == 0
 
 
 @pytest.mark.parametrize(
@@ -63,29 +62,29 @@ def test_every_site_of_the_training_graph_gets_its_triton_form() -> None:
 )
 def test_no_mixer_of_any_family_is_refused(family: str) -> None:
     """What has a Triton form takes it; the rest is torch by rule, not because a size did not fit."""
-    for target, forms in (("train", TRAINING), ("decode", DECODING)):
+    for target, mixers, step in (("train", TRAINING, False), ("decode", DECODING, True)):
         after = lower(captured(family), target, kernels="triton")
         before = lower(captured(family), target, kernels="torch")
-        for torch_form, triton_form in forms.items():
-            assert len(after.calls(triton_form)) == len(before.calls(torch_form))
-            assert not after.calls(torch_form)
+        for mixer in mixers:
+            assert triton_calls(after, mixer, step) == len(before.calls(mixer.call("torch", step)))
+            assert not after.calls(mixer.call("torch", step))
 
 
 def test_the_convolution_reads_the_projection_without_a_copy() -> None:
-    for target, call in (("train", "short_conv"), ("decode", "short_conv_step")):
+    for target, step in (("train", False), ("decode", True)):
         for family in FAMILIES:
             before, after = before_and_after("lower-mixers", family, target, kernels="triton")
             assert count(before, "contiguous") - count(after, "contiguous") == 2 + (family == "qwen3_5_text")
-            for node in after.calls(getattr(lowered_triton, call)):
-                x: Any = node.args[0]
+            for node in after.calls(ops.SHORT_CONV.call("triton", step)):
+                x: Any = node.kwargs["x"]
                 assert x.target is torch.ops.aten.transpose.int
 
 
 def test_the_decoding_graph_keeps_attention_over_the_cache_with_torch() -> None:
     _, after = before_and_after("lower-mixers", "bamba", kernels="triton")
-    assert len(after.calls(lowered_triton.linear_attention_step)) == 2
-    assert len(after.calls(lowered_triton.short_conv_step)) == 2
-    assert len(after.calls(lowered.softmax_attention_step)) == 2
+    assert triton_calls(after, ops.LINEAR_ATTENTION, step=True) == 2
+    assert triton_calls(after, ops.SHORT_CONV, step=True) == 2
+    assert len(after.calls(ops.SOFTMAX_ATTENTION.call("torch", step=True))) == 2
     assert after.derivations["step_tiles"] == StepTiles(64)
     assert after.derivations["softmax_mask"] == SoftmaxMask(None)
 
@@ -179,6 +178,9 @@ class Hidden:
         if name == {hidden!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Hidden())
+from flarec.ops.linear_attention import StepTiles, Tiles
+from flarec.ops.short_conv import ConvOrder
+from flarec.ops.softmax_attention import AttentionIntervals, SoftmaxMask
 from flarec.passes import lower
 from flarec.errors import PassError
 from tests.models import captured

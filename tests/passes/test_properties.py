@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx
 
-from flarec import ops, stream_ops
+from flarec import ops
 from flarec.errors import PropertyError
 from flarec.ir.pipeline import check_properties, run_pipeline
 from flarec.ir.program import Program, placeholder_name
@@ -192,15 +192,15 @@ def test_canonical(make: Callable[[fx.Graph, fx.Node], fx.Node], words: str) -> 
 def test_masked_and_state_scheduled() -> None:
     """A mixer that a pass forgot still sees one causal document per row."""
     for family, name, forgotten in (
-        ("qwen3_5_text", "masked", ops.SOFTMAX_ATTENTION),
-        ("qwen3_5_text", "state-scheduled", ops.SHORT_CONV),
-        ("qwen3_5_text", "state-scheduled", ops.LINEAR_ATTENTION),
-        ("jamba", "state-scheduled", ops.SELECTIVE_SCAN),
-        ("recurrent_gemma", "state-scheduled", ops.GATED_RECURRENCE),
+        ("qwen3_5_text", "masked", ops.SOFTMAX_ATTENTION.op),
+        ("qwen3_5_text", "state-scheduled", ops.SHORT_CONV.op),
+        ("qwen3_5_text", "state-scheduled", ops.LINEAR_ATTENTION.op),
+        ("jamba", "state-scheduled", ops.SELECTIVE_SCAN.op),
+        ("recurrent_gemma", "state-scheduled", ops.GATED_RECURRENCE.op),
     ):
         program = after("duplicate-streams", family=family).clone()
         done = after("schedule-states", family=family)
-        for node in program.calls(*ops.TOKEN_MIXERS):
+        for node, _ in ops.sites(program.graph):
             if node.target is not forgotten:
                 node.target = ATEN.clone.default  # as good as gone for this checker
         program.properties |= {name}
@@ -246,8 +246,8 @@ def test_cached() -> None:
     assert "no cache slot" in fails(program, "cached")
 
     program = after("thread-cache")
-    node = program.calls(stream_ops.cached_softmax_attention)[0]
-    node.target = stream_ops.two_stream_softmax_attention
+    node = program.calls(ops.SOFTMAX_ATTENTION.call("reference", step=True))[0]
+    node.target = ops.SOFTMAX_ATTENTION.call("reference")
     text = fails(program, "cached")
     assert "has no cache" in text
     assert "layers.3" in text
@@ -256,7 +256,7 @@ def test_cached() -> None:
 def test_lowered() -> None:
     program = lower(captured("qwen3_5_text"), "train")
     node = next(n for n in program.graph.nodes if "short_conv" in getattr(n.target, "__name__", ""))
-    node.target = stream_ops.two_stream_short_conv
+    node.target = ops.SHORT_CONV.call("reference")
     assert "still runs the reference" in fails(program, "lowered")
 
     program = lower(captured("qwen3_5_text"), "train")
@@ -267,7 +267,7 @@ def test_lowered() -> None:
 
 def test_the_reference_may_stay_if_it_was_asked_for() -> None:
     program = lower(captured("bamba"), "train", kernels="reference")
-    assert program.calls(stream_ops.two_stream_linear_attention)
+    assert program.calls(ops.LINEAR_ATTENTION.call("reference"))
     check_properties(program, CHECKERS)
 
 

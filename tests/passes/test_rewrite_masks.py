@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from flarec import ops, stream_ops
+from flarec import ops
 from tests.models import FAMILIES
-from tests.passes.snippets import arguments, before_and_after
+from tests.passes.snippets import before_and_after, operands
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_before_and_after_of_the_docstring(family: str) -> None:
     before, after = before_and_after("rewrite-masks", family)
-    old, new = before.calls(ops.SOFTMAX_ATTENTION), after.calls(stream_ops.two_stream_softmax_attention)
+    old = before.calls(ops.SOFTMAX_ATTENTION.op)
+    new = after.calls(ops.SOFTMAX_ATTENTION.call("reference"))
     assert old
-    assert not after.calls(ops.SOFTMAX_ATTENTION)
+    assert not after.calls(ops.SOFTMAX_ATTENTION.op)
     for was, node in zip(old, new, strict=True):
-        q, k, v, scale = arguments(was)[:4]
-        assert arguments(node) == [q, k, v, "layout", scale, None, None]
+        assert set(operands(was)) == {"q", "k", "v", "scale", "window", "softcap"}, "defaults are filled in"
+        assert operands(node) == operands(was) | {"layout": "layout"}
         assert node.meta["val"] is was.meta["val"]
         assert node.meta["modules"] == was.meta["modules"], "errors can still name the module"
     assert after.history[-1].sites == tuple(node.name for node in new)
@@ -25,5 +26,5 @@ def test_before_and_after_of_the_docstring(family: str) -> None:
 
 def test_other_mixers_are_left_alone() -> None:
     before, after = before_and_after("rewrite-masks")
-    for target in (ops.SHORT_CONV, ops.LINEAR_ATTENTION):
-        assert len(before.calls(target)) == len(after.calls(target)) > 0
+    for mixer in (ops.SHORT_CONV, ops.LINEAR_ATTENTION):
+        assert len(before.calls(mixer.op)) == len(after.calls(mixer.op)) > 0

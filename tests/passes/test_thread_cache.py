@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 import torch
 
-from flarec import stream_ops
+from flarec import ops
 from flarec.decode import Cache
 from flarec.ir.program import placeholder_name
 from flarec.layout import build_layout
 from tests.models import FAMILIES, shared_model
-from tests.passes.snippets import arguments, before_and_after
+from tests.passes.snippets import before_and_after, operands
 
 EXPECTED = {
     # kind -> (count, shape)
@@ -68,28 +68,29 @@ def test_slots(family: str) -> None:
     names = [slot.name for slot in after.cache_slots]
     assert len(set(names)) == len(names)
     assert all(slot.name.startswith("layers.") and slot.name.endswith(f".{slot.kind}") for slot in after.cache_slots)
-    returned = {slot.name for slot in after.cache_slots if slot.kind not in ("keys", "values")}
+    returned = {slot.name for slot in after.cache_slots if not slot.in_place}
     assert set(after.outputs) == {"logits"} | returned
     assert len(after.output_node().args[0]) == len(after.outputs)  # type: ignore[arg-type]
 
 
 def test_before_and_after_of_the_docstring() -> None:
     before, after = before_and_after("thread-cache")
-    olds = before.calls(stream_ops.two_stream_linear_attention)
-    news = after.calls(stream_ops.cached_linear_attention)
+    olds = before.calls(ops.LINEAR_ATTENTION.call("reference"))
+    news = after.calls(ops.LINEAR_ATTENTION.call("reference", step=True))
     for was, node in zip(olds, news, strict=True):
-        *operands, layout, scale, delta, l2norm = arguments(was)
-        got = arguments(node)
-        assert got[:5] == operands
-        kinds = [str(name).rsplit("_linear_")[-1] for name in got[5:9]]
-        assert kinds == ["state", "pending_k", "pending_d", "pending_g"]
-        assert got[9:] == ["accepted", layout, scale, delta, l2norm]
+        added = {name: value for name, value in operands(node).items() if name not in operands(was)}
+        assert operands(node) == operands(was) | added
+        assert added.pop("accepted") == "accepted"
+        assert list(added) == ["state", "pending_k", "pending_d", "pending_g"]
+        assert all(str(value).endswith(f"_linear_attention_{name}") for name, value in added.items())
         parts = {user.args[1] for user in node.users if user.target is operator.getitem}
         assert parts == {0, 1, 2, 3, 4}, "output, state, pending rows"
-    (attention,) = after.calls(stream_ops.cached_softmax_attention)
-    assert [str(name) for name in arguments(attention)[3:5]] == [
-        placeholder_name("layers.3.attention.keys"),
-        placeholder_name("layers.3.attention.values"),
+    (attention,) = after.calls(ops.SOFTMAX_ATTENTION.call("reference", step=True))
+    found = operands(attention)
+    assert "accepted" not in found, "keys and values are written where they belong"
+    assert [found["k_cache"], found["v_cache"]] == [
+        placeholder_name("layers.3.softmax_attention.keys"),
+        placeholder_name("layers.3.softmax_attention.values"),
     ]
 
 

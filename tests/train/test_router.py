@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flarec import lowered
+from flarec import ops
 from flarec.layout import PADDING
 from flarec.train.loop import Trainer
 from flarec.train.objective.batch import Batch, build_batches
@@ -31,8 +31,8 @@ class Recorder(fx.Interpreter):
         self.choices: list[torch.Tensor] = []
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is lowered.moe_experts:
-            self.choices.append(args[1])
+        if ops.mixer_of(target) is ops.MOE_EXPERTS:
+            self.choices.append(kwargs["index"])
         return super().call_function(target, args, kwargs)
 
 

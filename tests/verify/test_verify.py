@@ -124,7 +124,7 @@ def test_a_broken_model_fails(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def wrong(source: object) -> object:
         program = original(source)  # type: ignore[arg-type]
         node = next(n for n in program.graph.nodes if "linear_attention" in str(n.target))
-        node.args = (*node.args[:5], 1.01 * float(node.args[5]), *node.args[6:])
+        node.kwargs = node.kwargs | {"scale": 1.01 * float(node.kwargs["scale"])}
         return program
 
     monkeypatch.setattr(module, "capture", wrong)

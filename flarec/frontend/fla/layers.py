@@ -159,7 +159,7 @@ def causal_conv1d(
     reject("causal_conv1d", output_final_state=output_final_state)
     if weight is None:
         raise CaptureError("causal_conv1d was called without a weight")
-    return ops.short_conv(x.transpose(1, 2).contiguous(), weight, bias, activation).transpose(1, 2), None
+    return ops.SHORT_CONV(x.transpose(1, 2).contiguous(), weight, bias, activation).transpose(1, 2), None
 
 
 def short_convolution(
@@ -189,7 +189,7 @@ def attention(
         q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotate(self.rotary, q, k)
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    out = ops.softmax_attention(q, k, v, float(self.head_dim) ** -0.5, self.window_size, None)
+    out = ops.SOFTMAX_ATTENTION(q, k, v, float(self.head_dim) ** -0.5, self.window_size, None)
     return self.o_proj(out.flatten(-2)), None, None
 
 
@@ -210,7 +210,7 @@ def latent_attention(
     q = torch.cat([q, q_turned], dim=-1)
     k = torch.cat([k, k_turned.expand(-1, -1, self.num_heads, -1)], dim=-1)
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    out = ops.softmax_attention(q, k, v, float(self.qk_head_dim) ** -0.5, self.window_size, None)
+    out = ops.SOFTMAX_ATTENTION(q, k, v, float(self.qk_head_dim) ** -0.5, self.window_size, None)
     return self.o_proj(out.flatten(-2)), None, None
 
 
@@ -273,7 +273,7 @@ def _linear_attention(
     beta = torch.ones_like(v[..., 0]) if beta is None else beta
     gate = None if g is None else g.contiguous()
     tensors = (q.contiguous(), k.contiguous(), v.contiguous(), gate, beta.contiguous())
-    return ops.linear_attention(*tensors, scale, delta, l2norm).to(v.dtype)
+    return ops.LINEAR_ATTENTION(*tensors, scale, delta, l2norm).to(v.dtype)
 
 
 def delta_net(
@@ -392,7 +392,7 @@ def hgrn(
 ) -> tuple[Tensor, None]:
     """`chunk_hgrn`: x [B, L, C], log decay g [B, L, C]; the state is the output."""
     reject("chunk_hgrn", initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens)
-    return ops.gated_recurrence(x.contiguous(), g.float().exp().contiguous()).to(x.dtype), None
+    return ops.GATED_RECURRENCE(x.contiguous(), g.float().exp().contiguous()).to(x.dtype), None
 
 
 def swiglu(x: Tensor, y: Tensor) -> Tensor:
@@ -410,7 +410,7 @@ def mamba(
     sizes = [self.dt_rank, self.ssm_state_size, self.ssm_state_size]
     dt, b, c = self.x_proj(x).split(sizes, dim=-1)
     dt = F.softplus(self.dt_proj(dt).float())
-    y = ops.selective_scan(x.contiguous(), dt.contiguous(), -self.A_log.float().exp(), b.contiguous(), c.contiguous())
+    y = ops.SELECTIVE_SCAN(x.contiguous(), dt.contiguous(), -self.A_log.float().exp(), b.contiguous(), c.contiguous())
     y = ((y.float() + x.float() * self.D.float()) * F.silu(gate.float())).to(hidden_states.dtype)
     return self.out_proj(y), None, None
 

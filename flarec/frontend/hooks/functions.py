@@ -22,7 +22,7 @@ def short_conv_hook(
 ) -> Tensor:
     """`causal_conv1d_fn`: x [B,C,L], weight [C,W] -> [B,C,L]."""
     reject("causal_conv1d_fn", **kwargs)
-    return ops.short_conv(hidden_states.contiguous(), weight, bias, activation)
+    return ops.SHORT_CONV(hidden_states.contiguous(), weight, bias, activation)
 
 
 def delta_rule_hook(name: str) -> Callable[..., tuple[Tensor, None]]:
@@ -43,7 +43,7 @@ def delta_rule_hook(name: str) -> Callable[..., tuple[Tensor, None]]:
         reject(name, initial_state=initial_state, output_final_state=output_final_state, **kwargs)
         scale = float(query.shape[-1]) ** -0.5
         args = (query.contiguous(), key.contiguous(), value.contiguous(), g.contiguous(), beta.contiguous())
-        return ops.linear_attention(*args, scale, True, use_qk_l2norm_in_kernel), None
+        return ops.LINEAR_ATTENTION(*args, scale, True, use_qk_l2norm_in_kernel), None
 
     return hook
 
@@ -73,7 +73,7 @@ def mamba2_hook(
     x = hidden_states.float()
     g = dt * A.float()
     args = (C.float().contiguous(), B.float().contiguous(), x.contiguous(), g.contiguous(), dt.contiguous())
-    output = ops.linear_attention(*args, 1.0, False, False)
+    output = ops.LINEAR_ATTENTION(*args, 1.0, False, False)
     return output if D is None else output + D[:, None] * x
 
 
@@ -102,7 +102,7 @@ def selective_scan_hook(
     if delta_softplus:
         dt = F.softplus(dt)
     x, dt, B, C = (tensor.transpose(1, 2).contiguous() for tensor in (hidden_states, dt, B, C))
-    output = ops.selective_scan(x, dt, A, B, C).transpose(1, 2)
+    output = ops.SELECTIVE_SCAN(x, dt, A, B, C).transpose(1, 2)
     if D is not None:
         output = output + hidden_states * D[:, None]
     return output if z is None else output * F.silu(z)

@@ -116,7 +116,7 @@ def attention_hook(
     reject(where, **{name: x for name, x in kwargs.items() if name not in known})
     scale = float(scaling) if scaling is not None else float(query.shape[-1]) ** -0.5
     softcap = kwargs.get("softcap") or None
-    output = ops.softmax_attention(
+    output = ops.SOFTMAX_ATTENTION(
         query.contiguous(), key.contiguous(), value.contiguous(), scale, attention_mask.window, softcap
     )
     return output, None
@@ -139,7 +139,7 @@ def experts_hook(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     up, down = module.gate_up_proj if gated else module.up_proj, module.down_proj
     if getattr(module, "is_transposed", False):
         up, down = up.transpose(1, 2), down.transpose(1, 2)
-    return ops.moe_experts(hidden_states, top_k_index, top_k_weights, up, down, _activation(module, where), gated)
+    return ops.MOE_EXPERTS(hidden_states, top_k_index, top_k_weights, up, down, _activation(module, where), gated)
 
 
 def _activation(module: Any, where: str) -> str:

@@ -25,7 +25,7 @@ def lightning_hook(
     query, key, value = (part.contiguous() for part in mixed.split(dim, dim=-1))
     beta = torch.ones_like(value[..., 0])
     gate = beta.float() * -self.slope_rate[:, 0, 0].float()
-    output = ops.linear_attention(query, key, value, gate, beta, 1.0, False, False)
+    output = ops.LINEAR_ATTENTION(query, key, value, gate, beta, 1.0, False, False)
     gated = F.sigmoid(self.output_gate(hidden_states)) * self.norm(output.flatten(-2))
     return self.out_proj(gated), None
 
@@ -38,7 +38,7 @@ def recurrent_block_hook(self: Any, input_states: Tensor, position_ids: Tensor, 
     kept, self.rg_lru.recurrent_states = self.rg_lru.recurrent_states, None
     gate = self.act_fn(self.linear_y(input_states))
     x = self.linear_x(input_states).transpose(1, 2).contiguous()  # [B,C,L]
-    x = ops.short_conv(x, self.conv_1d.weight.squeeze(1), self.conv_1d.bias, None)
+    x = ops.SHORT_CONV(x, self.conv_1d.weight.squeeze(1), self.conv_1d.bias, None)
     x = self.rg_lru(x.transpose(1, 2), position_ids)
     self.rg_lru.recurrent_states = kept
     return self.linear_out(x * gate), None
@@ -55,7 +55,7 @@ def rnn_scan_hook(
     """`RecurrentGemmaRglru._rnn_scan`: x, gate [B,L,C], reset [B,L,1] (first position of a document) -> [B,L,C]."""
     reject("RecurrentGemmaRglru", recurrent_states=recurrent_states)
     decay = recurrent_gate * ~reset
-    return ops.gated_recurrence(hidden_states.contiguous(), decay.contiguous()), None
+    return ops.GATED_RECURRENCE(hidden_states.contiguous(), decay.contiguous()), None
 
 
 @torch.library.custom_op("flarec::bounded_sqrt", mutates_args=())

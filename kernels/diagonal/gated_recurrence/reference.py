@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flarec.kernels.diagonal.pending import pending_rows
 from flarec.layout import BLOCK_END, PADDING, Layout
 
 
@@ -69,3 +70,22 @@ def reference_commit(state: Tensor, x_rows: Tensor, a_rows: Tensor, accepted: Te
             current = a_rows[row, slot].to(state.dtype) * current + x_rows[row, slot].to(state.dtype)
         result.append(current)
     return torch.stack(result)
+
+
+def reference_step(
+    x: Tensor,
+    a: Tensor,
+    state: Tensor,
+    pending_x: Tensor,
+    pending_a: Tensor,
+    accepted: Tensor,
+    layout: Layout,
+) -> tuple[Tensor, ...]:
+    """Commit the accepted pending rows, run from that state, and leave this step's clean rows pending.
+
+    state [B, C] float32; pending_x, pending_a [B, R, C]; accepted [B] int64, 0..R.
+    Returns (y [B, T, C], state, pending_x, pending_a). Noisy tokens never change the state.
+    """
+    state = reference_commit(state, pending_x, pending_a, accepted)
+    y = reference(x, a, layout, initial_state=state)
+    return (y, state, *(pending_rows(rows, layout, state.dtype) for rows in (x, a)))

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flarec.kernels.diagonal.pending import pending_rows
 from flarec.kernels.diagonal.schedule import Panel, ScanSchedule
 from flarec.kernels.diagonal.streams import Streams
+from flarec.layout import Layout
 
 from .reference import compute_dtype
 
@@ -47,6 +49,22 @@ def commit(state: Tensor, x_rows: Tensor, a_rows: Tensor, accepted: Tensor) -> T
     behind = (torch.arange(count, device=state.device)[:, None] >= accepted)[..., None]  # [R, B, 1]
     x, a = x_rows.to(dtype).transpose(0, 1), a_rows.to(dtype).transpose(0, 1)
     return walk(x.masked_fill(behind, 0), a.masked_fill(behind, 1), state.to(dtype))[-1].clone()
+
+
+def step(
+    x: Tensor,
+    a: Tensor,
+    state: Tensor,
+    pending_x: Tensor,
+    pending_a: Tensor,
+    accepted: Tensor,
+    schedule: ScanSchedule,
+    layout: Layout,
+) -> tuple[Tensor, ...]:
+    """(y, state, pending_x, pending_a): the arguments and meaning of `reference_step`."""
+    state = commit(state, pending_x, pending_a, accepted)
+    y = two_stream(x, a, schedule, initial_state=state)
+    return (y, state, *(pending_rows(rows, layout, state.dtype) for rows in (x, a)))
 
 
 def walk(x: Tensor, a: Tensor, first: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flarec.kernels.diagonal.pending import pending_rows
 from flarec.layout import BLOCK_END, PADDING, Layout
 
 
@@ -91,3 +92,26 @@ def reference_commit(
             current = update(current, *(operand.to(state.dtype) for operand in operands))
         result.append(current)
     return torch.stack(result)
+
+
+def reference_step(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor,
+    pending_x: Tensor,
+    pending_dt: Tensor,
+    pending_b: Tensor,
+    accepted: Tensor,
+    layout: Layout,
+) -> tuple[Tensor, ...]:
+    """Commit the accepted pending rows, run from that state, and leave this step's clean rows pending.
+
+    state [B, C, N] float32; pending_x, pending_dt [B, R, C], pending_b [B, R, N]; accepted [B] int64, 0..R.
+    Returns (y [B, T, C], state, pending_x, pending_dt, pending_b). Noisy tokens never change the state.
+    """
+    state = reference_commit(state, pending_x, pending_dt, pending_b, a, accepted)
+    y = reference(x, dt, a, b, c, layout, initial_state=state)
+    return (y, state, *(pending_rows(rows, layout, state.dtype) for rows in (x, dt, b)))

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flarec.kernels.diagonal.pending import pending_rows
 from flarec.kernels.diagonal.schedule import Panel, ScanSchedule
 from flarec.kernels.diagonal.streams import Streams
+from flarec.layout import Layout
 
 from . import walk
 from .reference import compute_dtype
@@ -61,6 +63,26 @@ def commit(state: Tensor, x_rows: Tensor, dt_rows: Tensor, b_rows: Tensor, a: Te
         part = slice(begin, begin + COMMIT_ROWS)
         current = walk.forward(Tokens(x[part], dt[part], b[part], b[part]), decays, current).states[-1]
     return current.mT.clone(memory_format=torch.contiguous_format)
+
+
+def step(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor,
+    pending_x: Tensor,
+    pending_dt: Tensor,
+    pending_b: Tensor,
+    accepted: Tensor,
+    schedule: ScanSchedule,
+    layout: Layout,
+) -> tuple[Tensor, ...]:
+    """(y, state, pending_x, pending_dt, pending_b): the arguments and meaning of `reference_step`."""
+    state = commit(state, pending_x, pending_dt, pending_b, a, accepted)
+    y = two_stream(x, dt, a, b, c, schedule, initial_state=state)
+    return (y, state, *(pending_rows(rows, layout, state.dtype) for rows in (x, dt, b)))
 
 
 class _TwoStream(torch.autograd.Function):

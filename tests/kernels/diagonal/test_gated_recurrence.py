@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flarec import lowered, ops, stream_ops
+from flarec import ops
 from flarec.kernels.diagonal.gated_recurrence import reference as specification
 from flarec.kernels.diagonal.gated_recurrence import torch_walk
 from flarec.kernels.diagonal.schedule import ScanSchedule
@@ -22,8 +22,8 @@ from tests.oracles.layouts import layouts
 from tests.oracles.visibility import visible_slots
 
 # untyped: a test unpacks the cache before further arguments
-reference_step: Any = stream_ops.cached_gated_recurrence
-fast_step: Any = lowered.gated_recurrence_step
+reference_step: Any = specification.reference_step
+fast_step: Any = torch_walk.step
 
 
 def one_chunk(layout: Layout) -> ScanSchedule:
@@ -135,12 +135,12 @@ def test_the_captured_op_is_a_plain_causal_recurrence() -> None:
     leaves = gated_leaves(layout, 4)
     operands = (leaves["x"], leaves["a"])
     torch.library.opcheck(
-        ops.GATED_RECURRENCE, operands, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+        ops.GATED_RECURRENCE.op, operands, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )
     expected = recurrences.gated_recurrence(*operands, layout, torch.zeros(2, 5, dtype=torch.float64))
-    torch.testing.assert_close(ops.gated_recurrence(*operands), expected)
+    torch.testing.assert_close(ops.GATED_RECURRENCE(*operands), expected)
     weight = torch.randn(expected.shape, dtype=torch.float64)
-    got = torch.autograd.grad(ops.gated_recurrence(*operands), operands, weight)
+    got = torch.autograd.grad(ops.GATED_RECURRENCE(*operands), operands, weight)
     for mine, true in zip(got, torch.autograd.grad(expected, operands, weight), strict=True):
         torch.testing.assert_close(mine, true)
 

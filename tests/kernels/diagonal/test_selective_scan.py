@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flarec import lowered, ops, stream_ops
+from flarec import ops
 from flarec.errors import LayoutError
 from flarec.kernels.diagonal.schedule import ScanSchedule
 from flarec.kernels.diagonal.selective_scan import reference as specification
@@ -34,8 +34,8 @@ TOKENS = ("x", "dt", "b", "c")
 oracle_form: Any = recurrences.selective_scan
 reference_form: Any = specification.reference
 fast_form: Any = torch_scan.two_stream
-reference_step: Any = stream_ops.cached_selective_scan
-fast_step: Any = lowered.selective_scan_step
+reference_step: Any = specification.reference_step
+fast_step: Any = torch_scan.step
 
 
 def by_name(operands: Leaves) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -144,13 +144,13 @@ def test_the_captured_op_is_a_plain_causal_scan() -> None:
     layout = build_layout([[6], [6]], [[], []])
     operands = by_name(selective_leaves(layout, 4))
     torch.library.opcheck(
-        ops.SELECTIVE_SCAN, operands, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+        ops.SELECTIVE_SCAN.op, operands, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )
     state = torch.zeros(2, 3, 4, dtype=torch.float64)
     expected = oracle_form(*operands, layout, state)
-    torch.testing.assert_close(ops.selective_scan(*operands), expected)
+    torch.testing.assert_close(ops.SELECTIVE_SCAN(*operands), expected)
     weight = torch.randn(expected.shape, dtype=torch.float64)
-    got = torch.autograd.grad(ops.selective_scan(*operands), operands, weight)
+    got = torch.autograd.grad(ops.SELECTIVE_SCAN(*operands), operands, weight)
     wanted = torch.autograd.grad(expected, operands, weight)
     for mine, true in zip(got, wanted, strict=True):
         torch.testing.assert_close(mine, true)

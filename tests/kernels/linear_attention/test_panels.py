@@ -14,7 +14,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flarec.kernels.linear_attention import StateSchedule, reference, two_stream
+from flarec.kernels.linear_attention import reference
+from flarec.kernels.linear_attention.panels.chunk import two_stream
+from flarec.kernels.linear_attention.panels.schedule import StateSchedule
 from flarec.layout import Block, Layout, build_layout
 from tests.kernels.linear_attention.cases import Case, cases, poison_padding
 from tests.oracles.layouts import layouts

@@ -11,12 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flarec.errors import LayoutError
-from flarec.kernels import linear_attention
+from flarec.kernels.linear_attention import reference as definition
+from flarec.kernels.linear_attention import reference_states as states_of
+from flarec.kernels.linear_attention.panels import chunk
+from flarec.kernels.linear_attention.panels.commit import commit
+from flarec.kernels.linear_attention.panels.schedule import StateSchedule
 from flarec.layout import Block, Layout, build_layout
 from tests.kernels.linear_attention.cases import Case, cases, poison_padding
 from tests.oracles.layouts import layouts
 
-op: Any = linear_attention  # untyped: tests unpack inputs before further positional arguments
+# untyped: tests unpack inputs before further positional arguments
+op: Any = chunk
+reference: Any = definition
+reference_states: Any = states_of
 
 NAMES = ("q", "k", "v", "g", "beta")
 
@@ -30,13 +37,13 @@ def test_step_and_commit_equal_reference(layout: Layout, case: Case, chunk_size:
     options: Any = case.options()
     out, k_rows, d_rows, g_rows = op.two_stream_step(
         *(poisoned[n] for n in NAMES),
-        op.StateSchedule.from_layout(layout, chunk_size),
+        StateSchedule.from_layout(layout, chunk_size),
         **options,
         initial_state=state,
         clean_length=clean,
     )
     arguments: Any = inputs
-    expected = op.reference(*(arguments[n] for n in NAMES), layout, **options, initial_state=state)
+    expected = reference(*(arguments[n] for n in NAMES), layout, **options, initial_state=state)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
 
     lengths = (layout.clean_document >= 0).sum(1).tolist()
@@ -54,11 +61,11 @@ def test_step_and_commit_equal_reference(layout: Layout, case: Case, chunk_size:
         ],
     )
     del options["scale"]
-    wanted = op.reference_states(*(arguments[n] for n in NAMES[1:]), short, **options, initial_state=state)
+    wanted = reference_states(*(arguments[n] for n in NAMES[1:]), short, **options, initial_state=state)
     assert state is not None
     behind = torch.arange(clean) >= torch.tensor(accepted)[:, None]
     k_rows, d_rows = (x.masked_fill(behind[:, :, None, None], float("nan")) for x in (k_rows, d_rows))
-    got = op.commit(state.detach(), k_rows, d_rows, g_rows, torch.tensor(accepted))
+    got = commit(state.detach(), k_rows, d_rows, g_rows, torch.tensor(accepted))
     torch.testing.assert_close(got, wanted.detach(), rtol=0, atol=1e-10)
     for row, n in enumerate(accepted):
         if n == 0:
@@ -68,7 +75,7 @@ def test_step_and_commit_equal_reference(layout: Layout, case: Case, chunk_size:
 def test_commit_of_no_rows_is_the_identity() -> None:
     state = torch.randn(2, 4, 3, 5)
     for g in (None, torch.zeros(2, 0, 4), torch.zeros(2, 0, 4, 3)):
-        got = op.commit(state, torch.zeros(2, 0, 2, 3), torch.zeros(2, 0, 4, 5), g, torch.zeros(2, dtype=torch.int64))
+        got = commit(state, torch.zeros(2, 0, 2, 3), torch.zeros(2, 0, 4, 5), g, torch.zeros(2, dtype=torch.int64))
         assert torch.equal(got, state)
 
 
@@ -79,8 +86,8 @@ def test_commit_keeps_accuracy_behind_a_long_prefill() -> None:
     g = -5 * torch.rand(1, rows, 1, generator=gen, dtype=torch.float64)
     state = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
     count = torch.tensor([rows])
-    exact = op.commit(state, k, d, g, count)
-    got = op.commit(state.float(), k.float(), d.float(), g.float(), count)
+    exact = commit(state, k, d, g, count)
+    got = commit(state.float(), k.float(), d.float(), g.float(), count)
     assert (got - exact).norm() / exact.norm() < 1e-6
 
 
@@ -92,31 +99,31 @@ def test_split_with_rejected_drafts_equals_one_pass(case: Case, length: int, spl
     whole = build_layout([[length]], [[]])
     inputs: Any = case.inputs(whole)
     options: Any = case.options()
-    expected = op.two_stream(*(inputs[n] for n in NAMES), op.StateSchedule.from_layout(whole, 4), **options)
+    expected = op.two_stream(*(inputs[n] for n in NAMES), StateSchedule.from_layout(whole, 4), **options)
 
     first = build_layout([[split + drafts]], [[]])
     junk: Any = Case(case.gate, case.delta, case.l2norm, case.group, case.seed + 1).inputs(first)
     mixed = [None if inputs[n] is None else torch.cat([inputs[n][:, :split], junk[n][:, split:]], 1) for n in NAMES]
     _, k_rows, d_rows, g_rows = op.two_stream_step(
-        *mixed, op.StateSchedule.from_layout(first, 4), **options, initial_state=None, clean_length=split + drafts
+        *mixed, StateSchedule.from_layout(first, 4), **options, initial_state=None, clean_length=split + drafts
     )
-    state = op.commit(torch.zeros_like(inputs["initial_state"]), k_rows, d_rows, g_rows, torch.tensor([split]))
+    state = commit(torch.zeros_like(inputs["initial_state"]), k_rows, d_rows, g_rows, torch.tensor([split]))
     second = build_layout([[length - split]], [[]], cached=[split])
     rest = [None if inputs[n] is None else inputs[n][:, split:] for n in NAMES]
-    got = op.two_stream(*rest, op.StateSchedule.from_layout(second, 4), **options, initial_state=state)
+    got = op.two_stream(*rest, StateSchedule.from_layout(second, 4), **options, initial_state=state)
     torch.testing.assert_close(got, expected[:, split:], rtol=0, atol=1e-10)
 
 
 def test_schedule_refuses_blocks_without_a_known_state() -> None:
     with pytest.raises(LayoutError, match="anchored at 3"):
-        op.StateSchedule.from_layout(build_layout([[2]], [[Block(0, 3, 1)]], cached=[4]))
+        StateSchedule.from_layout(build_layout([[2]], [[Block(0, 3, 1)]], cached=[4]))
     with pytest.raises(LayoutError, match="anchored at 7"):
-        op.StateSchedule.from_layout(build_layout([[2]], [[Block(0, 7, 1)]], cached=[4]))
+        StateSchedule.from_layout(build_layout([[2]], [[Block(0, 7, 1)]], cached=[4]))
 
 
 def test_schedule_places_every_token_once() -> None:
     layout = build_layout([[9, 4], [3]], [[Block(0, 5, 4), Block(1, 4, 3)], [Block(0, 0, 2)]])
-    schedule = op.StateSchedule.from_layout(layout, 4)
+    schedule = StateSchedule.from_layout(layout, 4)
     placed = torch.cat([schedule.clean_token.flatten(), schedule.panel_token.flatten()])
     real = (layout.token_document() >= 0).flatten().nonzero().squeeze(1)
     assert torch.equal(placed[placed >= 0].sort().values, real)
@@ -125,11 +132,11 @@ def test_schedule_places_every_token_once() -> None:
 
 def test_schedule_of_a_decode_step_is_small_and_quick() -> None:
     layout = build_layout([[5]] * 8, [[Block(0, 11 + i, 4) for i in range(5)]] * 8, cached=[10] * 8)
-    schedule = op.StateSchedule.from_layout(layout)
+    schedule = StateSchedule.from_layout(layout)
     assert (schedule.chunk_size, schedule.chunks, schedule.panels) == (5, 8, 8)
     seconds = []
     for _ in range(20):
         start = time.perf_counter()
-        op.StateSchedule.from_layout(layout)
+        StateSchedule.from_layout(layout)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.005

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from flarec.kernels.linear_attention.reference_step import reference_step
 from flarec.kernels.linear_attention.tiles.schedule import TileSchedule
 from flarec.layout import PADDING, Block, build_layout
-from flarec.stream_ops import cached_linear_attention
 from tests.kernels.linear_attention.cases import Case
 
 triton_prefill = pytest.importorskip("flarec.kernels.linear_attention.tiles.prefill")
@@ -58,8 +58,9 @@ def test_equals_the_cached_reference(case: Case, dtype: torch.dtype) -> None:
     )
     wide: list[Any] = [None if (x := low[n]) is None else x.double() for n in ("q", "k", "v", "g", "beta")]
     old: list[Any] = [None if x is None else x.double() for x in cache]
-    arguments: list[Any] = [*wide, *old, accepted, layout, *case.options().values()]
-    exact = cached_linear_attention(*arguments)
+    names = ("q", "k", "v", "g", "beta", "state", "pending_k", "pending_d", "pending_g")
+    named: dict[str, Any] = dict(zip(names, (*wide, *old), strict=True))
+    exact = reference_step(**named, accepted=accepted, layout=layout, **case.options())
     assert len(got) == len(exact) == (4 if case.gate == "none" else 5)
     for name, wanted in result_names(exact).items():
         mine = result_names(got)[name].cpu()

@@ -1,4 +1,4 @@
-"""The Triton decode step of linear attention against the loops of `stream_ops.cached_linear_attention`."""
+"""The Triton decode step of linear attention against the loops of `reference_step`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from triton.runtime import interpreter
 
 from flarec.errors import LayoutError, UsageError
 from flarec.kernels.linear_attention.reference import reference_states
+from flarec.kernels.linear_attention.reference_step import reference_step
 from flarec.kernels.linear_attention.step.launch import StepConfig, linear_attention_step
 from flarec.kernels.linear_attention.step.schedule import StepSchedule
 from flarec.layout import Block, Layout, build_layout
-from flarec.stream_ops import cached_linear_attention
 from tests.kernels.linear_attention.cases import Case
 from tests.oracles.layouts import layouts
 
@@ -29,6 +29,7 @@ TF32X3 = (
 )  # of the float32 results of 16-bit inputs: a product is cut into parts of 11 bits, the smallest is lost
 
 Operands = list[Tensor | None]
+OPERANDS = ("q", "k", "v", "g", "beta", "state", "pending_k", "pending_d", "pending_g", "accepted")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -102,10 +103,9 @@ def run(args: Operands, layout: Layout, case: Case, **kwargs: Any) -> tuple[Tens
 
 def reference(args: Operands, layout: Layout, case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The loops on the host in `dtype`, from the same (possibly rounded) inputs."""
-    call: Any = cached_linear_attention
     on_host = [None if x is None else x.cpu() for x in args]
-    results: tuple[Tensor, ...] = call(*as_dtype(on_host, dtype), layout, **case.options())
-    return results
+    named: dict[str, Any] = dict(zip(OPERANDS, as_dtype(on_host, dtype), strict=True))
+    return reference_step(**named, layout=layout, **case.options())
 
 
 def error(got: Tensor, exact: Tensor) -> float:
