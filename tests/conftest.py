@@ -23,8 +23,11 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before any test module is imported
 
-# Times vary with the load of the machine, so a slow example is no failure; a failing one prints how to replay it.
-hypothesis.settings.register_profile("flarec", deadline=None, print_blob=True)
+# Times vary with the load of the machine, so neither a slow example nor slowly drawn data is a failure; an example that
+# fails prints how to replay it.
+hypothesis.settings.register_profile(
+    "flarec", deadline=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("flarec")
 
 

@@ -72,6 +72,15 @@ KNOWS_TRANSFORMERS = {"frontend", "checkpoint", "api", "verify", "conformance", 
 # numpy: schedules are index arithmetic on the host.
 KERNEL_LIBRARIES = {"torch", "triton", "numpy"}
 
+# A test that reads a clock, sleeps or stops waiting fails on a busy machine. Times belong into benchmarks/, as ratios
+# within one run; tests count calls (tests/counting.py) or bring a clock. What hangs is ended by pytest's own timeout.
+CLOCK_MODULES = {"time", "timeit", "datetime", "sched", "psutil"}
+CLOCKS = {
+    "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time", "process_time_ns", "thread_time",
+    "thread_time_ns", "time_ns", "clock_gettime", "getrusage", "sleep", "alarm", "setitimer", "elapsed_time",
+}  # fmt: skip
+WAITS = {"timeout", "deadline"}
+
 
 def python_files(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
@@ -194,6 +203,51 @@ def test_packages_hold_no_unfinished_work() -> None:
         if marker.search(line)
     ]
     assert found == []
+
+
+def clock_uses(source: str) -> Iterator[tuple[int, str]]:
+    """(line, name) of every clock that a file reads, and of every wait that it ends by one."""
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] in CLOCK_MODULES]
+        elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names if node.module in CLOCK_MODULES or alias.name in CLOCKS]
+        elif isinstance(node, ast.Attribute):
+            names = [node.attr] if node.attr in CLOCKS | WAITS else []
+        elif isinstance(node, ast.keyword):
+            names = [node.arg] if node.arg in WAITS and ast.unparse(node.value) != "None" else []
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("__import__", "import_module")):
+            first = node.args[0] if node.args else None
+            names = [str(first.value)] if isinstance(first, ast.Constant) and first.value in CLOCK_MODULES else []
+        yield from ((getattr(node, "lineno", 0), name) for name in names)
+
+
+def test_tests_read_no_clock() -> None:
+    files = python_files("tests", "tests_fla")
+    found = [f"{p.relative_to(ROOT)}:{line}: {name}" for p in files for line, name in clock_uses(p.read_text())]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import time", ["time"]),
+        ("from time import process_time as now", ["process_time"]),
+        ("from flarec.doctor.rates import time\nassert time.perf_counter() < 3", ["perf_counter"]),
+        ("seconds = __import__('time')", ["time"]),
+        ("clock = importlib.import_module('timeit')", ["timeit"]),
+        ("process.wait(timeout=20)", ["timeout"]),
+        ("pytestmark = pytest.mark.timeout(5)", ["timeout"]),
+        ("settings(deadline=200)", ["deadline"]),
+        ("assert resource.getrusage(0).ru_utime < 3", ["getrusage"]),
+        ("def f():\n    return start.elapsed_time(end)", ["elapsed_time"]),
+        ("settings(deadline=None)\nprocess.wait()\nrun(clock=lambda: 3.0)\nassert step.seconds > 0", []),
+        ("importlib.import_module('flarec')\n'import time'\nSimpleNamespace(perf_counter=clock)", []),
+    ],
+)
+def test_the_rule_about_clocks_refuses_what_it_should(source: str, names: list[str]) -> None:
+    assert [name for _, name in clock_uses(source)] == names
 
 
 def test_flash_linear_attention_is_absent() -> None:

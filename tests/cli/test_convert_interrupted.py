@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,20 @@ from tests.cli.conversions import QUICK, flarec, write_data
 from tests.models import tiny_checkpoint
 
 STEPS = 40
-EXECUTABLE = [sys.executable, "-c", "from flarec.cli import main; main()"]
-TIMEOUT = 120.0
+WATCHED = """
+import os, signal
+from flarec.cli import main
+from flarec.train.loop import Trainer
+tell, wait, pipe = (int(os.environ[name]) for name in ("TELL_AT", "WAIT_AT", "TELL_TO"))
+advance = Trainer.advance
+def watched(trainer):
+    if trainer.step == tell: os.write(pipe, b"saved")
+    if trainer.step == wait: signal.pause()  # a test that is late must not find the run complete
+    return advance(trainer)
+Trainer.advance = watched
+main()
+"""
+"""`flarec` that says when a step is saved, and takes no step after a later one before a signal came."""
 
 
 @pytest.fixture
@@ -42,22 +53,23 @@ def saved_step(place: Path) -> int:
 
 
 def stop_after(place: Path, command: list[str], step: int, signal_number: signal.Signals) -> tuple[int, str]:
-    """Start a process, send it a signal once `step` is saved; its exit code and stderr."""
+    """Start a process, send it a signal once `step` is saved, at most 8 steps later; its exit code and stderr."""
+    reads, writes = os.pipe()
+    environment = {**os.environ, "TELL_AT": str(step), "WAIT_AT": str(step + 8), "TELL_TO": str(writes)}
     # in a session of its own, so that a signal for the test's process group does not reach it
     process = subprocess.Popen(
-        command, cwd=place, stderr=subprocess.PIPE, text=True, start_new_session=True, env=dict(os.environ)
-    )
-    try:
-        end = time.monotonic() + TIMEOUT
-        while saved_step(place) < step:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < end, "no save in time"
-            time.sleep(0.01)
-        process.send_signal(signal_number)
-        _, errors = process.communicate(timeout=TIMEOUT)
-        return process.returncode, errors
-    finally:
-        process.kill()
+        [sys.executable, "-c", WATCHED, *command], cwd=place, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, env=environment, pass_fds=(writes,),
+    )  # fmt: skip
+    os.close(writes)
+    with process, open(reads, "rb") as told:
+        try:
+            if told.read(5) == b"saved":
+                process.send_signal(signal_number)
+            _, errors = process.communicate()
+        finally:
+            process.kill()
+    return process.returncode, errors
 
 
 @pytest.mark.slow
@@ -65,20 +77,20 @@ def test_interrupted_twice_and_resumed_equals_uninterrupted(place: Path) -> None
     whole = flarec(*arguments("whole"))
     assert whole.exit_code == 0, whole.output
 
-    code, errors = stop_after(place, [*EXECUTABLE, *arguments("out")], 3, signal.SIGINT)
+    code, errors = stop_after(place, arguments("out"), 3, signal.SIGINT)
     assert code == 130, errors
     assert "Traceback" not in errors
     interrupted_at = saved_step(place)
-    assert 3 <= interrupted_at < STEPS, "the signal came too late for this test"
+    assert 3 <= interrupted_at < STEPS
     assert f"step {interrupted_at} is saved" in errors
     command = shlex.split(errors.strip().splitlines()[-1])
     assert command[:2] == ["flarec", "convert"]
     assert "--resume" in command
 
-    code, errors = stop_after(place, [*EXECUTABLE, *command[1:]], interrupted_at + 4, signal.SIGKILL)
+    code, errors = stop_after(place, command[1:], interrupted_at + 4, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert f"continuing after step {interrupted_at} of {STEPS}" in errors
-    assert interrupted_at + 4 <= saved_step(place) < STEPS, "the signal came too late for this test"
+    assert interrupted_at + 4 <= saved_step(place) < STEPS
     assert not (place / "out").exists()
 
     resumed = flarec(*command[1:])

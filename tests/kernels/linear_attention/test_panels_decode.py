@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from flarec.kernels.linear_attention.panels import chunk
 from flarec.kernels.linear_attention.panels.commit import commit
 from flarec.kernels.linear_attention.panels.schedule import StateSchedule
 from flarec.layout import Block, Layout, build_layout
+from tests.counting import calls_of
 from tests.kernels.linear_attention.cases import Case, cases, poison_padding
 from tests.oracles.layouts import layouts
 
@@ -130,13 +130,18 @@ def test_schedule_places_every_token_once() -> None:
     assert schedule.step_counts == (3, 1, 1)  # three documents; only the longest has a second and a third chunk
 
 
-def test_schedule_of_a_decode_step_is_small_and_quick() -> None:
-    layout = build_layout([[5]] * 8, [[Block(0, 11 + i, 4) for i in range(5)]] * 8, cached=[10] * 8)
-    schedule = StateSchedule.from_layout(layout)
+def step_layout(rows: int) -> Layout:
+    """AR-Trust: five clean rows per request, a block behind each of them."""
+    return build_layout([[5]] * rows, [[Block(0, 11 + i, 4) for i in range(5)]] * rows, cached=[10] * rows)
+
+
+def test_schedule_of_a_decode_step_is_small() -> None:
+    schedule = StateSchedule.from_layout(step_layout(8))
     assert (schedule.chunk_size, schedule.chunks, schedule.panels) == (5, 8, 8)
-    seconds = []
-    for _ in range(20):
-        start = time.perf_counter()
-        StateSchedule.from_layout(layout)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.005
+
+
+def test_schedule_of_a_decode_step_has_no_loop_over_requests() -> None:
+    """The same few calls of Python functions for one request and for many (measured: 155)."""
+    layouts_of_steps = [step_layout(rows) for rows in (1, 1, 8, 64)]  # the first call may import
+    _, *calls = (calls_of(StateSchedule.from_layout, layout) for layout in layouts_of_steps)
+    assert calls == calls[:1] * 3 and calls[0] < 250
