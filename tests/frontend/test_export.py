@@ -310,7 +310,7 @@ class StrangeMixer(nn.Module):
 def test_unknown_mixer_names_class_layer_and_row() -> None:
     model = tiny_model("olmo_hybrid")
     model.model.layers[1].self_attn = StrangeMixer()
-    with pytest.raises(CaptureError, match=r"layer 1 .*StrangeMixer.*row 'olmo_hybrid' in flarec/adapters\.py$"):
+    with pytest.raises(CaptureError, match=r"layer 1 .*StrangeMixer.*row 'olmo_hybrid' in flarec/frontend/families\.py$"):
         capture(model)
 
 
