@@ -266,23 +266,22 @@ def ops_by_layer(program: Program) -> dict[int | None, Counter[str]]:
     return counts
 
 
-@pytest.mark.slow
-def test_meta_capture_of_a_9b_configuration() -> None:
-    """Each of the 32 layers has the nodes of its kind in the small model: neither width nor depth makes the graph grow.
+def test_meta_capture_as_wide_as_9b() -> None:
+    """Each of 12 layers has the nodes of its kind in the small model: neither width nor depth makes the graph grow.
 
-    How long capture takes is measured by `benchmarks/capture_times.py`.
+    `benchmarks/capture_times.py` captures all 32 layers, and measures how long that takes.
     """
     model = on_meta(
-        hidden_size=4096, intermediate_size=12288, num_hidden_layers=32, num_attention_heads=16,
+        hidden_size=4096, intermediate_size=12288, num_hidden_layers=12, num_attention_heads=16,
         num_key_value_heads=4, linear_num_value_heads=32, tie_word_embeddings=False,
     )  # fmt: skip
     program = capture(model)
-    assert program.op_counts()["flarec.linear_attention"] == 24
-    assert sum(p.numel() for p in program.parameters().values()) > 8.9e9
+    assert program.op_counts()["flarec.linear_attention"] == 9
+    assert sum(p.numel() for p in program.parameters().values()) > 4.6e9
     assert program.parameters().keys() == dict(model.named_parameters()).keys()
     assert all(tensor.is_meta for tensor in (*program.module.parameters(), *program.module.buffers()))
     small = ops_by_layer(captured("qwen3_5_text"))
-    expected = {None: small[None]} | {layer: small[layer % 4] for layer in range(32)}
+    expected = {None: small[None]} | {layer: small[layer % 4] for layer in range(12)}
     assert ops_by_layer(program) == expected
 
 
@@ -310,7 +309,7 @@ class StrangeMixer(nn.Module):
 def test_unknown_mixer_names_class_layer_and_row() -> None:
     model = tiny_model("olmo_hybrid")
     model.model.layers[1].self_attn = StrangeMixer()
-    with pytest.raises(CaptureError, match=r"layer 1 .*StrangeMixer.*row 'olmo_hybrid' in flarec/frontend/families\.py$"):
+    with pytest.raises(CaptureError, match=r"layer 1 .*StrangeMixer.* 'olmo_hybrid' in flarec/frontend/families\.py$"):
         capture(model)
 
 
