@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 from flarec.checkpoint.directory import describe_source, open_checkpoint
-from flarec.checkpoint.manifest import DecodeDefaults, Manifest, Mask
+from flarec.checkpoint.manifest import DecodeDefaults, FileEntry, Manifest, Mask, Source
 from flarec.checkpoint.write import write_checkpoint
 from flarec.passes.embed_mask import PARAMETER
 from tests.models import VOCABULARY, tiny_checkpoint
@@ -49,3 +51,29 @@ def converted(directory: Path, family: str = "bamba", kind: str = "row", **optio
         **options,
     )
     return source, out
+
+
+def own_folder(path: Path, *names: str) -> Path:
+    """A folder as `flarec convert` leaves it, as far as its record goes: a manifest, and the files that it lists."""
+    path.mkdir(parents=True)
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(f"the old {name}")
+    manifest = Manifest(
+        Source("origin"), Mask("row", MASK_ROW), DecodeDefaults(3, dict(READOUTS)),
+        files={name: FileEntry.of(path / name) for name in names},
+    )  # fmt: skip
+    (path / "flarec.json").write_text(manifest.to_json())
+    return path
+
+
+def tree(place: Path) -> dict[str, str]:
+    """Everything below a folder: what a file holds, where a link leads; folders too."""
+    found = {}
+    for path in sorted(place.rglob("*")):
+        name = path.relative_to(place).as_posix()
+        if path.is_symlink():
+            found[name] = f"-> {os.readlink(path)}"
+        else:
+            found[name] = "folder" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+    return found

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 
 from flarec.checkpoint.manifest import DecodeDefaults, Manifest, Mask, Source
+from flarec.train.state import StateDirectory
 from tests.cli.conversions import QUICK, flarec, write_data
 from tests.models import tiny_checkpoint
 from tests.train.test_resume import full_disk
@@ -146,7 +147,7 @@ CASES: list[tuple[str, Callable[[Place], Any], list[str], str]] = [
      ["convert", "model", "--data", "out/data.jsonl", "--out", "out", "--overwrite"],
      "data.jsonl lies in the output directory out"),
     ("nothing to resume", nothing, [*CONVERT, "--out", "out", "--resume"], "there is nothing to resume"),
-    ("interrupted run", folder("out.partial"), [*CONVERT, "--out", "out"],
+    ("interrupted run", lambda p: StateDirectory(p / "out.partial").create({}), [*CONVERT, "--out", "out"],
      "out.partial holds an interrupted run: continue it with --resume"),
 ]  # fmt: skip
 

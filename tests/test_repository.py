@@ -19,7 +19,7 @@ PYTHON_FOLDERS = [*PACKAGE_FOLDERS.values(), "tests", "tools", "examples", "benc
 LONGEST_FILE = 500
 
 # Which module belongs to which layer: the longest prefix decides.
-BASE = ("errors", "layout", "device", "collector")
+BASE = ("errors", "files", "layout", "device", "collector")
 KERNELS = ("linear_attention", "short_conv", "softmax_attention", "moe_experts", "diagonal")
 ROOMS = (
     "recipe", "ir", "ops", "frontend", "passes", "checkpoint", "train", "decode", "verify", "inspect", "bench",
@@ -41,6 +41,7 @@ BELOW_CLI = set(LAYER_OF.values()) - {"cli"}
 MAY_IMPORT: dict[str, set[str]] = {
     "root": set(),
     "errors": set(),
+    "files": set(),
     "layout": set(),
     "device": set(),
     "collector": set(),
@@ -56,13 +57,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decode": {"layout", "slots"},
     "train": {
         "ops", "ir", "layout", "recipe", "device", "decode", "recipes", "frontend", "passes", "checkpoint",
+        "files",
     },
     "conformance": BELOW_CLI - {"doctor"},
     "doctor": BELOW_CLI - {"conformance"},
     "verify": BELOW_CLI - {"conformance", "doctor"},
     "inspect": BELOW_CLI - {"train", "decode", "verify", "bench", "conformance", "doctor"},
-    "bench": {*ALL_KERNELS, "ops", "layout"},
-    "checkpoint": {"frontend", "layout"},
+    "bench": {*ALL_KERNELS, "ops", "layout", "files"},
+    "checkpoint": {"frontend", "layout", "files"},
     "api": {"device", "collector", "frontend", "passes", "ir", "decode", "checkpoint", "train"},
     "cli": BELOW_CLI,
 }

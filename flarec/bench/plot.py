@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..files import check_apart, write_file
 from .rows import BLOCKS, PLOTTED, ROUTE_BLOCKS
 
 Points = list[tuple[int, float]]
@@ -49,7 +51,11 @@ def curves(rows: Mapping[str, Any]) -> dict[str, Points]:
 
 
 def draw(results: Path, out: Path) -> None:
-    """Draw the picture of a results file; the suffix of `out` chooses the format (svg, png, pdf)."""
+    """Draw the picture of a results file; the suffix of `out` chooses the format (svg, png, pdf).
+
+    Raises `UsageError` for a file without results, and for one that is no place for the picture.
+    """
+    check_apart([out], [results])
     rows = read(results)
     found = curves(rows)
     if not found:
@@ -74,7 +80,9 @@ def draw(results: Path, out: Path) -> None:
         axes.set_xlabel("block size")
         axes.set_ylabel("forward + backward, ms")
         axes.legend(frameon=False)
+        drawn, kind = BytesIO(), out.suffix.removeprefix(".")
         try:
-            figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
-        except (OSError, ValueError) as error:
+            figure.savefig(drawn, format=kind or "png", metadata={"Date": None} if kind == "svg" else None)
+        except ValueError as error:
             raise UsageError(f"{out} cannot be written ({error}); choose another file") from None
+    write_file(out, drawn.getvalue())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..errors import UsageError
+from ..files import write_file
 from . import baselines
 from .checks import Check
 from .session import FAILED, MEASURED, Line
@@ -61,11 +62,12 @@ def record(
 
 
 def write(path: Path, values: Mapping[str, Any]) -> None:
-    """In one piece: a run that is stopped leaves what it had measured."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    """In one piece: a run that is stopped leaves what it had measured. Raises `UsageError` if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path.parent} cannot be made: {error.strerror}; choose another --out") from error
+    write_file(path, json.dumps(values, indent=1) + "\n")
 
 
 def cells(line: Line) -> list[str]:

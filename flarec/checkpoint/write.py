@@ -22,6 +22,7 @@ from torch import nn
 
 from .. import __version__
 from ..errors import CheckpointError, UsageError, first_line
+from ..files import unused
 from .card import model_card
 from .carried import Carried
 from .directory import GENERATION_CONFIG
@@ -46,11 +47,45 @@ def versions() -> dict[str, str]:
 
 
 def check_destination(out: Path, overwrite: bool) -> None:
-    """Raises `CheckpointError` if a checkpoint cannot be written to `out`; writes nothing."""
+    """Raises `CheckpointError` if a checkpoint cannot be written to `out`; writes nothing.
+
+    Only a checkpoint of flarec is ever replaced: a folder with a manifest, and with no other files than it lists.
+    """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise CheckpointError(f"{out} exists and is not a directory; choose another output directory")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise CheckpointError(f"{out} is not empty; choose another output directory or replace it with --overwrite")
+    if not out.is_dir():
+        return
+    try:
+        reason = why_not_own(out) if any(out.iterdir()) else None
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be read ({error.strerror}); choose another output directory") from error
+    if reason is None:
+        return
+    if reason and overwrite:
+        raise CheckpointError(
+            f"{out} is not replaced by --overwrite: {reason}; move it away or choose another output directory"
+        )
+    if not overwrite:
+        hint = "" if reason else " or replace it with --overwrite"
+        raise CheckpointError(f"{out} is not empty; choose another output directory{hint}")
+
+
+def why_not_own(directory: Path) -> str:
+    """Why a directory is no checkpoint that flarec wrote, and nothing else; empty if it is one."""
+    path = directory / MANIFEST
+    try:
+        manifest = None if path.is_symlink() else Manifest.read(directory)
+    except CheckpointError as error:
+        return str(error)
+    if manifest is None:
+        return f"it is no checkpoint of flarec (no {MANIFEST})"
+    own = {MANIFEST, *manifest.files}
+    folders = {parent.as_posix() for name in own for parent in Path(name).parents}
+    for found in sorted(directory.rglob("*")):
+        name = found.relative_to(directory).as_posix()
+        if found.is_symlink() or name not in (folders if found.is_dir() else own):
+            return f"{name} in it was not written by flarec"
+    return ""
 
 
 def check_shard_size(size: str) -> None:
@@ -83,18 +118,19 @@ def write_checkpoint(
     carried         the multimodal checkpoint that `model` was loaded from (`Checkpoint.carried`): it is written with
                     `model` as its text model, in the source's own files and dtypes
     attachments     further files to copy: name in the checkpoint -> file
-    overwrite       replace a directory that is not empty, after everything has been written
+    overwrite       replace a checkpoint that flarec wrote, after everything has been written
 
     Returns `out`. Raises `CheckpointError` if `out` is in the way or cannot be written.
     """
     out = Path(out)
     check_destination(out, overwrite)
     # a sibling, so that the rename stays on one file system
-    partial = out.parent / f".{out.name}.writing-{os.getpid()}"
+    with _disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = unused(out, "writing")
+        partial.mkdir()
     try:
         with _disk_errors(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            partial.mkdir()
             tokenizer.save_pretrained(str(partial))
             if carried is None:
                 _save_model(partial, model, dtype, max_shard_size)
@@ -117,6 +153,7 @@ def write_checkpoint(
             for name in names:  # safetensors writes files that nobody else may read
                 (partial / name).chmod((partial / MANIFEST).stat().st_mode)
             _sync(partial)
+            check_destination(out, overwrite)  # again: writing took its time
             _move_into_place(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -184,7 +221,7 @@ def _sync(directory: Path) -> None:
 
 
 def _move_into_place(partial: Path, out: Path) -> None:
-    old = out.parent / f".{out.name}.replaced-{os.getpid()}"
+    old = unused(out, "replaced")
     if out.exists():
         os.rename(out, old)
     try:

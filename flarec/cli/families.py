@@ -49,9 +49,10 @@ def command(
     unknown = sorted(set(families) - set(names()))
     if unknown:
         raise UsageError(f"unknown family '{unknown[0]}'; known: {', '.join(names())}")
+    known = load_runs(write) if write is not None and write.exists() else []  # before the work: the file may be another
     runs = [_run(families, commit)] if live else load_runs()
     if write is not None:
-        save_runs(merge_run(load_runs(write) if write.exists() else [], runs[0]), write)
+        save_runs(merge_run(known, runs[0]), write)
     table = [row for row in rows(runs) if row.versions or not live]
     table = [row for row in table if row.family in families or not families]
     if as_json:

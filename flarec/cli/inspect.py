@@ -30,10 +30,13 @@ def command(
     Only the configuration is read, so this works for models of any size. `--format svg` also draws the attention mask
     and the state schedule of a small example.
     """
+    from flarec.files import check_apart, write_file
     from flarec.inspect import as_svg, as_text, open_program, summarize
 
     if kind != "text" and (diff or ops):
         raise UsageError(f"--diff and --ops belong to --format text; {kind} shows the passes anyway")
+    if out is not None:
+        check_apart([Path(out)], [Path(source)])
     program = open_program(source, target, after=after, kernels=kernels)
     summary = summarize(program)
     if kind == "svg":
@@ -45,7 +48,4 @@ def command(
     if out is None:
         click.echo(text)
         return
-    try:
-        Path(out).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{out} cannot be written: {error.strerror}; choose another --out") from error
+    write_file(Path(out), text + "\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flarec.errors import UsageError
+from flarec.files import write_file
 
 NAME = "results.json"
 
@@ -122,10 +123,7 @@ def save_runs(runs: Sequence[Run], path: Path) -> None:
     """Write the runs, one line per stage so that differences can be read. Raises `UsageError` if it cannot."""
     table = {"runs": [_plain(run) for run in runs]}
     text = json.dumps(table, indent=1, ensure_ascii=False)
-    try:
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}; choose another file") from error
+    write_file(path, text + "\n", "--write")
 
 
 def _plain(run: Run) -> dict[str, Any]:

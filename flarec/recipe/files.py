@@ -22,8 +22,15 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         raise RecipeError(f"recipe {name_or_path}: {error}") from None
 
 
-def _table(source: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
-    """The merged tables of a recipe and its bases; `folder` is where relative paths start."""
+def recipe_files(name_or_path: str | Path) -> list[Path]:
+    """The TOML files that a recipe is read from, its bases included; none for a built-in one. Raises `RecipeError`."""
+    files: list[Path] = []
+    _table(str(name_or_path), Path(), (), files)
+    return files
+
+
+def _table(source: str, folder: Path, seen: tuple[str, ...], files: list[Path] | None = None) -> dict[str, Any]:
+    """The merged tables of a recipe and its bases; `folder` is where relative paths start. `files` gets those read."""
     if source in recipes.NAMES:
         identity, text, folder = source, recipes.read(source), Path()
     else:
@@ -37,6 +44,8 @@ def _table(source: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"recipe {path}: cannot be read ({error})") from None
+        if files is not None:
+            files.append(path)
     if identity in seen:
         raise RecipeError(f"recipe {source} is its own base; remove one `base` line")
     try:
@@ -50,7 +59,7 @@ def _table(source: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
         return table
     if not isinstance(base, str):
         raise RecipeError(f"recipe {source}: base = {base!r} is not text; give a recipe's name or a path")
-    return _merge(_table(base, folder, (*seen, identity)), table)
+    return _merge(_table(base, folder, (*seen, identity), files), table)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

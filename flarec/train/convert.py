@@ -6,6 +6,7 @@ until the finished checkpoint appears as OUT in one rename.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
@@ -167,7 +168,8 @@ class _Conversion:
             self.log.close()
             self.reporter.end()
         out = self._write()
-        self.directory.remove()
+        with contextlib.suppress(OSError):  # the checkpoint is complete; what is left can be removed by hand
+            self.directory.remove()
         self._summarise(out)
         return out
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.write import MAX_SHARD_SIZE, check_destination
 from ..errors import RecipeError, UsageError
+from ..files import check_apart
 from ..recipe import Recipe, load_recipe
+from ..recipe.files import recipe_files
 from .data.sources import parse_source
 from .state import StateDirectory
 
@@ -47,7 +50,9 @@ class Options:
 
     @property
     def output(self) -> Path:
-        return self.out or Path(f"{Path(self.source).resolve().name}-flarec")
+        out = self.out or Path(f"{Path(self.source).resolve().name}-flarec")
+        # `.`, `..` and the like have no name to put anything beside
+        return Path(os.path.realpath(out)) if out.name in ("", "..") else out
 
     @property
     def state_directory(self) -> StateDirectory:
@@ -69,17 +74,19 @@ class Options:
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"seed {self.seed} is out of range; give a whole number from 0 to 2**63 - 1")
 
-    def check_output(self) -> None:
-        """Raises `UsageError` or `CheckpointError` if the output directory is in use or not wanted; changes nothing."""
-        out, partial = self.output, self.state_directory.path
-        inputs = [Path(self.source), *(parse_source(text).path for text in [*self.data, *self.eval_data])]
-        for path in inputs:
-            if path.exists() and (path.resolve() == out.resolve() or out.resolve() in path.resolve().parents):
-                raise UsageError(f"{path} lies in the output directory {out}; choose another --out")
+    def check_output(self, source: Path) -> None:
+        """Raise `UsageError` or `CheckpointError` if the output directory is in use, not wanted, or would cost files.
+
+        source: the directory that holds the source. Changes nothing.
+        """
+        out, state = self.output, self.state_directory
+        data = [parse_source(text).path for text in [*self.data, *self.eval_data]]
+        check_apart([out, state.path], [Path(self.source), source, *data, *recipe_files(self.recipe)])
         check_destination(out, self.overwrite)
-        if self.resume and not partial.is_dir():
-            raise UsageError(f"there is nothing to resume: {partial} does not exist; start without --resume")
-        if not self.resume and not self.overwrite and partial.exists():
+        if self.resume and not state.in_use:
+            raise UsageError(f"there is nothing to resume: {state.path} does not exist; start without --resume")
+        state.check_own(whole=not self.resume)
+        if not self.resume and not self.overwrite and state.in_use:
             raise UsageError(
-                f"{partial} holds an interrupted run: continue it with --resume, or start again with --overwrite"
+                f"{state.path} holds an interrupted run: continue it with --resume, or start again with --overwrite"
             )

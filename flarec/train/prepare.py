@@ -62,7 +62,7 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     check_shard_size(options.max_shard_size)
     options = _with_kernels(options, device, reporter)
     source = _open_source(options.source)
-    options.check_output()
+    options.check_output(source.path)
     tokenizer = source.load_tokenizer()
     empty = source.load_model(device="meta")  # the configuration and the family, without weights
     config, carried = empty.config, source.carried(empty)

@@ -1,12 +1,15 @@
 """The training state on disk: OUT.partial/ with the run's identity, its metrics, and the last good save.
 
-    run.json         what the run was started with (recipe, seed, data, source); a resumed run must agree with it
+    run.json         the run's record: what it was started with (recipe, seed, data, source); a resumed run must agree
     metrics.jsonl    one line per step and evaluation
     state-00000200/  model.safetensors, optimizer.safetensors, state.json
     latest           the name of the last complete state directory
 
 A save writes a new directory, flushes it to the disk and only then renames `latest`, so that an interruption at any
 moment leaves a complete save behind.
+
+Only a folder with a record that a run wrote is ever removed, and only the entries that a run writes: whatever else is
+found in it belongs to somebody.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +33,12 @@ from ..errors import CheckpointError, TrainingError, UsageError
 MODEL, OPTIMIZER, STATE, RUN, LATEST, METRICS = (
     "model.safetensors", "optimizer.safetensors", "state.json", "run.json", "latest", "metrics.jsonl",
 )  # fmt: skip
+RECORD, RECORD_VERSION = "flarec conversion run", 1
+_UNMARKED = {"recipe": dict, "seed": int, "kernels": str, "source": dict, "data": dict}
+"""Keys and types of a record from before records had a name."""
+_SAVE = re.compile(r"state-\d{8,}")
+_OWN = re.compile(rf"{_SAVE.pattern}(\.writing)?|(run\.json|latest)(\.writing)?|metrics\.(jsonl|writing)")
+"""Names of everything that a run writes."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +73,59 @@ class StateDirectory:
     def metrics(self) -> Path:
         return self.path / METRICS
 
-    def create(self, identity: Mapping[str, Any]) -> None:
-        """Make the directory, empty; `identity` is what a resumed run is compared with."""
+    @property
+    def in_use(self) -> bool:
+        """Whether there is something under the name, if only a link; an empty folder is as good as none."""
+        return os.path.lexists(self.path) and (
+            self.path.is_symlink() or not self.path.is_dir() or any(self.path.iterdir())
+        )
+
+    def check_own(self, *, whole: bool = True) -> None:
+        """Raise `UsageError` if what is under the name is no run's folder: it is never touched.
+
+        whole: if the folder is to be removed; it then must hold nothing but what a run writes.
+        """
         try:
-            if self.path.exists():
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True)
+            reason = self._why_not_own(whole) if self.in_use else ""
+        except OSError as error:
+            reason = f"cannot be read ({error.strerror})"
+        if reason:
+            raise UsageError(f"{self.path} {reason}; nothing is removed: move it away or choose another --out")
+
+    def _why_not_own(self, whole: bool) -> str:
+        if self.path.is_symlink():
+            return "is a link, where a run keeps its training state in a directory of its own"
+        if not self.path.is_dir():
+            return "is not a directory"
+        if self._identity(self._table()) is None:
+            return f"has no record of a run of flarec that this version can read ({RUN})"
+        others = self._others() if whole else []
+        return f"holds {others[0].name}, which no run of flarec wrote" if others else ""
+
+    def create(self, identity: Mapping[str, Any]) -> None:
+        """Make the directory, empty; `identity` is what a resumed run is compared with. An earlier run's is replaced.
+
+        Raises `UsageError` if something else is in the way.
+        """
+        self.check_own()
+        try:
+            self.remove()
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot make {self.path}: {error.strerror}; choose another --out") from error
-        with writing(self.path / RUN):
-            _write_text(self.path / RUN, json.dumps(identity, indent=1, sort_keys=True))
+        table = {"record": RECORD, "format_version": RECORD_VERSION, "identity": identity}
+        try:
+            with writing(self.path / RUN):
+                _replace_text(self.path / RUN, json.dumps(table, indent=1, sort_keys=True))
+        except TrainingError:
+            with contextlib.suppress(OSError):
+                self.remove()  # a folder without a record would be in the way of the next run
+            raise
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
         """Raise `CheckpointError` naming what differs from the run that made this directory."""
-        stored = self._read_json(self.path / RUN)
+        self.check_own(whole=False)
+        stored = self._identity(self._table()) or {}
         changed = _differences(stored, json.loads(json.dumps(identity)))
         if changed:
             raise CheckpointError(
@@ -118,28 +167,73 @@ class StateDirectory:
                 if final.exists():  # a run that was resumed at an older save passes this step again
                     shutil.rmtree(final)
                 os.rename(temporary, final)
-                _write_text(self.path / f"{LATEST}.writing", final.name)
-                os.replace(self.path / f"{LATEST}.writing", self.path / LATEST)
+                _replace_text(self.path / LATEST, final.name)
                 _flush(self.path)
         except TrainingError:
             self._remove(temporary)
             raise
-        for old in self.path.glob("state-*"):
-            if old.name != final.name:
+        for old in self._own():
+            if old.is_dir() and old.name != final.name:
                 self._remove(old)
 
     def _latest_name(self) -> str | None:
+        path = self.path / LATEST
         try:
-            return (self.path / LATEST).read_text(encoding="utf-8").strip()
+            name = path.read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); start again with --overwrite") from error
+        if not _SAVE.fullmatch(name):
+            raise CheckpointError(f"{path} names no save of a run; start again with --overwrite")
+        return name
 
     def remove(self) -> None:
-        self._remove(self.path)
+        """Remove what a run wrote, its record last, and the folder unless something else is in it.
+
+        Raises `OSError`.
+        """
+        if self.path.is_symlink() or not self.path.is_dir():
+            return
+        for path in sorted(self._own(), key=lambda path: path.name == RUN):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def _own(self) -> list[Path]:
+        """Entries that a run wrote. A link is none, whatever its name."""
+        return [path for path in self.path.iterdir() if _OWN.fullmatch(path.name) and not path.is_symlink()]
+
+    def _others(self) -> list[Path]:
+        own = set(self._own())
+        return sorted(path for path in self.path.iterdir() if path not in own)
+
+    def _table(self) -> Any:
+        """What run.json holds; None if it is no JSON file."""
+        path = self.path / RUN
+        try:
+            return None if path.is_symlink() else json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return None
+
+    @staticmethod
+    def _identity(table: Any) -> dict[str, Any] | None:
+        """The identity in a record; None for a table that is no record of a run."""
+        if not isinstance(table, dict):
+            return None
+        if table.get("record") == RECORD:
+            identity = table.get("identity")
+            readable = table.get("format_version") in range(1, RECORD_VERSION + 1)
+            return identity if readable and isinstance(identity, dict) else None
+        unmarked = table.keys() == _UNMARKED.keys() and all(isinstance(table[k], t) for k, t in _UNMARKED.items())
+        return table if unmarked else None
 
     @staticmethod
     def _remove(folder: Path) -> None:
-        if folder.is_dir():
+        if folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder, ignore_errors=True)
 
     @staticmethod
@@ -148,7 +242,8 @@ class StateDirectory:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); start again with --overwrite") from error
-        assert isinstance(values, dict)
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path} is no table of values; start again with --overwrite")
         return values
 
 
@@ -166,6 +261,13 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """The file appears with its whole text, or as it was."""
+    part = path.with_name(f"{path.name}.writing")
+    _write_text(part, text)
+    os.replace(part, path)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import SafetensorError
 
-from flarec.checkpoint import write as module
+from flarec.checkpoint import write
 from flarec.checkpoint.directory import open_checkpoint
 from flarec.checkpoint.manifest import Manifest
 from flarec.checkpoint.write import check_destination, write_checkpoint
 from flarec.errors import CheckpointError
-from tests.checkpoints import manifest_for, mask_vector
+from tests.checkpoints import manifest_for, mask_vector, own_folder, tree
 from tests.models import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 
@@ -45,10 +46,10 @@ def break_at(step: str, monkeypatch: pytest.MonkeyPatch, parts: dict[str, Any], 
     elif step == "tokenizer":
         monkeypatch.setattr(type(parts["tokenizer"]), "save_pretrained", failure)
     elif step == "extra":
-        monkeypatch.setattr(module, "save_file", failure)
+        monkeypatch.setattr(write, "save_file", failure)
         parts["extra"] = mask_vector()
     elif step == "card":
-        monkeypatch.setattr(module, "model_card", failure)
+        monkeypatch.setattr(write, "model_card", failure)
     elif step == "manifest":
         monkeypatch.setattr(Manifest, "to_json", failure)
     else:
@@ -73,12 +74,12 @@ def test_a_full_disk_leaves_nothing_behind(
 def test_a_failure_keeps_what_was_there(
     step: str, parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("old")
+    own_folder(tmp_path / "out", "precious", "sub/deep")
+    before = tree(tmp_path)
     break_at(step, monkeypatch, parts, full)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="the disk is full"):
         write_checkpoint(tmp_path / "out", **parts, overwrite=True)
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+    assert tree(tmp_path) == before
 
 
 def test_an_interrupt_leaves_nothing_behind(
@@ -96,8 +97,8 @@ def test_an_interrupt_leaves_nothing_behind(
 def test_a_rename_that_fails_brings_the_old_one_back(
     parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("old")
+    own_folder(tmp_path / "out", "precious")
+    before = tree(tmp_path)
     real = os.rename
 
     def rename(old: Any, new: Any) -> None:
@@ -108,7 +109,7 @@ def test_a_rename_that_fails_brings_the_old_one_back(
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(CheckpointError, match=r"cannot be written .*refused"):
         write_checkpoint(tmp_path / "out", **parts, overwrite=True)
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+    assert tree(tmp_path) == before
 
 
 def test_own_mistakes_are_not_dressed_up(
@@ -123,16 +124,103 @@ def test_own_mistakes_are_not_dressed_up(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_in_the_way(parts: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("old")
+def test_a_checkpoint_in_the_way(parts: dict[str, Any], tmp_path: Path) -> None:
+    out = own_folder(tmp_path / "out", "precious")
+    before = tree(tmp_path)
     with pytest.raises(CheckpointError, match=r"is not empty; .*--overwrite"):
-        write_checkpoint(tmp_path / "out", **parts)
-    assert (tmp_path / "out" / "precious").read_text() == "old"
-    write_checkpoint(tmp_path / "out", **parts, overwrite=True)
-    assert not (tmp_path / "out" / "precious").exists()
-    assert open_checkpoint(tmp_path / "out").manifest is not None
+        write_checkpoint(out, **parts)
+    assert tree(tmp_path) == before
+    write_checkpoint(out, **parts, overwrite=True)
+    assert not (out / "precious").exists()
+    assert open_checkpoint(out).manifest is not None
+    write_checkpoint(out, **parts, overwrite=True)  # over what was really written
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def remove_the_manifest(out: Path) -> None:
+    (out / "flarec.json").unlink()
+
+
+def name_only(out: Path) -> None:
+    (out / "flarec.json").write_text("{}")
+
+
+def link_the_manifest(out: Path) -> None:
+    (out / "flarec.json").rename(out.parent / "elsewhere.json")
+    (out / "flarec.json").symlink_to(out.parent / "elsewhere.json")
+
+
+def newer(out: Path) -> None:
+    (out / "flarec.json").write_text('{"format_version": 1000}')
+
+
+def add_a_file(out: Path) -> None:
+    (out / "sub" / "notes.txt").write_text("mine")
+
+
+def add_a_folder(out: Path) -> None:
+    (out / "notes").mkdir()
+
+
+def add_a_link(out: Path) -> None:
+    (out / "precious").unlink()
+    (out / "precious").symlink_to(out.parent)
+
+
+FOREIGN = {
+    remove_the_manifest: "it is no checkpoint of flarec",
+    name_only: "is not a manifest of flarec",
+    link_the_manifest: "it is no checkpoint of flarec",
+    newer: "made by a newer flarec",
+    add_a_file: "sub/notes.txt in it was not written by flarec",
+    add_a_folder: "notes in it was not written by flarec",
+    add_a_link: "precious in it was not written by flarec",
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_not_only_a_checkpoint_is_never_replaced(change: Any, overwrite: bool, tmp_path: Path) -> None:
+    out = own_folder(tmp_path / "out", "precious", "sub/deep")
+    check_destination(out, overwrite=True)
+    change(out)
+    before = tree(tmp_path)
+    expected = rf"is not replaced by --overwrite: .*{FOREIGN[change]}.*move it away" if overwrite else "is not empty"
+    with pytest.raises(CheckpointError, match=expected) as caught:
+        check_destination(out, overwrite)
+    assert ("--overwrite" in str(caught.value)) == overwrite, "nothing is advised that would be refused"
+    assert tree(tmp_path) == before
+
+
+def test_a_folder_that_changes_while_a_checkpoint_is_written(
+    parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the first check and the last step, which would remove it."""
+    out = own_folder(tmp_path / "out")
+    card = write.model_card
+
+    def meanwhile(*args: Any) -> str:
+        (out / "notes.txt").write_text("mine")
+        return card(*args)
+
+    monkeypatch.setattr(write, "model_card", meanwhile)
+    with pytest.raises(CheckpointError, match=r"notes.txt in it was not written by flarec"):
+        write_checkpoint(out, **parts, overwrite=True)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["flarec.json", "notes.txt", "out"]
+
+
+def test_names_beside_the_checkpoint_are_nobodys(
+    parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happens to have the name of a temporary folder stays, also when writing fails."""
+    names = [f".out.{purpose}-{token}" for purpose in ("writing", "replaced") for token in (os.getpid(), "00000000")]
+    for name in names:
+        (tmp_path / name).mkdir()
+    tokens = iter(["00000000", "11111111", "00000000", "22222222"])
+    monkeypatch.setattr(secrets, "token_hex", lambda _: next(tokens))
+    own_folder(tmp_path / "out")
+    write_checkpoint(tmp_path / "out", **parts, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "out"])
 
 
 def test_an_empty_directory_is_not_in_the_way(parts: dict[str, Any], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from flarec.checkpoint.manifest import Manifest
 from flarec.train.convert import READ_EVERY
 from flarec.train.metrics import read_metrics
 from flarec.train.progress import Reporter
+from tests.checkpoints import own_folder
 from tests.cli.conversions import QUICK, flarec, write_data
 from tests.models import TOKENS, tiny_checkpoint
 
@@ -104,8 +105,7 @@ def test_dry_run_says_what_would_run_and_writes_nothing(place: Path) -> None:
 
 def test_overwrite_replaces_only_after_success(place: Path) -> None:
     source = tiny_checkpoint(place, "qwen3_5_text")
-    (place / "out").mkdir()
-    (place / "out" / "precious").write_text("kept until then")
+    own_folder(place / "out", "precious")
     arguments = ["convert", source, "--data", "data.jsonl", "--out", "out", *QUICK, "--set", "evaluation.every=0"]
     result = flarec(*arguments)
     assert (result.exit_code, "out is not empty" in result.stderr) == (2, True)

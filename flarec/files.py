@@ -1,0 +1,88 @@
+"""Files that commands write and remove: an input is never one of them.
+
+Paths are compared as what they lead to: links are followed, `..` is resolved, and files that exist are compared by
+device and inode, so that no other spelling of a folder hides it. Folders count with everything above and below them.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from .errors import UsageError
+
+
+def check_apart(outputs: Sequence[Path], inputs: Iterable[Path], option: str = "--out") -> None:
+    """Raise `UsageError` if one of `outputs` (files or folders, there or not) is, holds, or lies in one of `inputs`.
+
+    Inputs that do not exist have nothing to lose. Of a folder that is read, the links in it count too: weights that
+    are linked from elsewhere are an input.
+    """
+    for shown, place in [found for path in inputs for found in _places(path)]:
+        for output in outputs:
+            if _inside(place, _real(output)):
+                where = f"is the output {output}" if output.is_file() else f"lies in the output directory {output}"
+                raise UsageError(f"{shown} {where}, which is written or replaced; choose another {option}")
+            if _inside(_real(output), place):
+                raise UsageError(f"{output} lies in {shown}, which is read; choose another {option}")
+
+
+def write_file(path: Path, data: str | bytes, option: str = "--out") -> None:
+    """Write a file in one piece: a failure leaves what was there. Raises `UsageError` if it cannot be written.
+
+    A link is followed. What is no regular file (a terminal, a pipe) is written as it is.
+    """
+    content = data.encode() if isinstance(data, str) else data
+    try:
+        target = _real(path)
+        if target.exists() and not target.is_file():
+            target.write_bytes(content)
+            return
+        part = unused(target, "writing")
+        try:
+            part.write_bytes(content)
+            if target.exists():
+                part.chmod(target.stat().st_mode)
+            os.replace(part, target)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}; choose another {option}") from error
+
+
+def unused(path: Path, purpose: str) -> Path:
+    """A hidden name beside `path` that nothing has: what is found under it later is our own."""
+    while True:
+        name = path.with_name(f".{path.name}.{purpose}-{secrets.token_hex(4)}")
+        if not os.path.lexists(name):
+            return name
+
+
+def _places(path: Path) -> Iterator[tuple[Path, Path]]:
+    """What is read with an input: (as shown to people, real path) of the path, and of the links in a folder."""
+    if not os.path.exists(path):
+        return
+    yield path, _real(path)
+    for folder, directories, files in os.walk(path):  # nothing for a file
+        for name in (*directories, *files):
+            link = Path(folder, name)
+            if link.is_symlink() and os.path.exists(link):
+                yield link, _real(link)
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # unlike Path.resolve, without an error for a loop of links
+
+
+def _inside(place: Path, folder: Path) -> bool:
+    """Whether `place` is `folder` or lies in it; both are real paths."""
+    if place.is_relative_to(folder):
+        return True
+    try:
+        known = os.stat(folder)
+    except OSError:
+        return False
+    return any(os.path.exists(outer) and os.path.samestat(os.stat(outer), known) for outer in (place, *place.parents))
