@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -48,6 +49,7 @@ _PACKAGES = (
 )
 """What the modelling code looks at when it chooses its path."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HASH = re.compile(r"[0-9a-f]{64}")
 _SCALARS = (bool, int, float, str, type(None))
 _NO_SETTINGS = ("training", "name_or_path")
 """Attributes without a say: capture switches to eval mode, and a copy elsewhere is the same model."""
@@ -215,7 +217,16 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _is_graph(path: Path) -> bool:
+    """By its name, a key, and its first line, a digest."""
+    if not _HASH.fullmatch(path.stem) or path.is_symlink():
+        return False
+    with path.open("rb") as file:
+        return _HASH.fullmatch(file.readline(65).decode("latin-1").removesuffix("\n")) is not None
+
+
 def _drop_oldest(directory: Path) -> None:
-    files = sorted(directory.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    """Of graphs that were stored here; other files are left alone."""
+    files = sorted(filter(_is_graph, directory.glob("*.json")), key=lambda path: path.stat().st_mtime)
     for path in files[:-KEPT]:
         path.unlink(missing_ok=True)

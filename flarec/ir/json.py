@@ -1,9 +1,9 @@
 """A captured graph as JSON and back.
 
-Only what a captured graph holds can be written: calls of registered ops (and of `operator`, `math` and `torch.sym_*`
-functions) on nodes and plain values, the model's own parameters and buffers, grad-mode regions, and the metadata of
-`flarec.ir.program`. Anything else is `Unstorable`. Reading makes no other kinds of calls either, so a file cannot name
-arbitrary code.
+Only what a captured graph holds can be written: calls of PyTorch's and flarec's ops (and of arithmetic in `operator`,
+`math` and `torch.sym_*`) on nodes and plain values, the model's own parameters and buffers, grad-mode regions, and the
+metadata of `flarec.ir.program`. Anything else is `Unstorable`. Reading makes no other kinds of calls either, and every
+word that fx puts into the code of a graph is a name, so a file cannot name arbitrary code.
 """
 
 from __future__ import annotations
@@ -23,8 +23,20 @@ from .spec import Size, TensorSpec
 Json = Any
 _TORCH_VALUES = (("dtype", torch.dtype), ("layout", torch.layout), ("memory_format", torch.memory_format))
 _MODULES = {"_operator": operator, "math": math}
+_ARITHMETIC = {
+    "_operator": {
+        "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "invert", "le", "lt", "mod", "mul", "ne", "neg",
+        "not_", "or_", "pos", "pow", "sub", "truediv", "xor",
+    },
+    "math": {"ceil", "floor", "log2", "sqrt", "trunc"},
+}  # fmt: skip
+"""Functions of these modules that may be called: others (`operator.call`, `attrgetter`) reach everything."""
+_NAMESPACES = ("aten", "flarec")
+_GRAD_REGION = "wrap_with_set_grad_enabled"
 _HIGHER_ORDER = "torch._higher_order_ops"
 """Importing this package registers the ops of `torch.ops.higher_order`."""
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _SIZE = re.compile(r"[\w*/+\-(), ]+")
 
 
@@ -58,6 +70,7 @@ def graph_from_json(table: Json, tensors: Mapping[str, Tensor]) -> fx.GraphModul
     for op, name, target, args, kwargs, meta in table["nodes"]:
         if op not in ("placeholder", "get_attr", "call_function", "output"):
             raise Unstorable(f"node '{name}' is a {op}")
+        _check_words(op, name, target, kwargs)
         if op == "get_attr":
             _bind(root, target, regions[target] if target in regions else tensors[target])
         called = _target_from_json(target) if op == "call_function" else target
@@ -68,6 +81,16 @@ def graph_from_json(table: Json, tensors: Mapping[str, Tensor]) -> fx.GraphModul
         known[name] = node
     graph.lint()
     return fx.GraphModule(root, graph)
+
+
+def _check_words(op: str, name: Json, target: Json, kwargs: Json) -> None:
+    """fx writes these into the Python code of the graph as they are."""
+    words = [name, *(kwargs["dict"] if kwargs else ()), *([target] if op == "placeholder" else ())]
+    for word in words:
+        if not _NAME.fullmatch(word):
+            raise Unstorable(f"{word!r} is no name")
+    if op == "get_attr" and not _PATH.fullmatch(target):
+        raise Unstorable(f"{target!r} is no path of an attribute")
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
@@ -105,22 +128,26 @@ def _target_to_json(target: Any) -> str:
 def _target_from_json(text: str) -> Callable[..., Any]:
     module, colon, name = text.partition(":")
     found: Any = None
-    if colon and module in _MODULES:
-        found = getattr(_MODULES[module], name, None)
+    if colon and name in _ARITHMETIC.get(module, ()):
+        found = getattr(_MODULES[module], name)
     elif colon and module.split(".")[0] == "torch" and name.startswith("sym_"):
         found = getattr(torch, name, None)
-    elif not colon:
-        namespace, *rest = text.split(".")
-        if namespace == "higher_order":
-            importlib.import_module(_HIGHER_ORDER)
-        found = getattr(torch.ops, namespace)
-        for part in rest:
+    elif text == f"higher_order.{_GRAD_REGION}":
+        importlib.import_module(_HIGHER_ORDER)
+        found = getattr(torch.ops.higher_order, _GRAD_REGION)
+    elif not colon and text.split(".")[0] in _NAMESPACES:
+        found = torch.ops
+        for part in text.split("."):
             found = getattr(found, part, None)
-        if not isinstance(found, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
+        if not isinstance(found, torch._ops.OpOverload) or _touches_files(found):
             found = None
     if not callable(found):
         raise Unstorable(f"unknown target {text}")
     return found  # type: ignore[no-any-return]
+
+
+def _touches_files(op: torch._ops.OpOverload) -> bool:
+    return any(argument.name == "filename" for argument in op._schema.arguments)
 
 
 def _to_json(value: Any) -> Json:

@@ -200,6 +200,17 @@ def _table(program: Program) -> Any:
         (3, {"tuple": [{"node": "nobody"}]}, None),
         (3, {"tuple": [{"dtype": "Tensor"}]}, "is no dtype"),
         (5, {"val": [["__import__('os')"], "float32"]}, "is no size"),
+        (1, "linear = exit()", "is no name"),
+        (4, {"dict": {"bias=exit(), x": 1}}, "is no name"),
+        (2, "_operator:call", "unknown target"),
+        (2, "_operator:attrgetter", "unknown target"),
+        (2, "_operator:methodcaller", "unknown target"),
+        (2, "math:__loader__", "unknown target"),
+        (2, "torch:load", "unknown target"),
+        (2, "torch:sym_int.__globals__", "unknown target"),
+        (2, "aten.from_file.default", "unknown target"),
+        (2, "higher_order.print", "unknown target"),
+        (2, "c10d.broadcast_.default", "unknown target"),
     ],
 )
 def test_a_table_with_anything_else_is_refused(position: int, value: Any, words: str | None) -> None:
@@ -209,6 +220,35 @@ def test_a_table_with_anything_else_is_refused(position: int, value: Any, words:
     call[position] = value
     with pytest.raises((Unstorable, KeyError, AttributeError), match=words):
         graph_from_json(table, _tensors(program.module))
+
+
+CODE = "__import__('pathlib').Path({!r}).touch()"
+
+
+@pytest.mark.parametrize("place", ["placeholder", "attribute", "region", "keyword", "text"])
+def test_a_stored_graph_brings_no_code(place: str, tmp_path: Path) -> None:
+    """fx makes Python code of a graph and runs it: nothing of a file gets into that as code."""
+    code = CODE.format(str(tmp_path / "marker"))
+    program = captured("bamba")
+    table = _table(program)
+    nodes = table["nodes"]
+    if place == "placeholder":
+        next(node for node in nodes if node[2] == "input_ids")[2] = f"input_ids={code}"
+    elif place == "attribute":
+        next(node for node in nodes if node[0] == "get_attr")[2] += f'", {code}, "'
+    elif place == "region":
+        name = f'w", {code}, "'
+        end = ["output", "output", "output", {"tuple": [None]}, {"dict": {}}, {}]
+        table["regions"][name] = {"nodes": [end], "regions": {}}
+        next(node for node in nodes if node[0] == "get_attr")[2] = name
+    elif place == "keyword":
+        next(node for node in nodes if node[2] == "aten.linear.default")[4] = {"dict": {f"x={code}, y": 1}}
+    else:  # a text is a text: quotes in it end nothing
+        call = next(node for node in nodes if node[2] == "aten.linear.default")
+        call[3] = {"tuple": [f"'+{code}+'", {"dict": {f"'+{code}+'": f'"+{code}+"'}}]}
+    with pytest.raises((Unstorable, TypeError, RuntimeError, ValueError)):
+        graph_from_json(table, _tensors(program.module))(torch.zeros(1, 1, dtype=torch.int64))
+    assert not (tmp_path / "marker").exists()
 
 
 def test_a_graph_that_does_not_fit_the_model_is_not_bound() -> None:
@@ -336,9 +376,14 @@ def test_the_oldest_graphs_go(directory: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(program_cache, "KEPT", 3)
     program, model = captured("bamba"), shared_model("bamba")
     for number in range(5):
-        Entry(directory / f"{number}.json").store(program.module, model)
-    assert len(list(directory.iterdir())) == 3
-    assert (directory / "4.json").exists()
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"note {number}.json").write_text("mine")
+        (directory / f"{number + 8:064x}.json").write_text("mine")
+        Entry(directory / f"{number:064x}.json").store(program.module, model)
+    graphs = [path for path in directory.iterdir() if path.read_text() != "mine"]
+    assert len(graphs) == 3
+    assert (directory / f"{4:064x}.json") in graphs
+    assert len(list(directory.iterdir())) == 3 + 10, "what the cache did not write stays"
 
 
 SECOND_RUN = """
