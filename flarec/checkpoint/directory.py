@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import CheckpointError, UsageError, first_line
 from ..frontend.loading import is_wrapper, load_model, read_config
+from ..frontend.trust import check_weights, opened
 from .card import licence_of
 from .carried import Carried
 from .location import resolve
@@ -53,7 +54,9 @@ class Checkpoint:
         if not any((self.path / name).is_file() for name in TOKENIZER_FILES):
             raise CheckpointError(f"{self.path} has no tokenizer (tokenizer.json); save the model's tokenizer there")
         try:
-            return AutoTokenizer.from_pretrained(str(self.path))
+            return opened(AutoTokenizer, self.path)
+        except UsageError as error:
+            raise CheckpointError(str(error)) from error
         except Exception as error:  # the Rust library raises bare exceptions
             raise CheckpointError(f"the tokenizer in {self.path} cannot be read: {first_line(error)}") from error
 
@@ -61,6 +64,13 @@ class Checkpoint:
         """The transformers configuration; of a multimodal checkpoint the whole one."""
         try:
             return read_config(self.path)
+        except UsageError as error:
+            raise CheckpointError(str(error)) from error
+
+    def check_weights(self) -> None:
+        """Raises `CheckpointError` if the weights are pickle files, which are not opened; reads none of them."""
+        try:
+            check_weights(self.path, self.load_config())
         except UsageError as error:
             raise CheckpointError(str(error)) from error
 

@@ -23,7 +23,7 @@ from flarec.checkpoint.write import write_checkpoint
 from flarec.decode.modes.ar_trust import DRAFTS
 from flarec.errors import FlarecError
 from flarec.frontend import families as adapters
-from flarec.frontend import tiny
+from flarec.frontend import tiny, trust
 from flarec.frontend.export import capture
 from flarec.inspect import as_text, open_program, summarize
 from flarec.inspect.summary import mixer_kind
@@ -163,7 +163,7 @@ def _checkpoint(road: Road) -> str:
         metrics={},
     )
     write_checkpoint(road.checkpoint, road.model, road.tokenizer, manifest, road.captured.extra)
-    opened: Any = AutoModelForCausalLM.from_pretrained(road.checkpoint, attn_implementation=EAGER).eval()
+    opened: Any = trust.opened(AutoModelForCausalLM, road.checkpoint, attn_implementation=EAGER).eval()
     before, after = road.model.state_dict(), opened.state_dict()
     changed = [name for name in before if name not in after or not torch.equal(before[name], after[name])]
     if changed:

@@ -78,7 +78,8 @@ def diagnose(
         except UsageError as error:
             if not Path(source).exists():  # a hub id that could not be fetched
                 raise
-            return replace(report, reason=str(error).replace(location, source))
+            text = str(error)
+            return replace(report, reason=source + text.removeprefix(location) if text.startswith(location) else text)
         wrapper = wrapper_of(location)
         report = replace(report, anatomy=anatomy(model, None, wrapper))
         say(f"capturing {type(model).__name__}")

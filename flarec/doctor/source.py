@@ -18,6 +18,7 @@ from flarec.errors import UsageError
 from flarec.frontend.export import load_model
 from flarec.frontend.families import FAMILIES, family_of
 from flarec.frontend.loading import is_wrapper, read_config
+from flarec.frontend.trust import check_weights
 from flarec.inspect.summary import Summary
 
 from .report import Anatomy
@@ -46,7 +47,8 @@ def located(source: str) -> Iterator[str]:
 
 
 def open_meta(location: str, dtype: torch.dtype | None) -> Any:
-    """The model on the meta device; `dtype` None: as stored."""
+    """The model on the meta device; `dtype` None: as stored. Raises `UsageError` for weights that are not opened."""
+    check_weights(location, read_config(location))
     return load_model(location, dtype, "meta")
 
 

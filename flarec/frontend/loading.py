@@ -4,6 +4,8 @@ A multimodal checkpoint ("wrapper") has a configuration with a `text_config`, an
 vision tower and a projector. Only the text model is loaded: as the causal LM class of its own configuration, under that
 class's parameter names. Text has the same position on every axis of multimodal rotary positions, so the text class
 computes the wrapper's logits for text.
+
+Nothing of a source is executed, and nobody is asked whether it may be (`flarec.frontend.trust`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import nn
 from ..errors import CaptureError, UsageError
 from .families import family_of
 from .fla.families import prepare, without_flash_attention
+from .trust import check_config, check_weights, config_table, made, opened
 
 TEXT_PREFIXES = {r"^language_model\.model\.": "model.", r"^language_model\.lm_head\.": "lm_head.",
                  r"^model\.language_model\.": "model."}  # fmt: skip
@@ -27,11 +30,13 @@ TEXT_PREFIXES = {r"^language_model\.model\.": "model.", r"^language_model\.lm_he
 
 def read_config(path: str | Path) -> Any:
     """The transformers configuration of a directory or hub id; never with remote code. Raises `UsageError`."""
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import AutoConfig
 
     try:
-        prepare(str(PreTrainedConfig.get_config_dict(str(path))[0].get("model_type")))
-        return AutoConfig.from_pretrained(str(path))
+        table = config_table(path)
+        prepare(str(table.get("model_type")))
+        check_config(path, table)
+        return opened(AutoConfig, path)
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_open(path, error) from error
 
@@ -83,12 +88,12 @@ def load_model(path: str | Path, dtype: torch.dtype | None, device: torch.device
     try:
         if torch.device(device).type == "meta":
             with torch.device("meta"), without_flash_attention():
-                return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+                return made(AutoModelForCausalLM, config, dtype=dtype or config.dtype or torch.float32)
         wrapper = {"config": config, "key_mapping": TEXT_PREFIXES} if is_wrapper(whole) else {}
+        check_weights(name, whole)
         with without_flash_attention():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype or "auto", output_loading_info=True, **wrapper
-            )
+            wanted: Any = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
+            model, info = opened(AutoModelForCausalLM, name, **wanted, **wrapper)
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_open(path, error) from error
     if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
@@ -108,7 +113,7 @@ def text_model_of(model: nn.Module) -> nn.Module:
     config = text_config_of(whole.config)
     try:
         with torch.device("meta"):
-            text: Any = AutoModelForCausalLM.from_config(config, dtype=whole.dtype)
+            text: Any = made(AutoModelForCausalLM, config, dtype=whole.dtype)
     except ValueError as error:
         raise CaptureError(
             f"{type(model).__name__} has a text model of type '{config.model_type}', which is no causal language model "
@@ -140,6 +145,8 @@ def check_rotary(model: nn.Module) -> None:
 
 
 def _cannot_open(path: str | Path, error: Exception) -> UsageError:
+    if isinstance(error, UsageError):
+        return error
     lines = str(error).strip().splitlines()
     return UsageError(
         f"{path} cannot be opened as a causal language model: {lines[0] if lines else type(error).__name__}"

@@ -65,6 +65,7 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     options.check_output(source.path)
     tokenizer = source.load_tokenizer()
     empty = source.load_model(device="meta")  # the configuration and the family, without weights
+    source.check_weights()
     config, carried = empty.config, source.carried(empty)
     if carried is not None:
         reporter.note(carried.describe())
