@@ -94,12 +94,12 @@ def test_inspect_writes_where_nothing_is_lost(place: Path) -> None:
     assert not [path for path in place.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("step", ["write_bytes", "replace"])
+@pytest.mark.parametrize("step", ["pathlib.Path.write_bytes", "os.replace"])
 def test_a_failure_leaves_the_old_file(place: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(*((Path, "write_bytes") if step == "write_bytes" else (os, "replace")), full)
+    monkeypatch.setattr(step, full)
     before = tree(place)
     with pytest.raises(UsageError, match=r"results.json cannot be written: No space left .*choose another --out"):
         write_file(Path("results.json"), "new")

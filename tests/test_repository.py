@@ -263,3 +263,13 @@ def test_results_that_texts_cite_are_here() -> None:
     cited = {name for text in texts for name in re.findall(r"benchmarks/results/[\w.-]*\w", text.read_text())}
     assert len(cited) > 5
     assert not [name for name in sorted(cited) if not (ROOT / name).is_file()]
+
+
+def test_the_tests_that_security_names_are_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "SECURITY.md").read_text())
+    assert len(named) > 15
+    missing = [
+        f"{path}::{name}" for path, name in named
+        if not (ROOT / path).is_file() or f"\ndef {name}(" not in (ROOT / path).read_text()
+    ]  # fmt: skip
+    assert missing == []

@@ -57,7 +57,8 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None) -> str
         f'print(flarec.load("{name}").generate("Once upon a time").text)\n'
         "```",
         f"It is a plain transformers checkpoint: `{opener}.from_pretrained` opens it without remote code "
-        "and generates causally. With flarec installed the other modes are there as well:",
+        "and generates causally. With flarec installed the other modes are there as well; the argument lets "
+        "transformers run `custom_generate/generate.py` of this directory, a few lines that call flarec:",
         "```python\n"
         f'model.generate(ids, custom_generate="{name}", trust_remote_code=True, mode="ar-trust")\n'
         "```",

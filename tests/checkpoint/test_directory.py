@@ -274,6 +274,16 @@ def test_a_missing_file_is_named(copy: Path) -> None:
         open_checkpoint(copy)
 
 
+def test_a_manifest_without_the_script(copy: Path) -> None:
+    """As an older or another program's may be: the script is then a further file, which flarec never runs."""
+    files = json.loads((copy / NAME).read_text())["files"]
+    assert files.pop("custom_generate/generate.py")["sha256"]
+    _edit(copy / NAME, files=files)
+    assert open_checkpoint(copy).manifest is not None
+    (copy / "custom_generate" / "generate.py").write_text("raise SystemExit")
+    assert open_checkpoint(copy).load_tokenizer() is not None
+
+
 def test_large_files_are_checked_by_size(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = copy / "model.safetensors"
     data = bytearray(path.read_bytes())

@@ -12,6 +12,7 @@ import pytest
 from safetensors import SafetensorError
 
 from flarec.checkpoint import write
+from flarec.checkpoint.card import model_card
 from flarec.checkpoint.directory import open_checkpoint
 from flarec.checkpoint.manifest import Manifest
 from flarec.checkpoint.write import check_destination, write_checkpoint
@@ -197,11 +198,9 @@ def test_a_folder_that_changes_while_a_checkpoint_is_written(
 ) -> None:
     """Between the first check and the last step, which would remove it."""
     out = own_folder(tmp_path / "out")
-    card = write.model_card
-
     def meanwhile(*args: Any) -> str:
         (out / "notes.txt").write_text("mine")
-        return card(*args)
+        return model_card(*args)
 
     monkeypatch.setattr(write, "model_card", meanwhile)
     with pytest.raises(CheckpointError, match=r"notes.txt in it was not written by flarec"):

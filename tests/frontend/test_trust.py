@@ -139,7 +139,7 @@ API: dict[str, Callable[[], Any]] = {
     "capture": lambda: flarec.capture("model"),
     "capture without weights": lambda: flarec.capture("model", device="meta"),
 }
-SENTENCES = {
+SENTENCES: dict[Callable[[Path], None], str] = {
     unknown_family: "'evil' is not known to transformers .*custom code that a source brings is not run",
     unknown_model_class: "its model class is not known to transformers .*custom code that a source brings is not run",
     elsewhere: "'evil' is not known to transformers .*custom code that a source brings is not run",
