@@ -165,5 +165,5 @@ def test_no_prompt(model: Any, custom: dict[str, Any]) -> None:
 def test_the_file_is_plain_text_of_the_package(path: str) -> None:
     import flarec
 
-    template = Path(flarec.__file__).parent / "templates" / "generate.py"
+    template = Path(flarec.__file__).parent / "checkpoint" / "templates" / "generate.py"
     assert (Path(path) / "custom_generate" / "generate.py").read_bytes() == template.read_bytes()
