@@ -306,7 +306,7 @@ def test_what_decides_a_capture_decides_the_key(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_versions_name_what_they_should() -> None:
-    own = {"flarec/frontend", "flarec/ir", "flarec/ops.py"}
+    own = {"flarec/frontend", "flarec/ir", "flarec/ops"}
     assert {"python", "torch", "transformers", "flarec"} | own <= set(program_cache._versions())
 
 
