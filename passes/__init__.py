@@ -7,7 +7,7 @@ from dataclasses import replace
 from flarec.errors import UsageError
 from flarec.ir.pipeline import Pass, run_pipeline
 from flarec.ir.program import Program
-from flarec.passes.properties import CHECKERS
+from flarec.passes.properties import CHECKS
 
 from .canonicalize import Canonicalize
 from .duplicate_streams import DuplicateStreams
@@ -64,4 +64,4 @@ def lower(
     program: Program, target: str, *, mask_vector: bool = False, kernels: str = "torch", debug: bool = False
 ) -> Program:
     """Run a pipeline on a captured program and return the lowered one; parameters stay shared."""
-    return run_pipeline(program, pipeline(target, mask_vector=mask_vector, kernels=kernels), CHECKERS, debug=debug)
+    return run_pipeline(program, pipeline(target, mask_vector=mask_vector, kernels=kernels), CHECKS, debug=debug)

@@ -6,12 +6,13 @@ import torch
 
 from flarec import ops
 from flarec.errors import PropertyError
-from flarec.ir.pipeline import Checker
+from flarec.ir.pipeline import Checker, Checks
 from flarec.ir.program import Program, locate, placeholder_name
 from flarec.ir.wellformed import check_canonical, check_captured
 from flarec.ops.mixer import Mixing
 
-from .token_local import has_token_dimension, mixing_reason
+from .duplicate_streams import PositionIds
+from .token_local import Watch
 
 ATEN = torch.ops.aten
 
@@ -21,18 +22,8 @@ def _names(program: Program) -> set[str]:
 
 
 def check_two_stream(program: Program) -> None:
-    """Outside of the semantic ops nothing moves information between tokens, and nothing reads a token's slot number."""
-    if not has_token_dimension(program):
-        raise PropertyError("the sequence length of the capture is not symbolic, so streams cannot be told apart")
-    for node in program.graph.nodes:
-        if node.op != "call_function" or ops.mixer_of(node.target) is not None:
-            continue
-        reason = mixing_reason(node)
-        if reason is not None:
-            raise PropertyError(
-                f"{locate(node)} {reason}; a noisy token could reach a clean one. Make it a semantic op (flarec/ops)"
-            )
-    if "position_ids" in _names(program) and "position_ids" not in program.derivations:
+    """Positions come from the layout. That nothing but mixers relates tokens holds for every program (`Watch`)."""
+    if "position_ids" in _names(program) and type(program.derivations.get("position_ids")) is not PositionIds:
         raise PropertyError("position_ids is still an input; positions must come from the layout")
 
 
@@ -102,3 +93,5 @@ CHECKERS: dict[str, Checker] = {
     "cached": check_cached,
     "lowered": check_lowered,
 }
+
+CHECKS = Checks(CHECKERS, Watch)

@@ -30,7 +30,7 @@ from flarec.inspect.summary import mixer_kind
 from flarec.ir.pipeline import pipeline_text, run_pipeline
 from flarec.ir.program import Program
 from flarec.passes import pipeline
-from flarec.passes.properties import CHECKERS
+from flarec.passes.properties import CHECKS
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import MaskToken, choose_mask_token, initialise_mask_token
 from flarec.verify import verify
@@ -120,7 +120,7 @@ def _passes(road: Road) -> str:
     initialise_mask_token(road.mask, road.model, road.captured, road.tokenizer)
     for target in TARGETS:
         steps = pipeline(target, mask_vector=road.mask.kind == "vector")
-        road.lowered[target] = run_pipeline(road.captured, steps, CHECKERS, debug=True)
+        road.lowered[target] = run_pipeline(road.captured, steps, CHECKS, debug=True)
     sites = [sum(len(record.sites) for record in program.history) for program in road.lowered.values()]
     return f"{sites[0]} sites rewritten for training, {sites[1]} for decoding"
 

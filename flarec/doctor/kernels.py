@@ -14,7 +14,7 @@ from flarec.ir.pipeline import run_pipeline
 from flarec.ir.program import Program, target_name
 from flarec.passes import pipeline
 from flarec.passes.lower_mixers import LowerMixers, check_triton
-from flarec.passes.properties import CHECKERS
+from flarec.passes.properties import CHECKS
 
 from .report import Site
 
@@ -31,7 +31,7 @@ def sites(captured: Program) -> tuple[Site, ...]:
     found: dict[tuple[str, str, str, str], list[str]] = {}
     for target in ("train", "decode"):
         steps = [step for step in pipeline(target) if not isinstance(step, LowerMixers)]
-        program = run_pipeline(captured, steps, CHECKERS)
+        program = run_pipeline(captured, steps, CHECKS)
         for node, mixer in ops.sites(program.graph):
             choice, why = _choice(mixer, ops.site_of(node))
             operands = ", ".join(

@@ -10,7 +10,7 @@ from flarec.frontend.export import capture
 from flarec.ir.pipeline import run_pipeline
 from flarec.ir.program import Program
 from flarec.passes import pipeline
-from flarec.passes.properties import CHECKERS
+from flarec.passes.properties import CHECKS
 
 CAPTURE = "capture"
 """Name that stands for "before the first pass" where a pass is asked for."""
@@ -32,4 +32,4 @@ def open_program(
         if after not in names:
             raise UsageError(f"the pipeline '{target}' has no pass '{after}'; choose one of {', '.join(names)}")
         steps = steps[: names.index(after)]
-    return run_pipeline(capture(path, device="meta"), steps, CHECKERS, debug=debug)
+    return run_pipeline(capture(path, device="meta"), steps, CHECKS, debug=debug)

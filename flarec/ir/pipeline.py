@@ -1,8 +1,8 @@
 """Passes and the runner. A pass is data: a frozen dataclass whose fields are its options.
 
 Pipelines are literal lists (`flarec.passes`); the runner never reorders them. What a pass requires and provides is
-checked before anything runs, and every provided property is checked on the graph: all of them at the end of a pipeline,
-after each pass with `debug=True`.
+checked before anything runs. After each pass every new node is looked at (`Checks.watch`), and every provided property is
+checked on the graph: all of them at the end of a pipeline, after each pass with `debug=True`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,20 @@ if TYPE_CHECKING:
 
 Checker = Callable[[Program], None]
 """Raises `PropertyError` if the property does not hold."""
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What the runner checks.
+
+    properties: a checker for every property that may be claimed
+    watch: gives, for one run, what is called with the program before the first pass and after every pass. It infers the
+    spec of every new or changed node, whatever the pass noted in `meta["val"]`, and raises `PropertyError` for a node
+    that has none or that a program may not hold
+    """
+
+    properties: Mapping[str, Checker]
+    watch: Callable[[], Checker]
 
 
 @dataclass(frozen=True)
@@ -102,17 +116,19 @@ def check_order(pipeline: Pipeline, given: frozenset[str]) -> None:
         have |= step.provides
 
 
-def run_pipeline(
-    program: Program, pipeline: Pipeline, checkers: Mapping[str, Checker], *, debug: bool = False
-) -> Program:
-    """Apply the passes to a clone of the program, in order, and check what they claim.
+def run_pipeline(program: Program, pipeline: Pipeline, checks: Checks, *, debug: bool = False) -> Program:
+    """Apply the passes to a clone of the program, in order, and check what they did and what they claim.
 
-    Raises `PassError` for a pass that finds nothing although it should, `PropertyError` for a claim that does not hold.
+    Raises `PassError` for a pass that finds nothing although it should, `PropertyError` for a node that may not be there
+    and for a claim that does not hold.
     """
     check_order(pipeline, program.properties)
     program = program.clone()
+    watch = checks.watch()
+    _look(watch, program, "the program before the first pass")
+    before = program.op_counts()
     for step in pipeline:
-        start, before = time.perf_counter(), program.op_counts()
+        start = time.perf_counter()
         sites = step.apply(program)
         if not sites and not step.may_be_empty:
             raise PassError(f"pass '{step.name}' found nothing to rewrite; the program is not what this pass expects")
@@ -120,15 +136,24 @@ def run_pipeline(
             program.graph.lint()
         after = program.op_counts()
         delta = {op: after[op] - before[op] for op in sorted(before | after) if after[op] != before[op]}
+        before = after
         names = tuple(node.name for node in sites)
         seconds = time.perf_counter() - start
         program.properties |= step.provides
         program.history += (Record(step.text(), names, delta, seconds, tuple(sorted(step.provides))),)
+        _look(watch, program, f"pass '{step.name}'")
         if debug:
-            check_properties(program, checkers)
+            check_properties(program, checks.properties)
     program.finish()
-    check_properties(program, checkers)
+    check_properties(program, checks.properties)
     return program
+
+
+def _look(watch: Checker, program: Program, by: str) -> None:
+    try:
+        watch(program)
+    except PropertyError as error:
+        raise PropertyError(f"{by}: {error}") from error
 
 
 def check_properties(program: Program, checkers: Mapping[str, Checker]) -> None:

@@ -1,21 +1,19 @@
 """What a program remembers about a tensor: sizes and dtype as plain data, without the tracer's symbols behind them.
 
-A size that depends on the input is text: an expression over `rows` and `length` (tokens per row), such as "length" or
-"2*length*rows". Two sizes of one program are equal if their text is.
+A size that depends on the input is text: an expression over `rows`, `length` (tokens per row) and `head_rows` (gathered
+for the head), such as "length" or "2*length*rows". Two sizes of one program are equal if their text is.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-ROWS, LENGTH = "rows", "length"
+ROWS, LENGTH, HEAD_ROWS = "rows", "length", "head_rows"
 Size = int | str
-_LENGTH = re.compile(rf"\b{LENGTH}\b")
 
 
 @dataclass(frozen=True)
@@ -30,11 +28,6 @@ class TensorSpec:
         size = self.shape[dim]
         assert isinstance(size, int), f"dimension {dim} of {self} depends on the input"
         return size
-
-
-def holds_tokens(size: Size) -> bool:
-    """Whether a dimension of that size runs over tokens."""
-    return isinstance(size, str) and _LENGTH.search(size) is not None
 
 
 def spec_of(tensor: torch.Tensor, names: Mapping[Any, Any]) -> TensorSpec:

@@ -140,6 +140,9 @@ class Mixer:
     fake      the output's shape and strides from the same arguments
     mixing    "attention": a mask says whom a token reads (`rewrite-masks` gives it the layout); "state": a state or
               window goes from token to token (`schedule-states`); "none": token by token
+    axes      how the operands that hold tokens lie, a letter per dimension: B rows, L tokens of a row, N any tokens,
+              others features; "BLH|BLHK" for either. Tensors that are not named are weights
+    output    how the output lies, in the same letters
     sees      what a token reads once the op knows the layout, for reports (docs/semantics.md section 2)
     streams   the definition over a layout: the op's operands and `layout`, by keyword
     cached    the definition of a decode step: these, the slots' operands, and `accepted` if a slot is returned
@@ -152,6 +155,8 @@ class Mixer:
     captured: Callable[..., Tensor]
     fake: Callable[..., Tensor]
     mixing: Mixing
+    axes: Mapping[str, str]
+    output: str
     sees: str
     forms: dict[str, Form]
     streams: Function | None = None

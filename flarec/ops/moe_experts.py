@@ -33,6 +33,8 @@ MOE_EXPERTS = Mixer(
     captured=_captured,
     fake=_fake,
     mixing="none",
+    axes={"x": "ND", "index": "NK", "weight": "NK"},
+    output="ND",
     sees="token by token",
     options=_options,
     forms={"torch": Form(train="flarec.kernels.moe_experts.torch_grouped:grouped")},

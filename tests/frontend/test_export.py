@@ -23,7 +23,7 @@ from flarec.frontend.tiny import TINY, TinyModel
 from flarec.ir.pipeline import run_pipeline
 from flarec.ir.program import Program, layer_of, module_of, source_line
 from flarec.passes.canonicalize import Canonicalize
-from flarec.passes.properties import CHECKERS
+from flarec.passes.properties import CHECKS
 from tests.counting import CallCounter, calls_of
 from tests.models import ALL_FAMILIES, FAMILIES, PLAIN_FAMILIES, captured, shared_model, tiny_checkpoint, tiny_model
 
@@ -107,7 +107,7 @@ def assert_equal_to_eager(program: Program, model: Any, rows: int, length: int) 
     with eager(model):
         expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     wanted = gradients(expected)
-    steps = (program, run_pipeline(program, [Canonicalize()], CHECKERS))
+    steps = (program, run_pipeline(program, [Canonicalize()], CHECKS))
     for step in steps:
         logits = step(ids, position_ids=positions)
         assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()

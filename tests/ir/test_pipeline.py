@@ -19,7 +19,7 @@ from flarec.ir.pipeline import Pass, check_order, dependency_graph, parse_pipeli
 from flarec.ir.program import Program
 from flarec.passes import PASSES, PIPELINES, lower, pipeline
 from flarec.passes.lower_mixers import LowerMixers
-from flarec.passes.properties import CHECKERS
+from flarec.passes.properties import CHECKS
 from tests.models import FAMILIES, captured
 
 CAPTURED = frozenset({"captured"})
@@ -108,7 +108,7 @@ def test_nothing_runs_if_the_order_is_wrong() -> None:
     program = captured("bamba")
     before = program.op_counts()
     with pytest.raises(PassError):
-        run_pipeline(program, list(reversed(pipeline("train"))), CHECKERS)
+        run_pipeline(program, list(reversed(pipeline("train"))), CHECKS)
     assert program.op_counts() == before
 
 
@@ -176,7 +176,7 @@ def test_the_history_does_not_depend_on_the_run() -> None:
 
 def test_a_pass_that_finds_nothing_is_an_error() -> None:
     with pytest.raises(PassError, match="pass 'nothing' found nothing to rewrite"):
-        run_pipeline(captured("bamba"), [Nothing()], CHECKERS)
+        run_pipeline(captured("bamba"), [Nothing()], CHECKS)
 
 
 def test_passes_may_not_run_twice_unnoticed() -> None:
@@ -184,21 +184,21 @@ def test_passes_may_not_run_twice_unnoticed() -> None:
     steps = pipeline("decode")
     thread = next(step for step in steps if step.name == "thread-cache")
     with pytest.raises(PassError, match="'thread-cache' found nothing"):
-        run_pipeline(captured("bamba"), [*steps[: steps.index(thread) + 1], thread], CHECKERS)
+        run_pipeline(captured("bamba"), [*steps[: steps.index(thread) + 1], thread], CHECKS)
 
 
 def test_a_false_claim_is_found_at_the_end() -> None:
     steps = [*pipeline("train")[:5], Claim()]
     with pytest.raises(PropertyError, match=r"'narrowed' \(claimed by claim\(\)\) does not hold: no node reads"):
-        run_pipeline(captured("bamba"), steps, CHECKERS)
+        run_pipeline(captured("bamba"), steps, CHECKS)
 
 
 def test_debug_finds_the_pass_that_broke_a_property() -> None:
     """Without debug only the end counts; with it the checkers run after each pass."""
     steps = [*pipeline("train")[:1], Break(), Repair()]
-    run_pipeline(captured("bamba"), steps, CHECKERS)
+    run_pipeline(captured("bamba"), steps, CHECKS)
     with pytest.raises(PropertyError, match=r"property 'canonical'.*is dead"):
-        run_pipeline(captured("bamba"), steps, CHECKERS, debug=True)
+        run_pipeline(captured("bamba"), steps, CHECKS, debug=True)
 
 
 def test_the_source_stays_as_it_was_and_parameters_are_shared() -> None:

@@ -124,6 +124,8 @@ def test_a_new_row_is_known_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         captured=_doubled,
         fake=lambda x: x.new_empty(x.shape),
         mixing="none",
+        axes={"x": "N"},
+        output="N",
         sees="token by token",
         forms={"torch": ops.Form(train=_doubled)},
     )

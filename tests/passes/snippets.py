@@ -11,7 +11,7 @@ from flarec.ir.pipeline import run_pipeline
 from flarec.ir.program import Program, target_name
 from flarec.layout import Layout
 from flarec.passes import pipeline
-from flarec.passes.properties import CHECKERS
+from flarec.passes.properties import CHECKS
 from flarec.verify.inputs import random_layout
 from tests.models import captured
 
@@ -22,8 +22,8 @@ def before_and_after(
     """The program before and behind the pass `name` of a pipeline; `options` go to `pipeline`."""
     steps = pipeline(target, **options)  # type: ignore[arg-type]
     index = [step.name for step in steps].index(name)
-    before = run_pipeline(captured(family), steps[:index], CHECKERS)
-    return before, run_pipeline(before, steps[index : index + 1], CHECKERS)
+    before = run_pipeline(captured(family), steps[:index], CHECKS)
+    return before, run_pipeline(before, steps[index : index + 1], CHECKS)
 
 
 def operands(node: fx.Node) -> dict[str, object]:

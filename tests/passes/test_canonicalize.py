@@ -50,9 +50,9 @@ def test_before_and_after_of_the_docstring() -> None:
 
     from flarec.ir.pipeline import run_pipeline
     from flarec.passes import pipeline
-    from flarec.passes.properties import CHECKERS
+    from flarec.passes.properties import CHECKS
 
-    after = run_pipeline(program, pipeline("train")[:1], CHECKERS)
+    after = run_pipeline(program, pipeline("train")[:1], CHECKS)
     hidden = after.calls(ATEN.linear.default)[0]
     (cast,) = hidden.users
     assert cast.target is ATEN.to.dtype

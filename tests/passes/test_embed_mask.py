@@ -8,6 +8,7 @@ import torch
 from flarec.errors import PassError
 from flarec.ir.pipeline import run_pipeline
 from flarec.passes.embed_mask import PARAMETER
+from flarec.passes.properties import CHECKS
 from tests.models import FAMILIES, VOCABULARY
 from tests.passes.snippets import before_and_after, example, on_layout
 
@@ -83,4 +84,4 @@ def test_a_model_without_an_embedding_table_is_refused() -> None:
     for node in before.calls(ATEN.embedding.default):
         node.target = ATEN.index_select.default
     with pytest.raises(PassError, match=r"pass 'embed-mask'.*'input_ids'.*spare vocabulary row"):
-        run_pipeline(before, [EmbedMask(vector=True)], {})
+        run_pipeline(before, [EmbedMask(vector=True)], CHECKS)

@@ -13,7 +13,7 @@ from flarec.ops.short_conv import ConvWindows
 from flarec.ops.softmax_attention import SoftmaxMask
 from flarec.passes import lower
 from flarec.passes.lower_mixers import LowerMixers
-from flarec.passes.properties import CHECKERS
+from flarec.passes.properties import CHECKS
 from tests.models import FAMILIES, captured, captured_float64
 from tests.passes.snippets import before_and_after, example, operands
 
@@ -58,7 +58,7 @@ def test_lowered_equals_reference_with_gradients(family: str) -> None:
 def test_the_chunk_size_is_only_a_tile(chunk_size: int) -> None:
     steps = [LowerMixers(chunk_size=chunk_size)]
     before, whole = before_and_after("lower-mixers", target="train")
-    other = run_pipeline(before, steps, CHECKERS)
+    other = run_pipeline(before, steps, CHECKS)
     assert other.derivations["state_schedule"] == Schedule(chunk_size)
     ids, layout = example(5)
     rows = torch.arange(layout.rows * layout.length)
@@ -83,4 +83,4 @@ def test_the_reference_stays_where_it_is_asked_for() -> None:
 def test_an_unknown_implementation_is_refused() -> None:
     before, _ = before_and_after("lower-mixers", "bamba")
     with pytest.raises(PassError, match="unknown implementation 'cuda'; use torch, triton or reference"):
-        run_pipeline(before, [LowerMixers(implementation="cuda")], CHECKERS)
+        run_pipeline(before, [LowerMixers(implementation="cuda")], CHECKS)

@@ -22,7 +22,7 @@ from flarec.ops.short_conv import ConvOrder
 from flarec.ops.softmax_attention import AttentionIntervals, SoftmaxMask
 from flarec.passes import lower
 from flarec.passes.lower_mixers import LowerMixers
-from flarec.passes.properties import CHECKERS
+from flarec.passes.properties import CHECKS
 from tests.checkpoints import MASK_ROW
 from tests.models import ALL_FAMILIES, FAMILIES, PLAIN_FAMILIES, captured, captured_float64
 from tests.passes.snippets import before_and_after, count, example
@@ -158,7 +158,7 @@ def test_a_site_that_the_kernels_cannot_run_is_named() -> None:
 def test_other_chunk_sizes_are_refused() -> None:
     before, _ = before_and_after("lower-mixers", "bamba")
     with pytest.raises(PassError, match="chunks of 16, 32, 64 tokens, not 48"):
-        run_pipeline(before, [LowerMixers(implementation="triton", chunk_size=48)], CHECKERS)
+        run_pipeline(before, [LowerMixers(implementation="triton", chunk_size=48)], CHECKS)
 
 
 @pytest.mark.parametrize(

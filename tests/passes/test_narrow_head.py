@@ -10,6 +10,7 @@ import torch
 from flarec.errors import PassError
 from flarec.ir.pipeline import run_pipeline
 from flarec.passes.narrow_head import NarrowHead, find_head
+from flarec.passes.properties import CHECKS
 from tests.models import FAMILIES
 from tests.passes.snippets import before_and_after, example, on_layout
 
@@ -65,4 +66,4 @@ def test_an_output_that_is_no_linear_layer_is_refused() -> None:
         summed = before.graph.call_function(ATEN.add.Tensor, (logits, before.calls(ATEN.embedding.default)[0]))
     before.output_node().args = ((summed,),)
     with pytest.raises(PassError, match="'narrow-head' found nothing"):
-        run_pipeline(before, [NarrowHead()], {})
+        run_pipeline(before, [NarrowHead()], CHECKS)

@@ -1,4 +1,4 @@
-"""Property checkers and the token-local analysis: every way to break a graph is found, and the error says where."""
+"""Property checkers: every way to break a graph is found, and the error says where."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from flarec import ops
 from flarec.errors import PropertyError
 from flarec.ir.pipeline import check_properties, run_pipeline
 from flarec.ir.program import Program, placeholder_name
-from flarec.ir.spec import TensorSpec
 from flarec.passes import lower, pipeline
-from flarec.passes.properties import CHECKERS
-from flarec.passes.token_local import has_token_dimension, mixing_reason
+from flarec.passes.properties import CHECKERS, CHECKS
 from tests.models import FAMILIES, captured
 
 ATEN = torch.ops.aten
@@ -25,26 +23,7 @@ def after(name: str, target: str = "decode", family: str = "qwen3_5_text", *, ve
     """The program behind the pass `name` of a pipeline."""
     steps = pipeline(target, mask_vector=vector)
     count = [step.name for step in steps].index(name) + 1
-    return run_pipeline(captured(family), steps[:count], CHECKERS)
-
-
-def insert(program: Program, layer: int, make: Callable[[fx.Graph, fx.Node], fx.Node]) -> fx.Node:
-    """Put a node behind the first residual addition of a layer, with the metadata of a node of the model."""
-    found = [n for n in program.calls(ATEN.add.Tensor) if n.meta["modules"] and _is_residual(n, layer)]
-    hidden = found[0]
-    users = list(hidden.users)
-    with program.graph.inserting_after(hidden):
-        new = make(program.graph, hidden)
-    new.meta = dict(hidden.meta)
-    for user in users:
-        user.replace_input_with(hidden, new)
-    program.finish()
-    return new
-
-
-def _is_residual(node: fx.Node, layer: int) -> bool:
-    path, _ = node.meta["modules"][-1]
-    return bool(path.endswith(f"layers.{layer}"))
+    return run_pipeline(captured(family), steps[:count], CHECKS)
 
 
 def fails(program: Program, name: str) -> str:
@@ -64,87 +43,10 @@ def test_every_property_holds_after_every_pass(family: str, target: str) -> None
     assert program.properties == provided | {"captured"}
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda g, h: g.call_function(ATEN.flip.default, (h, [1])), "token dimension"),
-        (lambda g, h: g.call_function(ATEN.roll.default, (h, [1], [1])), "token dimension"),
-        (lambda g, h: g.call_function(ATEN.cumsum.default, (h, 1)), "token dimension"),
-        (lambda g, h: g.call_function(ATEN.mean.dim, (h, [-2], True)), "token dimension"),
-        (lambda g, h: g.call_function(ATEN.softmax.int, (h, 1)), "token dimension"),
-        (lambda g, h: g.call_function(ATEN.repeat.default, (h, [1, 2, 1])), "repeats tokens"),
-        (lambda g, h: g.call_function(ATEN.constant_pad_nd.default, (h, [0, 0, 1, -1])), "not known to be token-local"),
-        (lambda g, h: g.call_function(ATEN.conv1d.default, (h, h)), "not known to be token-local"),
-        (lambda g, h: g.call_function(len, (h,)), "not known"),
-    ],
-)
-def test_a_node_that_mixes_tokens_is_found(make: Callable[[fx.Graph, fx.Node], fx.Node], words: str) -> None:
-    program = after("duplicate-streams")
-    node = insert(program, 1, make)
-    text = fails(program, "two-stream")
-    assert words in text
-    assert f"%{node.name}" in text or f"'{node.name}'" in text or node.name in text
-    assert "layers.1" in text, "the module is named"
-    assert "modeling_qwen3_5.py:" in text, "the source line is named"
-    assert "duplicate-streams" in text, "the pass that claimed it is named"
-    assert "semantic op" in text, "the cure is named"
-
-
-def test_a_product_over_tokens_is_found() -> None:
-    program = after("duplicate-streams")
-
-    def gram(graph: fx.Graph, node: fx.Node) -> fx.Node:
-        rows, length, width = node.meta["val"].shape
-        turned = graph.call_function(ATEN.transpose.int, (node, 1, 2))
-        turned.meta = {**node.meta, "val": TensorSpec((rows, width, length), torch.float32)}
-        with graph.inserting_after(turned):
-            return graph.call_function(ATEN.matmul.default, (turned, node))
-
-    node = insert(program, 1, gram)
-    rows, _, width = node.meta["val"].shape
-    node.meta["val"] = TensorSpec((rows, width, width), torch.float32)
-    assert "contracts over tokens" in fails(program, "two-stream")
-
-
-def test_a_mask_of_its_own_is_found() -> None:
-    """A model that builds its own causal mask makes a tensor over pairs of tokens."""
-    program = after("duplicate-streams")
-    node = insert(program, 0, lambda g, h: g.call_function(ATEN.mul.Tensor, (h, h)))
-    rows, length, _ = node.meta["val"].shape
-    node.meta["val"] = TensorSpec((rows, length, length), torch.float32)
-    assert mixing_reason(node) == "makes a tensor over pairs of tokens"
-
-
-def test_slot_numbers_instead_of_positions_are_found() -> None:
-    program = after("duplicate-streams")
-    ids = program.placeholder("input_ids")
-    with program.graph.inserting_after(program.placeholders()[-1]):
-        node = program.graph.call_function(ATEN.arange.default, (24,))
-    node.meta = {"val": TensorSpec(ids.meta["val"].shape[1:], torch.int64)}
-    reason = mixing_reason(node)
-    assert reason is not None
-    assert "token slots" in reason
-
-
 def test_positions_must_come_from_the_layout() -> None:
     program = after("duplicate-streams")
     del program.derivations["position_ids"]
     assert "positions must come from the layout" in fails(program, "two-stream")
-
-
-def test_a_specialised_length_is_found() -> None:
-    program = after("duplicate-streams")
-    program.placeholder("input_ids").meta["val"] = TensorSpec((2, 24), torch.int64)
-    assert "not symbolic" in fails(program, "two-stream")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_node_of_a_canonical_graph_is_token_local(family: str) -> None:
-    program = after("canonicalize", family=family)
-    assert has_token_dimension(program)
-    reasons = [mixing_reason(node) for node in program.graph.nodes if node.op == "call_function"]
-    assert [reason for reason in reasons if reason] == []
-    assert len(reasons) > 100
 
 
 def test_captured_outputs() -> None:
