@@ -15,14 +15,15 @@ import torch
 from torch import nn
 
 from .checkpoint.directory import Checkpoint, context_of, open_checkpoint
+from .checkpoint.lowered import lowered
 from .collector import collector_paused
 from .decode import Engine, Generation, SamplingParams, StopStrings
 from .decode.streaming import ShownText, cut
 from .device import resolve_kernels, torch_device, torch_dtype
 from .errors import CheckpointError, GenerationError
 from .frontend.export import capture
-from .passes import lower
 from .passes.embed_mask import PARAMETER
+from .passes.plugins import load_plugins
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Messages
@@ -78,6 +79,8 @@ class Model:
         *,
         kernels: str = "auto",
         cache: bool = False,
+        passes: Sequence[str] = (),
+        plugins: Sequence[str | Path] = (),
     ) -> None:
         """The model of a checkpoint, loaded. `cache`: see `flarec.capture`; for a model as it came from its files."""
         manifest = checkpoint.manifest
@@ -92,7 +95,9 @@ class Model:
         self.program = capture(hf_model, cache=cache)
         self.program.extra.update(extra or {})
         self.kernels = resolve_kernels(kernels, self.program.device)
-        self.decode_program = lower(self.program, "decode", mask_vector=vector, kernels=self.kernels)
+        self.decode_program = lowered(
+            checkpoint, self.program, "decode", kernels=self.kernels, foreign=passes, plugins=plugins
+        )
         self.eos_ids = checkpoint.eos_ids(hf_model.config, tokenizer)
         self.engine = self._engine()
 
@@ -255,6 +260,8 @@ def load(
     kernels: str = "auto",
     mask_token_id: int | None = None,
     block_size: int | None = None,
+    passes: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
 ) -> Model:
     """Open a checkpoint, or a source model, for generation.
 
@@ -265,6 +272,8 @@ def load(
     kernels  implementation of the token mixers: "triton", "torch" or "reference"; "auto" is triton on a GPU, else torch
     mask_token_id, block_size  of a dual-mode checkpoint that another program wrote: vocabulary row of the mask token
              and positions per block, where its config.json does not state them under these names
+    passes   of plugins, as `name(option=value)`, beside those of the checkpoint's own pipeline
+    plugins  Python files that define passes, beside the installed plugins; their code runs
 
     Raises `CheckpointError` for a directory that cannot be used, `UsageError` for the other arguments.
     """
@@ -272,7 +281,10 @@ def load(
     wanted = torch_dtype(dtype) or (torch.float32 if place.type == "cpu" else None)
     checkpoint = open_checkpoint(path, mask_token_id=mask_token_id, block_size=block_size)
     with collector_paused():
+        load_plugins(plugins)  # before the capture: they may declare ops
         tokenizer = checkpoint.load_tokenizer()
         hf_model = checkpoint.load_model(wanted, place)
         extra = checkpoint.load_extra(next(hf_model.parameters()).dtype, place)
-        return Model(hf_model, tokenizer, checkpoint, extra, kernels=kernels, cache=True)
+        return Model(
+            hf_model, tokenizer, checkpoint, extra, kernels=kernels, cache=True, passes=passes, plugins=plugins
+        )

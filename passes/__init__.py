@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from flarec.errors import UsageError
-from flarec.ir.pipeline import Pass, run_pipeline
+from flarec.errors import PassError, UsageError
+from flarec.ir.pipeline import Pass, UnknownPass, check_order, names_of, parse_pass, parse_pipeline, place, run_pipeline
 from flarec.ir.program import Program
 from flarec.passes.properties import CHECKS
 
@@ -14,6 +16,7 @@ from .duplicate_streams import DuplicateStreams
 from .embed_mask import EmbedMask
 from .lower_mixers import IMPLEMENTATIONS, LowerMixers
 from .narrow_head import NarrowHead
+from .plugins import Known, known_passes
 from .rewrite_masks import RewriteMasks
 from .schedule_states import ScheduleStates
 from .thread_cache import ThreadCache
@@ -41,27 +44,142 @@ DECODE: list[Pass] = [
 
 PIPELINES: dict[str, list[Pass]] = {"train": TRAIN, "decode": DECODE}
 PASSES: dict[str, type[Pass]] = {step.name: type(step) for step in [*TRAIN, *DECODE]}
+GIVEN = frozenset({"captured"})
+"""What holds before the first pass."""
+AFTER = "@after:"
+"""Pins a foreign pass: `my-pass(option=1)@after:narrow-head`."""
 
 
-def pipeline(target: str, *, mask_vector: bool = False, kernels: str = "torch") -> list[Pass]:
-    """The pipeline `target` ("train" or "decode") with its run-dependent options filled in."""
+def needs(target: str) -> frozenset[str]:
+    """What holds at the end of a target's own pipeline, and has to hold with passes of others too."""
+    return check_order(PIPELINES[target], GIVEN)
+
+
+def passes_by_name(plugins: Sequence[str | Path] = ()) -> dict[str, Known]:
+    """Every pass that can be named: the package's, those of installed plugins and of plugin files."""
+    return known_passes(PASSES, plugins)
+
+
+def pipeline(
+    target: str,
+    *,
+    mask_vector: bool = False,
+    kernels: str = "torch",
+    stored: str | None = None,
+    foreign: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
+) -> list[Pass]:
+    """The pipeline `target` ("train" or "decode") with its run-dependent options filled in.
+
+    stored: the text of a checkpoint's manifest instead of the literal list; the implementation of the mixers is then
+    replaced by `kernels`, nothing else. foreign: passes of others as text, `name(option=value)`; each goes to the
+    latest place before lower-mixers that its requirements allow, or with `@after:NAME` behind that pass. plugins: files
+    that define such passes, beside the installed ones.
+
+    Raises `UsageError` for an unknown name, `PassError` for a pass that has no place, `UnknownPass` for a stored one.
+    """
     if target not in PIPELINES:
         raise UsageError(f"unknown target '{target}'; choose one of {', '.join(PIPELINES)}")
     if kernels not in IMPLEMENTATIONS:
         raise UsageError(f"unknown kernels '{kernels}'; choose one of {', '.join(IMPLEMENTATIONS)}")
+    known: Mapping[str, type[Pass]] = PASSES
+    if foreign or plugins or (stored and not _only_built_in(stored)):
+        known = {name: row.cls for name, row in passes_by_name(plugins).items()}
+    steps = PIPELINES[target] if stored is None else parse_pipeline(stored, known)
     filled: list[Pass] = []
-    for step in PIPELINES[target]:
-        if isinstance(step, EmbedMask):
+    for step in steps:
+        if isinstance(step, EmbedMask) and stored is None:
             filled.append(replace(step, vector=mask_vector))
         elif isinstance(step, LowerMixers):
             filled.append(replace(step, implementation=kernels))
         else:
             filled.append(step)
-    return filled
+    return _with_foreign(target, filled, foreign, known)
+
+
+def _only_built_in(text: str) -> bool:
+    return all(line.split("(")[0].strip() in PASSES for line in text.splitlines() if line.strip())
+
+
+def _with_foreign(
+    target: str, steps: list[Pass], foreign: Sequence[str], known: Mapping[str, type[Pass]]
+) -> list[Pass]:
+    """The steps with the passes of others among them; one may need what another one provides."""
+    waiting = []
+    for text in foreign:
+        name, _, pin = text.partition(AFTER)
+        step = parse_pass(name, known)
+        if target in step.targets:
+            waiting.append((step, pin.strip()))
+    while waiting:
+        before, errors = len(waiting), []
+        for item in list(waiting):
+            step, pin = item
+            try:
+                index = _after(steps, step, pin) if pin else place(steps, step, GIVEN, LowerMixers.name)
+                trial = [*steps[:index], step, *steps[index:]]
+                check_order(trial, GIVEN)
+            except PassError as error:
+                errors.append(error)
+            else:
+                steps = trial
+                waiting.remove(item)
+        if len(waiting) == before:
+            raise errors[0]
+    lost = sorted(needs(target) - check_order(steps, GIVEN))
+    if lost:
+        culprit = next((step.name for step in steps if lost[0] in names_of(step.invalidates)), None)
+        why = f"pass '{culprit}' invalidates it" if culprit else "no pass provides it"
+        raise PassError(
+            f"after the pipeline '{target}' the property '{lost[0]}' does not hold: {why}; provide it again"
+        )
+    return steps
+
+
+def _after(steps: Sequence[Pass], step: Pass, pin: str) -> int:
+    """The index behind the pass `pin`. Raises `PassError` if there is none of that name."""
+    names = [other.name for other in steps]
+    if pin not in names:
+        raise PassError(f"pass '{step.name}' cannot stand after '{pin}': the pipeline has {', '.join(names)}")
+    return names.index(pin) + 1
+
+
+def placed(steps: Sequence[Pass]) -> list[str]:
+    """One line for every pass of others: where it stands."""
+    lines = []
+    for index, step in enumerate(steps):
+        if step.name not in PASSES:
+            before = f"after {steps[index - 1].name}" if index else "first"
+            lines.append(f"pass {step.text()} stands {before}")
+    return lines
 
 
 def lower(
-    program: Program, target: str, *, mask_vector: bool = False, kernels: str = "torch", debug: bool = False
+    program: Program,
+    target: str,
+    *,
+    mask_vector: bool = False,
+    kernels: str = "torch",
+    steps: Sequence[Pass] | None = None,
+    debug: bool = False,
 ) -> Program:
-    """Run a pipeline on a captured program and return the lowered one; parameters stay shared."""
-    return run_pipeline(program, pipeline(target, mask_vector=mask_vector, kernels=kernels), CHECKS, debug=debug)
+    """Run a pipeline on a captured program and return the lowered one; parameters stay shared. steps: instead of the
+    literal list (`pipeline`)."""
+    if steps is None:
+        steps = pipeline(target, mask_vector=mask_vector, kernels=kernels)
+    return run_pipeline(program, steps, CHECKS, debug=debug)
+
+
+__all__ = [
+    "AFTER",
+    "GIVEN",
+    "PASSES",
+    "PIPELINES",
+    "Known",
+    "UnknownPass",
+    "lower",
+    "needs",
+    "passes_by_name",
+    "pipeline",
+    "placed",
+]

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from flarec.ir.pipeline import Pass
+from flarec.ir.pipeline import Claims, Pass
 from flarec.ir.program import Program
 
 ATEN = torch.ops.aten
@@ -28,8 +28,8 @@ class Canonicalize(Pass):
     """
 
     name: ClassVar[str] = "canonicalize"
-    requires: ClassVar[frozenset[str]] = frozenset({"captured"})
-    provides: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    requires: ClassVar[Claims] = frozenset({"captured"})
+    provides: ClassVar[Claims] = frozenset({"canonical"})
 
     def apply(self, program: Program) -> list[fx.Node]:
         graph = program.graph

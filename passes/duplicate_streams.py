@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, fx
 
-from flarec.ir.pipeline import Pass
+from flarec.ir.pipeline import Claims, Pass
 from flarec.ir.program import Program
 from flarec.layout import Layout
 
@@ -33,8 +33,8 @@ class DuplicateStreams(Pass):
     """
 
     name: ClassVar[str] = "duplicate-streams"
-    requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
-    provides: ClassVar[frozenset[str]] = frozenset({"two-stream"})
+    requires: ClassVar[Claims] = frozenset({"canonical"})
+    provides: ClassVar[Claims] = frozenset({"two-stream"})
 
     def apply(self, program: Program) -> list[fx.Node]:
         ids = program.placeholder("input_ids")

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from flarec.ir.pipeline import Pass
+from flarec.ir.pipeline import Claims, Pass
 from flarec.ir.program import Program
 
 ATEN = torch.ops.aten
@@ -26,8 +26,8 @@ class EmbedMask(Pass):
     vector: bool = False
 
     name: ClassVar[str] = "embed-mask"
-    requires: ClassVar[frozenset[str]] = frozenset({"two-stream"})
-    provides: ClassVar[frozenset[str]] = frozenset({"mask-embedded"})
+    requires: ClassVar[Claims] = frozenset({"two-stream"})
+    provides: ClassVar[Claims] = frozenset({"mask-embedded"})
     may_be_empty: ClassVar[bool] = True  # nothing to do when the mask token is a spare row
 
     def apply(self, program: Program) -> list[fx.Node]:

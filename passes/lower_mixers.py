@@ -10,7 +10,7 @@ from torch import fx
 
 from flarec import ops
 from flarec.errors import PassError
-from flarec.ir.pipeline import Pass
+from flarec.ir.pipeline import Claims, Pass
 from flarec.ir.program import Program, locate
 
 IMPLEMENTATIONS = (ops.TORCH, ops.TRITON, ops.REFERENCE)
@@ -34,8 +34,8 @@ class LowerMixers(Pass):
     chunk_size: int = 64
 
     name: ClassVar[str] = "lower-mixers"
-    requires: ClassVar[frozenset[str]] = frozenset({"masked", "state-scheduled"})
-    provides: ClassVar[frozenset[str]] = frozenset({"lowered"})
+    requires: ClassVar[Claims] = frozenset({"masked", "state-scheduled"})
+    provides: ClassVar[Claims] = frozenset({"lowered"})
 
     def apply(self, program: Program) -> list[fx.Node]:
         if self.implementation not in IMPLEMENTATIONS:

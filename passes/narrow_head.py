@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from flarec.ir.pipeline import Pass
+from flarec.ir.pipeline import Claims, Pass
 from flarec.ir.program import Program
 
 ATEN = torch.ops.aten
@@ -24,8 +24,8 @@ class NarrowHead(Pass):
     """
 
     name: ClassVar[str] = "narrow-head"
-    requires: ClassVar[frozenset[str]] = frozenset({"two-stream"})
-    provides: ClassVar[frozenset[str]] = frozenset({"narrowed"})
+    requires: ClassVar[Claims] = frozenset({"two-stream"})
+    provides: ClassVar[Claims] = frozenset({"narrowed"})
 
     def apply(self, program: Program) -> list[fx.Node]:
         head = find_head(program)

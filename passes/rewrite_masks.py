@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from flarec.ir.pipeline import Pass
+from flarec.ir.pipeline import Claims, Pass
 from flarec.ir.program import Program
 
 from .give_layout import give_layout
@@ -22,8 +22,8 @@ class RewriteMasks(Pass):
     """
 
     name: ClassVar[str] = "rewrite-masks"
-    requires: ClassVar[frozenset[str]] = frozenset({"two-stream"})
-    provides: ClassVar[frozenset[str]] = frozenset({"masked"})
+    requires: ClassVar[Claims] = frozenset({"two-stream"})
+    provides: ClassVar[Claims] = frozenset({"masked"})
     may_be_empty: ClassVar[bool] = True  # a purely recurrent model has no softmax attention
 
     def apply(self, program: Program) -> list[fx.Node]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from flarec.ir.pipeline import Pass
+from flarec.ir.pipeline import Claims, Pass
 from flarec.ir.program import Program
 
 from .give_layout import give_layout
@@ -25,8 +25,8 @@ class ScheduleStates(Pass):
     """
 
     name: ClassVar[str] = "schedule-states"
-    requires: ClassVar[frozenset[str]] = frozenset({"two-stream"})
-    provides: ClassVar[frozenset[str]] = frozenset({"state-scheduled"})
+    requires: ClassVar[Claims] = frozenset({"two-stream"})
+    provides: ClassVar[Claims] = frozenset({"state-scheduled"})
     may_be_empty: ClassVar[bool] = True  # a softmax-only model has no recurrence
 
     def apply(self, program: Program) -> list[fx.Node]:

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import fx
 
 from flarec import ops
-from flarec.ir.pipeline import Pass
+from flarec.ir.pipeline import Claims, Pass
 from flarec.ir.program import Program, layer_of, placeholder_name
 from flarec.ir.slots import CacheSlot
 
@@ -26,8 +26,8 @@ class ThreadCache(Pass):
     """
 
     name: ClassVar[str] = "thread-cache"
-    requires: ClassVar[frozenset[str]] = frozenset({"masked", "state-scheduled", "narrowed"})
-    provides: ClassVar[frozenset[str]] = frozenset({"cached"})
+    requires: ClassVar[Claims] = frozenset({"masked", "state-scheduled", "narrowed"})
+    provides: ClassVar[Claims] = frozenset({"cached"})
 
     def apply(self, program: Program) -> list[fx.Node]:
         numbers: Counter[str] = Counter()

@@ -13,6 +13,8 @@ from torch import nn
 from flarec.checkpoint.directory import describe_source, open_checkpoint
 from flarec.checkpoint.manifest import DecodeDefaults, FileEntry, Manifest, Mask, Source
 from flarec.checkpoint.write import write_checkpoint
+from flarec.ir.pipeline import pipeline_text
+from flarec.passes import pipeline
 from flarec.passes.embed_mask import PARAMETER
 from tests.models import VOCABULARY, tiny_checkpoint
 
@@ -27,7 +29,9 @@ def manifest_for(source: Path, kind: str = "row", block_size: int = 3) -> Manife
         Mask(kind, token),  # type: ignore[arg-type]
         DecodeDefaults(block_size, dict(READOUTS)),
         recipe={"name": "draft"},
-        pipelines={"train": "canonicalize()", "decode": "canonicalize()"},
+        pipelines={
+            target: pipeline_text(pipeline(target, mask_vector=kind == "vector")) for target in ("train", "decode")
+        },
         data={"train.jsonl": {"documents": 3, "tokens": 120}},
         metrics={"ar_loss": 1.25},
     )

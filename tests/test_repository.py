@@ -33,11 +33,12 @@ LAYER_OF = {
     "flarec.kernels": "kernels",
     **{f"flarec.kernels.{name}": f"kernels.{name}" for name in KERNELS},
     **{f"flarec.{name}": "api" for name in ("api", "hf_generate", "evaluate")},
+    "flarec.plugin": "plugin",  # what plugins import; nothing of the package imports it
 }
 
 # What each layer may import, besides itself, flarec.errors and flarec/__init__.py. A kernel imports no other kernel.
 ALL_KERNELS = {"kernels", *(f"kernels.{name}" for name in KERNELS)}
-BELOW_CLI = set(LAYER_OF.values()) - {"cli"}
+BELOW_CLI = set(LAYER_OF.values()) - {"cli", "plugin"}
 MAY_IMPORT: dict[str, set[str]] = {
     "root": set(),
     "errors": set(),
@@ -55,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "frontend": {"ops", "ir"},
     "passes": {"ops", "ir", "layout", "slots"},
     "decode": {"layout", "slots"},
+    "plugin": {"ir", "layout", "ops", "passes"},
     "train": {
         "ops", "ir", "layout", "recipe", "device", "decode", "recipes", "frontend", "passes", "checkpoint",
         "files",
@@ -64,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verify": BELOW_CLI - {"conformance", "doctor"},
     "inspect": BELOW_CLI - {"train", "decode", "verify", "bench", "conformance", "doctor"},
     "bench": {*ALL_KERNELS, "ops", "layout", "files"},
-    "checkpoint": {"frontend", "layout", "files"},
+    "checkpoint": {"frontend", "ir", "layout", "passes", "files"},
     "api": {"device", "collector", "frontend", "passes", "ir", "decode", "checkpoint", "train"},
     "cli": BELOW_CLI,
 }

@@ -79,6 +79,7 @@ class Manifest:
     data       documents, tokens and targets per source, and how many tokens were trained on
     metrics    last training metrics and measurements
     versions   of flarec, torch, transformers and Python
+    plugins    passes of others in the pipelines -> where they come from (a package and its version, or a file's name)
     files      every other file of the directory, filled in when the checkpoint is written
     """
 
@@ -91,11 +92,14 @@ class Manifest:
     metrics: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, FileEntry] = field(default_factory=dict)
+    plugins: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
         table = _finite(asdict(self))
         order = ["format_version", *(item.name for item in fields(self) if item.name != "format_version")]
+        if not self.plugins:  # versions that do not know the key open a checkpoint without plugins
+            order.remove("plugins")
         return json.dumps({name: table[name] for name in order}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @staticmethod

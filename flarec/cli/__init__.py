@@ -23,6 +23,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "Show a model's program, layer by layer, and what each pass changed.",
     "verify": "Check a checkpoint against the invariants of the method.",
     "bench": "Check and time the Triton kernels on a GPU.",
+    "passes": "List passes and properties, those of plugins among them.",
     "recipes": "List the recipes, or document every key of one.",
     "families": "Which model families convert, and through which stages they go.",
     "doctor": "What a model needs to be converted and served, without its weights.",

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .options import kernels_option
+from .options import kernels_option, plugin_options
 
 
 @click.command("convert")
@@ -46,6 +46,7 @@ from .options import kernels_option
     help="Split weights that are larger into several files, for example 5GB.",
 )
 @kernels_option("auto")
+@plugin_options
 @click.option("--dry-run", is_flag=True, help="Say what would run, and what memory and time it needs; writes nothing.")
 @click.pass_context
 def command(ctx: click.Context, /, dry_run: bool, **arguments: Any) -> None:

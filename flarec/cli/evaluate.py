@@ -11,7 +11,7 @@ import click
 from flarec.errors import UsageError
 
 from .loading import open_model
-from .options import decode_options, foreign_options, runtime_options
+from .options import decode_options, foreign_options, plugin_options, runtime_options
 
 if TYPE_CHECKING:
     from flarec.api import Output
@@ -30,10 +30,12 @@ if TYPE_CHECKING:
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Prompts per batch.")
 @runtime_options
 @foreign_options
+@plugin_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def command(
     checkpoint: str, data: Path, limit: int | None, device: str, dtype: str | None, kernels: str,
-    mask_token_id: int | None, block_size: int | None, as_json: bool, **options: Any,
+    mask_token_id: int | None, block_size: int | None, plugins: tuple[str, ...], passes: tuple[str, ...],
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Evaluate CKPT (or a source model, causally) on held-out records.
 
@@ -45,8 +47,9 @@ def command(
     from rich.progress import Progress
 
     model = open_model(
-        checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size
-    )
+        checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
+        passes=passes, plugins=plugins,
+    )  # fmt: skip
     from flarec.evaluate import evaluate, read_examples  # slow to import, like everything below flarec.api
 
     examples = read_examples(data, model, limit=limit)

@@ -14,7 +14,7 @@ from flarec.errors import DataError, UsageError
 
 from .interrupts import Interrupts
 from .loading import open_model
-from .options import decode_options, foreign_options, runtime_options
+from .options import decode_options, foreign_options, plugin_options, runtime_options
 
 if TYPE_CHECKING:
     from flarec.api import Output
@@ -40,11 +40,13 @@ JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text (repeatable).")
 @runtime_options
 @foreign_options
+@plugin_options
 @click.option("--stats", is_flag=True, help="Print tokens, forward passes and time on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array on stdout, an object per prompt, in order.")
 def command(
     checkpoint: str, prompt: str | None, prompts_file: Path | None, chat: bool, device: str, dtype: str | None,
-    kernels: str, mask_token_id: int | None, block_size: int | None, stats: bool, as_json: bool, **options: Any,
+    kernels: str, mask_token_id: int | None, block_size: int | None, plugins: tuple[str, ...], passes: tuple[str, ...],
+    stats: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Generate text with a converted checkpoint CKPT, or causally with any supported model.
 
@@ -52,8 +54,9 @@ def command(
     """
     prompts = _prompts(prompt, prompts_file)
     model = open_model(
-        checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size
-    )
+        checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
+        passes=passes, plugins=plugins,
+    )  # fmt: skip
     stream = len(prompts) == 1 and not as_json
     with Interrupts() as interrupts:
 

@@ -10,7 +10,7 @@ import click
 
 from flarec.errors import UsageError
 
-from .options import kernels_option
+from .options import kernels_option, plugin_options
 
 
 @click.command()
@@ -21,23 +21,31 @@ from .options import kernels_option
 @click.option("--ops", is_flag=True, help="Also list the nodes of one layer of each kind.")
 @click.option("--format", "kind", type=click.Choice(("text", "json", "svg")), default="text", show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False), metavar="FILE", help="Write to a file instead of stdout.")
+@click.option("--pipeline", "whole", is_flag=True, help="Show the passes alone: who requires and provides what.")
 @kernels_option("torch")
+@plugin_options
 def command(
-    source: str, target: str, after: str | None, diff: bool, ops: bool, kind: str, out: str | None, kernels: str
-) -> None:
+    source: str, target: str, after: str | None, diff: bool, ops: bool, kind: str, out: str | None, whole: bool,
+    kernels: str, plugins: tuple[str, ...], passes: tuple[str, ...],
+) -> None:  # fmt: skip
     """Show the program of a SOURCE model or checkpoint: mixers, streams, masks, schedules, shapes, caches.
 
     Only the configuration is read, so this works for models of any size. `--format svg` also draws the attention mask
     and the state schedule of a small example.
     """
-    from flarec.files import check_apart, write_file
+    from flarec.files import check_apart
     from flarec.inspect import as_svg, as_text, open_program, summarize
 
+    if out is not None:
+        check_apart([Path(out)], [Path(source), *map(Path, plugins)])
+    if whole:
+        if after is not None or diff or ops:
+            raise UsageError("--pipeline shows the passes alone; leave out --after, --diff and --ops")
+        _write(_pipeline(source, target, kind, kernels, passes, plugins), out)
+        return
     if kind != "text" and (diff or ops):
         raise UsageError(f"--diff and --ops belong to --format text; {kind} shows the passes anyway")
-    if out is not None:
-        check_apart([Path(out)], [Path(source)])
-    program = open_program(source, target, after=after, kernels=kernels)
+    program = open_program(source, target, after=after, kernels=kernels, passes=passes, plugins=plugins)
     summary = summarize(program)
     if kind == "svg":
         text = as_svg(summary)
@@ -45,7 +53,26 @@ def command(
         text = json.dumps(asdict(summary), indent=2)
     else:
         text = as_text(summary, program, diff=diff, ops=ops)
+    _write(text, out)
+
+
+def _pipeline(
+    source: str, target: str, kind: str, kernels: str, passes: tuple[str, ...], plugins: tuple[str, ...]
+) -> str:
+    """The passes of a model or checkpoint, which is not captured for it."""
+    from flarec.inspect.open import steps_of
+    from flarec.inspect.pipeline import pipeline_as_svg, pipeline_as_text, pipeline_table
+
+    steps = steps_of(source, target, kernels=kernels, passes=passes, plugins=plugins)
+    if kind == "json":
+        return json.dumps(pipeline_table(steps), indent=2)
+    return pipeline_as_svg(steps, target) if kind == "svg" else pipeline_as_text(steps, target)
+
+
+def _write(text: str, out: str | None) -> None:
     if out is None:
         click.echo(text)
         return
+    from flarec.files import write_file
+
     write_file(Path(out), text + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flarec.collector import collector_paused
@@ -11,12 +12,27 @@ if TYPE_CHECKING:
 
 
 def open_model(
-    checkpoint: str, *, dtype: str | None, device: str, kernels: str, mask_token_id: int | None, block_size: int | None
+    checkpoint: str,
+    *,
+    dtype: str | None,
+    device: str,
+    kernels: str,
+    mask_token_id: int | None,
+    block_size: int | None,
+    passes: Sequence[str] = (),
+    plugins: Sequence[str] = (),
 ) -> Model:
     """`flarec.load`, imported here: a command calls this once it knows its arguments to be right."""
     with collector_paused():
         from flarec.api import load
 
         return load(
-            checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size
+            checkpoint,
+            dtype=dtype,
+            device=device,
+            kernels=kernels,
+            mask_token_id=mask_token_id,
+            block_size=block_size,
+            passes=passes,
+            plugins=plugins,
         )

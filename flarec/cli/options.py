@@ -18,6 +18,23 @@ def kernels_option(default: str) -> Callable[..., Any]:
     return click.option("--kernels", default=default, show_default=True, metavar="NAME", help=text)
 
 
+def plugin_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--plugin`, `--pass`: passes of others."""
+    for option in reversed((
+        click.option(
+            "--plugin", "plugins", multiple=True, metavar="FILE.py",
+            help="A Python file that defines passes; its code runs. Repeat for more. Installed plugins need no option.",
+        ),
+        click.option(
+            "--pass", "passes", multiple=True, metavar="'NAME(OPTION=VALUE)'",
+            help="Add a plugin's pass at the latest place that its requirements allow; NAME(...)@after:OTHER pins it. "
+            "Repeat for more. `flarec passes` lists them.",
+        ),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def runtime_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--device`, `--dtype`, `--kernels`: where and in what a model computes."""
     for option in reversed((

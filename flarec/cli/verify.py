@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import kernels_option
+from .options import kernels_option, plugin_options
 
 if TYPE_CHECKING:
     from flarec.verify import Result
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("checkpoint")
 @kernels_option("torch")
+@plugin_options
 @click.option("--seed", default=0, show_default=True, help="Of the random layouts, tokens and sampling.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
-def command(checkpoint: str, kernels: str, seed: int, as_json: bool) -> None:
+def command(
+    checkpoint: str, kernels: str, plugins: tuple[str, ...], passes: tuple[str, ...], seed: int, as_json: bool
+) -> None:
     """Check a CHECKPOINT (or a model that was not converted) against the invariants of the method.
 
     Everything runs in float32 on the CPU, on small random inputs; transformers is the witness for invariants
@@ -29,7 +32,7 @@ def command(checkpoint: str, kernels: str, seed: int, as_json: bool) -> None:
     from flarec.verify import verify
 
     results = []
-    for result in verify(checkpoint, kernels=kernels, seed=seed):
+    for result in verify(checkpoint, kernels=kernels, seed=seed, passes=passes, plugins=plugins):
         results.append(result)
         if not as_json:
             _print(result, first=len(results) == 1)

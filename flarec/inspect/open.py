@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from flarec.checkpoint.directory import open_checkpoint
+from flarec.checkpoint.lowered import pipeline_of
 from flarec.errors import UsageError
 from flarec.frontend.export import capture
-from flarec.ir.pipeline import run_pipeline
+from flarec.ir.pipeline import Pass, run_pipeline
 from flarec.ir.program import Program
-from flarec.passes import pipeline
+from flarec.passes.plugins import load_plugins
 from flarec.passes.properties import CHECKS
 
 CAPTURE = "capture"
 """Name that stands for "before the first pass" where a pass is asked for."""
 
 
+def steps_of(
+    path: str | Path,
+    target: str,
+    *,
+    kernels: str = "torch",
+    passes: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
+) -> list[Pass]:
+    """The passes that a model or checkpoint goes through; plugins are loaded."""
+    load_plugins(plugins)
+    manifest = open_checkpoint(path).manifest if Path(path).is_dir() else None
+    return pipeline_of(manifest, target, kernels=kernels, foreign=passes, plugins=plugins)
+
+
 def open_program(
-    path: str | Path, target: str = "train", *, after: str | None = None, kernels: str = "torch", debug: bool = False
+    path: str | Path,
+    target: str = "train",
+    *,
+    after: str | None = None,
+    kernels: str = "torch",
+    passes: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
+    debug: bool = False,
 ) -> Program:
     """Capture a model from its configuration alone (on the meta device) and run a target's pipeline.
 
     target: "train" or "decode". after: name of the last pass to run, "capture" for none; the whole pipeline by default.
-    A checkpoint's manifest decides whether there is a mask vector. `debug` checks all properties after each pass.
+    passes, plugins: passes of others, see `flarec.passes.pipeline`. Of a checkpoint the manifest's pipeline is run.
+    `debug` checks all properties after each pass.
     Raises `UsageError` for an unknown target or pass, otherwise what `capture` and the passes raise.
     """
-    manifest = open_checkpoint(path).manifest if Path(path).is_dir() else None
-    steps = pipeline(target, mask_vector=manifest is not None and manifest.mask.kind == "vector", kernels=kernels)
+    steps = steps_of(path, target, kernels=kernels, passes=passes, plugins=plugins)
     if after is not None:
         names = [CAPTURE, *(step.name for step in steps)]
         if after not in names:

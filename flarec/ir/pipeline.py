@@ -1,8 +1,8 @@
 """Passes and the runner. A pass is data: a frozen dataclass whose fields are its options.
 
 Pipelines are literal lists (`flarec.passes`); the runner never reorders them. What a pass requires and provides is
-checked before anything runs. After each pass every new node is looked at (`Checks.watch`), and every provided property is
-checked on the graph: all of them at the end of a pipeline, after each pass with `debug=True`.
+checked before anything runs. After each pass every new node is looked at (`Checks.watch`), and every provided property
+is checked on the graph: all of them at the end of a pipeline, after each pass with `debug=True`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import abc
 import ast
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import fx
@@ -24,6 +24,25 @@ if TYPE_CHECKING:
 
 Checker = Callable[[Program], None]
 """Raises `PropertyError` if the property does not hold."""
+
+
+@dataclass(frozen=True)
+class Property:
+    """Something that holds for a program from one pass on, with the checker that looks it up on the graph.
+
+    A pass names the properties of this package by text ("masked"), and brings its own as an object.
+    """
+
+    name: str
+    check: Checker = field(repr=False)
+
+
+Claims = frozenset[str | Property]
+
+
+def names_of(claims: Iterable[str | Property]) -> frozenset[str]:
+    """The names of properties that a pass gives as names or as objects."""
+    return frozenset(claim.name if isinstance(claim, Property) else claim for claim in claims)
 
 
 @dataclass(frozen=True)
@@ -42,11 +61,21 @@ class Checks:
 
 @dataclass(frozen=True)
 class Pass(abc.ABC):
-    """A rewrite of a program. Subclasses are frozen dataclasses with these class variables."""
+    """A rewrite of a program. Subclasses are frozen dataclasses with these class variables.
+
+    name          in the text of a pipeline
+    requires      properties that hold before it, by name or as `Property`
+    provides      properties that hold after it, each with a checker
+    invalidates   properties that may not hold any more; what needs one has to come earlier, or after a new provider
+    targets       pipelines that it belongs to
+    may_be_empty  whether finding nothing to rewrite is right
+    """
 
     name: ClassVar[str]
-    requires: ClassVar[frozenset[str]] = frozenset()
-    provides: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[Claims] = frozenset()
+    provides: ClassVar[Claims] = frozenset()
+    invalidates: ClassVar[Claims] = frozenset()
+    targets: ClassVar[frozenset[str]] = frozenset({"train", "decode"})
     may_be_empty: ClassVar[bool] = False
 
     @abc.abstractmethod
@@ -70,21 +99,31 @@ def pipeline_text(pipeline: Pipeline) -> str:
     return "\n".join(step.text() for step in pipeline)
 
 
+class UnknownPass(UsageError):
+    """A pipeline's text names a pass that nobody here knows; `name` is its name."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        super().__init__(f"unknown pass '{name}' in a pipeline; known: {', '.join(sorted(known))}")
+        self.name = name
+
+
+def parse_pass(text: str, known: Mapping[str, type[Pass]]) -> Pass:
+    """`name(option=value, ...)`, or `name` alone. Raises `UnknownPass`, and `UsageError` for an option or its value."""
+    name, parenthesis, rest = text.strip().partition("(")
+    if name not in known:
+        raise UnknownPass(name, known)
+    try:
+        call = ast.parse(f"f({rest if parenthesis else ')'}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
+            raise ValueError("options have names")
+        return known[name](**{str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise UsageError(f"pass '{text}' cannot be read: {error}; write name(option=value, ...)") from error
+
+
 def parse_pipeline(text: str, known: Mapping[str, type[Pass]]) -> list[Pass]:
-    """The inverse of `pipeline_text`. Raises `UsageError` for an unknown pass or option."""
-    result: list[Pass] = []
-    for line in filter(None, (part.strip() for part in text.splitlines())):
-        name, _, rest = line.partition("(")
-        if name not in known:
-            raise UsageError(f"unknown pass '{name}' in a pipeline; known: {', '.join(sorted(known))}")
-        try:
-            call = ast.parse(f"f({rest}", mode="eval").body
-            if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
-                raise ValueError("options have names")
-            result.append(known[name](**{str(k.arg): ast.literal_eval(k.value) for k in call.keywords}))
-        except (SyntaxError, TypeError, ValueError) as error:
-            raise UsageError(f"pass '{line}' cannot be read: {error}; write name(option=value, ...)") from error
-    return result
+    """The inverse of `pipeline_text`. Raises `UnknownPass`, and `UsageError` for an unknown option."""
+    return [parse_pass(line, known) for line in text.splitlines() if line.strip()]
 
 
 def dependency_graph(pipeline: Pipeline, given: frozenset[str]) -> nx.DiGraph[str]:
@@ -96,33 +135,54 @@ def dependency_graph(pipeline: Pipeline, given: frozenset[str]) -> nx.DiGraph[st
         graph.add_node(name, kind="property")
     for step in pipeline:
         graph.add_node(step.text(), kind="pass")
-        for name in step.requires:
+        for name in names_of(step.requires):
             graph.add_edge(name, step.text())
             graph.nodes[name]["kind"] = "property"
-        for name in step.provides:
+        for name in names_of(step.provides):
             graph.add_edge(step.text(), name)
             graph.nodes[name]["kind"] = "property"
     return graph
 
 
-def check_order(pipeline: Pipeline, given: frozenset[str]) -> None:
-    """Every required property is given or provided by an earlier pass; else `PassError` names both sides."""
+def check_order(pipeline: Pipeline, given: frozenset[str]) -> frozenset[str]:
+    """The properties that hold in the end. Raises `PassError`, which names both sides, for a requirement that does not
+    hold where it stands."""
     have = set(given)
+    lost: dict[str, str] = {}
     for step in pipeline:
-        for name in sorted(step.requires - have):
-            providers = [other.text() for other in pipeline if name in other.provides]
+        for name in sorted(names_of(step.requires) - have):
+            providers = [other.text() for other in pipeline if name in names_of(other.provides)]
             where = f"it is provided only later, by {', '.join(providers)}" if providers else "no pass provides it"
+            where = f"'{lost[name]}' before it invalidates it" if name in lost else where
             raise PassError(f"pass '{step.name}' requires '{name}': {where}; reorder the pipeline")
-        have |= step.provides
+        lost |= dict.fromkeys(names_of(step.invalidates) & have, step.name)
+        have = have - names_of(step.invalidates) | names_of(step.provides)
+    return frozenset(have)
+
+
+def place(pipeline: Pipeline, step: Pass, given: frozenset[str], before: str) -> int:
+    """The index at which a foreign pass goes in: the latest one up to the pass `before` at which what it requires holds
+    and what follows still finds what it requires. Raises `PassError` if there is none."""
+    last = next((i for i, other in enumerate(pipeline) if other.name == before), len(pipeline))
+    first_error: PassError | None = None
+    for index in range(last, -1, -1):
+        try:
+            check_order([*pipeline[:index], step, *pipeline[index:]], given)
+        except PassError as error:
+            first_error = first_error or error
+        else:
+            return index
+    raise PassError(f"pass '{step.name}' has no place before {before}: {first_error}") from first_error
 
 
 def run_pipeline(program: Program, pipeline: Pipeline, checks: Checks, *, debug: bool = False) -> Program:
     """Apply the passes to a clone of the program, in order, and check what they did and what they claim.
 
-    Raises `PassError` for a pass that finds nothing although it should, `PropertyError` for a node that may not be there
-    and for a claim that does not hold.
+    Raises `PassError` for a pass that finds nothing although it should, `PropertyError` for a node that may not be
+    there and for a claim that does not hold.
     """
     check_order(pipeline, program.properties)
+    checkers = _checkers(pipeline, checks.properties)
     program = program.clone()
     watch = checks.watch()
     _look(watch, program, "the program before the first pass")
@@ -139,14 +199,28 @@ def run_pipeline(program: Program, pipeline: Pipeline, checks: Checks, *, debug:
         before = after
         names = tuple(node.name for node in sites)
         seconds = time.perf_counter() - start
-        program.properties |= step.provides
-        program.history += (Record(step.text(), names, delta, seconds, tuple(sorted(step.provides))),)
+        provides = names_of(step.provides)
+        program.properties = program.properties - names_of(step.invalidates) | provides
+        program.history += (Record(step.text(), names, delta, seconds, tuple(sorted(provides))),)
         _look(watch, program, f"pass '{step.name}'")
         if debug:
-            check_properties(program, checks.properties)
+            check_properties(program, checkers)
     program.finish()
-    check_properties(program, checks.properties)
+    check_properties(program, checkers)
     return program
+
+
+def _checkers(pipeline: Pipeline, known: Mapping[str, Checker]) -> dict[str, Checker]:
+    """Those of the package, and those that passes bring. A name has one meaning."""
+    checkers = dict(known)
+    for step in pipeline:
+        for claim in (*step.requires, *step.provides, *step.invalidates):
+            if isinstance(claim, Property) and checkers.setdefault(claim.name, claim.check) is not claim.check:
+                raise PassError(
+                    f"pass '{step.name}' brings a property '{claim.name}', a name that stands for another one already; "
+                    "choose another name"
+                )
+    return checkers
 
 
 def _look(watch: Checker, program: Program, by: str) -> None:

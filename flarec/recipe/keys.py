@@ -11,6 +11,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import RecipeError
 
+TEXTS = tuple[str, ...]
+"""Type of a key that holds any number of texts."""
+
 
 def key(
     default: Any, doc: str, *, low: float | None = None, high: float | None = None, above: float | None = None
@@ -35,6 +38,8 @@ def parse_value(path: str, text: str, hint: Any) -> Any:
     """The text of an override as a TOML value; bare words are text."""
     if hint is str or (get_origin(hint) is Literal and isinstance(get_args(hint)[0], str)):
         return text.strip("\"'")
+    if hint == TEXTS and text[:1] not in ("[", '"', "'"):
+        return [text] if text else []
     if get_origin(hint) is tuple and not text.startswith("["):
         text = f"[{text}]"
     try:
@@ -49,6 +54,9 @@ def coerce(path: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any
         good, result = isinstance(value, hint) if isinstance(hint, type) else False, value
     elif get_origin(hint) is Literal:
         good, result = any(value == choice and type(value) is type(choice) for choice in get_args(hint)), value
+    elif hint == TEXTS:
+        good = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+        result = tuple(value) if good else value
     elif get_origin(hint) is tuple:
         good = isinstance(value, (list, tuple)) and len(value) == len(get_args(hint))
         good = good and all(_number(item, float, metadata) for item in value)
@@ -76,6 +84,8 @@ def allowed_values(hint: Any, metadata: Mapping[str, Any]) -> str:
         return " or ".join(str(choice) for choice in get_args(hint))
     if hint is str:
         return "text"
+    if hint == TEXTS:
+        return "a list of texts"
     if get_origin(hint) is tuple:
         words = f"{len(get_args(hint))} numbers"
     else:

@@ -202,6 +202,9 @@ class Recipe(Section):
         "what stands for a masked token: a spare row of a padded vocabulary (row), a separate learned vector (vector), "
         "or the row if the model has one (auto)",
     )
+    passes: tuple[str, ...] = key(
+        (), 'passes of plugins for both pipelines, for example ["my-pass(option=1)"] (CONTRIBUTING.md, "Plugins")'
+    )
     diffusion: Diffusion = field(default_factory=Diffusion)
     objective: Objective = field(default_factory=Objective)
     optimizer: Optimizer = field(default_factory=Optimizer)

@@ -61,6 +61,8 @@ def convert(
     eval_data: str | Path | Sequence[str | Path] = (),
     kernels: str = "auto",
     max_shard_size: str = MAX_SHARD_SIZE,
+    passes: Sequence[str] = (),
+    plugins: str | Path | Sequence[str | Path] = (),
     debug: bool = False,
     reporter: Reporter | None = None,
 ) -> Path:
@@ -85,6 +87,8 @@ def convert(
         eval_data=_texts(eval_data),
         kernels=kernels,
         max_shard_size=max_shard_size,
+        passes=list(passes),
+        plugins=_texts(plugins),
         debug=debug,
     )
     return run(options, reporter or Reporter())
@@ -289,6 +293,7 @@ class _Conversion:
             ),
             recipe=recipe.to_dict(),
             pipelines=run.pipelines,
+            plugins=run.plugins,
             data={"sources": sources, **steps, **self.totals},
             metrics={
                 "ar_loss": self.last["ar_loss"],

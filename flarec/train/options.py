@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint.write import MAX_SHARD_SIZE, check_destination
@@ -29,6 +29,8 @@ class Options:
     kernels         implementation of the token mixers: "triton", "torch", "reference", or "auto" (triton on CUDA, else
                     torch)
     max_shard_size  of a weight file of the checkpoint, as "5GB"
+    passes          of plugins, as `name(option=value)`, added to the recipe's
+    plugins         Python files that define passes, beside the installed plugins
     """
 
     source: str
@@ -46,6 +48,8 @@ class Options:
     eval_data: Sequence[str] = ()
     kernels: str = "auto"
     max_shard_size: str = MAX_SHARD_SIZE
+    passes: Sequence[str] = ()
+    plugins: Sequence[str] = ()
     debug: bool = False
 
     @property
@@ -63,6 +67,7 @@ class Options:
         short = {"optimizer.steps": self.steps, "data.max_length": self.max_length}
         given = [f"{key}={value}" for key, value in short.items() if value is not None]
         recipe = load_recipe(self.recipe).override([*self.overrides, *given])
+        recipe = replace(recipe, passes=(*recipe.passes, *self.passes))
         if recipe.diffusion.block_size > recipe.data.max_length:
             raise RecipeError(
                 f"diffusion.block_size = {recipe.diffusion.block_size} is larger than data.max_length = "

@@ -16,8 +16,9 @@ from ..errors import CheckpointError, DataError, UsageError
 from ..frontend.export import capture
 from ..ir.pipeline import pipeline_text
 from ..ir.program import Program
-from ..passes import lower, pipeline
+from ..passes import AFTER, PASSES, lower, passes_by_name, pipeline, placed
 from ..passes.lower_mixers import IMPLEMENTATIONS
+from ..passes.plugins import load_plugins
 from ..recipe import Recipe
 from .data.document import Document
 from .data.packing import RowStream
@@ -47,6 +48,7 @@ class Run:
     trainer: Trainer
     held_out: HeldOut | None
     pipelines: dict[str, str]
+    plugins: dict[str, str]
 
     @property
     def tokens(self) -> int:
@@ -57,6 +59,7 @@ class Run:
 def prepare(options: Options, reporter: Reporter) -> Run:
     """Check and load everything. Raises `UsageError` and its kin for bad input, `CaptureError` for an unknown model."""
     recipe = options.load_recipe()
+    load_plugins(options.plugins)
     device = torch_device(options.device)
     options.check_seed()
     check_shard_size(options.max_shard_size)
@@ -91,12 +94,16 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     if source.manifest is None or mask.kind == "vector":
         initialise_mask_token(mask, model, captured, tokenizer)
     vector = mask.kind == "vector"
-    train = lower(captured, "train", mask_vector=vector, kernels=options.kernels, debug=options.debug)
-    decode = lower(captured, "decode", mask_vector=vector, kernels=options.kernels, debug=options.debug)
-    pipelines = {
-        target: pipeline_text(pipeline(target, mask_vector=vector, kernels=options.kernels))
+    steps = {
+        target: pipeline(
+            target, mask_vector=vector, kernels=options.kernels, foreign=recipe.passes, plugins=options.plugins
+        )
         for target in ("train", "decode")
     }
+    for target, chosen in steps.items():
+        for line in placed(chosen):
+            reporter.note(f"{target}: {line}")
+    train, decode = (lower(captured, target, steps=chosen, debug=options.debug) for target, chosen in steps.items())
     rows = RowStream(
         sources, max_length=recipe.data.max_length, seed=options.seed, lookahead=recipe.data.lookahead
     )
@@ -104,8 +111,16 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     held_out = HeldOut(held, train, decode, recipe, mask, eos_ids, context) if held else None
     return Run(
         options, recipe, source, tokenizer, model, carried, captured, mask, sources, len(held), trainer, held_out,
-        pipelines,
+        {target: pipeline_text(chosen) for target, chosen in steps.items()}, _origins(options, recipe),
     )  # fmt: skip
+
+
+def _origins(options: Options, recipe: Recipe) -> dict[str, str]:
+    """Where the passes of others come from, by name."""
+    if not recipe.passes:
+        return {}
+    names = {text.split("(")[0].split(AFTER)[0].strip() for text in recipe.passes}
+    return {name: row.origin for name, row in passes_by_name(options.plugins).items() if name in names - {*PASSES}}
 
 
 def _with_kernels(options: Options, device: torch.device, reporter: Reporter) -> Options:

@@ -6,7 +6,7 @@ compute the same numbers on small random inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .decoding import ar_trust_is_causal, opens_in_transformers, rejected_draft_leaves_no_trace, split_is_whole
@@ -24,12 +24,19 @@ INVARIANTS: dict[int, Callable[[Subject], Result]] = {
 }
 
 
-def verify(path: str | Path, *, kernels: str = "torch", seed: int = 0) -> Iterator[Result]:
+def verify(
+    path: str | Path,
+    *,
+    kernels: str = "torch",
+    seed: int = 0,
+    passes: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
+) -> Iterator[Result]:
     """Measure all invariants on a checkpoint or model directory (float32 on the CPU); results come one by one.
 
     Raises `CheckpointError` or `UsageError` for a directory that cannot be opened.
     """
-    subject = open_subject(path, kernels=kernels, seed=seed)
+    subject = open_subject(path, kernels=kernels, seed=seed, passes=passes, plugins=plugins)
     for check in INVARIANTS.values():
         yield check(subject)
 

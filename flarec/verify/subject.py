@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 
 from flarec.checkpoint.directory import open_checkpoint
+from flarec.checkpoint.lowered import lowered
 from flarec.errors import CheckpointError
 from flarec.frontend.export import capture
 from flarec.ir.program import Program
-from flarec.passes import lower
 from flarec.passes.embed_mask import PARAMETER
+from flarec.passes.plugins import load_plugins
 
 ROUNDING_STEPS = 1000
 """Differences up to this many rounding steps of the largest compared number count as rounding."""
@@ -84,11 +86,19 @@ class Comparison:
         return Result(invariant, title, compared, self.difference, self.bound, self.difference <= self.bound)
 
 
-def open_subject(path: str | Path, *, kernels: str = "torch", seed: int = 0) -> Subject:
+def open_subject(
+    path: str | Path,
+    *,
+    kernels: str = "torch",
+    seed: int = 0,
+    passes: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
+) -> Subject:
     """Open a checkpoint or model in float32 on the CPU, capture it and lower both programs, checking every pass.
 
     Raises `CheckpointError` for a directory that is damaged or holds no model.
     """
+    load_plugins(plugins)
     checkpoint = open_checkpoint(path)
     manifest = checkpoint.manifest
     source = checkpoint.load_model(torch.float32)
@@ -98,7 +108,10 @@ def open_subject(path: str | Path, *, kernels: str = "torch", seed: int = 0) -> 
     vector = manifest is not None and manifest.mask.kind == "vector"
     if vector and PARAMETER not in program.extra:
         raise CheckpointError(f"{checkpoint.path} has no mask vector ({PARAMETER}); copy the checkpoint again")
-    train, decode = (lower(program, t, mask_vector=vector, kernels=kernels, debug=True) for t in ("train", "decode"))
+    train, decode = (
+        lowered(checkpoint, program, target, kernels=kernels, foreign=passes, plugins=plugins, debug=True)
+        for target in ("train", "decode")
+    )
     if manifest is None:
         return Subject(train, decode, source, mask_token_id=0, seed=seed)
     return Subject(

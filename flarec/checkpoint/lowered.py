@@ -1,0 +1,55 @@
+"""From a checkpoint to the program that runs: the manifest's pipeline, with passes of others that the user adds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import CheckpointError
+from ..ir.pipeline import Pass
+from ..ir.program import Program
+from ..passes import UnknownPass, lower, pipeline
+from .directory import Checkpoint
+from .manifest import Manifest
+
+
+def pipeline_of(
+    manifest: Manifest | None,
+    target: str,
+    *,
+    kernels: str = "torch",
+    foreign: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
+) -> list[Pass]:
+    """The passes of `target` as the manifest states them, only the implementation of mixers replaced; for a model that
+    was not converted, or a checkpoint of another program, the literal list. `foreign`, `plugins`: see `flarec.passes`.
+
+    Raises `CheckpointError` for a pass that is not installed, naming the plugin that the checkpoint was made with.
+    """
+    stored = manifest.pipelines.get(target) if manifest is not None else None
+    vector = manifest is not None and manifest.mask.kind == "vector"
+    try:
+        return pipeline(target, mask_vector=vector, kernels=kernels, stored=stored, foreign=foreign, plugins=plugins)
+    except UnknownPass as error:
+        origin = manifest.plugins.get(error.name) if manifest is not None else None
+        if origin is None:
+            raise
+        raise CheckpointError(
+            f"the checkpoint was made with the pass '{error.name}' of plugin {origin}, which is not installed; install "
+            "it, or give its file with --plugin"
+        ) from error
+
+
+def lowered(
+    checkpoint: Checkpoint,
+    program: Program,
+    target: str,
+    *,
+    kernels: str = "torch",
+    foreign: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
+    debug: bool = False,
+) -> Program:
+    """A captured program of the checkpoint, lowered for `target` by `pipeline_of`."""
+    steps = pipeline_of(checkpoint.manifest, target, kernels=kernels, foreign=foreign, plugins=plugins)
+    return lower(program, target, steps=steps, debug=debug)

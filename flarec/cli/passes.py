@@ -1,0 +1,64 @@
+"""`flarec passes`: passes and properties, who requires and provides what, and where a pass comes from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.option("--plugin", "plugins", multiple=True, metavar="FILE.py", help="Also of this plugin (its code runs).")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def command(plugins: tuple[str, ...], as_json: bool) -> None:
+    """List the passes that pipelines can hold, those of installed plugins among them, and the properties."""
+    from flarec.passes import passes_by_name
+
+    known = passes_by_name(plugins)
+    table = {"passes": [_row(row.cls, row.origin) for row in known.values()], "properties": {}}
+    for row in table["passes"]:
+        for kind in ("provides", "requires", "invalidates"):
+            for name in row[kind]:
+                table["properties"].setdefault(name, {}).setdefault(f"{kind}_it", []).append(row["name"])
+    if as_json:
+        click.echo(json.dumps(table, indent=2))
+        return
+    _print(table)
+
+
+def _row(cls: Any, origin: str) -> dict[str, Any]:
+    from flarec.ir.pipeline import names_of
+
+    return {
+        "name": cls.name,
+        "options": {field.name: repr(field.default) for field in fields(cls)},
+        "requires": sorted(names_of(cls.requires)),
+        "provides": sorted(names_of(cls.provides)),
+        "invalidates": sorted(names_of(cls.invalidates)),
+        "targets": sorted(cls.targets),
+        "from": origin,
+        "what": (cls.__doc__ or "").strip().split("\n\n")[0].replace("\n    ", " "),
+    }
+
+
+def _print(table: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    passes = Table("pass", "requires", "provides", "invalidates", "from", title="passes", title_justify="left")
+    for row in table["passes"]:
+        options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
+        lists = (", ".join(row[kind]) for kind in ("requires", "provides", "invalidates"))
+        passes.add_row(f"{row['name']}({options})", *lists, row["from"])
+    console.print(passes, markup=False)
+    properties = Table(
+        "property", "provided by", "required by", "invalidated by", title="properties", title_justify="left"
+    )
+    for name, users in table["properties"].items():
+        given = ["capture"] if name == "captured" else []
+        lists = ([*given, *users.get("provides_it", [])], users.get("requires_it", []), users.get("invalidates_it", []))
+        properties.add_row(name, *(", ".join(items) for items in lists))
+    console.print(properties, markup=False)
