@@ -17,7 +17,7 @@ from .options import kernels_option, plugin_options
 @click.argument("source")
 @click.option("--target", type=click.Choice(("train", "decode")), default="train", show_default=True, help="Pipeline.")
 @click.option("--after", metavar="PASS", help="Stop behind this pass (`capture`: before the first).")
-@click.option("--diff", is_flag=True, help="Also show what each pass changed: sites and op counts.")
+@click.option("--diff", is_flag=True, help="Also show what each pass changed: sites, op counts and lines.")
 @click.option("--ops", is_flag=True, help="Also list the nodes of one layer of each kind.")
 @click.option("--format", "kind", type=click.Choice(("text", "json", "svg")), default="text", show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False), metavar="FILE", help="Write to a file instead of stdout.")
@@ -35,6 +35,7 @@ def command(
     """
     from flarec.files import check_apart
     from flarec.inspect import as_svg, as_text, open_program, summarize
+    from flarec.inspect.lines import Recorder
 
     if out is not None:
         check_apart([Path(out)], [Path(source), *map(Path, plugins)])
@@ -45,15 +46,26 @@ def command(
         return
     if kind != "text" and (diff or ops):
         raise UsageError(f"--diff and --ops belong to --format text; {kind} shows the passes anyway")
-    program = open_program(source, target, after=after, kernels=kernels, passes=passes, plugins=plugins)
+    recorder = Recorder() if diff else None
+    program = open_program(
+        source, target, after=after, kernels=kernels, passes=passes, plugins=plugins, on_pass=recorder
+    )
     summary = summarize(program)
     if kind == "svg":
         text = as_svg(summary)
     elif kind == "json":
         text = json.dumps(asdict(summary), indent=2)
     else:
-        text = as_text(summary, program, diff=diff, ops=ops)
+        text = as_text(summary, program, diff=recorder, ops=ops)
+        if out is None:
+            text = "\n".join(map(_coloured, text.split("\n")))  # echo drops colours that no terminal shows
     _write(text, out)
+
+
+def _coloured(line: str) -> str:
+    """Lines that a pass took out in red, those that it put in in green."""
+    colour = {"- ": "red", "+ ": "green"}.get(line[8:10]) if line.startswith(" " * 8) else None
+    return click.style(line, fg=colour) if colour else line
 
 
 def _pipeline(

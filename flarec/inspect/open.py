@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flarec.checkpoint.directory import open_checkpoint
@@ -41,12 +41,13 @@ def open_program(
     passes: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
     debug: bool = False,
+    on_pass: Callable[[str, Program], None] | None = None,
 ) -> Program:
     """Capture a model from its configuration alone (on the meta device) and run a target's pipeline.
 
     target: "train" or "decode". after: name of the last pass to run, "capture" for none; the whole pipeline by default.
     passes, plugins: passes of others, see `flarec.passes.pipeline`. Of a checkpoint the manifest's pipeline is run.
-    `debug` checks all properties after each pass.
+    `debug` checks all properties after each pass. `on_pass`: see `run_pipeline`.
     Raises `UsageError` for an unknown target or pass, otherwise what `capture` and the passes raise.
     """
     steps = steps_of(path, target, kernels=kernels, passes=passes, plugins=plugins)
@@ -55,4 +56,4 @@ def open_program(
         if after not in names:
             raise UsageError(f"the pipeline '{target}' has no pass '{after}'; choose one of {', '.join(names)}")
         steps = steps[: names.index(after)]
-    return run_pipeline(capture(path, device="meta"), steps, CHECKS, debug=debug)
+    return run_pipeline(capture(path, device="meta"), steps, CHECKS, debug=debug, on_pass=on_pass)

@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from textwrap import wrap
 
-from torch import fx
+from flarec.ir.program import Program, module_of, source_line
 
-from flarec import ops as semantic
-from flarec.ir.program import Program, module_of, source_line, target_name
-
+from .lines import Recorder, node_line
 from .shapes import shape_text
-from .summary import Group, Mixer, Part, Step, Summary, layer_nodes
+from .summary import Group, Mixer, Part, Summary, layer_nodes
 
 WIDTH = 118
 LABEL = 11
 
 
-def as_text(summary: Summary, program: Program | None = None, *, diff: bool = False, ops: bool = False) -> str:
-    """The program layer by layer. `diff` adds what passes changed, `ops` (with `program`) the nodes of a layer."""
+def as_text(
+    summary: Summary, program: Program | None = None, *, diff: Recorder | None = None, ops: bool = False
+) -> str:
+    """The program layer by layer. `diff` adds what passes changed, in counts and lines, `ops` (with `program`) the
+    nodes of a layer."""
     lines = [*_header(summary), "", *_body(summary)]
     if ops:
         assert program is not None
         for group in summary.groups:
             lines += ["", f"nodes of layer {group.layers[0]}", *_nodes(program, group.layers[0])]
-    if diff:
-        lines += ["", *_diff(summary.steps)]
+    if diff is not None:
+        lines += ["", *_diff(summary, diff)]
     return "\n".join(lines)
 
 
@@ -100,9 +101,10 @@ def _mixer(mixer: Mixer) -> Iterator[str]:
         yield f"        {line}"
 
 
-def _diff(steps: Sequence[Step]) -> Iterator[str]:
+def _diff(summary: Summary, recorder: Recorder) -> Iterator[str]:
     yield "what each pass changed"
-    for step in steps:
+    lines = dict(recorder.changes([group.layers for group in summary.groups]))
+    for step in summary.steps:
         provides = ", ".join(step.provides)
         yield f"  {step.step}  -> {provides}   {step.seconds:.2f} s"
         if step.sites:
@@ -110,21 +112,14 @@ def _diff(steps: Sequence[Step]) -> Iterator[str]:
             yield from (f"      {line}" for line in wrap(f"sites: {sites}", WIDTH - 6))
         changes = ", ".join(f"{name} {change:+d}" for name, change in step.delta)
         yield from (f"      {line}" for line in wrap(f"ops:   {changes or 'unchanged'}", WIDTH - 6))
+        for place, changed in lines.get(step.step, ()):
+            yield f"      {place}"
+            yield from (f"        {sign} {line}" for sign, line in changed)
 
 
 def _nodes(program: Program, layer: int) -> Iterator[str]:
     for node in layer_nodes(program, layer):
         path, _ = module_of(node)
-        named = (f"{name}={_argument(value)}" for name, value in node.kwargs.items() if semantic.mixer_of(node.target))
-        arguments = ", ".join([*(_argument(value) for value in node.args), *named])
-        text = f"  %{node.name} = {target_name(node)}({arguments})"
+        text = f"  {node_line(node)}"
         where = " ".join(filter(None, (shape_text(node), path.split(f"layers.{layer}.")[-1], source_line(node))))
         yield f"{text:<88} {where}"
-
-
-def _argument(value: object) -> str:
-    if isinstance(value, fx.Node):
-        return f"%{value.name}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_argument(item) for item in value) + "]"
-    return str(value)

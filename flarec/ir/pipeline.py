@@ -175,8 +175,17 @@ def place(pipeline: Pipeline, step: Pass, given: frozenset[str], before: str) ->
     raise PassError(f"pass '{step.name}' has no place before {before}: {first_error}") from first_error
 
 
-def run_pipeline(program: Program, pipeline: Pipeline, checks: Checks, *, debug: bool = False) -> Program:
+def run_pipeline(
+    program: Program,
+    pipeline: Pipeline,
+    checks: Checks,
+    *,
+    debug: bool = False,
+    on_pass: Callable[[str, Program], None] | None = None,
+) -> Program:
     """Apply the passes to a clone of the program, in order, and check what they did and what they claim.
+
+    on_pass: called with "" before the first pass and with a pass's text after each, and with the program as it is then.
 
     Raises `PassError` for a pass that finds nothing although it should, `PropertyError` for a node that may not be
     there and for a claim that does not hold.
@@ -187,6 +196,8 @@ def run_pipeline(program: Program, pipeline: Pipeline, checks: Checks, *, debug:
     watch = checks.watch()
     _look(watch, program, "the program before the first pass")
     before = program.op_counts()
+    if on_pass is not None:
+        on_pass("", program)
     for step in pipeline:
         start = time.perf_counter()
         sites = step.apply(program)
@@ -203,6 +214,8 @@ def run_pipeline(program: Program, pipeline: Pipeline, checks: Checks, *, debug:
         program.properties = program.properties - names_of(step.invalidates) | provides
         program.history += (Record(step.text(), names, delta, seconds, tuple(sorted(provides))),)
         _look(watch, program, f"pass '{step.name}'")
+        if on_pass is not None:
+            on_pass(step.text(), program)
         if debug:
             check_properties(program, checkers)
     program.finish()
