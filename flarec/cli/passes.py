@@ -17,11 +17,13 @@ def command(plugins: tuple[str, ...], as_json: bool) -> None:
     from flarec.passes import passes_by_name
 
     known = passes_by_name(plugins)
-    table = {"passes": [_row(row.cls, row.origin) for row in known.values()], "properties": {}}
-    for row in table["passes"]:
+    rows = [_row(row.cls, row.origin) for row in known.values()]
+    properties: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
         for kind in ("provides", "requires", "invalidates"):
             for name in row[kind]:
-                table["properties"].setdefault(name, {}).setdefault(f"{kind}_it", []).append(row["name"])
+                properties.setdefault(name, {}).setdefault(f"{kind}_it", []).append(row["name"])
+    table = {"passes": rows, "properties": properties}
     if as_json:
         click.echo(json.dumps(table, indent=2))
         return
@@ -51,8 +53,8 @@ def _print(table: dict[str, Any]) -> None:
     passes = Table("pass", "requires", "provides", "invalidates", "from", title="passes", title_justify="left")
     for row in table["passes"]:
         options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
-        lists = (", ".join(row[kind]) for kind in ("requires", "provides", "invalidates"))
-        passes.add_row(f"{row['name']}({options})", *lists, row["from"])
+        claims = (", ".join(row[kind]) for kind in ("requires", "provides", "invalidates"))
+        passes.add_row(f"{row['name']}({options})", *claims, row["from"])
     console.print(passes, markup=False)
     properties = Table(
         "property", "provided by", "required by", "invalidated by", title="properties", title_justify="left"

@@ -26,6 +26,7 @@ from flarec.frontend import families as adapters
 from flarec.frontend import tiny, trust
 from flarec.frontend.export import capture
 from flarec.inspect import as_text, open_program, summarize
+from flarec.inspect.lines import Recorder
 from flarec.inspect.summary import mixer_kind
 from flarec.ir.pipeline import pipeline_text, run_pipeline
 from flarec.ir.program import Program
@@ -224,9 +225,10 @@ def _inspect(road: Road) -> str:
     """The program can be shown from the configuration alone, every layer with its mixers."""
     texts = []
     for target in TARGETS:
-        program = open_program(road.checkpoint, target)
+        recorder = Recorder()
+        program = open_program(road.checkpoint, target, on_pass=recorder)
         summary = summarize(program)
-        text = as_text(summary, program, diff=True)
+        text = as_text(summary, program, diff=recorder)
         shown = sorted(layer for group in summary.groups for layer in group.layers)
         if shown != list(range(summary.layers)):
             raise StageError(f"the {target} program is shown with layers {shown} of {summary.layers}")

@@ -86,7 +86,8 @@ class Options:
         """
         out, state = self.output, self.state_directory
         data = [parse_source(text).path for text in [*self.data, *self.eval_data]]
-        check_apart([out, state.path], [Path(self.source), source, *data, *recipe_files(self.recipe)])
+        inputs = [Path(self.source), source, *data, *recipe_files(self.recipe), *map(Path, self.plugins)]
+        check_apart([out, state.path], inputs)
         check_destination(out, self.overwrite)
         if self.resume and not state.in_use:
             raise UsageError(f"there is nothing to resume: {state.path} does not exist; start without --resume")

@@ -15,7 +15,15 @@ from torch import fx
 
 from flarec import ops
 from flarec.errors import PassError, PropertyError, UsageError
-from flarec.ir.pipeline import Pass, check_order, dependency_graph, parse_pipeline, pipeline_text, run_pipeline
+from flarec.ir.pipeline import (
+    Pass,
+    check_order,
+    dependency_graph,
+    names_of,
+    parse_pipeline,
+    pipeline_text,
+    run_pipeline,
+)
 from flarec.ir.program import Program
 from flarec.passes import PASSES, PIPELINES, lower, pipeline
 from flarec.passes.lower_mixers import LowerMixers
@@ -86,8 +94,8 @@ def test_every_pass_that_is_moved_before_what_it_needs_is_refused(target: str) -
     for late in range(1, len(steps)):
         for early in range(late):
             moved = [*steps[:early], steps[late], *steps[early:late], *steps[late + 1 :]]
-            needed = steps[late].requires - CAPTURED
-            have = {name for step in steps[:early] for name in step.provides}
+            needed = names_of(steps[late].requires) - CAPTURED
+            have = {name for step in steps[:early] for name in names_of(step.provides)}
             if needed <= have:
                 check_order(moved, CAPTURED)
                 continue

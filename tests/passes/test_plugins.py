@@ -85,8 +85,9 @@ def test_a_pass_that_takes_something_away_stands_where_nothing_needs_it_any_more
 
 def test_one_pass_may_need_what_another_one_provides(tmp_path: Path) -> None:
     own = "TIDY = Property('tidy', lambda program: None)\n"
-    rows = {"name": "user", "requires": "{TIDY}"}, {"name": "giver", "provides": "{TIDY}"}
-    file = plugin(tmp_path, *rows, before=own)
+    file = plugin(
+        tmp_path, {"name": "user", "requires": "{TIDY}"}, {"name": "giver", "provides": "{TIDY}"}, before=own
+    )
     order = names("decode", "user", "giver", plugins=file)
     assert order.index("giver") < order.index("user")
     with pytest.raises(
