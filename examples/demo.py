@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(console: Console, model: Model, tasks: Sequence[Example], mode: str, name: str) -> dict[str, Any]:
     """accuracy, loss, tokens_per_forward and seconds of greedy decoding in one mode."""
-    result = evaluate(model, tasks, mode, batch=len(tasks))
+    result = evaluate(model, tasks, mode=mode, batch=len(tasks))
     kept = {key: result[key] for key in ("accuracy", "loss", "tokens_per_forward", "seconds")}
     console.print(f"{name}: {kept}")
     return kept

@@ -6,7 +6,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 # name -> module: imported on first use, so that `import flarec` and `flarec --help` stay cheap
-_LAZY = {"capture": "flarec.frontend.export", "convert": "flarec.train.convert", "load": "flarec.api"}
+_LAZY = {
+    "GenerationOptions": "flarec.generation",
+    "capture": "flarec.frontend.export",
+    "convert": "flarec.train.convert",
+    "load": "flarec.api",
+}
 
 __all__ = ["__version__", *_LAZY]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import torch
 from torch import nn
@@ -17,17 +17,19 @@ from torch import nn
 from .checkpoint.directory import Checkpoint, context_of, open_checkpoint
 from .checkpoint.lowered import lowered
 from .collector import collector_paused
-from .decode import Engine, Generation, SamplingParams, StopStrings
-from .decode.streaming import ShownText, cut
+from .decode import Engine, Generation, TextStream
+from .decode.text import cut
 from .device import resolve_kernels, torch_device, torch_dtype
-from .errors import CheckpointError, GenerationError
+from .errors import CheckpointError, GenerationError, UsageError
+from .fields import shown, whole_number
 from .frontend.export import capture
 from .passes.embed_mask import PARAMETER
 from .passes.plugins import load_plugins
+from .generation import GenerationKeywords, GenerationOptions, per_prompt, takes_options
+from .tokenizing import ByteFallback, Prompt, decode_tokens, encode_prompt, is_list
 
-Messages = Sequence[Mapping[str, Any]]
-Prompt = str | Messages
 OnText = Callable[[int, str], None]
+OnTokens = Callable[[int, list[int]], None]
 
 
 @dataclass(frozen=True)
@@ -119,124 +121,121 @@ class Model:
         return self.manifest is not None
 
     @overload
-    def generate(self, prompt: str, **options: Any) -> Output: ...
+    def generate(
+        self,
+        prompt: str,
+        options: GenerationOptions | None = None,
+        *,
+        chat: bool = False,
+        on_text: OnText | None = None,
+        on_tokens: OnTokens | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> Output: ...
     @overload
-    def generate(self, prompt: Sequence[Any], **options: Any) -> Any: ...
+    def generate(
+        self,
+        prompt: Sequence[Any],
+        options: GenerationOptions | Sequence[GenerationOptions] | None = None,
+        *,
+        chat: bool = False,
+        on_text: OnText | None = None,
+        on_tokens: OnTokens | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> Any: ...
 
-    def generate(self, prompt: str | Sequence[Any], *, chat: bool = False, **options: Any) -> Any:
+    @takes_options
+    def generate(
+        self,
+        prompt: str | Sequence[Any],
+        options: GenerationOptions | Sequence[GenerationOptions] | None = None,
+        *,
+        chat: bool = False,
+        on_text: OnText | None = None,
+        on_tokens: OnTokens | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> Any:
         """Generate for one prompt, or for several as one batch (a list gives a list, in the same order).
 
         prompt   text, or a list of texts. A list of messages ({"role", "content"}) is one conversation; a batch may
                  hold such lists too. Conversations always go through the chat template.
         chat     put each text into the chat template as the user's message; else text is continued as it is
-        options  see `generate_ids`
+        The rest is that of `generate_ids`.
 
         Raises `GenerationError` for a request that cannot be served.
         """
-        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
-        prompts: Sequence[Prompt] = [prompt] if single else prompt
-        outputs = self.generate_ids([self.encode(item, chat=chat) for item in prompts], **options)
+        single = isinstance(prompt, str) or (is_list(prompt) and len(prompt) > 0 and isinstance(prompt[0], Mapping))
+        if not single and not is_list(prompt):
+            raise GenerationError(f"the prompt is {shown(prompt)}; give text, a list of messages, or a list of these")
+        encoded = [self.encode(item, chat=chat) for item in ([prompt] if single else prompt)]
+        outputs = self.generate_ids(encoded, options, on_text=on_text, on_tokens=on_tokens, **keywords)
         return outputs[0] if single else outputs
 
+    @takes_options
     def generate_ids(
         self,
         prompts: Sequence[Sequence[int]],
+        options: GenerationOptions | Sequence[GenerationOptions] | None = None,
         *,
-        mode: str | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        threshold: float | None = None,
-        denoising_steps: int | None = None,
-        stop: str | Sequence[str] = (),
-        drafts: str | None = None,
         on_text: OnText | None = None,
-        on_tokens: Callable[[int, list[int]], None] | None = None,
+        on_tokens: OnTokens | None = None,
+        **keywords: Unpack[GenerationKeywords],
     ) -> list[Output]:
-        """Generate for prompts given as token ids.
+        """Generate for prompts given as token ids: lists, arrays or tensors.
 
-        mode             "causal", "ar-trust" (default of a converted model) or "diffusion-trust"
-        max_new_tokens   per prompt; the context length limits it too
-        temperature, top_k, top_p, seed  sampling; temperature 0 is greedy, top_k 0 and top_p 1 keep everything
-        threshold        diffusion-trust: confidence at which a position is committed (default: the checkpoint's)
-        denoising_steps  diffusion-trust: most steps per block (default: the checkpoint's)
-        stop             texts that end a prompt's generation
-        drafts           ar-trust: "branches" or "single" (default: the checkpoint's)
-        on_text          called with (prompt index, new text) as text becomes final
-        on_tokens        called with (prompt index, new token ids) as tokens become final
+        options, keywords  see `GenerationOptions`: an object, one for all or one per prompt, and keywords put over it
+        on_text            called with (prompt index, new text) as text becomes final
+        on_tokens          called with (prompt index, new token ids) as tokens become final
+
+        Raises `GenerationError` for a request that cannot be served.
         """
-        mode = mode or ("ar-trust" if self.converted else "causal")
-        if mode in ("ar-trust", "diffusion-trust") and self.manifest is None:
-            raise GenerationError(
-                f"this model is not converted, so it cannot decode in mode {mode}; run `flarec convert`, use mode "
-                "causal, or give mask_token_id and block_size of a dual-mode checkpoint that another program wrote"
-            )
-        defaults = self.manifest.decode if self.manifest else None
-        if denoising_steps is None and defaults is not None:
-            denoising_steps = defaults.denoising_steps or None
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        shown = [ShownText(self.decode, stops) for _ in prompts] if on_text else []
+        each = [self.complete(item) for item in per_prompt(options, keywords, len(prompts))]
+        stopping = any(item.stop for item in each)
+        settled = ByteFallback(self.tokenizer).settled if stopping or on_text else None
+        texts = [TextStream(self.decode, item.stop, settled) for item in each]
 
         def tell(index: int, tokens: list[int]) -> None:
             if on_tokens is not None:
                 on_tokens(index, tokens)
-            if on_text is not None and (piece := shown[index].push(tokens)):
+            if on_text is not None and (piece := texts[index].push(tokens)):
                 on_text(index, piece)
 
         generations = self.engine.generate(
             prompts,
-            mode,
-            SamplingParams(temperature, top_k, top_p, seed),
-            max_new_tokens,
-            drafts=drafts or (defaults.drafts if defaults else "branches"),
-            threshold=threshold if threshold is not None else (defaults.confidence_threshold if defaults else 0.9),
-            denoising_steps=denoising_steps,
-            stop_check=StopStrings(self.decode, stops) if stops else None,
+            each,
+            stop_check=[text.stop_check for text in texts] if stopping else None,
             on_tokens=tell if on_text or on_tokens else None,
         )
         if on_text is not None:
-            for index, stream in enumerate(shown):
-                if piece := stream.finish():
+            for index, text in enumerate(texts):
+                if piece := text.finish():
                     on_text(index, piece)
-        return [self._output(generation, stops) for generation in generations]
+        return [self._output(generation, item.stop) for generation, item in zip(generations, each, strict=True)]
+
+    def complete(self, options: GenerationOptions) -> GenerationOptions:
+        """With the checkpoint's defaults where an option is None. Raises `GenerationError` for a mode without them."""
+        if self.manifest is None:
+            if options.mode not in (None, "causal"):
+                raise GenerationError(
+                    f"this model is not converted, so it cannot decode in mode {options.mode}; run `flarec convert`, "
+                    "use mode causal, or give mask_token_id and block_size of a dual-mode checkpoint that another "
+                    "program wrote"
+                )
+            return options.filled(mode="causal")
+        defaults = self.manifest.decode
+        return options.filled(
+            mode="ar-trust",
+            drafts=defaults.drafts,
+            threshold=defaults.confidence_threshold,
+            denoising_steps=defaults.denoising_steps or None,
+        )
 
     def encode(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
         """Token ids of a text, or of a conversation up to the turn that the model writes. Raises `GenerationError`."""
-        if isinstance(prompt, str):
-            try:
-                prompt.encode()
-            except UnicodeEncodeError:
-                raise GenerationError("the prompt holds bytes that are not UTF-8 text; give UTF-8") from None
-            if not chat:
-                return self._encode_text(prompt)
-            prompt = [{"role": "user", "content": prompt}]
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise GenerationError("the tokenizer has no chat template; give plain text instead (without --chat)")
-        try:
-            encoded = self.tokenizer.apply_chat_template(
-                [dict(message) for message in prompt], add_generation_prompt=True, tokenize=True, return_dict=True
-            )
-        except Exception as error:  # whatever a template raises for messages it does not like
-            raise GenerationError(f"the chat template rejects the messages: {error}") from error
-        return list(encoded["input_ids"])
-
-    def _encode_text(self, text: str) -> list[int]:
-        """With the tokenizer's own opening tokens; a closing EOS would end the text before it goes on."""
-        ids = list(self.tokenizer(text)["input_ids"])
-        eos = self.tokenizer.eos_token_id
-        if ids and ids[-1] == eos and not text.endswith(self.tokenizer.eos_token):
-            ids.pop()
-        if not ids and self.tokenizer.bos_token_id is not None:
-            ids = [int(self.tokenizer.bos_token_id)]
-        return ids
+        return encode_prompt(self.tokenizer, prompt, chat=chat)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of new tokens, without special ones."""
-        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
+        return decode_tokens(self.tokenizer, tokens)
 
     def _output(self, generation: Generation, stops: Sequence[str]) -> Output:
         return Output(
@@ -277,6 +276,10 @@ def load(
 
     Raises `CheckpointError` for a directory that cannot be used, `UsageError` for the other arguments.
     """
+    if mask_token_id is not None:
+        mask_token_id = whole_number("mask_token_id", mask_token_id, UsageError)
+    if block_size is not None:
+        block_size = whole_number("block_size", block_size, UsageError)
     place = torch_device(device)
     wanted = torch_dtype(dtype) or (torch.float32 if place.type == "cpu" else None)
     checkpoint = open_checkpoint(path, mask_token_id=mask_token_id, block_size=block_size)

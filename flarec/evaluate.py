@@ -12,14 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from .api import Model, Output
-from .decode import Cache, DecodeProgram
-from .decode.plan import StepPlan, StepShape
-from .errors import DataError
+from .decode import Cache, Stepper
+from .errors import DataError, UsageError
+from .fields import whole_number
+from .generation import GenerationKeywords, GenerationOptions, merged, takes_options
 from .train.data.files import BadRecord, read_records
 from .train.data.sources import record_encoder
 
@@ -93,24 +94,26 @@ def found_answer(pattern: re.Pattern[str], text: str) -> str | None:
     return found[-1].strip() if found and found[-1] is not None else None
 
 
+@takes_options
 def evaluate(
     model: Model,
     examples: Sequence[Example],
-    mode: str | None = None,
+    options: GenerationOptions | None = None,
     *,
-    max_new_tokens: int = 256,
     batch: int = 8,
     on_output: Callable[[int, Output], None] | None = None,
-    **options: Any,
+    **keywords: Unpack[GenerationKeywords],
 ) -> dict[str, Any]:
     """Loss over all responses, then a generation for every example with a prompt.
 
-    mode, options  as in `Model.generate_ids`; batch = prompts per batch; on_output(index of the example, output).
+    options, keywords  see `GenerationOptions`; batch = prompts per batch; on_output(index of the example, output)
 
     Returns plain values: mode, records, loss (nats per response token), response_tokens, and, over the generated ones,
     generated, new_tokens, forwards, tokens_per_forward, stop_reasons, seconds, too_long (prompts that fill the context,
     left out), answers, correct, accuracy (None without answers).
     """
+    batch = whole_number("batch", batch, UsageError, low=1)
+    options = model.complete(merged(options, keywords))
     total, tokens = response_loss(model, examples, batch)
     room = model.engine.max_positions
     asked = [index for index, example in enumerate(examples) if 0 < len(example.prompt) < room]
@@ -118,9 +121,7 @@ def evaluate(
     seconds = 0.0
     for start in range(0, len(asked), batch):
         part = asked[start : start + batch]
-        made = model.generate_ids(
-            [examples[index].prompt for index in part], mode=mode, max_new_tokens=max_new_tokens, **options
-        )
+        made = model.generate_ids([examples[index].prompt for index in part], options)
         seconds += max(output.seconds for output in made)
         for index, output in zip(part, made, strict=True):
             outputs[index] = output
@@ -134,7 +135,7 @@ def evaluate(
         if index in outputs and example.pattern is not None and example.answer is not None
     ]
     return {
-        "mode": mode or ("ar-trust" if model.converted else "causal"),
+        "mode": options.mode,
         "records": len(examples),
         "loss": total / tokens if tokens else None,
         "response_tokens": tokens,
@@ -169,9 +170,8 @@ def response_loss(model: Model, examples: Sequence[Example], batch: int = 8) -> 
 @torch.no_grad()
 def _score(documents: Sequence[tuple[Sequence[int], Sequence[tuple[int, int]]]], model: Model) -> tuple[float, int]:
     """`response_loss` of documents that run as one batch, in chunks like a prefill."""
-    program: DecodeProgram = model.decode_program
-    lengths = [len(ids) for ids, _ in documents]
-    rows, longest, device = len(documents), max(lengths), program.device
+    rows, longest = len(documents), max(len(ids) for ids, _ in documents)
+    device = model.decode_program.device
     ids = torch.zeros(rows, longest, dtype=torch.int64)
     wanted = torch.zeros(rows, longest, dtype=torch.bool)  # rows of the clean stream that predict a response token
     for row, (tokens, spans) in enumerate(documents):
@@ -179,17 +179,15 @@ def _score(documents: Sequence[tuple[Sequence[int], Sequence[tuple[int, int]]]],
         for start, end in spans:
             wanted[row, start - 1 : min(end, len(tokens)) - 1] = True
     ids, wanted = ids.to(device), wanted.to(device)
-    suppress = torch.tensor(model.engine.suppress, dtype=torch.int64, device=device)
-    cache = Cache.allocate(program.cache_slots, rows, longest, device)
+    suppress = torch.tensor(sorted(model.engine.suppress), dtype=torch.int64, device=device)
+    cache = Cache.allocate(model.decode_program.cache_slots, rows, longest, device)
+    stepper = Stepper(model.decode_program, cache)
     chunk = max(1, SCORE_ROWS // rows)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, longest, chunk):
-        counts = tuple(min(max(length - start, 0), chunk) for length in lengths)
-        plan = StepPlan(StepShape(counts, ((),) * rows, counts, 1, 0, "causal"), device)
+        plan = stepper.plan([len(tokens[start : start + chunk]) for tokens, _ in documents])
         here = wanted[plan.clean_request, plan.clean_slot + start]
-        head = plan.head_rows[here]
-        width = plan.clean_length
-        logits = program.step(ids[:, start : start + width], plan.layout(cache.length), head, cache)
+        logits = stepper.run(plan, ids[:, start : start + plan.clean_length], plan.head_rows[here])
         cache.accept(plan.counts)
         target = ids[plan.clean_request[here], plan.clean_slot[here] + start + 1]
         logits = logits.float().index_fill(1, suppress, -math.inf)

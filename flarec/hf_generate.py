@@ -6,6 +6,7 @@ What flarec cannot honour is an error, never dropped: a search or penalty that w
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from .api import Model, Output
 from .checkpoint.directory import open_checkpoint
 from .errors import GenerationError
+from .generation import GenerationOptions
 
 # generation_config fields that flarec has no counterpart for, with the values that ask for nothing
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -49,7 +51,10 @@ _UNSERVED = (
     "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "assistant_model", "negative_prompt_ids",
     "negative_prompt_attention_mask", "inputs_embeds", "past_key_values",
 )  # fmt: skip
+# arguments of flarec that transformers has not, or not under this meaning
+_OWN = ("mode", "seed", "threshold", "denoising_steps", "drafts")
 _CACHED = "_flarec_model"
+_PREPARING = threading.Lock()  # two first calls must not capture the model at the same time, nor copy weights into it
 
 
 def generate(
@@ -57,26 +62,22 @@ def generate(
     inputs: Tensor | None = None,
     generation_config: Any = None,
     *,
-    mode: str = "ar-trust",
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     streamer: Any = None,
     tokenizer: Any = None,
     stop_strings: str | Sequence[str] | None = None,
-    seed: int | None = None,
-    threshold: float | None = None,
-    denoising_steps: int | None = None,
-    drafts: str | None = None,
     synced_gpus: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Continue prompts with a converted checkpoint that transformers opened.
+    """Continue prompts with a converted checkpoint that transformers opened. Threads may share the model.
 
     model                transformers model; its directory is `model.name_or_path`, its weights are used as they are
     inputs or input_ids  [B, L] int64, padded on either side where attention_mask [B, L] is 0
-    generation_config, kwargs   lengths, do_sample, temperature, top_k, top_p, EOS and pad ids as in transformers
+    generation_config, kwargs   lengths, do_sample, temperature, top_k, top_p, EOS, pad and suppressed ids as in
+                         transformers
+    mode, threshold, denoising_steps, drafts   among kwargs: see `flarec.GenerationOptions`
     seed                 names the sampling noise (default: drawn from torch's generator, so `set_seed` decides)
-    mode, threshold, denoising_steps, drafts   as in `flarec.Model.generate`
     streamer             of transformers; for one prompt
 
     Returns [B, longest] int64: prompts as given and the new tokens, padded on the right with the pad id (or an object
@@ -85,6 +86,35 @@ def generate(
     ids = inputs if inputs is not None else input_ids
     if ids is None or ids.dim() != 2:
         raise GenerationError("generate needs input_ids of shape [batch, length]; pass the tokenizer's input_ids")
+    if streamer is not None and ids.shape[0] > 1:
+        raise GenerationError("a streamer shows one prompt; generate without it for a batch")
+    own = {name: kwargs.pop(name) for name in _OWN if name in kwargs}
+    config, has_length = _served_config(model, generation_config, kwargs)
+    prompts = _prompts(ids, attention_mask)
+    longest = max(len(prompt) for prompt in prompts)
+    stop = stop_strings or config.stop_strings
+    options = _options(config, own, max_new_tokens=_new_tokens(config, longest, has_length), stop=stop)
+    runner = _runner(model, tokenizer)
+    if streamer is not None:
+        streamer.put(ids.cpu())
+    outputs = runner.generate_ids(
+        prompts,
+        options,
+        on_tokens=(lambda _, tokens: streamer.put(torch.tensor(tokens))) if streamer is not None else None,
+    )
+    if streamer is not None:
+        streamer.end()
+    sequences = _sequences(ids, outputs, config.pad_token_id, runner)
+    if config.return_dict_in_generate:
+        from transformers.generation import GenerateDecoderOnlyOutput
+
+        return GenerateDecoderOnlyOutput(sequences=sequences)
+    return sequences
+
+
+def _served_config(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> tuple[Any, bool]:
+    """The generation config of a call, and whether the caller gave a length. Refuses what flarec has no counterpart of.
+    """
     for name in _UNSERVED:
         value = kwargs.pop(name, None)
         if value is not None and not (isinstance(value, list) and not value):  # transformers passes empty lists
@@ -98,42 +128,21 @@ def generate(
         value = getattr(config, name, None)
         if value not in neutral:
             raise GenerationError(f"{name} = {value!r} cannot be combined with flarec's decode modes; leave it out")
-    if streamer is not None and ids.shape[0] > 1:
-        raise GenerationError("a streamer shows one prompt; generate without it for a batch")
+    return config, has_length
 
-    runner = _runner(model, tokenizer)
-    prompts = _prompts(ids, attention_mask)
-    longest = max(len(prompt) for prompt in prompts)
-    if streamer is not None:
-        streamer.put(ids.cpu())
-    before = runner.engine.eos_ids, runner.engine.suppress
-    runner.engine.eos_ids = _ids(config.eos_token_id) if config.eos_token_id is not None else runner.eos_ids
-    runner.engine.suppress = tuple(sorted({*before[1], *(config.suppress_tokens or [])}))
-    try:
-        outputs = runner.generate_ids(
-            prompts,
-            mode=mode,
-            max_new_tokens=_new_tokens(config, longest, has_length),
-            temperature=float(1.0 if config.temperature is None else config.temperature) if config.do_sample else 0.0,
-            top_k=int(config.top_k or 0) if config.do_sample else 0,
-            top_p=float(1.0 if config.top_p is None else config.top_p) if config.do_sample else 1.0,
-            seed=int(torch.randint(2**62, ())) if seed is None else seed,
-            threshold=threshold,
-            denoising_steps=denoising_steps,
-            stop=stop_strings or config.stop_strings or (),
-            drafts=drafts,
-            on_tokens=(lambda _, tokens: streamer.put(torch.tensor(tokens))) if streamer is not None else None,
-        )
-    finally:
-        runner.engine.eos_ids, runner.engine.suppress = before
-    if streamer is not None:
-        streamer.end()
-    sequences = _sequences(ids, outputs, config.pad_token_id, runner)
-    if config.return_dict_in_generate:
-        from transformers.generation import GenerateDecoderOnlyOutput
 
-        return GenerateDecoderOnlyOutput(sequences=sequences)
-    return sequences
+def _options(config: Any, own: dict[str, Any], **more: Any) -> GenerationOptions:
+    """What a generation config of transformers asks for, in flarec's options. `own`: arguments by their flarec name."""
+    sampling: dict[str, Any] = {}
+    if config.do_sample:
+        temperature = 1.0 if config.temperature is None else config.temperature
+        sampling = {"temperature": temperature, "top_k": config.top_k, "top_p": config.top_p}
+    if own.get("seed") is None:
+        own = {**own, "seed": int(torch.randint(2**62, ()))}
+    return GenerationOptions(
+        **{"mode": "ar-trust", **own}, **sampling, **more,
+        eos_ids=config.eos_token_id, suppress=config.suppress_tokens,
+    )  # fmt: skip
 
 
 def _runner(model: Any, tokenizer: Any) -> Model:
@@ -142,6 +151,11 @@ def _runner(model: Any, tokenizer: Any) -> Model:
     On the CPU everything is computed in float32, where AR-Trust is exact: a model in another dtype is copied, and the
     copy gets the current weights on each call.
     """
+    with _PREPARING:
+        return _prepared(model, tokenizer)
+
+
+def _prepared(model: Any, tokenizer: Any) -> Model:
     dtype, device = model.dtype, model.device
     copied = device.type == "cpu" and dtype != torch.float32
     kept: tuple[Model, torch.device, torch.dtype] | None = model.__dict__.get(_CACHED)
@@ -172,17 +186,18 @@ def _prompts(ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
     return [[token for token, real in zip(row, mask, strict=True) if real] for row, mask in pairs]
 
 
-def _new_tokens(config: Any, prompt: int, has_length: bool) -> int:
-    """The limit on new tokens; `max_length` counts the longest prompt too, as in transformers."""
+def _new_tokens(config: Any, prompt: int, has_length: bool) -> int | None:
+    """The limit on new tokens, None for flarec's; `max_length` counts the longest prompt too, as in transformers."""
     if config.max_new_tokens is not None:
-        return int(config.max_new_tokens)
+        limit: int = config.max_new_tokens
+        return limit
     if has_length and config.max_length is not None:
         if config.max_length <= prompt:
             raise GenerationError(
                 f"max_length = {config.max_length}, but the prompt has {prompt} tokens; set max_new_tokens"
             )
         return int(config.max_length) - prompt
-    return 256
+    return None
 
 
 def _sequences(ids: Tensor, outputs: Sequence[Output], pad: int | None, runner: Model) -> Tensor:
@@ -195,9 +210,3 @@ def _sequences(ids: Tensor, outputs: Sequence[Output], pad: int | None, runner: 
     for row, output in enumerate(outputs):
         new[row, : output.new_tokens] = torch.tensor(output.token_ids, dtype=ids.dtype)
     return torch.cat([ids, new.to(ids.device)], dim=1)
-
-
-def _ids(value: int | Sequence[int] | Tensor) -> frozenset[int]:
-    if isinstance(value, Tensor):
-        value = value.reshape(-1).tolist()
-    return frozenset([value] if isinstance(value, int) else value)

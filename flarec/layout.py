@@ -92,10 +92,6 @@ class Layout:
     def tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
 
-    @staticmethod
-    def from_tensors(tensors: Sequence[Tensor]) -> Layout:
-        return Layout(*tensors)
-
     def to(self, device: torch.device | str) -> Layout:
         return Layout(*(tensor.to(device) for tensor in self.tensors()))
 

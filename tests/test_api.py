@@ -18,11 +18,12 @@ from flarec.checkpoint.directory import Checkpoint, open_checkpoint
 from flarec.checkpoint.manifest import Mask
 from flarec.checkpoint.write import write_checkpoint
 from flarec.errors import CheckpointError, GenerationError, UsageError
+from flarec.generation import GenerationOptions
 from tests.checkpoints import MASK_ROW, converted, manifest_for, mask_vector
 from tests.models import END_ID, FAMILIES, VOCABULARY, tiny_checkpoint, tiny_config
 
 PROMPTS = ["What is 12 + 30?", "x", "The sky is blue because"]
-SAMPLED = {"temperature": 1.0, "top_k": 40, "top_p": 0.95, "seed": 11}
+SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 40, "top_p": 0.95, "seed": 11}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_stop_strings(mode: str, model: Model) -> None:
     free = model.generate(PROMPTS[0], mode=mode, max_new_tokens=40, **SAMPLED)
     stop = free.text[12:14]
     pieces: list[str] = []
-    options = {"mode": mode, "max_new_tokens": 40, **SAMPLED}
+    options: dict[str, Any] = {"mode": mode, "max_new_tokens": 40, **SAMPLED}
     stopped = model.generate(PROMPTS[0], stop=[stop, "never"], on_text=lambda _, text: pieces.append(text), **options)
     assert stopped.stop_reason == "stop"
     assert stopped.text == free.text[: free.text.index(stop)] == "".join(pieces)
@@ -172,11 +173,11 @@ def test_an_empty_prompt_starts_from_bos(model: Model, monkeypatch: pytest.Monke
 
 
 def test_the_checkpoints_defaults_are_used(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
+    seen: list[GenerationOptions] = []
     real = model.engine.generate
 
     def spy(*args: Any, **kwargs: Any) -> Any:
-        seen.update(kwargs, mode=args[1])
+        seen.append(args[1][0])
         return real(*args, **kwargs)
 
     monkeypatch.setattr(model.engine, "generate", spy)
@@ -184,9 +185,9 @@ def test_the_checkpoints_defaults_are_used(model: Model, monkeypatch: pytest.Mon
     decode = replace(model.manifest.decode, confidence_threshold=0.3, denoising_steps=2, drafts="single")
     monkeypatch.setattr(model, "manifest", replace(model.manifest, decode=decode))
     model.generate("a", max_new_tokens=2)
-    assert (seen["mode"], seen["threshold"], seen["denoising_steps"], seen["drafts"]) == ("ar-trust", 0.3, 2, "single")
     model.generate("a", max_new_tokens=2, mode="causal", threshold=0.5, denoising_steps=1, drafts="branches")
-    assert (seen["mode"], seen["threshold"], seen["denoising_steps"], seen["drafts"]) == ("causal", 0.5, 1, "branches")
+    chosen = [(item.mode, item.threshold, item.denoising_steps, item.drafts) for item in seen]
+    assert chosen == [("ar-trust", 0.3, 2, "single"), ("causal", 0.5, 1, "branches")]
 
 
 def test_a_low_threshold_needs_fewer_forwards(model: Model) -> None:

@@ -118,7 +118,7 @@ def test_generation_starts_where_the_last_response_does(model: Model) -> None:
 def test_counts_are_those_of_the_outputs(mode: str, model: Model) -> None:
     outputs: dict[int, Any] = {}
     examples = [*to_examples(CHATS, model), *to_examples(PAIRS, model), *to_examples(TEXTS, model)]
-    result = evaluate(model, examples, mode, max_new_tokens=9, batch=3, on_output=outputs.__setitem__)
+    result = evaluate(model, examples, mode=mode, max_new_tokens=9, batch=3, on_output=outputs.__setitem__)
     assert sorted(outputs) == [0, 1, 2, 3]
     alone = model.generate(CHATS[0]["messages"][:-1], mode=mode, max_new_tokens=9)
     assert outputs[0].token_ids == alone.token_ids
@@ -143,7 +143,7 @@ def test_accuracy_counts_answers_that_match(model: Model) -> None:
         {**CHATS[0], "answer": text, "pattern": "(never there)"},
         CHATS[0],
     ]
-    result = evaluate(model, to_examples(records, model), "causal", max_new_tokens=9)
+    result = evaluate(model, to_examples(records, model), mode="causal", max_new_tokens=9)
     assert (result["answers"], result["correct"], result["accuracy"]) == (4, 2, 0.5)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -145,8 +146,9 @@ def test_a_request_does_not_depend_on_its_batch() -> None:
     prompts = [[rng.randrange(300) for _ in range(length)] for length in (1, 9, 4)]
     settings = [random_sampling(rng) for _ in prompts]
     for mode in ("causal", "ar-trust", "diffusion-trust"):
-        together = engine.generate(prompts, mode, settings, 10)
-        alone = [engine.generate([p], mode, s, 10)[0] for p, s in zip(prompts, settings, strict=True)]
+        options: Any = {"mode": mode, "max_new_tokens": 10}
+        together = engine.generate(prompts, settings, **options)
+        alone = [engine.generate([p], s, **options)[0] for p, s in zip(prompts, settings, strict=True)]
         assert [g.token_ids for g in together] == [g.token_ids for g in alone], mode
 
 

@@ -19,7 +19,7 @@ PYTHON_FOLDERS = [*PACKAGE_FOLDERS.values(), "tests", "tools", "examples", "benc
 LONGEST_FILE = 500
 
 # Which module belongs to which layer: the longest prefix decides.
-BASE = ("errors", "files", "layout", "device", "collector")
+BASE = ("errors", "files", "layout", "device", "collector", "fields", "generation")
 KERNELS = ("linear_attention", "short_conv", "softmax_attention", "moe_experts", "diagonal")
 ROOMS = (
     "recipe", "ir", "ops", "frontend", "passes", "checkpoint", "train", "decode", "verify", "inspect", "bench",
@@ -32,8 +32,9 @@ LAYER_OF = {
     "flarec.recipes": "recipes",
     "flarec.kernels": "kernels",
     **{f"flarec.kernels.{name}": f"kernels.{name}" for name in KERNELS},
-    **{f"flarec.{name}": "api" for name in ("api", "hf_generate", "evaluate")},
+    **{f"flarec.{name}": "api" for name in ("api", "hf_generate", "evaluate", "tokenizing")},
     "flarec.plugin": "plugin",  # what plugins import; nothing of the package imports it
+    "flarec.__main__": "cli",
 }
 
 # What each layer may import, besides itself, flarec.errors and flarec/__init__.py. A kernel imports no other kernel.
@@ -46,8 +47,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layout": set(),
     "device": set(),
     "collector": set(),
+    "fields": set(),
+    "generation": {"fields"},
     "slots": set(),
-    "recipe": {"recipes", "layout"},
+    "recipe": {"recipes", "layout", "fields"},
     "recipes": set(),
     "kernels": {"layout"},
     **{f"kernels.{name}": {"kernels", "layout"} for name in KERNELS},
@@ -55,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ir": {"layout", "slots"},
     "frontend": {"ops", "ir"},
     "passes": {"ops", "ir", "layout", "slots"},
-    "decode": {"layout", "slots"},
+    "decode": {"layout", "slots", "fields", "generation"},
     "plugin": {"ir", "layout", "ops", "passes"},
     "train": {
         "ops", "ir", "layout", "recipe", "device", "decode", "recipes", "frontend", "passes", "checkpoint",
@@ -65,9 +68,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": BELOW_CLI - {"conformance"},
     "verify": BELOW_CLI - {"conformance", "doctor"},
     "inspect": BELOW_CLI - {"train", "decode", "verify", "bench", "conformance", "doctor"},
-    "bench": {*ALL_KERNELS, "ops", "layout", "files"},
-    "checkpoint": {"frontend", "ir", "layout", "passes", "files"},
-    "api": {"device", "collector", "frontend", "passes", "ir", "decode", "checkpoint", "train"},
+    "bench": {*ALL_KERNELS, "ops", "layout"},
+    "checkpoint": {"frontend", "layout"},
+    "api": {"device", "collector", "fields", "generation", "frontend", "passes", "ir", "decode", "checkpoint", "train"},
     "cli": BELOW_CLI,
 }
 

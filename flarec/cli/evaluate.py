@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flarec.errors import UsageError
+from flarec.generation import GenerationOptions
 
 from .loading import open_model
 from .options import decode_options, foreign_options, plugin_options, runtime_options
+from .options import foreign_options, generation_options, plugin_options, runtime_options
 
 if TYPE_CHECKING:
     from flarec.api import Output
@@ -24,18 +26,17 @@ if TYPE_CHECKING:
     help='Records as for training. Those with "answer" and "pattern" (a regular expression with a group) count for '
     "accuracy.",
 )
-@decode_options
+@generation_options("mode", "threshold", "denoising_steps", "drafts", "max_new_tokens")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N records.")
-@click.option("--max-new-tokens", type=int, default=256, show_default=True, metavar="N")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Prompts per batch.")
 @runtime_options
 @foreign_options
 @plugin_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def command(
-    checkpoint: str, data: Path, limit: int | None, device: str, dtype: str | None, kernels: str,
-    mask_token_id: int | None, block_size: int | None, plugins: tuple[str, ...], passes: tuple[str, ...],
-    as_json: bool, **options: Any,
+    checkpoint: str, data: Path, limit: int | None, batch: int, device: str, dtype: str | None, kernels: str,
+    mask_token_id: int | None, block_size: int | None, plugins: tuple[str, ...],
+    passes: tuple[str, ...], as_json: bool, **keywords: Any,
 ) -> None:  # fmt: skip
     """Evaluate CKPT (or a source model, causally) on held-out records.
 
@@ -43,6 +44,7 @@ def command(
     """
     if not data.exists():
         raise UsageError(f"--data {data} does not exist; give a JSONL or Parquet file")
+    options = GenerationOptions(**keywords)
     from rich.console import Console
     from rich.progress import Progress
 
@@ -59,7 +61,7 @@ def command(
         def advance(index: int, output: Output) -> None:
             progress.advance(task)
 
-        result = evaluate(model, examples, on_output=advance, **options)
+        result = evaluate(model, examples, options, on_output=advance, batch=batch)
     if as_json:
         click.echo(json.dumps(result, ensure_ascii=False, indent=1))
         return

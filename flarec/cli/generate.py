@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flarec.errors import DataError, UsageError
+from flarec.generation import GenerationOptions
 
 from .interrupts import Interrupts
 from .loading import open_model
 from .options import decode_options, foreign_options, plugin_options, runtime_options
+from .options import foreign_options, generation_options, plugin_options, runtime_options
 
 if TYPE_CHECKING:
     from flarec.api import Output
@@ -31,13 +33,9 @@ JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
     "All run as one batch.",
 )
 @click.option("--chat", is_flag=True, help="Put the prompt into the chat template; else it is continued as it is.")
-@decode_options
-@click.option("--max-new-tokens", type=int, default=256, show_default=True, metavar="N")
-@click.option("--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 is greedy.")
-@click.option("--top-k", type=int, default=0, show_default=True, metavar="K", help="0 keeps the whole vocabulary.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, metavar="P", help="1 keeps everything.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Equal seeds give equal texts.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text (repeatable).")
+@generation_options(
+    "mode", "threshold", "denoising_steps", "drafts", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop",
+)
 @runtime_options
 @foreign_options
 @plugin_options
@@ -45,14 +43,15 @@ JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array on stdout, an object per prompt, in order.")
 def command(
     checkpoint: str, prompt: str | None, prompts_file: Path | None, chat: bool, device: str, dtype: str | None,
-    kernels: str, mask_token_id: int | None, block_size: int | None, plugins: tuple[str, ...], passes: tuple[str, ...],
-    stats: bool, as_json: bool, **options: Any,
+    kernels: str, mask_token_id: int | None, block_size: int | None, plugins: tuple[str, ...],
+    passes: tuple[str, ...], stats: bool, as_json: bool, **keywords: Any,
 ) -> None:  # fmt: skip
     """Generate text with a converted checkpoint CKPT, or causally with any supported model.
 
     Give one PROMPT (- reads it from stdin), or --prompts FILE. One prompt streams to the terminal.
     """
     prompts = _prompts(prompt, prompts_file)
+    options = GenerationOptions(**keywords)
     model = open_model(
         checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
         passes=passes, plugins=plugins,
@@ -64,7 +63,7 @@ def command(
             interrupts.check()
             click.echo(text, nl=False)
 
-        outputs: list[Output] = model.generate(prompts, chat=chat, on_text=show if stream else None, **options)
+        outputs: list[Output] = model.generate(prompts, options, chat=chat, on_text=show if stream else None)
     if as_json:
         items = [json.dumps(output.to_dict(), ensure_ascii=False) for output in outputs]
         click.echo("[\n" + ",\n".join(items) + "\n]")

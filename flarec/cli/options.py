@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin
 
 import click
 
-MODES = ("ar-trust", "diffusion-trust", "causal")
+from flarec.generation import GenerationOptions, field_type
+
+_FIELDS = {item.name: item for item in fields(GenerationOptions)}
 
 
 def kernels_option(default: str) -> Callable[..., Any]:
@@ -48,23 +51,25 @@ def runtime_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def decode_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--mode`, `--threshold`, `--drafts`: how tokens are decoded."""
-    for option in reversed((
-        click.option(
-            "--mode", type=click.Choice(MODES), help="Default: ar-trust, or causal for a model that is not converted."
-        ),
-        click.option(
-            "--threshold", type=float, metavar="P",
-            help="diffusion-trust: commit every position this confident. Default: the checkpoint's.",
-        ),
-        click.option(
-            "--drafts", type=click.Choice(("branches", "single")),
-            help="ar-trust: a draft block per possible accepted length, or one. Default: the checkpoint's.",
-        ),
-    )):  # fmt: skip
-        command = option(command)
-    return command
+def generation_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Options made from these fields of `GenerationOptions`: their names, types, defaults and documentation."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for item in reversed([_FIELDS[name] for name in names]):
+            hint = field_type(item.name)
+            several = get_origin(hint) is tuple
+            command = click.option(
+                f"--{item.name.replace('_', '-')}",
+                type=click.Choice(get_args(hint)) if get_origin(hint) is Literal else str if several else hint,
+                default=item.default,
+                show_default=item.default is not None and not several,
+                multiple=several,
+                metavar=item.metadata["metavar"],
+                help=item.metadata["doc"],
+            )(command)
+        return command
+
+    return add
 
 
 def foreign_options(command: Callable[..., Any]) -> Callable[..., Any]:

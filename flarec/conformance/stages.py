@@ -20,11 +20,11 @@ from flarec import api
 from flarec.checkpoint.directory import describe_source
 from flarec.checkpoint.manifest import DecodeDefaults, Manifest, Mask
 from flarec.checkpoint.write import write_checkpoint
-from flarec.decode.modes.ar_trust import DRAFTS
 from flarec.errors import FlarecError
 from flarec.frontend import families as adapters
 from flarec.frontend import tiny, trust
 from flarec.frontend.export import capture
+from flarec.generation import DRAFTS
 from flarec.inspect import as_text, open_program, summarize
 from flarec.inspect.lines import Recorder
 from flarec.inspect.summary import mixer_kind

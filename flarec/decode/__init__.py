@@ -1,10 +1,10 @@
 """Decoding: causal, AR-Trust and Diffusion-Trust generation on one lowered decode program."""
 
 from .cache import Cache
-from .engine import MODES, Engine
+from .engine import Engine
 from .plan import DecodeProgram
 from .request import Generation
-from .sampling import SamplingParams
-from .text import StopStrings, TextStream
+from .stepper import BlockSpec, Stepper
+from .text import TextStream
 
-__all__ = ["MODES", "Cache", "DecodeProgram", "Engine", "Generation", "SamplingParams", "StopStrings", "TextStream"]
+__all__ = ["BlockSpec", "Cache", "DecodeProgram", "Engine", "Generation", "Stepper", "TextStream"]

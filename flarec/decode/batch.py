@@ -3,79 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from flarec.generation import GenerationOptions
+
 from .cache import Cache
-from .plan import DecodeProgram, StepPlan, StepShape
+from .plan import DecodeProgram, StepPlan
 from .request import Request
-from .sampling import SamplingParams, SamplingRows, choose
+from .sampling import SamplingRows, choose
+from .stepper import BlockSpec, Stepper
 
-MAX_PLANS = 256  # which requests of a batch commit together varies; the plans kept for reuse must not grow forever
 
+class RequestBatch(Stepper):
+    """Requests that decode together. Row b of every tensor belongs to `requests[b]`; finished requests leave.
 
-@dataclass(frozen=True)
-class BlockSpec:
-    """The noisy blocks that a mode drafts or denoises with.
-
-    size = noisy rows per block, heads = how many of its first rows need logits, readout = "causal" or "block_end",
-    mask_token_id = input id of a masked position.
+    suppress [n] int64 = ids that are never chosen.
     """
-
-    size: int
-    heads: int
-    readout: str
-    mask_token_id: int
-
-
-class Batch:
-    """Requests that decode together. Row b of every tensor belongs to `requests[b]`; finished requests leave."""
 
     def __init__(
         self,
         program: DecodeProgram,
         requests: Sequence[Request],
-        params: Sequence[SamplingParams],
+        options: Sequence[GenerationOptions],
         suppress: Sequence[int],
         blocks: BlockSpec | None = None,
     ) -> None:
-        self.program = program
-        self.device = program.device
         self.requests = list(requests)
-        self.blocks = blocks
-        self.sampling = SamplingRows.build(params, self.device)
+        capacity = self._longest() + 1
+        super().__init__(
+            program, Cache.allocate(program.cache_slots, len(requests), capacity, program.device), blocks
+        )
+        self.sampling = SamplingRows.build(options, self.device)
         self.suppress = torch.tensor(list(suppress), dtype=torch.int64, device=self.device)
-        self.cache = Cache.allocate(program.cache_slots, len(self.requests), self._longest() + 1, self.device)
-        self._plans: dict[StepShape, StepPlan] = {}
 
     def _longest(self) -> int:
         return max(request.length for request in self.requests)
-
-    def plan(
-        self, counts: Sequence[int], anchors: Sequence[Sequence[int]] | None = None, heads: Sequence[int] | None = None
-    ) -> StepPlan:
-        """The plan of a step with these clean rows, relative anchors and clean rows with logits (default: all)."""
-        blocks = self.blocks or BlockSpec(1, 0, "causal", 0)
-        shape = StepShape(
-            counts=tuple(counts),
-            anchors=tuple(tuple(row) for row in anchors) if anchors is not None else ((),) * len(counts),
-            heads=tuple(heads) if heads is not None else tuple(counts),
-            block_size=blocks.size,
-            block_heads=blocks.heads,
-            readout=blocks.readout,
-        )
-        if shape not in self._plans:
-            if len(self._plans) >= MAX_PLANS:
-                self._plans.clear()
-            self._plans[shape] = StepPlan(shape, self.device)
-        return self._plans[shape]
-
-    def masked(self, plan: StepPlan) -> Tensor:
-        """Input ids of fully masked blocks, [requests, noisy slots]."""
-        mask = self.blocks.mask_token_id if self.blocks is not None else 0
-        return torch.full((len(self.requests), plan.noisy_length), mask, dtype=torch.int64, device=self.device)
 
     def forward(self, plan: StepPlan, clean: Tensor, noisy: Tensor) -> tuple[Tensor, Tensor]:
         """Run one step. clean [requests, clean slots], noisy [requests, noisy slots] int64.
@@ -84,8 +48,7 @@ class Batch:
         caller tells the cache afterwards how many clean rows it accepts.
         """
         self.cache.reserve(self._longest() + plan.clean_length)
-        layout = plan.layout(self.cache.length)
-        logits = self.program.step(torch.cat([clean, noisy], dim=1), layout, plan.head_rows, self.cache)
+        logits = self.run(plan, torch.cat([clean, noisy], dim=1))
         return logits[: plan.clean_rows], logits[plan.clean_rows :]
 
     def choose(self, logits: Tensor, request: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,13 +62,12 @@ class Batch:
             return None
         rows = torch.tensor(stay, dtype=torch.int64, device=self.device)
         self.requests = [self.requests[row] for row in stay]
-        self.cache.select(rows)
+        self.select(rows)
         self.sampling = self.sampling.take(rows)
-        self._plans.clear()  # made for the old batch size
         return rows
 
 
-def prefill(batch: Batch, chunk: int) -> tuple[Tensor, Tensor]:
+def prefill(batch: RequestBatch, chunk: int) -> tuple[Tensor, Tensor]:
     """Run the prompts, `chunk` clean rows at a time; each prompt's last chunk carries its first noisy block.
 
     Returns the logits of every request's last prompt row [requests, V] and of its block's rows [requests, heads, V] (0
@@ -115,15 +77,11 @@ def prefill(batch: Batch, chunk: int) -> tuple[Tensor, Tensor]:
     order: list[int] = []
     clean_parts, noisy_parts = [], []
     for start in range(0, max(lengths), chunk):
-        counts = [min(max(length - start, 0), chunk) for length in lengths]
+        pieces = [request.prompt[start : start + chunk] for request in batch.requests]
         ends = [start < length <= start + chunk for length in lengths]
-        anchors = [[count] if end and batch.blocks is not None else [] for count, end in zip(counts, ends, strict=True)]
-        plan = batch.plan(counts, anchors, [int(end) for end in ends])
-        width = plan.clean_length
-        pieces = [request.prompt[start : start + count] for request, count in zip(batch.requests, counts, strict=True)]
-        rows = [piece + [0] * (width - len(piece)) for piece in pieces]
-        clean = torch.tensor(rows, dtype=torch.int64, device=batch.device)
-        clean_logits, noisy_logits = batch.forward(plan, clean, batch.masked(plan))
+        blocks = [[len(piece)] if end and batch.blocks else [] for piece, end in zip(pieces, ends, strict=True)]
+        plan = batch.plan([len(piece) for piece in pieces], blocks, [int(end) for end in ends])
+        clean_logits, noisy_logits = batch.forward(plan, batch.clean(pieces), batch.masked(plan))
         batch.cache.accept(plan.counts)
         order += [row for row, end in enumerate(ends) if end]
         clean_parts.append(clean_logits)

@@ -82,11 +82,20 @@ class Request:
         """One more step that accepted (or committed) `tokens` tokens."""
         self.histogram[tokens] = self.histogram.get(tokens, 0) + 1
 
+    def check(self, token: int) -> None:
+        """Raise `GenerationError` for a token that could not be chosen (`sampling.UNCHOSEN`)."""
+        if token < 0:
+            raise GenerationError(
+                f"the logits of prompt {self.index} are not finite after {len(self.tokens)} new tokens (NaN or "
+                "infinity), so that no token can be chosen; check the weights, or compute in float32"
+            )
+
     def emit(self, tokens: Sequence[int]) -> None:
         """Append final tokens up to the first reason to stop; what follows it is dropped."""
         assert self.stop_reason is None
         start = len(self.tokens)
         for token in tokens:
+            self.check(token)
             self.tokens.append(token)
             reason = self._reason()
             if reason is not None:

@@ -15,35 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flarec.errors import GenerationError
+from flarec.generation import GenerationOptions
 
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one request is sampled.
-
-    temperature  >= 0; 0 takes the most probable token
-    top_k        keep the k most probable tokens; 0 or None keeps all
-    top_p        in (0, 1]: keep the smallest set of most probable tokens whose probabilities reach it; 1 keeps all
-    seed         in [0, 2^63): names the noise; equal seeds and prompts give equal texts
-
-    Raises `GenerationError` for a value out of range.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise GenerationError(f"temperature is {self.temperature}; it must be a finite number >= 0 (0 is greedy)")
-        if self.top_k is not None and self.top_k < 0:
-            raise GenerationError(f"top_k is {self.top_k}; it must be >= 0 (0 keeps the whole vocabulary)")
-        if not 0 < self.top_p <= 1:
-            raise GenerationError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1 keeps everything)")
-        if not 0 <= self.seed < 2**63:
-            raise GenerationError(f"seed is {self.seed}; it must be in [0, 2^63)")
+UNCHOSEN = -2
+"""What `choose` gives for a row without a finite largest logit; no id, and not the -1 with which modes mark gaps."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +38,15 @@ class SamplingRows:
     sampled: bool
 
     @staticmethod
-    def build(params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> SamplingRows:
+    def build(options: Sequence[GenerationOptions], device: torch.device | str = "cpu") -> SamplingRows:
         everything = 2**62
         return SamplingRows(
-            torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
-            torch.tensor([p.top_k or everything for p in params], dtype=torch.int64, device=device),
-            torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-            torch.tensor([p.seed for p in params], dtype=torch.int64, device=device),
-            truncated=any(p.top_k or p.top_p < 1 for p in params),
-            sampled=any(p.temperature > 0 for p in params),
+            torch.tensor([row.temperature for row in options], dtype=torch.float32, device=device),
+            torch.tensor([row.top_k or everything for row in options], dtype=torch.int64, device=device),
+            torch.tensor([row.top_p for row in options], dtype=torch.float32, device=device),
+            torch.tensor([row.seed for row in options], dtype=torch.int64, device=device),
+            truncated=any(row.top_k or row.top_p < 1 for row in options),
+            sampled=any(row.temperature > 0 for row in options),
         )
 
     def take(self, rows: Tensor) -> SamplingRows:
@@ -150,21 +125,25 @@ def choose(
     logits [N, V] (any float dtype, computed in float32), params of N rows, positions [N] int64 = absolute document
     position of the token that is being chosen, suppress = ids that are never chosen.
     Returns token [N] int64 and its probability [N] float32 under the truncated softmax(logits / T) (T = 0: T = 1).
-    Equal scores go to the lowest id.
+    Equal scores go to the lowest id. A row whose largest logit is not a finite float32 (NaN anywhere, infinity, or
+    nothing left to choose) gives `UNCHOSEN` with probability 0.
     """
     scores = logits.float()
     if len(suppress):
         ids = torch.as_tensor(suppress, dtype=torch.int64, device=logits.device)
         scores = scores.index_fill(1, ids, -math.inf)
     temperature = params.temperature[:, None]
+    largest = scores.amax(dim=1, keepdim=True)
     # subtracting the maximum first keeps tiny temperatures finite
-    scaled = (scores - scores.amax(dim=1, keepdim=True)) / torch.where(temperature > 0, temperature, 1.0)
+    scaled = (scores - largest) / torch.where(temperature > 0, temperature, 1.0)
     if params.truncated:
         dropped = ~truncation(scaled, params.top_k, params.top_p)
         scores, scaled = scores.masked_fill(dropped, -math.inf), scaled.masked_fill(dropped, -math.inf)
     if params.sampled:
         ids = torch.arange(logits.shape[1], device=logits.device)
+        # both terms are finite (`HOTTEST`), but for the -inf of what must not be chosen
         scores = scores + temperature * gumbel(params.seed, positions, ids)
     token = scores.argmax(dim=1)
     probability = (scaled.gather(1, token[:, None]).squeeze(1) - scaled.logsumexp(dim=1)).exp()
-    return token, probability
+    valid = largest.squeeze(1).isfinite()
+    return torch.where(valid, token, UNCHOSEN), torch.where(valid, probability, 0.0)

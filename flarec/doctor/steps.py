@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from flarec.decode.cache import Cache
+from flarec.decode import BlockSpec, Cache, Stepper
 from flarec.decode.engine import PREFILL_CHUNK
-from flarec.decode.plan import StepPlan, StepShape
 from flarec.ir.program import Program
 from flarec.ir.slots import CacheSlot
 from flarec.recipe import Recipe
@@ -104,6 +103,7 @@ def simulate_serving(
         simulation.forget_peak()
         chunk = min(PREFILL_CHUNK, length - 1)
         cache.length = torch.full((batch,), max(0, length - 1 - chunk - 4 * (block_size + 1)), device=device)
+        stepper = Stepper(program, cache, BlockSpec(block_size, block_size, "causal", 0))
         drafts = block_size + 1
         for name, counts, anchors in (
             (f"prefill of {chunk} tokens", chunk, [chunk]),
@@ -113,7 +113,7 @@ def simulate_serving(
             ("Diffusion-Trust", 0, [0]),
         ):
             start = simulation.work.copy()
-            decode_step(program, cache, batch, counts, anchors, block_size, device)
+            decode_step(stepper, counts, anchors)
             steps[name] = simulation.work - start
         del steps["commit of the prefill"]
         parts = {"weights": weights, "caches": caches, "working memory": simulation.peak - weights - caches}
@@ -128,23 +128,15 @@ def _unknown(simulation: Simulation, tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(tensor)
 
 
-def decode_step(
-    program: Program, cache: Cache, batch: int, clean: int, anchors: list[int], block_size: int, device: torch.device
-) -> None:
+def decode_step(stepper: Stepper, clean: int, anchors: Sequence[int]) -> None:
     """A step with `clean` rows per request and a block at each of `anchors`; one clean row is accepted."""
-    shape = StepShape(
-        counts=(clean,) * batch,
-        anchors=(tuple(anchors),) * batch,
-        heads=(min(clean, 1) if clean > block_size + 1 else clean,) * batch,
-        block_size=block_size,
-        block_heads=block_size,
-        readout="causal",
-    )
-    plan = StepPlan(shape, device)
-    layout = plan.layout(cache.length)
-    ids = torch.zeros(batch, layout.length, dtype=torch.int64, device=device)
-    program.step(ids, layout, plan.head_rows, cache)
-    cache.accept(torch.full((batch,), min(clean, 1), device=device))
+    assert stepper.blocks is not None
+    requests = stepper.cache.batch
+    heads = min(clean, 1) if clean > stepper.blocks.size + 1 else clean  # of a prefill only the last row decides
+    plan = stepper.plan([clean] * requests, [anchors] * requests, [heads] * requests)
+    length = plan.clean_length + plan.noisy_length
+    stepper.run(plan, torch.zeros(requests, length, dtype=torch.int64, device=stepper.device))
+    stepper.cache.accept(torch.full((requests,), min(clean, 1), device=stepper.device))
 
 
 def cache_bytes(slots: Sequence[CacheSlot]) -> tuple[int, int]:

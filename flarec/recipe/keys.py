@@ -1,25 +1,15 @@
-"""Keys of a recipe: their documentation and limits, and values coerced to their declared types."""
+"""Keys of a recipe: values coerced to their declared types, within the limits of their fields."""
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import RecipeError
-
-TEXTS = tuple[str, ...]
-"""Type of a key that holds any number of texts."""
-
-
-def key(
-    default: Any, doc: str, *, low: float | None = None, high: float | None = None, above: float | None = None
-) -> Any:
-    """A documented key: `low` and `high` are inclusive limits, `above` an exclusive lower one."""
-    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "above": above})
+from ..fields import TEXTS, allowed_values, is_number, shown
 
 
 @cache
@@ -44,7 +34,7 @@ def parse_value(path: str, text: str, hint: Any) -> Any:
         text = f"[{text}]"
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # not TOML, or a number with more digits than Python reads
         return text
 
 
@@ -59,36 +49,13 @@ def coerce(path: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any
         result = tuple(value) if good else value
     elif get_origin(hint) is tuple:
         good = isinstance(value, (list, tuple)) and len(value) == len(get_args(hint))
-        good = good and all(_number(item, float, metadata) for item in value)
+        good = good and all(is_number(item, float, metadata) for item in value)
         result = tuple(float(item) for item in value) if good else value
     elif hint is str:
         good, result = isinstance(value, str), value
     else:
-        good = _number(value, hint, metadata)
+        good = is_number(value, hint, metadata)
         result = hint(value) if good else value
     if not good:
-        raise RecipeError(f"{path} = {value!r} is not allowed; give {allowed_values(hint, metadata)}")
+        raise RecipeError(f"{path} = {shown(value)} is not allowed; give {allowed_values(hint, metadata)}")
     return result
-
-
-def _number(value: Any, kind: type, metadata: Mapping[str, Any]) -> bool:
-    right_type = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if not right_type or not math.isfinite(value):
-        return False
-    low, high, above = metadata["low"], metadata["high"], metadata["above"]
-    return (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-
-
-def allowed_values(hint: Any, metadata: Mapping[str, Any]) -> str:
-    if get_origin(hint) is Literal:
-        return " or ".join(str(choice) for choice in get_args(hint))
-    if hint is str:
-        return "text"
-    if hint == TEXTS:
-        return "a list of texts"
-    if get_origin(hint) is tuple:
-        words = f"{len(get_args(hint))} numbers"
-    else:
-        words = "a whole number" if hint is int else "a number"
-    limits = {"at least": metadata.get("low"), "above": metadata.get("above"), "at most": metadata.get("high")}
-    return ", ".join([words, *(f"{word} {limit}" for word, limit in limits.items() if limit is not None)])

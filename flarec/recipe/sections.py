@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import tomli_w
 
 from ..errors import RecipeError
-from .keys import allowed_values, coerce, key, parse_value, plain_values, types_of
+from ..fields import allowed_values, key
+from .keys import coerce, parse_value, plain_values, types_of
 
 Readout = Literal["block_end", "causal"]
 

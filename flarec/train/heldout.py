@@ -79,7 +79,7 @@ class HeldOut:
         )
         results = engine.generate(
             [prompt_of(document) for document in self.documents],
-            "ar-trust",
+            mode="ar-trust",
             max_new_tokens=recipe.evaluation.max_new_tokens,
             drafts=recipe.decode.drafts,
         )

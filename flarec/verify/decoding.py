@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flarec.decode import Engine, SamplingParams
+from flarec.decode import Engine
 from flarec.decode.sampling import SamplingRows, choose
+from flarec.generation import DRAFTS, GenerationOptions
 from flarec.layout import build_layout
 
 from .inputs import all_logits, random_tokens
-from .session import Session, compare_caches
+from .replay import Replay, compare_caches
 from .subject import Comparison, Result, Subject
 
 NEAR_TIE_TRIALS = 64
@@ -26,7 +27,7 @@ def split_is_whole(subject: Subject, cases: int = 4) -> Result:
     for _ in range(cases):
         lengths = [rng.randint(6, 20) for _ in range(2)]
         tokens = [random_tokens(rng, subject, length) for length in lengths]
-        whole, split = Session(subject, tokens), Session(subject, tokens)
+        whole, split = Replay(subject, tokens), Replay(subject, tokens)
         complete = whole.feed(lengths)
         pieces: list[list[Tensor]] = [[], []]
         while any(split.left()):
@@ -47,7 +48,7 @@ def split_is_whole(subject: Subject, cases: int = 4) -> Result:
 
 
 def ar_trust_is_causal(
-    subject: Subject, cases: int = 8, *, drafts: Sequence[str] = ("branches", "single"), new_tokens: int = 24
+    subject: Subject, cases: int = 8, *, drafts: Sequence[str] = DRAFTS, new_tokens: int = 24
 ) -> Result:
     """Invariant 4: AR-Trust gives the tokens of causal decoding with the same seed, greedy and sampled.
 
@@ -69,9 +70,9 @@ def ar_trust_is_causal(
             max_positions=4096,
             suppress=subject.suppress,
         )
-        causal = engine.generate(prompts, "causal", settings, new_tokens)
+        causal = engine.generate(prompts, settings, mode="causal", max_new_tokens=new_tokens)
         for scheme in drafts:
-            trusted = engine.generate(prompts, "ar-trust", settings, new_tokens, drafts=scheme)
+            trusted = engine.generate(prompts, settings, mode="ar-trust", drafts=scheme, max_new_tokens=new_tokens)
             for prompt, setting, a, b in zip(prompts, settings, causal, trusted, strict=True):
                 compared, forwards = compared + 1, forwards + b.forwards
                 if a.token_ids == b.token_ids:
@@ -79,16 +80,17 @@ def ar_trust_is_causal(
                 if _near_tie(subject, prompt, setting, a.token_ids, b.token_ids):
                     excused += 1
                 else:
-                    notes.append(f"{readout}, {scheme}, {setting}: causal {a.token_ids}, AR-Trust {b.token_ids}")
+                    case = f"{readout}, {scheme}, {_written(setting)}"
+                    notes.append(f"{case}: causal {a.token_ids}, AR-Trust {b.token_ids}")
     text = f"{compared} texts, {compared * new_tokens / forwards:.2f} tokens per forward"
     text += f", {excused} with a near tie" if excused else ""
     passed = not notes and excused <= compared // 100
     return Result(4, "AR-Trust = causal", text, float(len(notes)), 0.0, passed, tuple(notes[:3]))
 
 
-def random_sampling(rng: random.Random) -> SamplingParams:
+def random_sampling(rng: random.Random) -> GenerationOptions:
     """Greedy or sampled, with and without truncation."""
-    return SamplingParams(
+    return GenerationOptions(
         temperature=rng.choice([0.0, 0.5, 1.0, 1.7]),
         top_k=rng.choice([0, 0, 3, 40]),
         top_p=rng.choice([1.0, 1.0, 0.9, 0.5]),
@@ -96,12 +98,16 @@ def random_sampling(rng: random.Random) -> SamplingParams:
     )
 
 
-def _near_tie(subject: Subject, prompt: list[int], setting: SamplingParams, a: list[int], b: list[int]) -> bool:
+def _written(setting: GenerationOptions) -> str:
+    return f"T {setting.temperature}, top-k {setting.top_k}, top-p {setting.top_p}, seed {setting.seed}"
+
+
+def _near_tie(subject: Subject, prompt: list[int], setting: GenerationOptions, a: list[int], b: list[int]) -> bool:
     """True if logits within the logit error of each other lead to both tokens of the first difference."""
     first = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
     tokens = [*prompt, *a[:first]]
-    whole = Session(subject, [tokens]).feed([len(tokens)])[0][-1]
-    stepwise = Session(subject, [tokens])
+    whole = Replay(subject, [tokens]).feed([len(tokens)])[0][-1]
+    stepwise = Replay(subject, [tokens])
     last = [stepwise.feed([1])[0][-1] for _ in tokens][-1]
     error = 4 * max(float((last - whole).abs().max()), torch.finfo(torch.float32).eps * float(whole.abs().max()))
     noise = torch.rand(NEAR_TIE_TRIALS, len(whole), generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -120,7 +126,7 @@ def rejected_draft_leaves_no_trace(subject: Subject, cases: int = 4) -> Result:
         accepted = [rng.randint(1, 3) for _ in range(2)]
         tokens = [random_tokens(rng, subject, n + a + 2) for n, a in zip(known, accepted, strict=True)]
         wrong = [random_tokens(rng, subject, rng.randint(1, subject.block_size)) for _ in range(2)]
-        plain, drafted = Session(subject, tokens), Session(subject, tokens)
+        plain, drafted = Replay(subject, tokens), Replay(subject, tokens)
         pairs: list[tuple[Tensor, Tensor]] = []
         for step in ("prompt", "verify", "next"):
             counts = {"prompt": known, "verify": accepted, "next": [2, 2]}[step]
@@ -139,8 +145,8 @@ def opens_in_transformers(subject: Subject, cases: int = 3) -> Result:
     comparison, count = Comparison(), 0
     for _ in range(cases):
         tokens = random_tokens(rng, subject, rng.randint(8, 24))
-        session = Session(subject, [tokens])
-        ours = torch.cat([session.feed([1])[0] for _ in tokens])
+        replay = Replay(subject, [tokens])
+        ours = torch.cat([replay.feed([1])[0] for _ in tokens])
         with torch.no_grad():
             theirs = subject.source(torch.tensor([tokens])).logits[0]
         comparison.add(theirs, ours)

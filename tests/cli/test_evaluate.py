@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from flarec import api
 from flarec.cli import main
 from flarec.evaluate import evaluate, read_examples
+from flarec.generation import GenerationOptions
 from tests.checkpoints import converted
 
 
@@ -47,7 +48,8 @@ def test_json_is_one_object(run: Callable[..., Result], model: api.Model, data: 
     arguments = ["--mode", "diffusion-trust", "--threshold", "0.1", "--max-new-tokens", "7", "--batch", "2"]
     result = run("--data", str(data), "--json", *arguments)
     assert result.exit_code == 0, result.output
-    expected = evaluate(model, read_examples(data, model), "diffusion-trust", threshold=0.1, max_new_tokens=7, batch=2)
+    options = GenerationOptions(mode="diffusion-trust", threshold=0.1, max_new_tokens=7)
+    expected = evaluate(model, read_examples(data, model), options, batch=2)
     assert {**json.loads(result.stdout), "seconds": 0} == {**expected, "seconds": 0}
     assert expected["answers"] == expected["generated"] == 5
 

@@ -19,7 +19,7 @@ from flarec.ir.program import Program
 from flarec.layout import Layout, build_layout
 from flarec.passes import lower
 from flarec.verify.inputs import all_logits
-from flarec.verify.session import Session, compare_caches
+from flarec.verify.replay import Replay, compare_caches
 from flarec.verify.subject import Comparison
 from tests.models import VOCABULARY
 
@@ -99,11 +99,11 @@ def test_diffusion_trust_fills_what_was_asked_for_and_leaves_a_clean_state(famil
     )
     comparison, new = Comparison(), 3 * BLOCK_SIZE + 1
     for prompt in PROMPTS:
-        (generation,) = engine.generate([prompt], "diffusion-trust", None, new)
+        (generation,) = engine.generate([prompt], mode="diffusion-trust", max_new_tokens=new)
         assert len(generation.token_ids) == new and generation.stop_reason == "length"
         assert all(token < 300 for token in generation.token_ids)
         tokens = [*prompt, *generation.token_ids]
-        decoded, prefilled = Session(few, [tokens]), Session(few, [tokens])
+        decoded, prefilled = Replay(few, [tokens]), Replay(few, [tokens])
         decoded.cache, decoded.fed = watched.cache, watched.cache.length.tolist()
         assert len(prompt) + 2 * BLOCK_SIZE <= decoded.fed[0] < len(tokens)
         prefilled.feed(decoded.fed)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Collection
 
-from flarec.decode import Engine, SamplingParams
+from flarec.decode import Engine
+from flarec.generation import GenerationOptions
 
 from .fake_model import FakeModel, FakeProgram
 
@@ -31,10 +32,10 @@ def make_engine(
     return engine, program
 
 
-def random_params(rng: random.Random) -> SamplingParams:
-    return SamplingParams(
+def random_options(rng: random.Random) -> GenerationOptions:
+    return GenerationOptions(
         temperature=rng.choice([0.0, 0.0, 0.5, 1.0, 1.7]),
-        top_k=rng.choice([0, None, 1, 3, 8]),
+        top_k=rng.choice([0, 0, 1, 3, 8]),
         top_p=rng.choice([1.0, 1.0, 0.9, 0.4]),
         seed=rng.randrange(2**63),
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flarec.decode import SamplingParams
+from flarec.generation import GenerationOptions
 
 from .fake_model import FakeModel
 
@@ -34,7 +34,9 @@ def gumbel(seed: int, position: int, token: int) -> float:
     return -math.log(-math.log1p(-uniform(seed, position, token)))
 
 
-def law(logits: Sequence[float] | np.ndarray, params: SamplingParams, suppress: Collection[int]) -> dict[int, float]:
+def law(
+    logits: Sequence[float] | np.ndarray, params: GenerationOptions, suppress: Collection[int]
+) -> dict[int, float]:
     """Token -> probability after temperature, top-k, top-p."""
     scale = params.temperature or 1.0
     ids = sorted((i for i in range(len(logits)) if i not in suppress), key=lambda i: (-float(logits[i]), i))
@@ -53,7 +55,7 @@ def law(logits: Sequence[float] | np.ndarray, params: SamplingParams, suppress: 
 
 
 def pick(
-    logits: Sequence[float] | np.ndarray, params: SamplingParams, position: int, suppress: Collection[int]
+    logits: Sequence[float] | np.ndarray, params: GenerationOptions, position: int, suppress: Collection[int]
 ) -> tuple[int, float]:
     """The token for `position` and its probability."""
     probability = law(logits, params, suppress)
@@ -88,7 +90,9 @@ def end(tokens: list[int], eos: Collection[int], limit: int) -> tuple[list[int],
     return None
 
 
-def causal(model: FakeModel, prompt: list[int], params: SamplingParams, eos: Collection[int], limit: int) -> Oracle:
+def causal(
+    model: FakeModel, prompt: list[int], params: GenerationOptions, eos: Collection[int], limit: int
+) -> Oracle:
     tokens: list[int] = []
     while True:
         sequence = prompt + tokens
@@ -101,7 +105,7 @@ def causal(model: FakeModel, prompt: list[int], params: SamplingParams, eos: Col
 def ar_trust(
     model: FakeModel,
     prompt: list[int],
-    params: SamplingParams,
+    params: GenerationOptions,
     eos: Collection[int],
     limit: int,
     size: int,
@@ -139,7 +143,7 @@ def ar_trust(
 def diffusion_trust(
     model: FakeModel,
     prompt: list[int],
-    params: SamplingParams,
+    params: GenerationOptions,
     eos: Collection[int],
     limit: int,
     size: int,

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from flarec.decode import MODES, SamplingParams
 from flarec.errors import GenerationError
+from flarec.generation import MODES, GenerationOptions
 from tests.decode.fake_model import FakeModel
 from tests.decode.helpers import make_engine, random_prompts
 
@@ -18,7 +18,7 @@ MODE_OPTIONS = [
     ("ar-trust", {"drafts": "single"}),
     ("diffusion-trust", {"threshold": 0.5}),
 ]
-PARAMS = SamplingParams(temperature=1.0, seed=5)
+PARAMS = GenerationOptions(temperature=1.0, seed=5)
 
 
 @pytest.mark.parametrize(("mode", "options"), MODE_OPTIONS)
@@ -27,11 +27,12 @@ def test_nothing_follows_eos(mode: str, options: dict) -> None:
     model = FakeModel(agreement=0.9)
     free, _ = make_engine(model, 4)
     prompts = random_prompts(random.Random(0), model, 6)
-    whole = free.generate(prompts, mode, PARAMS, 60, **options)
+    whole = free.generate(prompts, PARAMS, mode=mode, max_new_tokens=60, **options)
     offsets = set()
     for eos in range(4):
         engine, _ = make_engine(model, 4, eos=[eos, 15])
-        for long, result in zip(whole, engine.generate(prompts, mode, PARAMS, 60, **options), strict=True):
+        cut = engine.generate(prompts, PARAMS, mode=mode, max_new_tokens=60, **options)
+        for long, result in zip(whole, cut, strict=True):
             ends = [i for i, token in enumerate(long.token_ids) if token in (eos, 15)]
             if ends:
                 offsets.add(ends[0] % 4)
@@ -47,7 +48,7 @@ def test_nothing_follows_eos(mode: str, options: dict) -> None:
 def test_stop_check(mode: str, options: dict, dropped: int) -> None:
     model = FakeModel(agreement=0.9)
     engine, _ = make_engine(model, 3)
-    whole = engine.generate([[1, 2]], mode, PARAMS, 60, **options)[0].token_ids
+    whole = engine.generate([[1, 2]], PARAMS, mode=mode, max_new_tokens=60, **options)[0].token_ids
     for end in range(2, 20):
         pattern = whole[end - 2 : end]
         first = next(i for i in range(2, 61) if whole[i - 2 : i] == pattern)
@@ -55,7 +56,7 @@ def test_stop_check(mode: str, options: dict, dropped: int) -> None:
         def check(tokens: Sequence[int], pattern: list[int] = pattern) -> int | None:
             return len(tokens) - dropped if list(tokens[-2:]) == pattern else None
 
-        result = engine.generate([[1, 2]], mode, PARAMS, 60, stop_check=check, **options)[0]
+        result = engine.generate([[1, 2]], PARAMS, mode=mode, max_new_tokens=60, stop_check=check, **options)[0]
         assert result.stop_reason == "stop" and result.token_ids == whole[: first - dropped]
 
 
@@ -63,9 +64,9 @@ def test_stop_check(mode: str, options: dict, dropped: int) -> None:
 def test_length_limits_cut_the_same_text(mode: str, options: dict) -> None:
     model = FakeModel(agreement=0.9)
     engine, _ = make_engine(model, 4)
-    whole = engine.generate([[3, 1, 2]], mode, PARAMS, 30, **options)[0].token_ids
+    whole = engine.generate([[3, 1, 2]], PARAMS, mode=mode, max_new_tokens=30, **options)[0].token_ids
     for limit in range(1, 12):
-        result = engine.generate([[3, 1, 2]], mode, PARAMS, limit, **options)[0]
+        result = engine.generate([[3, 1, 2]], PARAMS, mode=mode, max_new_tokens=limit, **options)[0]
         assert result.token_ids == whole[:limit] and result.stop_reason == "length"
 
 
@@ -76,7 +77,7 @@ def test_context_length(mode: str, options: dict) -> None:
     size = 3
     for context in range(4, 20):
         engine, program = make_engine(model, size, max_positions=context)
-        result = engine.generate([[3, 1, 2]], mode, PARAMS, 100, **options)[0]
+        result = engine.generate([[3, 1, 2]], PARAMS, mode=mode, max_new_tokens=100, **options)[0]
         assert len(result.token_ids) == context - 3 and result.stop_reason == "length"
         for call in program.calls:
             if mode != "diffusion-trust" and call is not program.calls[0]:
@@ -96,7 +97,7 @@ def test_stream_of_tokens_is_the_result(mode: str, options: dict) -> None:
         assert tokens
         seen[index] += tokens
 
-    results = engine.generate(prompts, mode, PARAMS, 40, on_tokens=on_tokens, **options)
+    results = engine.generate(prompts, PARAMS, mode=mode, max_new_tokens=40, on_tokens=on_tokens, **options)
     assert [seen[index] for index in range(5)] == [result.token_ids for result in results]
 
 
@@ -107,7 +108,7 @@ def test_unconverted_models_decode_causally_only() -> None:
     assert all(not blocks for call in program.calls for blocks in call.blocks)
     for mode in MODES[1:]:
         with pytest.raises(GenerationError, match=r"not converted .* run flarec convert"):
-            engine.generate([[1, 2]], mode)
+            engine.generate([[1, 2]], mode=mode)
 
 
 @pytest.mark.parametrize(
@@ -118,13 +119,12 @@ def test_unconverted_models_decode_causally_only() -> None:
         ({"prompts": [[1, 99]]}, "id 99, outside the vocabulary"),
         ({"mode": "fast"}, "unknown mode 'fast'"),
         ({"max_new_tokens": 0}, "at least 1"),
-        ({"max_new_tokens": [1, 2]}, "1 prompts came with"),
-        ({"params": [SamplingParams()] * 3}, "3 sampling parameters"),
+        ({"options": [GenerationOptions()] * 3}, "1 prompts came with 3 generation options"),
         ({"drafts": "tree"}, "unknown drafts 'tree'"),
-        ({"threshold": 1.5}, r"in \[0, 1\]"),
-        ({"threshold": float("nan")}, r"in \[0, 1\]"),
+        ({"threshold": 1.5}, r"threshold is 1\.5; give a number, at least 0, at most 1"),
+        ({"threshold": float("nan")}, "threshold is nan"),
         ({"denoising_steps": 0}, "denoising_steps is 0"),
-        ({"prefill_chunk": 0}, "prefill chunk is 0"),
+        ({"prefill_chunk": 0}, "prefill_chunk is 0"),
         ({"stop_check": lambda tokens: len(tokens) + 1}, "asked to keep 2 of 1"),
     ],
 )

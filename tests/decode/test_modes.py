@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from flarec.decode import Generation
+from flarec.generation import GenerationOptions
 from tests.decode import oracles
 from tests.decode.fake_model import FakeModel
-from tests.decode.helpers import make_engine, random_params, random_prompts
+from tests.decode.helpers import make_engine, random_options, random_prompts
 
 SIZES = [1, 2, 3, 4, 5]
 
@@ -30,8 +32,7 @@ def case(seed: int) -> tuple[random.Random, FakeModel, list[list[int]], dict[str
     model = FakeModel(vocab=rng.choice([5, 17]), agreement=rng.choice([0.0, 0.5, 0.8, 1.0]), key=seed)
     prompts = random_prompts(rng, model, rng.randint(1, 4))
     options = {
-        "params": [random_params(rng) for _ in prompts],
-        "max_new_tokens": [rng.randint(1, 25) for _ in prompts],
+        "options": [replace(random_options(rng), max_new_tokens=rng.randint(1, 25)) for _ in prompts],
         "prefill_chunk": rng.choice([1, 3, 512]),
     }
     return rng, model, prompts, options
@@ -42,9 +43,9 @@ def test_causal_equals_the_oracle(seed: int) -> None:
     rng, model, prompts, options = case(seed)
     eos = rng.sample(range(model.mask), rng.randint(0, 1))
     engine, _ = make_engine(model, eos=eos)
-    results = engine.generate(prompts, "causal", **options)
+    results = engine.generate(prompts, mode="causal", **options)
     for index, result in enumerate(results):
-        params, limit = options["params"][index], options["max_new_tokens"][index]
+        params, limit = options["options"][index], options["options"][index].max_new_tokens
         same(result, oracles.causal(model, prompts[index], params, eos, limit))
 
 
@@ -56,10 +57,10 @@ def test_ar_trust_equals_causal_and_takes_the_forwards_of_the_oracle(size: int, 
         rng, model, prompts, options = case(1000 * size + seed)
         eos = rng.sample(range(model.mask), rng.randint(0, 1))
         engine, _ = make_engine(model, size, readout=readout, eos=eos)
-        results = engine.generate(prompts, "ar-trust", drafts=drafts, **options)
-        causal = engine.generate(prompts, "causal", **options)
+        results = engine.generate(prompts, mode="ar-trust", drafts=drafts, **options)
+        causal = engine.generate(prompts, mode="causal", **options)
         for index, result in enumerate(results):
-            params, limit = options["params"][index], options["max_new_tokens"][index]
+            params, limit = options["options"][index], options["options"][index].max_new_tokens
             assert result.token_ids == causal[index].token_ids
             branches = drafts == "branches"
             same(result, oracles.ar_trust(model, prompts[index], params, eos, limit, size, readout, branches))
@@ -77,9 +78,10 @@ def test_diffusion_trust_equals_the_oracle(size: int, readout: str) -> None:
         engine, _ = make_engine(model, size, readout=readout, eos=eos)
         threshold = rng.choice([0.0, 0.3, 0.6, 0.9, 1.0])
         steps = rng.choice([None, 1, 2, size + 2])
-        results = engine.generate(prompts, "diffusion-trust", threshold=threshold, denoising_steps=steps, **options)
+        options |= {"threshold": threshold, "denoising_steps": steps}
+        results = engine.generate(prompts, mode="diffusion-trust", **options)
         for index, result in enumerate(results):
-            params, limit = options["params"][index], options["max_new_tokens"][index]
+            params, limit = options["options"][index], options["options"][index].max_new_tokens
             oracle = oracles.diffusion_trust(
                 model, prompts[index], params, eos, limit, size, readout, threshold, steps or size
             )
@@ -93,9 +95,9 @@ def test_diffusion_trust_equals_the_oracle(size: int, readout: str) -> None:
 def test_drafts_are_right_sometimes() -> None:
     """The cases above mean little if drafts are always or never accepted."""
     engine, _ = make_engine(FakeModel(agreement=0.7), 3)
-    histogram = engine.generate([[1, 2, 3]], "ar-trust", max_new_tokens=200)[0].accepted
+    histogram = engine.generate([[1, 2, 3]], mode="ar-trust", max_new_tokens=200)[0].accepted
     assert len(histogram) == 4 and all(count > 0 for count in histogram)
-    steps = engine.generate([[1, 2, 3]], "diffusion-trust", max_new_tokens=200, threshold=0.35)[0].accepted
+    steps = engine.generate([[1, 2, 3]], mode="diffusion-trust", max_new_tokens=200, threshold=0.35)[0].accepted
     assert len(steps) == 4 and steps[1] > 0 and steps[3] > 0
 
 
@@ -106,12 +108,12 @@ def test_a_request_does_not_depend_on_its_batch(mode: str, drafts: str) -> None:
         rng = random.Random(seed)
         model = FakeModel(agreement=0.7, key=seed)
         prompts = random_prompts(rng, model, 7, longest=20)
-        params = [random_params(rng) for _ in prompts]
-        limits = [rng.randint(1, 30) for _ in prompts]
+        each = [replace(random_options(rng), max_new_tokens=rng.randint(1, 30)) for _ in prompts]
         engine, _ = make_engine(model, 3, eos=[2])
-        together = engine.generate(prompts, mode, params, limits, drafts=drafts, prefill_chunk=4, threshold=0.5)
+        options: dict[str, Any] = {"mode": mode, "drafts": drafts, "threshold": 0.5}
+        together = engine.generate(prompts, each, prefill_chunk=4, **options)
         for index, prompt in enumerate(prompts):
-            alone = engine.generate([prompt], mode, params[index], limits[index], drafts=drafts, threshold=0.5)[0]
+            alone = engine.generate([prompt], each[index], **options)[0]
             assert (alone.token_ids, alone.forwards, alone.accepted, alone.stop_reason) == (
                 together[index].token_ids,
                 together[index].forwards,
@@ -124,8 +126,8 @@ def test_a_request_does_not_depend_on_its_batch(mode: str, drafts: str) -> None:
 def test_long_generations_outgrow_the_first_allocation(mode: str) -> None:
     model = FakeModel(agreement=0.8)
     engine, program = make_engine(model, 4)
-    result = engine.generate([[3] * 50, [1]], mode, max_new_tokens=150)
-    expected = oracles.causal(model, [3] * 50, oracles.SamplingParams(), (), 150)
+    result = engine.generate([[3] * 50, [1]], mode=mode, max_new_tokens=150)
+    expected = oracles.causal(model, [3] * 50, GenerationOptions(), (), 150)
     assert [len(r.token_ids) for r in result] == [150, 150]
     if mode != "diffusion-trust":
         assert result[0].token_ids == expected.tokens

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flarec.decode.sampling import SamplingParams, SamplingRows, choose, gumbel, to_unit, truncation, uniform
+from flarec.decode.sampling import SamplingRows, choose, gumbel, to_unit, truncation, uniform
 from flarec.errors import GenerationError
+from flarec.generation import GenerationOptions
 from tests.decode import oracles
 
 WORDS = st.integers(0, 2**63 - 1)
@@ -109,9 +110,9 @@ def test_choose_equals_the_oracle(logits: list[list[int]], data: st.DataObject) 
     """Integer logits make ties frequent; quarters of the temperature keep the scaling exact."""
     rows = len(logits)
     params = [
-        SamplingParams(
+        GenerationOptions(
             temperature=data.draw(st.sampled_from([0.0, 0.5, 1.0, 2.0])),
-            top_k=data.draw(st.sampled_from([None, 0, 1, 2, 5, 100])),
+            top_k=data.draw(st.sampled_from([0, 1, 2, 5, 100])),
             top_p=data.draw(st.sampled_from([1.0, 0.83, 0.31, 1e-9])),
             seed=data.draw(WORDS),
         )
@@ -135,7 +136,12 @@ def test_a_row_does_not_depend_on_the_others(data: st.DataObject) -> None:
     logits = torch.randn(6, 301, generator=generator) * 3
     logits[0, 10:] = -40  # a tail whose probabilities vanish in a rounded sum
     params = [
-        SamplingParams(data.draw(st.sampled_from([0.0, 0.7, 1.0])), data.draw(st.sampled_from([0, 7])), p, seed=row)
+        GenerationOptions(
+            temperature=data.draw(st.sampled_from([0.0, 0.7, 1.0])),
+            top_k=data.draw(st.sampled_from([0, 7])),
+            top_p=p,
+            seed=row,
+        )
         for row, p in enumerate([1.0, *data.draw(st.tuples(*[st.sampled_from([1.0, 0.5])] * 5))])
     ]
     positions = torch.arange(6)
@@ -147,10 +153,11 @@ def test_a_row_does_not_depend_on_the_others(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    "params", [SamplingParams(1.0), SamplingParams(0.6), SamplingParams(1.4, top_k=5), SamplingParams(1.0, top_p=0.7)]
+    "options",
+    [{"temperature": 1.0}, {"temperature": 0.6}, {"temperature": 1.4, "top_k": 5}, {"temperature": 1.0, "top_p": 0.7}],
 )
-def test_frequencies_follow_the_law(params: SamplingParams) -> None:
-    n, vocab = 40_000, 12
+def test_frequencies_follow_the_law(options: dict) -> None:
+    n, vocab, params = 40_000, 12, GenerationOptions(**options)
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(0)) * 1.5
     rows = SamplingRows.build([params]).take(torch.zeros(n, dtype=torch.int64))
     token, _ = choose(logits.expand(n, vocab), rows, torch.arange(n), [2])
@@ -166,7 +173,7 @@ def test_temperature_zero_is_the_limit_and_tiny_temperatures_stay_finite() -> No
     logits = torch.randn(50, 100, generator=torch.Generator().manual_seed(1)) * 50
     rows = torch.arange(50)
     for temperature in (0.0, 2e-38, 1e-30, 1e-6):
-        params = SamplingRows.build([SamplingParams(temperature, top_p=0.9)]).take(torch.zeros(50, dtype=torch.int64))
+        params = SamplingRows.build([GenerationOptions(temperature=temperature, top_p=0.9)] * 50)
         token, probability = choose(logits, params, rows)
         assert torch.equal(token, logits.argmax(dim=1)) and probability.isfinite().all()
 
@@ -182,7 +189,7 @@ def test_equal_logits_are_kept_by_id() -> None:
 
 def test_low_precision_logits_are_sampled_in_float32() -> None:
     logits = torch.randn(20, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
-    params = SamplingRows.build([SamplingParams(1.0, seed=i) for i in range(20)])
+    params = SamplingRows.build([GenerationOptions(temperature=1.0, seed=i) for i in range(20)])
     low, high = (choose(x, params, torch.arange(20)) for x in (logits, logits.float()))
     assert torch.equal(low[0], high[0]) and torch.equal(low[1], high[1]) and low[1].dtype == torch.float32
 
@@ -203,7 +210,7 @@ def test_low_precision_logits_are_sampled_in_float32() -> None:
 )
 def test_parameters_out_of_range(wrong: dict) -> None:
     with pytest.raises(GenerationError, match=next(iter(wrong))):
-        SamplingParams(**wrong)
+        GenerationOptions(**wrong)
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ def test_branches() -> None:
     engine, program = make_engine(model, 3)
     emitted: list[list[int]] = []
     result = engine.generate(
-        [PROMPT], "ar-trust", max_new_tokens=8, on_tokens=lambda index, tokens: emitted.append(tokens)
+        [PROMPT], mode="ar-trust", max_new_tokens=8, on_tokens=lambda index, tokens: emitted.append(tokens)
     )[0]
     assert [call.clean for call in program.calls] == [[[0, 1, 2, 3, 4]], [[5, 6, 7, 8]], [[8, 9, 10, 11]]]
     assert [call.blocks[0] for call in program.calls] == [
@@ -39,7 +39,7 @@ def test_single_branch_with_a_cold_step() -> None:
     emitted: list[list[int]] = []
     result = engine.generate(
         [PROMPT],
-        "ar-trust",
+        mode="ar-trust",
         max_new_tokens=9,
         drafts="single",
         on_tokens=lambda index, tokens: emitted.append(tokens),
@@ -63,7 +63,7 @@ def test_extremes(drafts: str) -> None:
     """All drafts right: B + 1 tokens per step. All wrong: one per step, and a cold step after each with one block."""
     for right, forwards in ((True, 1 + 5), (False, 1 + 20)):
         engine, program = make_engine(FakeModel(right=always if right else never), 3)
-        result = engine.generate([PROMPT], "ar-trust", max_new_tokens=21, drafts=drafts)[0]
+        result = engine.generate([PROMPT], mode="ar-trust", max_new_tokens=21, drafts=drafts)[0]
         assert result.new_tokens == 21 and result.forwards == forwards
         rows = [len(call.clean[0]) for call in program.calls[1:]]
         cold = drafts == "single" and not right
@@ -74,7 +74,7 @@ def test_denoising_steps_carry_the_commit() -> None:
     """Threshold 1 commits one position per step; the finished block rides on the next block's first step."""
     model = FakeModel()
     engine, program = make_engine(model, 3, readout="block_end")
-    result = engine.generate([PROMPT], "diffusion-trust", max_new_tokens=9, threshold=1.0)[0]
+    result = engine.generate([PROMPT], mode="diffusion-trust", max_new_tokens=9, threshold=1.0)[0]
     assert [call.clean[0] for call in program.calls] == [
         [0, 1, 2, 3, 4], [], [], [5, 6, 7], [], [], [8, 9, 10], [], [],
     ]  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from flarec.decode.cache import Cache
+from flarec.decode import BlockSpec, Cache, Stepper
 from flarec.doctor import rates as rates_module
 from flarec.doctor.rates import FAR, NEAR, _bandwidth, measure, seconds_of
 from flarec.doctor.report import Rates
@@ -143,10 +143,11 @@ def test_the_time_of_decoding_steps_is_that_of_a_known_machine(speed: Rates) -> 
     serving = simulate_serving(program, length=200, batch=2, block_size=4, device=CPU)
     cache = Cache.allocate(program.cache_slots, 2, 200, CPU)
     cache.length = torch.full((2,), 100)
-    decode_step(program, cache, 2, 1, [], 4, CPU)  # what a step commits are the rows of the one before
+    stepper = Stepper(program, cache, BlockSpec(4, 4, "causal", 0))
+    decode_step(stepper, 1, [])  # what a step commits are the rows of the one before
     for name, clean, anchors in (("causal", 1, []), ("AR-Trust", 5, [1, 2, 3, 4, 5]), ("Diffusion-Trust", 0, [0])):
         with torch.no_grad(), MACHINE() as machine:
-            decode_step(program, cache, 2, clean, anchors, 4, CPU)
+            decode_step(stepper, clean, anchors)
         work = serving.steps[name]
         ratio, calls = seconds_of(work, speed) / machine.seconds, sum(work.calls.values()) / machine.operations
         assert 0.95 < ratio < 2 and 1 <= calls < 2, name

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from flarec.decode import Engine, SamplingParams
+from flarec.decode import Engine
 from flarec.frontend import cache as program_cache
 from flarec.frontend.cache import Entry, cache_directory, entry_of, key_of
 from flarec.frontend.export import capture
@@ -102,7 +102,7 @@ def test_its_lowered_programs_are_the_same(family: str) -> None:
     assert one.cache_slots == two.cache_slots
     texts = [
         Engine(p, mask_token_id=None, block_size=None, readouts={}, eos_ids=frozenset(), max_positions=64).generate(
-            [[5, 9, 12]], "causal", SamplingParams(), 6
+            [[5, 9, 12]], mode="causal", max_new_tokens=6
         )[0].token_ids
         for p in (one, two)
     ]

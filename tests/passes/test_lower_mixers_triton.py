@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flarec import ops
-from flarec.decode import Engine, SamplingParams
+from flarec.decode import Engine
 from flarec.errors import PassError
 from flarec.ir.pipeline import run_pipeline
 from flarec.ir.program import Program, target_name
@@ -132,7 +132,7 @@ def generate(family: str, kernels: str, mode: str, prompts: list[list[int]], **o
         max_positions=1024,
         suppress=[MASK_ROW],
     )
-    results = engine.generate(prompts, mode, SamplingParams(seed=3), max_new_tokens=4, **options)
+    results = engine.generate(prompts, mode=mode, seed=3, max_new_tokens=4, **options)
     return [result.token_ids for result in results]
 
 

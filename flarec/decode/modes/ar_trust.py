@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..batch import Batch, prefill
+from flarec.generation import DRAFTS
 
-DRAFTS = ("branches", "single")
+from ..batch import RequestBatch, prefill
 
 
-def decode_ar_trust(batch: Batch, chunk: int, drafts: str) -> None:
+def decode_ar_trust(batch: RequestBatch, chunk: int, drafts: str) -> None:
     """Run every request of the batch to its end.
 
     drafts = "branches": one block after every clean row, so whatever is accepted, the next block is there;
@@ -48,7 +48,7 @@ def decode_ar_trust(batch: Batch, chunk: int, drafts: str) -> None:
         choice, _ = batch.choose(clean_logits, plan.clean_request, cached[plan.clean_request] + plan.clean_slot + 1)
         target = torch.full_like(clean, -1)  # -1 equals no draft: rows without a draft end the acceptance
         target[plan.clean_request, plan.clean_slot] = choice
-        accepted = (clean[:, 1:] == target[:, :-1]).logical_and(target[:, 1:] >= 0).cumprod(dim=1).sum(dim=1)
+        accepted = (clean[:, 1:] == target[:, :-1]).logical_and(target[:, 1:] != -1).cumprod(dim=1).sum(dim=1)
         pending = target.gather(1, accepted[:, None]).squeeze(1)
         batch.cache.accept(accepted + 1)
 
@@ -64,10 +64,10 @@ def decode_ar_trust(batch: Batch, chunk: int, drafts: str) -> None:
             drafted[row] = drafts == "branches" or count + 1 == counts[row]
 
 
-def _draft(batch: Batch, logits: Tensor, anchor: Tensor) -> Tensor:
+def _draft(batch: RequestBatch, logits: Tensor, anchor: Tensor) -> Tensor:
     """Choose the drafts of one block per request. logits [requests, size, V], anchor [requests] -> [requests, size]."""
     rows, size, vocab = logits.shape
     requests = torch.arange(rows, device=batch.device).repeat_interleave(size)
     positions = anchor[:, None] + torch.arange(1, size + 1, device=batch.device)
     token, _ = batch.choose(logits.reshape(rows * size, vocab), requests, positions.reshape(-1))
-    return token.reshape(rows, size)
+    return token.reshape(rows, size).clamp_min(0)  # what cannot be chosen is a draft like any other: to be rejected

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..batch import Batch, prefill
+from ..batch import RequestBatch, prefill
 
 
-def decode_causal(batch: Batch, chunk: int) -> None:
+def decode_causal(batch: RequestBatch, chunk: int) -> None:
     """Run every request of the batch to its end."""
     logits, _ = prefill(batch, chunk)
     while True:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..batch import Batch, prefill
+from ..batch import RequestBatch, prefill
+from ..sampling import UNCHOSEN
 
 
-def decode_diffusion_trust(batch: Batch, chunk: int, threshold: float, steps: int) -> None:
+def decode_diffusion_trust(batch: RequestBatch, chunk: int, threshold: float, steps: int) -> None:
     """Run every request of the batch to its end.
 
     threshold = confidence at which a position is committed, steps = denoising steps per block (the last commits all).
@@ -61,7 +62,7 @@ def decode_diffusion_trust(batch: Batch, chunk: int, threshold: float, steps: in
             request.forwards += 1
 
 
-def _candidates(batch: Batch, logits: Tensor, first: Tensor, first_confidence: Tensor) -> tuple[Tensor, Tensor]:
+def _candidates(batch: RequestBatch, logits: Tensor, first: Tensor, first_confidence: Tensor) -> tuple[Tensor, Tensor]:
     """Token and confidence for every position of the block. logits [requests, size - 1, V] -> [requests, size] each."""
     rows, others, vocab = logits.shape
     requests = torch.arange(rows, device=batch.device).repeat_interleave(others)
@@ -78,12 +79,14 @@ def _commit(masked: Tensor, confidence: Tensor, threshold: float) -> Tensor:
     return masked & chosen
 
 
-def _report(batch: Batch, block: Tensor, commit: Tensor) -> list[bool]:
+def _report(batch: RequestBatch, block: Tensor, commit: Tensor) -> list[bool]:
     """Emit what became final, the tokens before the first masked position (-1). Returns whose block is full."""
     full = []
     values = torch.cat([commit.sum(dim=1, keepdim=True), block], dim=1).tolist()
     for request, (count, *tokens) in zip(batch.requests, values, strict=True):
         size = len(tokens)
+        if UNCHOSEN in tokens:  # also behind a masked position: it would be the input of the next step
+            request.check(UNCHOSEN)
         final = tokens.index(-1) if -1 in tokens else size
         request.count(count)
         # earlier blocks are emitted in full, so the rest of the new tokens belong to this block

@@ -1,16 +1,10 @@
-"""The cache container, and text on top of tokens."""
+"""The cache container."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from flarec.decode import Cache, StopStrings, TextStream
-from flarec.errors import GenerationError
+from flarec.decode import Cache
 from flarec.ir.slots import CacheSlot
 
 SLOTS = [
@@ -62,39 +56,3 @@ def test_accept_and_select() -> None:
     assert cache.accepted.tolist() == [3, 1] and cache.length.tolist() == [5, 5]
     assert cache.tensors["state"][0].tolist() == [[6, 7, 8], [0, 1, 2]]
     assert cache.tensors["conv"][:, 0, 0].tolist() == [2, 0] and cache.tensors["conv"].shape == (2, 5, 7)
-
-
-def from_bytes(tokens: Sequence[int]) -> str:
-    return bytes(tokens).decode(errors="replace")
-
-
-@given(text=st.text(max_size=30), cuts=st.lists(st.integers(1, 5), min_size=1))
-def test_stream_joins_to_the_text_and_never_sends_half_a_character(text: str, cuts: list[int]) -> None:
-    data = list(text.encode(errors="ignore"))
-    stream, at = TextStream(from_bytes), 0
-    pieces: list[str] = []
-    while at < len(data):
-        size = cuts[len(pieces) % len(cuts)]
-        pieces.append(stream.push(data[at : at + size]))
-        assert "�" not in pieces[-1] or "�" in text
-        at += size
-    pieces.append(stream.finish())
-    assert "".join(pieces) == from_bytes(data)
-
-
-@given(text=st.text(alphabet="ab<>", max_size=30))
-def test_stop_strings_end_with_the_completing_token(text: str) -> None:
-    stops = StopStrings(from_bytes, ["<>", "bab"])
-    tokens = list(text.encode())
-    kept = next((n for n in range(1, len(tokens) + 1) if stops(tokens[:n]) is not None), None)
-    ends = [text.index(stop) + len(stop) for stop in ("<>", "bab") if stop in text]
-    assert kept == (min(ends) if ends else None)
-    assert stops.trim(text) == (text[: min(ends)] if ends else text)
-    stream = TextStream(from_bytes, stops)
-    assert stream.push(tokens) + stream.finish() == stops.trim(text)
-
-
-@pytest.mark.parametrize("stops", [[], [""], ["a", ""]])
-def test_empty_stop_strings_are_refused(stops: list[str]) -> None:
-    with pytest.raises(GenerationError, match="stop strings"):
-        StopStrings(from_bytes, stops)

@@ -1,0 +1,90 @@
+"""Running a decode program step by step: plans of steps, their input ids, and the cache between them.
+
+The modes, evaluation, verification and estimates all step through this class; what they do with the logits is theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cache import Cache
+from .plan import DecodeProgram, StepPlan, StepShape
+
+MAX_PLANS = 256  # which requests of a batch commit together varies; the plans kept for reuse must not grow forever
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """The noisy blocks of a step.
+
+    size = noisy rows per block, heads = how many of its first rows need logits, readout = "causal" or "block_end",
+    mask_token_id = input id of a masked position.
+    """
+
+    size: int
+    heads: int
+    readout: str
+    mask_token_id: int
+
+
+NO_BLOCKS = BlockSpec(1, 0, "causal", 0)
+
+
+class Stepper:
+    """Requests that step together. Row b of every tensor belongs to the same request.
+
+    cache holds what the requests have read: who steps makes room in it (`Cache.reserve`) and tells it after each step
+    how many clean rows to keep (`Cache.accept`). blocks are None where no step has noisy blocks.
+    """
+
+    def __init__(self, program: DecodeProgram, cache: Cache, blocks: BlockSpec | None = None) -> None:
+        self.program = program
+        self.cache = cache
+        self.blocks = blocks
+        self.device = program.device
+        self._plans: dict[StepShape, StepPlan] = {}
+
+    def plan(
+        self, counts: Sequence[int], anchors: Sequence[Sequence[int]] | None = None, heads: Sequence[int] | None = None
+    ) -> StepPlan:
+        """The plan of a step with these clean rows, relative anchors and clean rows with logits (default: all)."""
+        blocks = self.blocks or NO_BLOCKS
+        shape = StepShape(
+            counts=tuple(counts),
+            anchors=tuple(tuple(row) for row in anchors) if anchors is not None else ((),) * len(counts),
+            heads=tuple(heads) if heads is not None else tuple(counts),
+            block_size=blocks.size,
+            block_heads=blocks.heads,
+            readout=blocks.readout,
+        )
+        if shape not in self._plans:
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
+            self._plans[shape] = StepPlan(shape, self.device)
+        return self._plans[shape]
+
+    def clean(self, pieces: Sequence[Sequence[int]]) -> Tensor:
+        """Input ids [requests, longest piece] int64 of the clean rows: each request's tokens, zeros behind them."""
+        width = max(len(piece) for piece in pieces)
+        rows = [[*piece, *[0] * (width - len(piece))] for piece in pieces]
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+
+    def masked(self, plan: StepPlan) -> Tensor:
+        """Input ids [requests, noisy slots] int64 of fully masked blocks."""
+        blocks = self.blocks or NO_BLOCKS
+        shape = (self.cache.batch, plan.noisy_length)
+        return torch.full(shape, blocks.mask_token_id, dtype=torch.int64, device=self.device)
+
+    def run(self, plan: StepPlan, ids: Tensor, head_rows: Tensor | None = None) -> Tensor:
+        """One step. ids [requests, T] int64, clean rows first; logits [N, V] of `head_rows` [N] int64 (the plan's)."""
+        wanted = plan.head_rows if head_rows is None else head_rows
+        return self.program.step(ids, plan.layout(self.cache.length), wanted, self.cache)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the requests `rows` [n] int64 in that order; the others leave."""
+        self.cache.select(rows)
+        self._plans.clear()  # made for the old number of requests

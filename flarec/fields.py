@@ -1,0 +1,96 @@
+"""Documented and bounded fields of dataclasses, and how a value is read into one: recipes, generation options.
+
+A field says in its metadata what it means and what it takes; validation, error texts, command-line options and printed
+documentation all come from there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Any, Literal, get_args, get_origin
+
+TEXTS = tuple[str, ...]
+"""Type of a field that holds any number of texts."""
+LARGEST = 2**63 - 1
+"""The largest int64: no whole number of a field is larger."""
+SHOWN = 60  # characters of a wrong value that an error repeats
+
+
+def key(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """A documented field: `low` and `high` are inclusive limits, `above` an exclusive lower one."""
+    return field(default=default, metadata={"doc": doc, "metavar": metavar, **limits(low=low, high=high, above=above)})
+
+
+def limits(
+    *, low: float | None = None, high: float | None = None, above: float | None = None
+) -> dict[str, float | None]:
+    """The part of a field's metadata that bounds its value."""
+    return {"low": low, "high": high, "above": above}
+
+
+def is_number(value: Any, kind: type, metadata: Mapping[str, Any]) -> bool:
+    """Whether a Python value is a finite number of this kind (int or float) within the limits; bools are none."""
+    if not isinstance(value, int if kind is int else (int, float)) or isinstance(value, bool):
+        return False
+    if abs(value) > LARGEST if isinstance(value, int) else not math.isfinite(value):
+        return False
+    low, high, above = metadata["low"], metadata["high"], metadata["above"]
+    return (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+
+
+def allowed_values(hint: Any, metadata: Mapping[str, Any]) -> str:
+    """What a field of this type takes, in words."""
+    if get_origin(hint) is Literal:
+        return " or ".join(str(choice) for choice in get_args(hint))
+    if hint is str:
+        return "text"
+    if hint == TEXTS:
+        return "a list of texts"
+    if get_origin(hint) is tuple:
+        words = f"{len(get_args(hint))} numbers"
+    else:
+        words = "a whole number" if hint is int else "a number"
+    named = {"at least": metadata.get("low"), "above": metadata.get("above"), "at most": metadata.get("high")}
+    return ", ".join([words, *(f"{word} {_written(limit)}" for word, limit in named.items() if limit is not None)])
+
+
+def _written(limit: float) -> str:
+    return "2**63 - 1" if limit == LARGEST else str(limit)
+
+
+def plain(value: Any) -> Any:
+    """The Python number in a scalar of numpy or a tensor with one element; every other value as it is."""
+    if isinstance(value, (int, float)) or not callable(getattr(value, "item", None)):
+        return value
+    try:
+        return value.item()
+    except (TypeError, ValueError, RuntimeError):  # more than one element, or none that is known
+        return value
+
+
+def shown(value: Any) -> str:
+    """A wrong value, on one line and not longer than an error should be."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"  # Python refuses to write out the largest ones
+    text = " ".join(repr(value).split())
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def whole_number(
+    name: str, value: Any, error: type[Exception], *, low: int | None = None, high: int | None = LARGEST
+) -> int:
+    """A whole number within limits, also of numpy or torch. Raises `error` with name, value and what is allowed."""
+    bounds, number = limits(low=low, high=high), plain(value)
+    if not is_number(number, int, bounds):
+        raise error(f"{name} is {shown(value)}; give {allowed_values(int, bounds)}")
+    return int(number)
