@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from types import NoneType
-from typing import Any, Literal, TypedDict, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypedDict, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import GenerationError
 from .fields import LARGEST, allowed_values, is_number, key, plain, shown, whole_number
@@ -134,10 +134,18 @@ def _read(name: str, value: Any, hint: Any, metadata: Any, default: Any) -> Any:
     return hint(number)
 
 
+def _items(value: Any) -> list[Any]:
+    """What a list, an array or a tensor holds; a value alone counts as a list of one."""
+    if callable(getattr(value, "tolist", None)):
+        try:
+            value = value.tolist()
+        except RuntimeError:  # a tensor without values (on the meta device)
+            return [value]
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else [value]
+
+
 def _texts(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        value = (value,)
-    texts = tuple(value) if isinstance(value, Iterable) else (value,)
+    texts = _items(value)
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong:
         raise GenerationError(f"{name} holds {shown(wrong[0])}; give text, or a list of texts")
@@ -148,9 +156,7 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 
 def token_ids(value: Any, name: str) -> list[int]:
     """Token ids from a number, a list, an array or a tensor. Raises `GenerationError` for other than whole numbers."""
-    if callable(getattr(value, "tolist", None)):
-        value = value.tolist()
-    items = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else [value]
+    items = _items(value)
     if all(type(item) is int for item in items):
         return items
     return [whole_number(f"a token id of {name}", item, GenerationError, high=LARGEST) for item in items]
@@ -167,3 +173,17 @@ def per_prompt(
             f"{prompts} prompts came with {len(options)} generation options; give one for all or one per prompt"
         )
     return [merged(item, keywords) for item in options]
+
+
+def _documentation() -> str:
+    """The fields as a table: name, meaning, what is allowed."""
+    rows = []
+    for item in fields(GenerationOptions):
+        hint = field_type(item.name)
+        bounded = hint in (int, float) or get_origin(hint) is Literal
+        allowed = f" [{allowed_values(hint, item.metadata)}]" if bounded else ""
+        rows.append(f"{item.name:<16}{item.metadata['doc']}{allowed}")
+    return "\n".join(rows)
+
+
+GenerationOptions.__doc__ = f"{inspect.getdoc(GenerationOptions)}\n\n{_documentation()}"

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -219,6 +220,12 @@ def test_parameters_are_shared_with_the_transformers_model(source: Model) -> Non
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"seed": -1}, "seed"),
+        ({"seed": 10**400}, "seed is an integer of 1329 bits"),
+        ({"temperature": 1e38}, "temperature is 1e.38; give a number, at least 0, at most 1000000"),
+        ({"max_new_tokens": True}, "max_new_tokens is True"),
+        ({"suppress": [VOCABULARY]}, "outside the vocabulary"),
+        ({"eos_ids": [1.5]}, "a token id of eos_ids is 1.5"),
+        ({"stop": 3}, "stop holds 3"),
         ({"threshold": 1.5}, "threshold"),
         ({"drafts": "many"}, "unknown drafts"),
         ({"stop": [""]}, "stop strings must not be empty"),
@@ -227,6 +234,63 @@ def test_parameters_are_shared_with_the_transformers_model(source: Model) -> Non
 def test_bad_requests(model: Model, options: dict[str, Any], message: str) -> None:
     with pytest.raises(GenerationError, match=message):
         model.generate("abc", **options)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (None, "the prompt is None; give text"),
+        (b"abc", "the prompt is b'abc'; give text"),
+        ({"role": "user", "content": "x"}, "the prompt is {'role'"),
+        ([1, 2], r"a prompt is 1; give text or a list of messages \(token ids are for generate_ids\)"),
+        ([["x"]], r"a prompt is \['x'\]"),
+    ],
+)
+def test_what_is_no_prompt(model: Model, prompt: Any, message: str) -> None:
+    with pytest.raises(GenerationError, match=message):
+        model.generate(prompt)
+
+
+def test_none_numpy_and_tensors_are_what_they_say(model: Model) -> None:
+    expected = model.generate_ids([model.encode("abc")], mode="ar-trust", max_new_tokens=6, temperature=0.5, seed=4)[0]
+    ids = torch.tensor([model.encode("abc")])
+    same = model.generate_ids(
+        ids, mode=None, max_new_tokens=np.int64(6), temperature=torch.tensor(0.5), seed=np.array([4]), top_k=None,
+        top_p=None, threshold=None, denoising_steps=None, drafts=None, stop=None, eos_ids=None, suppress=None,
+    )[0]  # type: ignore[call-overload]  # fmt: skip
+    assert {**same.to_dict(), "seconds": 0} == {**expected.to_dict(), "seconds": 0}
+
+
+def test_options_as_an_object_and_per_prompt(model: Model) -> None:
+    hot = GenerationOptions(temperature=1.0, seed=3, max_new_tokens=9)
+    alone = [model.generate(prompt, hot, seed=seed) for prompt, seed in zip(PROMPTS, (3, 4, 5), strict=True)]
+    each = [replace(hot, seed=seed) for seed in (3, 4, 5)]
+    assert [o.token_ids for o in model.generate(PROMPTS, each)] == [o.token_ids for o in alone]
+    stop = alone[1].text[2:4]
+    each[1] = replace(each[1], stop=(stop,))
+    pieces = ["", "", ""]
+
+    def show(index: int, text: str) -> None:
+        pieces[index] += text
+
+    outputs = model.generate(PROMPTS, each, on_text=show)
+    assert [o.stop_reason for o in outputs] == ["length", "stop", "length"]
+    assert pieces == [o.text for o in outputs]
+    assert outputs[1].text == alone[1].text[: alone[1].text.index(stop)]
+    with pytest.raises(GenerationError, match="3 prompts came with 2 generation options"):
+        model.generate(PROMPTS, each[:2])
+    with pytest.raises(TypeError, match="max_tokens"):
+        model.generate("abc", max_tokens=3)  # type: ignore[call-overload]
+
+
+def test_eos_and_suppressed_ids_of_a_call(model: Model) -> None:
+    free = model.generate(PROMPTS[2], max_new_tokens=20)
+    ended = model.generate(PROMPTS[2], max_new_tokens=20, eos_ids=free.token_ids[7])
+    first = free.token_ids.index(free.token_ids[7]) + 1
+    assert (ended.token_ids, ended.stop_reason) == (free.token_ids[:first], "eos")
+    without = model.generate(PROMPTS[2], max_new_tokens=20, suppress=free.token_ids[:3]).token_ids
+    assert not {*free.token_ids[:3], MASK_ROW} & set(without)
+    assert model.generate(PROMPTS[2], max_new_tokens=20).token_ids == free.token_ids
 
 
 def test_a_prompt_longer_than_the_context(model: Model) -> None:
@@ -288,6 +352,9 @@ def test_the_cpu_computes_in_float32_whatever_is_stored(tmp_path: Path) -> None:
         ({"dtype": "nothing"}, "dtype 'nothing' is unknown"),
         ({"device": "toaster"}, "device 'toaster' cannot be used"),
         ({"kernels": "magic"}, "unknown kernels 'magic'"),
+        ({"block_size": "4", "mask_token_id": 3}, "block_size is '4'; give a whole number"),
+        ({"block_size": 4, "mask_token_id": True}, "mask_token_id is True"),
+        ({"block_size": 10**400, "mask_token_id": 3}, "block_size is an integer of 1329 bits"),
     ],
 )
 def test_bad_arguments_of_load(directory: Path, options: dict[str, Any], message: str) -> None:

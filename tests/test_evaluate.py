@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from flarec import evaluate as module
 from flarec.api import Model, load
-from flarec.errors import DataError
+from flarec.errors import DataError, UsageError
 from flarec.evaluate import evaluate, found_answer, read_examples, response_loss, to_examples
 from tests.checkpoints import MASK_ROW, converted
 
@@ -129,6 +129,12 @@ def test_counts_are_those_of_the_outputs(mode: str, model: Model) -> None:
     assert (result["mode"], result["records"], result["accuracy"]) == (mode, 7, None)
     total, tokens = response_loss(model, examples)
     assert result["loss"] == pytest.approx(total / tokens)
+
+
+@pytest.mark.parametrize("batch", [0, True, 2.5, None])
+def test_batches_hold_prompts(batch: Any, model: Model) -> None:
+    with pytest.raises(UsageError, match=f"batch is {batch}; give a whole number, at least 1"):
+        evaluate(model, [], batch=batch)
 
 
 def test_accuracy_counts_answers_that_match(model: Model) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
 from transformers.generation.streamers import BaseStreamer
 
+from flarec import hf_generate
 from flarec.errors import GenerationError
 from tests.checkpoints import MASK_ROW, converted
 
@@ -102,6 +107,109 @@ def test_suppressed_tokens_of_the_call_are_honoured(model: Any, custom: dict[str
     free = model.generate(IDS, max_new_tokens=12, **custom)[0, 6:]
     result = model.generate(IDS, max_new_tokens=12, suppress_tokens=[int(free[0])], **custom)[0, 6:]
     assert int(free[0]) not in result.tolist()
+
+
+# --- threads that share one model
+
+
+class Turns:
+    """Two threads that take turns at every yield point, so that each runs between any two steps of the other."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.turn = 0
+        self.running = {0, 1}
+        self.switches = 0
+        self.mine = threading.local()
+
+    def switch(self) -> None:
+        """Let the other thread run, if it still does, until it comes to a yield point or to its end."""
+        number = getattr(self.mine, "number", None)
+        if number is None:
+            return
+        with self.changed:
+            if 1 - number in self.running:
+                self.turn, self.switches = 1 - number, self.switches + 1
+                self.changed.notify_all()
+                assert self.changed.wait_for(lambda: self.turn == number, timeout=60)
+
+    def run(self, *tasks: Callable[[], Any]) -> list[Any]:
+        def work(number: int, task: Callable[[], Any]) -> Any:
+            self.mine.number = number
+            with self.changed:
+                assert self.changed.wait_for(lambda: self.turn == number, timeout=60)
+            try:
+                return task()
+            finally:
+                with self.changed:
+                    self.running.discard(number)
+                    self.turn = 1 - number
+                    self.changed.notify_all()
+
+        with ThreadPoolExecutor(2) as pool:
+            return [future.result(timeout=60) for future in [pool.submit(work, *pair) for pair in enumerate(tasks)]]
+
+
+def yielding(turns: Turns, function: Callable[..., Any]) -> Callable[..., Any]:
+    def around(*args: Any, **kwargs: Any) -> Any:
+        turns.switch()
+        result = function(*args, **kwargs)
+        turns.switch()
+        return result
+
+    return around
+
+
+def test_threads_with_different_settings(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gets what it gets alone: EOS, suppressed ids, noise and mode are of the call, not of the model."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+    free = hf_generate.generate(model, IDS, max_new_tokens=12, mode="causal")[0, 6:].tolist()
+    cases: list[dict[str, Any]] = [
+        {"mode": "causal", "eos_token_id": free[5]},
+        {"mode": "ar-trust", "suppress_tokens": free[:2], "do_sample": True, "temperature": 0.9, "seed": 1},
+        {"mode": "diffusion-trust", "threshold": 0.2, "suppress_tokens": [free[3]]},
+        {"mode": "ar-trust", "eos_token_id": [free[2], free[4]], "drafts": "single", "stop_strings": "never"},
+    ]
+
+    def task(case: dict[str, Any]) -> Callable[[], list[int]]:
+        return lambda: hf_generate.generate(model, IDS, max_new_tokens=12, **case)[0, 6:].tolist()
+
+    alone = [task(case)() for case in cases]
+    assert len({tuple(tokens) for tokens in alone}) == len(cases), "settings that matter"
+    runner = model.__dict__[hf_generate._CACHED][0]
+    for one, two in itertools.combinations(range(len(cases)), 2):
+        turns = Turns()
+        with monkeypatch.context() as patch:
+            patch.setattr(runner, "generate_ids", yielding(turns, runner.generate_ids))
+            patch.setattr(runner.engine, "generate", yielding(turns, runner.engine.generate))
+            patch.setattr(runner.decode_program, "step", yielding(turns, runner.decode_program.step))
+            assert turns.run(task(cases[one]), task(cases[two])) == [alone[one], alone[two]], (one, two)
+        assert turns.switches > 10
+
+
+def test_two_first_calls_prepare_the_model_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(path)
+    begun, again = threading.Event(), threading.Event()
+    prepared: list[int] = []
+    original = hf_generate.Model
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        prepared.append(threading.get_ident())
+        (again if begun.is_set() else begun).set()
+        again.wait(timeout=0.3)  # time for the other call to come in here too
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(hf_generate, "Model", slow)
+
+    def second() -> torch.Tensor:
+        assert begun.wait(timeout=60)
+        return hf_generate.generate(model, IDS, max_new_tokens=4)
+
+    with ThreadPoolExecutor(2) as pool:
+        late = pool.submit(second)
+        early = pool.submit(hf_generate.generate, model, IDS, max_new_tokens=4)
+        assert torch.equal(early.result(timeout=60), late.result(timeout=60))
+    assert len(prepared) == 1
 
 
 def test_changed_weights_are_used(path: str, custom: dict[str, Any]) -> None:

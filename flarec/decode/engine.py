@@ -58,7 +58,9 @@ class Engine:
         if block_size is not None:
             block_size = whole_number("block_size", block_size, GenerationError, low=1, high=max_positions)
         if mask_token_id is not None:  # a mask vector has the id after the last one
-            mask_token_id = whole_number("mask_token_id", mask_token_id, GenerationError, high=program.vocab_size)
+            mask_token_id = whole_number(
+                "mask_token_id", mask_token_id, GenerationError, low=0, high=program.vocab_size
+            )
         unknown = {mode: readout for mode, readout in readouts.items() if mode not in MODES or readout not in READOUTS}
         if unknown:
             raise GenerationError(
@@ -80,7 +82,7 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         options: GenerationOptions | Sequence[GenerationOptions] | None = None,
         *,
-        stop_check: StopCheck | Sequence[StopCheck] | None = None,
+        stop_check: StopCheck | Sequence[StopCheck | None] | None = None,
         on_tokens: OnTokens | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         **keywords: Unpack[GenerationKeywords],
@@ -103,6 +105,8 @@ class Engine:
             return []
         shared = _shared(each)
         checks = list(stop_check) if isinstance(stop_check, Sequence) else [stop_check] * rows
+        if len(checks) != rows:
+            raise GenerationError(f"{rows} prompts came with {len(checks)} stop checks; give one for all or one each")
         chunk = whole_number("prefill_chunk", prefill_chunk, GenerationError, low=1)
         assert shared.mode is not None
         blocks, suppress = self._blocks(shared.mode), self._suppressed(shared.suppress)

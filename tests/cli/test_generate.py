@@ -64,16 +64,22 @@ def test_raw_text_by_default(generate: Callable[..., Result], model: api.Model) 
 def test_options_reach_the_model(generate: Callable[..., Result], model: api.Model) -> None:
     result = generate(
         "Hello", "--mode", "diffusion-trust", "--max-new-tokens", "14", "--temperature", "0.8", "--top-k", "30",
-        "--top-p", "0.9", "--seed", "7", "--threshold", "0.2", "--json",
+        "--top-p", "0.9", "--seed", "7", "--threshold", "0.2", "--denoising-steps", "2", "--json",
         "--device", "cpu", "--dtype", "float32", "--kernels", "reference",
     )  # fmt: skip
     expected = model.generate(
-        "Hello", mode="diffusion-trust", max_new_tokens=14, temperature=0.8, top_k=30, top_p=0.9, seed=7, threshold=0.2
-    )
+        "Hello", mode="diffusion-trust", max_new_tokens=14, temperature=0.8, top_k=30, top_p=0.9, seed=7, threshold=0.2,
+        denoising_steps=2,
+    )  # fmt: skip
     (item,) = json.loads(result.stdout)
     assert {**item, "seconds": 0} == {**expected.to_dict(), "seconds": 0}
     (asked,) = generate.asked  # type: ignore[attr-defined]
     assert (asked["device"], asked["dtype"], asked["kernels"]) == ("cpu", "float32", "reference")
+
+
+def test_wrong_options_are_said_before_the_model_is_opened(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["generate", str(tmp_path / "nowhere"), "Hello", "--top-p", "2"])
+    assert (result.exit_code, result.stderr.count("top_p is 2.0")) == (2, 1)
 
 
 def test_single_drafts_and_stops(generate: Callable[..., Result], model: api.Model) -> None:
@@ -139,6 +145,10 @@ def test_stdin_and_chat(generate: Callable[..., Result], model: api.Model) -> No
         (["--prompts", "nowhere.txt"], "nowhere.txt: cannot be read"),
         (["Hello", "--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["Hello", "--top-p", "2"], "top_p is 2.0"),
+        (["Hello", "--temperature", "1e38"], "temperature is 1e+38; give a number, at least 0, at most 1000000"),
+        (["Hello", "--temperature", "nan"], "temperature is nan"),
+        (["Hello", "--seed", "9" * 4000], "seed is an integer of 13288 bits; give a whole number"),
+        (["Hello", "--denoising-steps", "0"], "denoising_steps is 0"),
         (["€" * 400], "context of 1024"),
         ([""], "prompt 0 is empty"),
         (["Hello", "--stop", ""], "stop strings must not be empty"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,14 @@ def test_help_names_every_command() -> None:
     for name in cli.COMMANDS:
         assert name in result.stdout
     assert CliRunner().invoke(cli.main, ["--version"]).stdout == f"flarec, version {__version__}\n"
+
+
+def test_python_m_flarec(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["flarec", "--version"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("flarec", run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"flarec, version {__version__}\n"
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
+import torch
 
+from flarec.decode import Engine
 from flarec.errors import GenerationError
 from flarec.generation import MODES, GenerationOptions
-from tests.decode.fake_model import FakeModel
+from tests.decode.fake_model import FakeModel, FakeProgram
 from tests.decode.helpers import make_engine, random_prompts
 
 MODE_OPTIONS = [
@@ -117,6 +120,13 @@ def test_unconverted_models_decode_causally_only() -> None:
         ({"prompts": [[1] * 20]}, "20 tokens, which leaves no room"),
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[1, 99]]}, "id 99, outside the vocabulary"),
+        ({"prompts": [[1, 10**5000]]}, "an integer of [0-9]+ bits, outside the vocabulary"),
+        ({"prompts": [1, 2]}, "prompt 0 is 1; give a list of token ids"),
+        ({"prompts": torch.tensor([1, 2])}, r"prompt 0 is tensor\(1\); give a list"),
+        ({"prompts": "text"}, "prompt 0 is 't'; give a list"),
+        ({"prompts": [[1, 2.0]]}, "a token id of prompt 0 is 2.0"),
+        ({"prompts": [[1], [True]]}, "a token id of prompt 1 is True"),
+        ({"prompts": torch.ones(1, 2)}, "a token id of prompt 0 is 1.0"),
         ({"mode": "fast"}, "unknown mode 'fast'"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"options": [GenerationOptions()] * 3}, "1 prompts came with 3 generation options"),
@@ -125,7 +135,13 @@ def test_unconverted_models_decode_causally_only() -> None:
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"denoising_steps": 0}, "denoising_steps is 0"),
         ({"prefill_chunk": 0}, "prefill_chunk is 0"),
+        ({"prefill_chunk": True}, "prefill_chunk is True"),
         ({"stop_check": lambda tokens: len(tokens) + 1}, "asked to keep 2 of 1"),
+        ({"stop_check": []}, "1 prompts came with 0 stop checks"),
+        ({"stop": "x"}, "text to stop at needs a tokenizer"),
+        ({"suppress": [3, 17]}, r"suppressed ids \[17\] are outside the vocabulary of 17"),
+        ({"suppress": -1}, r"suppressed ids \[-1\]"),
+        ({"suppress": range(16)}, "all 17 ids of the vocabulary are suppressed"),
     ],
 )
 def test_refused(arguments: dict, message: str) -> None:
@@ -133,6 +149,71 @@ def test_refused(arguments: dict, message: str) -> None:
     with pytest.raises(GenerationError, match=message) as error:
         engine.generate(**{"prompts": [[1, 2]], **arguments})
     assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("mode", ["causal", "ar-trust"]), ("drafts", ["branches", "single"]), ("threshold", [0.1, 0.2]),
+     ("denoising_steps", [1, 2]), ("suppress", [[1], [2]])],
+)  # fmt: skip
+def test_a_batch_agrees_in_how_it_steps(name: str, values: list) -> None:
+    engine, _ = make_engine(FakeModel(), 3)
+    each = [GenerationOptions(**{name: value}) for value in values]
+    with pytest.raises(GenerationError, match=f"prompts of one batch differ in {name}"):
+        engine.generate([[1], [2]], each)
+
+
+def test_eos_suppressed_ids_and_stop_checks_are_of_the_call() -> None:
+    """Also of single prompts, where they may differ; the engine's own stay as they are."""
+    engine, _ = make_engine(FakeModel(agreement=0.9), 3, eos=[15])
+    free, other = engine.generate([[1, 2], [3]], max_new_tokens=12, eos_ids=())
+    assert free.stop_reason == "length"
+    eos = free.token_ids[4]
+    first, same = engine.generate(
+        [[1, 2], [3]], [GenerationOptions(eos_ids=frozenset([eos])), GenerationOptions(eos_ids=frozenset())],
+        max_new_tokens=12,
+    )  # fmt: skip
+    assert first.token_ids == free.token_ids[: free.token_ids.index(eos) + 1] and first.stop_reason == "eos"
+    assert same.token_ids == other.token_ids
+    assert eos not in engine.generate([[1, 2]], max_new_tokens=12, suppress=eos)[0].token_ids
+    stopped, going = engine.generate(
+        [[1, 2], [3]], max_new_tokens=12, eos_ids=[], stop_check=[lambda tokens: 2 if len(tokens) == 3 else None, None]
+    )
+    assert stopped.token_ids == free.token_ids[:2] and going.token_ids == other.token_ids
+    assert (engine.eos_ids, engine.suppress) == ({15}, {16})
+
+
+def test_prompts_in_every_form() -> None:
+    engine, _ = make_engine(FakeModel(), 3)
+    expected = [item.token_ids for item in engine.generate([[1, 2], [3, 4]], mode="ar-trust", max_new_tokens=5)]
+    pairs = [[1, 2], [3, 4]]
+    for prompts in (
+        torch.tensor(pairs), np.array(pairs), [torch.tensor(pair) for pair in pairs], [np.array(p) for p in pairs],
+        [tuple(pair) for pair in pairs], [[np.int64(token) for token in pair] for pair in pairs],
+    ):  # fmt: skip
+        result = engine.generate(prompts, mode="ar-trust", max_new_tokens=5)
+        assert [item.token_ids for item in result] == expected
+        assert all(type(token) is int for item in result for token in item.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_size": 0}, "block_size is 0; give a whole number, at least 1, at most 20"),
+        ({"block_size": 21}, "block_size is 21"),
+        ({"block_size": True}, "block_size is True"),
+        ({"mask_token_id": 18}, "mask_token_id is 18; give a whole number, at least 0, at most 17"),
+        ({"mask_token_id": -1}, "mask_token_id is -1"),
+        ({"suppress": [17]}, "outside the vocabulary"),
+        ({"suppress": range(17)}, "all 17 ids"),
+        ({"eos_ids": [0.5]}, "a token id of eos_ids is 0.5"),
+        ({"readouts": {"ar-trust": "sideways"}}, "cannot use readouts"),
+    ],
+)
+def test_an_engine_that_cannot_be(changes: dict, message: str) -> None:
+    given = {"mask_token_id": 16, "block_size": 3, "readouts": {}, "eos_ids": (), "max_positions": 20}
+    with pytest.raises(GenerationError, match=message):
+        Engine(FakeProgram(FakeModel()), **{**given, **changes})  # type: ignore[arg-type]
 
 
 def test_no_prompts() -> None:

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flarec.decode.sampling import SamplingRows, choose, gumbel, to_unit, truncation, uniform
-from flarec.errors import GenerationError
-from flarec.generation import GenerationOptions
+from flarec.decode.sampling import UNCHOSEN, SamplingRows, choose, gumbel, to_unit, truncation, uniform
+from flarec.fields import LARGEST
+from flarec.generation import HOTTEST, GenerationOptions
 from tests.decode import oracles
 
 WORDS = st.integers(0, 2**63 - 1)
@@ -194,23 +194,42 @@ def test_low_precision_logits_are_sampled_in_float32() -> None:
     assert torch.equal(low[0], high[0]) and torch.equal(low[1], high[1]) and low[1].dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"temperature": -0.1},
-        {"temperature": float("nan")},
-        {"temperature": float("inf")},
-        {"top_k": -1},
-        {"top_p": 0.0},
-        {"top_p": 1.1},
-        {"top_p": float("nan")},
-        {"seed": -1},
-        {"seed": 2**63},
-    ],
-)
-def test_parameters_out_of_range(wrong: dict) -> None:
-    with pytest.raises(GenerationError, match=next(iter(wrong))):
-        GenerationOptions(**wrong)
+LOGITS = st.sampled_from([0.0, -1.0, 3.0, 1e4, -1e4, 3e38, -3e38, 1e-40, math.inf, -math.inf, math.nan])
+
+
+@given(st.lists(st.lists(LOGITS, min_size=6, max_size=6), min_size=1, max_size=4), st.data())
+def test_a_suppressed_id_never_wins(logits: list[list[float]], data: st.DataObject) -> None:
+    """Whatever the numbers; a row that has no finite best choice gives none, and its probability is 0."""
+    suppress = data.draw(st.lists(st.integers(0, 5), max_size=6, unique=True))
+    options = [
+        GenerationOptions(
+            temperature=data.draw(st.sampled_from([0.0, 1e-45, 1e-30, 1.0, 1e3, HOTTEST])),
+            top_k=data.draw(st.sampled_from([0, 1, 3, LARGEST])),
+            top_p=data.draw(st.sampled_from([1.0, 0.5, 1e-300])),
+            seed=data.draw(WORDS),
+        )
+        for _ in logits
+    ]
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    positions = torch.arange(len(logits)) * 10**9
+    token, probability = choose(torch.tensor(logits, dtype=dtype), SamplingRows.build(options), positions, suppress)
+    for row, values in enumerate(logits):
+        left = [value for index, value in enumerate(values) if index not in suppress]
+        finite = torch.tensor(left, dtype=dtype).float()
+        if len(finite) and math.isfinite(float(finite.max())):  # NaN is the largest of all to torch
+            assert int(token[row]) not in suppress and values[int(token[row])] > -math.inf
+            assert 0 <= float(probability[row]) <= 1 + 1e-6
+        else:
+            assert (int(token[row]), float(probability[row])) == (UNCHOSEN, 0)
+
+
+def test_the_highest_temperature_is_uniform() -> None:
+    n, vocab = 20_000, 8
+    rows = SamplingRows.build([GenerationOptions(temperature=HOTTEST)]).take(torch.zeros(n, dtype=torch.int64))
+    token, _ = choose(torch.randn(vocab).expand(n, vocab), rows, torch.arange(n), [5])
+    counts = np.bincount(token.numpy(), minlength=vocab)
+    assert counts[5] == 0
+    assert abs(counts[counts > 0] - n / 7).max() < 5 * math.sqrt(n / 7)
 
 
 @pytest.mark.gpu

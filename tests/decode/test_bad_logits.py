@@ -1,0 +1,94 @@
+"""Logits that are no numbers: which requests end with an error, and what suppressed ids may hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flarec.decode import Engine
+from flarec.errors import GenerationError
+from flarec.layout import Layout
+from tests.decode.fake_model import FakeModel, FakeProgram
+from tests.decode.helpers import make_engine
+
+MODES: list[tuple[str, dict[str, Any]]] = [
+    ("causal", {}),
+    ("ar-trust", {"drafts": "branches"}),
+    ("ar-trust", {"drafts": "single"}),
+    ("diffusion-trust", {"threshold": 0.3}),
+]
+PROMPTS = [[1, 2, 3], [4], [5, 6]]
+Change = Callable[[Tensor, Tensor, Tensor, int], None]  # logits [N, V], their request and slot [N], clean slots
+
+
+def spoilt(model: FakeModel, change: Change, *, after: int = 0) -> Engine:
+    """An engine whose program changes its logits in place, from its step number `after` on."""
+    engine, program = make_engine(model, 3)
+    step = FakeProgram.step
+
+    def wrong(ids: Tensor, layout: Layout, rows: Tensor, cache: Any) -> Tensor:
+        logits = step(program, ids, layout, rows, cache)
+        if len(program.calls) > after:
+            change(logits, rows // layout.length, rows % layout.length, layout.clean_length)
+        return logits
+
+    program.step = wrong  # type: ignore[method-assign]
+    return engine
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("after", [0, 3])
+@pytest.mark.parametrize(("mode", "options"), MODES)
+def test_the_prompt_is_named(mode: str, options: dict[str, Any], after: int, value: float, temperature: float) -> None:
+    def change(logits: Tensor, request: Tensor, slot: Tensor, clean: int) -> None:
+        logits[request == 1, 2] = value
+
+    engine = spoilt(FakeModel(agreement=0.9), change, after=after)
+    with pytest.raises(GenerationError, match=r"the logits of prompt 1 are not finite after [0-9]+ new tokens"):
+        engine.generate(PROMPTS, mode=mode, max_new_tokens=30, temperature=temperature, top_p=0.9, **options)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
+@pytest.mark.parametrize(("mode", "options"), MODES)
+def test_a_suppressed_id_may_hold_anything(mode: str, options: dict[str, Any], value: float) -> None:
+    model = FakeModel(agreement=0.9)
+
+    def change(logits: Tensor, request: Tensor, slot: Tensor, clean: int) -> None:
+        logits[:, [7, model.mask]] = value
+
+    asked: dict[str, Any] = {"mode": mode, "max_new_tokens": 20, "temperature": 1e6, "suppress": [7], **options}
+    expected = make_engine(model, 3)[0].generate(PROMPTS, **asked)
+    result = spoilt(model, change).generate(PROMPTS, **asked)
+    assert [item.token_ids for item in result] == [item.token_ids for item in expected]
+    assert not {7, model.mask} & {token for item in result for token in item.token_ids}
+
+
+@pytest.mark.parametrize("drafts", ["branches", "single"])
+def test_a_draft_that_cannot_be_chosen_is_a_wrong_draft(drafts: str) -> None:
+    model = FakeModel(agreement=0.9)
+
+    def change(logits: Tensor, request: Tensor, slot: Tensor, clean: int) -> None:
+        logits[slot >= clean] = torch.nan
+
+    causal = make_engine(model, 3)[0].generate(PROMPTS, max_new_tokens=20, temperature=1.0)
+    result = spoilt(model, change).generate(PROMPTS, mode="ar-trust", drafts=drafts, max_new_tokens=20, temperature=1.0)
+    assert [item.token_ids for item in result] == [item.token_ids for item in causal]
+
+
+@pytest.mark.parametrize(("mode", "options"), MODES)
+def test_what_comes_after_the_end_does_not_count(mode: str, options: dict[str, Any]) -> None:
+    """A request that has ended before the bad logits would have been used is not touched by them."""
+    model = FakeModel(agreement=1.0)
+    free = make_engine(model, 3)[0].generate([[1, 2]], mode=mode, max_new_tokens=12, **options)[0]
+
+    def change(logits: Tensor, request: Tensor, slot: Tensor, clean: int) -> None:
+        logits.fill_(torch.nan)
+
+    engine = spoilt(model, change, after=free.forwards)
+    assert engine.generate([[1, 2]], mode=mode, max_new_tokens=12, **options)[0].token_ids == free.token_ids
