@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from flarec.decode.cache import Cache
+from flarec.decode import BlockSpec, Cache, Stepper
 from flarec.doctor.rates import measure, seconds_of
 from flarec.doctor.report import Rates
 from flarec.doctor.simulate import Work
@@ -64,9 +64,10 @@ def steps(program: Program, repeats: int) -> dict[str, tuple[Work, float]]:
     for name, clean, anchors in (("causal", 1, []), ("AR-Trust", BLOCK + 1, drafts), ("Diffusion-Trust", 0, [0])):
         cache = Cache.allocate(decode.cache_slots, BATCH, POSITIONS, CPU)
         cache.length = torch.full((BATCH,), POSITIONS // 2)
+        stepper = Stepper(decode, cache, BlockSpec(BLOCK, BLOCK, "causal", 0))
 
-        def step(cache: Cache = cache, clean: int = clean, anchors: list[int] = anchors) -> None:
-            decode_step(decode, cache, BATCH, clean, anchors, BLOCK, CPU)
+        def step(stepper: Stepper = stepper, clean: int = clean, anchors: list[int] = anchors) -> None:
+            decode_step(stepper, clean, anchors)
 
         with torch.no_grad():
             found[name] = (serving.steps[name], fastest(step, repeats))

@@ -23,9 +23,9 @@ from .device import resolve_kernels, torch_device, torch_dtype
 from .errors import CheckpointError, GenerationError, UsageError
 from .fields import shown, whole_number
 from .frontend.export import capture
+from .generation import GenerationKeywords, GenerationOptions, per_prompt, takes_options
 from .passes.embed_mask import PARAMETER
 from .passes.plugins import load_plugins
-from .generation import GenerationKeywords, GenerationOptions, per_prompt, takes_options
 from .tokenizing import ByteFallback, Prompt, decode_tokens, encode_prompt, is_list
 
 OnText = Callable[[int, str], None]

@@ -68,8 +68,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": BELOW_CLI - {"conformance"},
     "verify": BELOW_CLI - {"conformance", "doctor"},
     "inspect": BELOW_CLI - {"train", "decode", "verify", "bench", "conformance", "doctor"},
-    "bench": {*ALL_KERNELS, "ops", "layout"},
-    "checkpoint": {"frontend", "layout"},
+    "bench": {*ALL_KERNELS, "ops", "layout", "files"},
+    "checkpoint": {"frontend", "ir", "layout", "passes", "files"},
     "api": {"device", "collector", "fields", "generation", "frontend", "passes", "ir", "decode", "checkpoint", "train"},
     "cli": BELOW_CLI,
 }

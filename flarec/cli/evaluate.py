@@ -12,7 +12,6 @@ from flarec.errors import UsageError
 from flarec.generation import GenerationOptions
 
 from .loading import open_model
-from .options import decode_options, foreign_options, plugin_options, runtime_options
 from .options import foreign_options, generation_options, plugin_options, runtime_options
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from flarec.generation import GenerationOptions
 
 from .interrupts import Interrupts
 from .loading import open_model
-from .options import decode_options, foreign_options, plugin_options, runtime_options
 from .options import foreign_options, generation_options, plugin_options, runtime_options
 
 if TYPE_CHECKING:
