@@ -137,7 +137,8 @@ def _at(op: torch._ops.OpOverload, operands: dict[str, Any], hint: int) -> Any:
         with torch.no_grad():
             return op(*args, **kwargs)
     except NotImplementedError as error:
-        raise Refusal("has no shape that can be inferred: it does not run on meta tensors", REGISTER_FAKE) from error
+        cure = "choose with torch.where: sizes may not depend on values" if op.namespace == "aten" else REGISTER_FAKE
+        raise Refusal("has no shape that can be inferred: it does not run on meta tensors", cure) from error
     except Exception as error:  # whatever an op says of operands that do not fit
         reason = str(error).strip().splitlines()
         raise Refusal(

@@ -310,7 +310,22 @@ def _check_outputs(program: Program, value_of: Callable[[fx.Node], Any]) -> None
 def _error(refused: Refused) -> PropertyError:
     node, refusal = refused.where, refused.refusal
     place = locate(node)
-    source = next((n for n in node.all_input_nodes if source_line(n)), None)
-    if not source_line(node) and source is not None:
-        place += f", which reads {locate(source)},"
+    if not source_line(node):
+        for word, near in (("behind", lambda n: n.all_input_nodes), ("in front of", lambda n: list(n.users))):
+            known = _nearest(node, near)
+            if known is not None:
+                place += f", {word} {locate(known)},"
+                break
     return PropertyError(f"{place} {refusal.reason}; a noisy token could reach a clean one: {refusal.cure}")
+
+
+def _nearest(node: fx.Node, near: Callable[[fx.Node], list[fx.Node]]) -> fx.Node | None:
+    """The closest node in a direction that knows its line in the model's code."""
+    level, met = [node], {node}
+    while level:
+        level = [other for one in level for other in near(one) if other not in met]
+        met.update(level)
+        for known in level:
+            if source_line(known):
+                return known
+    return None

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from flarec.ir.pipeline import Checks, Pass, run_pipeline
 from flarec.ir.program import Program
-from flarec.layout import Block, build_layout
+from flarec.layout import Block, Layout, build_layout
 from flarec.passes import pipeline
 from flarec.passes.properties import CHECKERS, CHECKS
 from tests.models import captured
@@ -23,7 +23,7 @@ FAMILIES = ("qwen3_5_text", "bamba", "lfm2")
 Make = Callable[[fx.Graph, fx.Node], fx.Node]
 """(graph, hidden states [rows, T, D]) -> what stands for them from there on."""
 UNCHECKED = Checks(dict.fromkeys(CHECKERS, lambda program: None), lambda: lambda program: None)
-ROWS, LENGTH = 2, 9
+LENGTH = 12
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def prefix(family: str, target: str, last: str) -> Program:
 
 
 def with_foreign(
-    make: Make,
+    make: Make | list[Make],
     family: str = "qwen3_5_text",
     target: str = "train",
     behind: str = "duplicate-streams",
@@ -71,30 +71,30 @@ def with_foreign(
     *,
     head: bool = False,
 ) -> Program:
-    """The lowered program of a pipeline with the foreign pass inserted."""
+    """The lowered program of a pipeline with the foreign pass inserted (one per `make`)."""
+    foreign = [Foreign(one, head) for one in (make if isinstance(make, list) else [make])]
     rest = pipeline(target)[_index(target, behind) + 1 :]
-    return run_pipeline(prefix(family, target, behind), [Foreign(make, head), *rest], checks)
+    return run_pipeline(prefix(family, target, behind), [*foreign, *rest], checks)
 
 
 def _index(target: str, name: str) -> int:
     return [step.name for step in pipeline(target)].index(name)
 
 
-def largest_move(program: Program) -> float:
-    """How far logits move that must not, when only the noisy tokens of row 1 change.
+def moves(program: Program) -> tuple[float, float]:
+    """How far logits move when one noisy block changes: (those of all other tokens, its own).
 
-    Two rows of six clean tokens and one block of three; compared are all tokens but that block.
+    Two rows of six clean tokens and two blocks of three; the first block of row 1 changes (slots 6 to 8).
     """
-    layout = build_layout([[6], [6]], [[Block(0, 2, 3)], [Block(0, 3, 3)]])
-    ids = torch.randint(0, 300, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    layout = build_layout([[6], [6]], [[Block(0, 2, 3), Block(0, 3, 3)]] * 2)
+    ids = torch.randint(0, 300, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     other = ids.clone()
-    other[1, 6:] = (ids[1, 6:] + 17) % 300
-    before, after = (_logits(program, x, layout) for x in (ids, other))
-    assert not torch.equal(before[-3:], after[-3:]), "the block itself moves"
-    return float((before - after)[:-3].abs().max())
+    other[1, 6:9] = (ids[1, 6:9] + 17) % 300
+    own = (ids != other).flatten()
+    difference = (_logits(program, ids, layout) - _logits(program, other, layout)).abs()
+    return float(difference[~own].max()), float(difference[own].max())
 
 
-def _logits(program: Program, ids: Tensor, layout: Any) -> Tensor:
-    rows = torch.arange(ids.numel())
+def _logits(program: Program, ids: Tensor, layout: Layout) -> Tensor:
     with torch.no_grad():
-        return program(ids, layout=layout, head_rows=rows).flatten(0, -2)
+        return program(ids, layout=layout, head_rows=torch.arange(ids.numel()))
