@@ -59,6 +59,10 @@ def swish(x: Tensor) -> Tensor:
     return F.silu(x)
 
 
+def sqrelu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
 def swiglu(x: Tensor, y: Tensor) -> Tensor:
     return (F.silu(x.double()) * y.double()).to(x)
 
@@ -176,6 +180,63 @@ def hgrn(x: Tensor, g: Tensor, **options: Any) -> tuple[Tensor, None]:
     return torch.stack(out, dim=1).to(x), None
 
 
+def layer_norm(
+    x: Tensor, weight: Any, bias: Any, residual: Any = None, eps: float = 1e-5, prenorm: bool = False,
+    residual_in_fp32: bool = False, is_rms_norm: bool = False, num_groups: int = 1,
+) -> Any:  # fmt: skip
+    assert not is_rms_norm
+    total = x.double() + (0 if residual is None else residual.double())
+    groups = total.unflatten(-1, (num_groups, -1))
+    deviation = groups - groups.mean(-1, keepdim=True)
+    normed = (deviation / (deviation.pow(2).mean(-1, keepdim=True) + eps).sqrt()).flatten(-2)
+    out = _scaled(normed, weight, bias).to(x)
+    kept = x.dtype if not residual_in_fp32 else torch.float32
+    return (out, total.to(kept if residual is None else residual.dtype)) if prenorm else out
+
+
+def token_shift(x: Tensor, cu_seqlens: Any = None, cache: Any = None, output_cache: bool = False) -> Any:
+    assert cu_seqlens is None and cache is None
+    delta = F.pad(x, (0, 0, 1, 0))[:, :-1] - x
+    return (delta, x[:, -1]) if output_cache else delta
+
+
+def six_mixes(x: Tensor, delta: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
+    return tuple((x.double() + delta.double() * mix.double()).to(x) for mix in mixes)
+
+
+def key_update(k: Tensor, a: Tensor, rate: Tensor) -> Tensor:
+    return (k.double() * (1 + (a.double() - 1) * rate.double())).to(k)
+
+
+def output_correction(o: Tensor, r: Tensor, k: Tensor, weight: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    bonus = (r.double() * k.double() * weight.double()).sum(-1, keepdim=True) * v.double()
+    return ((o.double() + bonus.reshape(o.shape)) * g.double()).to(o)
+
+
+def unit(x: Tensor) -> Tensor:
+    return _unit(x).to(x)
+
+
+def rwkv7(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, **options: Any
+) -> tuple[Tensor, None]:
+    """Log decay w; a is what the state is read with before it decays, b what is added for it."""
+    _plain(options)
+    r, k, w, a, b, wide = (x.double() for x in (r, k, w, a, b, v))
+    state, out = r.new_zeros(*r.shape[:1], *r.shape[2:], v.shape[-1]), []
+    for t in range(r.shape[1]):
+        transition = torch.diag_embed(w[:, t].exp()) + b[:, t, :, :, None] * a[:, t, :, None]
+        state = transition @ state + k[:, t, :, :, None] * wide[:, t, :, None]
+        out.append(scale * (r[:, t, :, None] @ state).squeeze(-2))
+    return torch.stack(out, dim=1).to(v), None
+
+
+def rwkv7_of_rate(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, scale: float = 1.0, **options: Any
+) -> tuple[Tensor, None]:
+    return rwkv7(r, w, k, v, -kk, kk * a, scale, **options)
+
+
 _REPLACED: dict[str, Callable[..., Any]] = {
     "fla.modules.norm.layernorm:rms_norm": rms_norm,
     "fla.modules.norm.fused_norm_gate:rms_norm_gated": rms_norm_gated,
@@ -207,6 +268,16 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "fla.layers.hgrn:chunk_hgrn": hgrn,
     "fla.layers.hgrn:fused_recurrent_hgrn": hgrn,
     "fla.layers.hgrn:swiglu": swiglu,
+    "fla.modules.norm.layernorm:layer_norm": layer_norm,
+    "fla.modules.norm.layernorm:group_norm": layer_norm,
+    "fla.models.rwkv7.modeling_rwkv7:token_shift": token_shift,
+    "fla.layers.rwkv7:token_shift": token_shift,
+    "fla.layers.rwkv7:fused_addcmul_rwkv7": six_mixes,
+    "fla.layers.rwkv7:fused_k_rwkv7": key_update,
+    "fla.layers.rwkv7:gate_output_correction": output_correction,
+    "fla.layers.rwkv7:l2_norm": unit,
+    "fla.layers.rwkv7:chunk_rwkv7": rwkv7,
+    "fla.layers.rwkv7:fused_mul_recurrent_rwkv7": rwkv7_of_rate,
 }
 
 
@@ -219,6 +290,7 @@ def install() -> None:
         setattr(owner, attribute, function)
     table = importlib.import_module("fla.modules.activations").ACT2FN
     table.update({"swish": swish, "silu": swish, "sigmoid": torch.sigmoid, "logsigmoid": F.logsigmoid})
+    table["sqrelu"] = sqrelu
     _generate_without_mask()
     rotary = importlib.import_module("fla.modules.rotary").RotaryEmbedding
     frequencies = rotary._compute_inv_freq

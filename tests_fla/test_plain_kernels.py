@@ -9,6 +9,7 @@ import pytest
 import torch
 from fla.ops.delta_rule.naive import delta_rule_recurrence
 from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
+from fla.ops.generalized_delta_rule.dplr.naive import dplr_recurrence
 from fla.ops.gla.naive import naive_recurrent_gla
 from fla.ops.hgrn.naive import naive_recurrent_hgrn
 from fla.ops.kda.gate import naive_kda_gate, naive_kda_lowerbound_gate
@@ -29,6 +30,11 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 def _delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
     out, _ = delta_rule_recurrence(*_heads_first(q, k, v, beta))
+    return out.transpose(1, 2)
+
+
+def _rwkv7(q: Tensor, k: Tensor, v: Tensor, w: Tensor, a: Tensor, rate: Tensor) -> Tensor:
+    out, _ = dplr_recurrence(*_heads_first(q, k, v, -a, a * rate, w))
     return out.transpose(1, 2)
 
 
@@ -63,6 +69,7 @@ def tensors() -> dict[str, Tensor]:
     named |= {"g": -normal(ROWS, LENGTH, HEADS).abs(), "wide_g": -normal(ROWS, LENGTH, HEADS, KEY).abs()}
     named |= {"beta": normal(ROWS, LENGTH, HEADS).sigmoid(), "raw_beta": normal(ROWS, LENGTH, HEADS)}
     named |= {"unit_q": F.normalize(named["q"], dim=-1), "unit_k": F.normalize(named["k"], dim=-1)}
+    named |= {"wide_rate": normal(ROWS, LENGTH, HEADS, KEY).sigmoid()}
     named |= {"rate": normal(HEADS), "bias": normal(HEADS * KEY)}
     return named | {"x": normal(ROWS, LENGTH, 12), "flat_g": -normal(ROWS, LENGTH, 12).abs()}
 
@@ -93,6 +100,16 @@ CASES: dict[str, tuple[list[str], Callable[..., Tensor], Callable[..., Tensor]]]
         ["q", "k", "v"],
         lambda *args: plain.linear_attention(*args, normalize=False)[0],
         lambda *args: naive_recurrent_linear_attn(*args)[0],
+    ),
+    "rwkv7": (
+        ["q", "k", "v", "wide_g", "unit_k", "wide_rate"],
+        lambda q, k, v, w, a, rate: plain.rwkv7(q, w, k, v, -a, a * rate, KEY**-0.5)[0],
+        _rwkv7,
+    ),
+    "rwkv7, by rate": (
+        ["q", "k", "v", "wide_g", "unit_k", "wide_rate"],
+        lambda q, k, v, w, a, rate: plain.rwkv7_of_rate(q, w, k, v, a, rate, KEY**-0.5)[0],
+        _rwkv7,
     ),
     "hgrn": (["x", "flat_g"], lambda *args: plain.hgrn(*args)[0], lambda *args: naive_recurrent_hgrn(*args)[0]),
 }  # fmt: skip

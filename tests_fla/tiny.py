@@ -37,6 +37,10 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "samba": ("Samba", {"attn": _ATTENTION, "hidden_ratio": 1, "state_size": 8}),
     "mamba": ("Mamba", {"state_size": 8}),
+    "rwkv7": (
+        "RWKV7", {"head_dim": 16, "num_heads": None, "decay_low_rank_dim": 8, "gate_low_rank_dim": 8,
+                  "a_low_rank_dim": 8, "v_low_rank_dim": 8},
+    ),
     "mamba2": ("Mamba2", {"head_dim": 16, "state_size": 16}),
 }  # fmt: skip
 NAMES = tuple(_ROWS)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from .gated_recurrence import GATED_RECURRENCE
+from .generalized_delta_rule import GENERALIZED_DELTA_RULE
 from .linear_attention import LINEAR_ATTENTION
 from .mixer import Call, Mixer, Site
 from .moe_experts import MOE_EXPERTS
@@ -29,7 +30,15 @@ def register(mixer: Mixer) -> Mixer:
     return mixer
 
 
-for _mixer in (SOFTMAX_ATTENTION, SHORT_CONV, LINEAR_ATTENTION, SELECTIVE_SCAN, GATED_RECURRENCE, MOE_EXPERTS):
+for _mixer in (
+    SOFTMAX_ATTENTION,
+    SHORT_CONV,
+    LINEAR_ATTENTION,
+    SELECTIVE_SCAN,
+    GATED_RECURRENCE,
+    GENERALIZED_DELTA_RULE,
+    MOE_EXPERTS,
+):
     register(_mixer)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from ...errors import CaptureError, UsageError
 from ..family import Family
 from . import layers as fla_layers
+from . import rwkv7
 
 _Hooks = Mapping[str, Callable[..., Any]]
 
@@ -61,6 +62,14 @@ _ROWS: dict[str, tuple[tuple[str, ...], _Hooks]] = {
     ),
     "mamba": (("short_conv", "selective scan"), {"fla.layers.mamba:Mamba.forward": fla_layers.mamba}),
     "samba": (("short_conv", "selective scan"), {"fla.layers.mamba:Mamba.forward": fla_layers.mamba}),
+    "rwkv7": (
+        ("short_conv", "generalized delta rule"),
+        {
+            "fla.layers.rwkv7:RWKV7Attention.forward": rwkv7.time_mixing,
+            "fla.models.rwkv7.modeling_rwkv7:RWKV7FeedForward.forward": rwkv7.channel_mixing,
+            "fla.modules.norm.layernorm:LayerNorm.forward": rwkv7.layer_norm,
+        },
+    ),
     "mamba2": (
         ("short_conv", "mamba2"),
         {
@@ -87,7 +96,6 @@ REFUSED: dict[str, str] = {
     "precond_kda": _OWN_RECURRENCE + "the delta rule carries a second, preconditioning state",
     "mesa_net": _OWN_RECURRENCE + "each token solves a linear system with the state",
     "rwkv6": _OWN_RECURRENCE + "it shifts tokens and adds a bonus for the present token",
-    "rwkv7": _OWN_RECURRENCE + "it shifts tokens and erases along a vector other than the key",
     "mamba3": _OWN_RECURRENCE + "rotated states and a trapezoidal update",
     "log_linear_mamba2": _OWN_RECURRENCE + "a number of states that grows with the logarithm of the length",
     "mom": _OWN_RECURRENCE + "tokens are routed to several memories, by sorting the row",

@@ -39,7 +39,7 @@ def activation_of(name: str, where: str) -> Callable[[Tensor], Tensor]:
     return _ACTIVATIONS[name]
 
 
-def _table_activation(function: Callable[..., Any], where: str) -> Callable[[Tensor], Tensor]:
+def table_activation(function: Callable[..., Any], where: str) -> Callable[[Tensor], Tensor]:
     """The plain form of an activation: a module of transformers, or an entry of the library's own table (Triton)."""
     if isinstance(function, nn.Module):
         return function
@@ -458,7 +458,7 @@ def _projected(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _featured(self: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     if self.feature_map_fn is None:
         return q, k
-    feature = _table_activation(self.feature_map_fn, f"the feature map of {type(self).__name__}")
+    feature = table_activation(self.feature_map_fn, f"the feature map of {type(self).__name__}")
     return feature(q), feature(k)
 
 
@@ -469,7 +469,7 @@ def _gated_output(self: Any, out: Tensor, hidden_states: Tensor) -> Tensor:
     elif self.fuse_norm_and_gate:
         mixed = self.g_norm_swish_gate(out, _heads(self.g_proj(hidden_states), self.head_v_dim)).flatten(-2)
     else:
-        gate = _table_activation(self.gate_fn, f"the output gate of {type(self).__name__}")
+        gate = table_activation(self.gate_fn, f"the output gate of {type(self).__name__}")
         mixed = self.g_norm(out).flatten(-2) * gate(self.g_proj(hidden_states))
     projected: Tensor = self.o_proj(mixed)
     return projected
