@@ -20,7 +20,7 @@ LONGEST_FILE = 500
 
 # Which module belongs to which layer: the longest prefix decides.
 BASE = ("errors", "files", "layout", "device", "collector", "fields", "generation")
-KERNELS = ("linear_attention", "short_conv", "softmax_attention", "moe_experts", "diagonal")
+KERNELS = tuple(sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")))
 ROOMS = (
     "recipe", "ir", "ops", "frontend", "passes", "checkpoint", "train", "decode", "verify", "inspect", "bench",
     "conformance", "doctor", "cli",
