@@ -18,6 +18,7 @@ from .checkpoint.directory import Checkpoint, context_of, open_checkpoint
 from .checkpoint.lowered import lowered
 from .collector import collector_paused
 from .decode import Engine, Generation, TextStream
+from .decode.request import OnTokens, Prompts
 from .decode.text import cut
 from .device import resolve_kernels, torch_device, torch_dtype
 from .errors import CheckpointError, GenerationError, UsageError
@@ -29,7 +30,6 @@ from .passes.plugins import load_plugins
 from .tokenizing import ByteFallback, Prompt, decode_tokens, encode_prompt, is_list
 
 OnText = Callable[[int, str], None]
-OnTokens = Callable[[int, list[int]], None]
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Model:
     @takes_options
     def generate_ids(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Prompts,
         options: GenerationOptions | Sequence[GenerationOptions] | None = None,
         *,
         on_text: OnText | None = None,

@@ -254,10 +254,13 @@ def test_what_is_no_prompt(model: Model, prompt: Any, message: str) -> None:
 def test_none_numpy_and_tensors_are_what_they_say(model: Model) -> None:
     expected = model.generate_ids([model.encode("abc")], mode="ar-trust", max_new_tokens=6, temperature=0.5, seed=4)[0]
     ids = torch.tensor([model.encode("abc")])
-    same = model.generate_ids(
-        ids, mode=None, max_new_tokens=np.int64(6), temperature=torch.tensor(0.5), seed=np.array([4]), top_k=None,
-        top_p=None, threshold=None, denoising_steps=None, drafts=None, stop=None, eos_ids=None, suppress=None,
-    )[0]  # type: ignore[call-overload]  # fmt: skip
+    nothing = dict.fromkeys(
+        ["mode", "top_k", "top_p", "threshold", "denoising_steps", "drafts", "stop", "eos_ids", "suppress"]
+    )
+    numbers: dict[str, Any] = {
+        "max_new_tokens": np.int64(6), "temperature": torch.tensor(0.5), "seed": np.array([4])
+    }  # fmt: skip
+    same = model.generate_ids(ids, **nothing, **numbers)[0]
     assert {**same.to_dict(), "seconds": 0} == {**expected.to_dict(), "seconds": 0}
 
 

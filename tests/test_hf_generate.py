@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from flarec import hf_generate
+from flarec import api, hf_generate
 from flarec.errors import GenerationError
 from tests.checkpoints import MASK_ROW, converted
 
@@ -191,7 +191,7 @@ def test_two_first_calls_prepare_the_model_once(path: str, monkeypatch: pytest.M
     model = AutoModelForCausalLM.from_pretrained(path)
     begun, again = threading.Event(), threading.Event()
     prepared: list[int] = []
-    original = hf_generate.Model
+    original = api.Model
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         prepared.append(threading.get_ident())

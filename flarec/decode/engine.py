@@ -25,7 +25,7 @@ from .modes.ar_trust import decode_ar_trust
 from .modes.causal import decode_causal
 from .modes.diffusion_trust import decode_diffusion_trust
 from .plan import DecodeProgram
-from .request import Generation, OnTokens, Request, StopCheck, Stopping
+from .request import Generation, OnTokens, Prompts, Request, StopCheck, Stopping
 from .stepper import BlockSpec
 
 PREFILL_CHUNK = 512  # clean rows of one prefill forward
@@ -79,7 +79,7 @@ class Engine:
     @torch.no_grad()
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Prompts,
         options: GenerationOptions | Sequence[GenerationOptions] | None = None,
         *,
         stop_check: StopCheck | Sequence[StopCheck | None] | None = None,

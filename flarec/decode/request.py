@@ -5,9 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from torch import Tensor
 
 from flarec.errors import GenerationError
 
+Array: TypeAlias = np.ndarray[Any, Any]
+Prompts: TypeAlias = Sequence[Sequence[int]] | Sequence[Tensor] | Sequence[Array] | Tensor | Array
+"""Token ids of several prompts."""
 StopCheck = Callable[[Sequence[int]], int | None]
 OnTokens = Callable[[int, list[int]], None]
 

@@ -37,7 +37,7 @@ def spoilt(model: FakeModel, change: Change, *, after: int = 0) -> Engine:
             change(logits, rows // layout.length, rows % layout.length, layout.clean_length)
         return logits
 
-    program.step = wrong  # type: ignore[method-assign]
+    program.step = wrong  # type: ignore[method-assign, assignment]
     return engine
 
 
