@@ -1,7 +1,7 @@
 """What the ATen ops of a graph do to tokens: elementwise, along dimensions, contractions, look-ups, new tensors.
 
-Every op is named with its overload. Beside these tables and `views.VIEWS` only ATen ops that torch itself tags as pointwise
-are known.
+Every op is named with its overload. Beside these tables and `views.VIEWS` only ATen ops that torch itself tags as
+pointwise are known.
 """
 
 from __future__ import annotations
@@ -217,9 +217,7 @@ RULES: dict[str, Rule] = {
     **_named(index_select, "index_select"),
     **_named(indexed, "index.Tensor"),
     **_named(embedding, "embedding"),
-    **_named(
-        new, "zeros ones full scalar_tensor new_zeros new_ones new_full new_empty"
-    ),
+    **_named(new, "zeros ones full scalar_tensor new_zeros new_ones new_full new_empty"),
     **_named(arange, "arange arange.start arange.start_step"),
 }
 
@@ -229,7 +227,8 @@ SIZES = {
 """Operands that may be made from the number of tokens; as a value it tells a token how many others there are."""
 
 ALIASING = {*VIEWS} - {"aten::repeat", "aten::repeat_interleave.self_int"} | {
-    f"aten::{name}" for name in ("to.dtype", "to.device", "to.dtype_layout", "to.other", "contiguous", "alias", "detach")
+    f"aten::{name}"
+    for name in ("to.dtype", "to.device", "to.dtype_layout", "to.other", "contiguous", "alias", "detach")
 }
 """Ops whose result may share memory with their first operand."""
 SHARED = {"aten::expand", "aten::expand_as", "aten::broadcast_to"}

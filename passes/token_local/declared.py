@@ -44,7 +44,9 @@ class Declared:
             operand = call.operands[name]
             if isinstance(operand, Value) and not _matches(operand.axes, meaning or (), where):
                 sizes = [size_of(dim) for dim in operand.axes]
-                raise Refusal(f"gets '{name}' as {sizes}, declared was {list(meaning or ())}", "bring it into that form")
+                raise Refusal(
+                    f"gets '{name}' as {sizes}, declared was {list(meaning or ())}", "bring it into that form"
+                )
         call.uniform(*names[len(self.operands) :])
         return [
             tuple(where.get(part) or call.features(dim, index) for dim, part in enumerate(meaning))
@@ -73,8 +75,8 @@ def declare_token_local(op: Any, example: Example) -> None:
     example(rows, length): operands of a call, positionally, other random ones at every time. Tensors of tokens have the
     sizes [rows, length, ...] in any order, or [rows * length, ...]; other tensors are weights.
 
-    The declaration is tested on several sizes: what one token holds changes neither what is computed for another nor its
-    gradient, and a token's place and the number of tokens do not matter.
+    The declaration is tested on several sizes: what one token holds changes neither what is computed for another nor
+    its gradient, and a token's place and the number of tokens do not matter.
     Raises `UsageError` for a declaration that does not hold.
     """
     op = getattr(op, "_opoverload", op)
@@ -112,7 +114,7 @@ def _meanings(op: Any, what: str, calls: list[tuple[Any, ...]]) -> list[Meaning 
             kind = next((kind for kind, wanted in expected.items() if wanted == sizes), None)
             if kind is None and len(set(sizes)) > 1:
                 raise UsageError(
-                    f"a dimension of {what} {position} of {op} has {sizes} elements for (rows, length) = {list(SIZES)}; "
+                    f"a dimension of {what} {position} of {op} has {sizes} elements for (rows, length) in {SIZES}; "
                     "an op is token-local only if rows and tokens keep dimensions of their own"
                 )
             meaning.append(sizes[0] if kind is None else kind)
@@ -180,7 +182,9 @@ class _Trial:
             part = self._part(seed, meaning, token)
             part.copy_(torch.rand_like(part) + 0.5)
             try:
-                grads = torch.autograd.grad(out, [args[i] for i, _ in learned], seed, allow_unused=True, retain_graph=True)
+                grads = torch.autograd.grad(
+                    out, [args[i] for i, _ in learned], seed, allow_unused=True, retain_graph=True
+                )
             except (RuntimeError, NotImplementedError) as error:
                 raise UsageError(
                     f"{self.op} has no backward, so it would stop training: {error}; register one (register_autograd)"

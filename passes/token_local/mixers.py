@@ -1,7 +1,7 @@
 """Semantic ops: how their operands must lie, and the inputs of a program that they alone may read.
 
-Trusted are the ops of the table (`flarec.ops`) and the functions that their declarations name, nothing else: a call that
-holds another function, reads another derivation or another cache than its declaration says is refused.
+Trusted are the ops of the table (`flarec.ops`) and the functions that their declarations name, nothing else: a call
+that holds another function, reads another derivation or another cache than its declaration says is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from .call import run_on_meta
 from .values import Axes, Dim, Number, Opaque, Refusal, Tensor, check_size, holds_tokens, size_of, tensor
 
 TOKENS: dict[str, Dim] = {"B": (ROWS,), "L": (LENGTH,)}
-ONLY_MIXERS = "only token mixers read the layout, what is derived from it, and the caches; read position_ids or hidden states"
+ONLY_MIXERS = (
+    "only token mixers read the layout, what is derived from it, and the caches; read position_ids or hidden states"
+)
 
 
 def result_of(target: Any, mixer: Mixer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,10 +1,10 @@
 """What a node's result is to the analysis: dimensions made of tokens, rows and features, in memory order.
 
-A dimension is a tuple of factors, the outermost first: `("length",)`, `(64,)`, `()` for size 1, `("rows", "length")` for
-tokens of all rows one after the other, `("length", 4)` for four features per token. Order tells apart what a product
-of sizes cannot: [rows, length] flattened from its transpose. A dimension holds tokens if a factor is a name.
+A dimension is a tuple of factors, the outermost first: `("length",)`, `(64,)`, `()` for size 1, `("rows", "length")`
+for tokens of all rows one after the other, `("length", 4)` for four features per token. Order tells apart what a
+product of sizes cannot: [rows, length] flattened from its transpose. A dimension holds tokens if a factor is a name.
 
-Sizes are also known as numbers under two assignments of primes to the names (`HINTS`): what a real op does to a shape is
+Sizes are also known as numbers under two assignments of primes to the names (`HINTS`): what an op does to a shape is
 seen on meta tensors of both, and a size that is equal under both does not depend on the input.
 """
 
@@ -161,9 +161,8 @@ def broadcast(*shapes: Axes) -> Axes:
             dim = axes[-back] if back <= len(axes) else ()
             if dim and here and dim != here:
                 raise Refusal(
-                    f"lines up {size_of(here)} with {size_of(dim)}" + (
-                        ", tokens in another order" if size_of(here) == size_of(dim) else ""
-                    )
+                    f"lines up {size_of(here)} with {size_of(dim)}"
+                    + (", tokens in another order" if size_of(here) == size_of(dim) else "")
                 )
             here = here or dim
         result.append(here)

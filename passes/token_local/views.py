@@ -118,7 +118,8 @@ ALL = 1 << 31
 LISTS = {"aten::split.Tensor", "aten::split_with_sizes", "aten::chunk", "aten::unbind.int"}
 VIEWS: dict[str, Rule] = {
     **dict.fromkeys(
-        ("aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten.using_ints", "aten::unflatten.int"), reshape
+        ("aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten.using_ints", "aten::unflatten.int"),
+        reshape,
     ),
     **dict.fromkeys(("aten::view_as", "aten::reshape_as"), reshape),
     **dict.fromkeys(("aten::expand", "aten::expand_as", "aten::broadcast_to"), expand),

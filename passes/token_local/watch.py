@@ -37,7 +37,10 @@ DECLARE = f"declare it with declare_token_local if it treats tokens one by one, 
 
 @dataclass(slots=True)
 class _Seen:
-    """What a node was when it was looked at last; of a `get_attr` also the tensor and the module's dict that held it."""
+    """What a node was when it was looked at last; of a `get_attr` also the tensor, and the module's dict that held it.
+
+    is_call: of an op; the body of a region may have changed while the call stayed
+    """
 
     target: Any
     args: Any
@@ -46,7 +49,6 @@ class _Seen:
     spec: Any
     held: tuple[dict[str, Any], str, torch.Tensor] | None
     is_call: bool
-    """Of an op; the body of a region may have changed while the call stayed."""
 
     def is_still(self, node: fx.Node) -> bool:
         """Whether the node need not be looked at again, if nothing that it reads has changed."""
@@ -71,8 +73,8 @@ class Watch:
         spec = program.placeholder("input_ids").meta.get("val")
         if spec is not None and spec.shape != (ROWS, LENGTH):
             raise PropertyError(
-                f"input_ids {list(spec.shape)}: the number of rows or the sequence length of the capture is not symbolic, "
-                "so streams cannot be told apart"
+                f"input_ids {list(spec.shape)}: the number of rows or the sequence length of the capture is not "
+                "symbolic, so streams cannot be told apart"
             )
         inputs = _inputs(program)
         self._walk(program.module, program.graph, lambda node: inputs.get(node.name) or Opaque("input", node.name))
@@ -147,7 +149,9 @@ def _remembered(key: tuple[Any, ...]) -> Any:
     try:
         value = MEMO.get(key, MEMO)
     except TypeError:
-        raise Refusal("has an operand that is neither a node nor a plain value", "pass numbers, text and nodes") from None
+        raise Refusal(
+            "has an operand that is neither a node nor a plain value", "pass numbers, text and nodes"
+        ) from None
     if value is MEMO:
         if len(MEMO) >= KEPT:
             MEMO.clear()
@@ -207,12 +211,12 @@ def _check_operands(target: Any, operands: dict[str, Any]) -> None:
         for opaque in found((operand,), Opaque):
             if not (target.name() == "aten::index_select" and name == "index"):
                 raise Refusal(f"reads {describe(opaque)}", ONLY_MIXERS)
-        if name not in aten.SIZES and any(True for _ in found((operand,), Number)):
-            if not target.name().startswith("aten::arange"):
-                raise Refusal(
-                    "computes with the number of tokens, so a token would depend on how many others there are",
-                    "use a constant, or position_ids",
-                )
+        may_count = name in aten.SIZES or target.name().startswith("aten::arange")
+        if not may_count and any(True for _ in found((operand,), Number)):
+            raise Refusal(
+                "computes with the number of tokens, so a token would depend on how many others there are",
+                "use a constant, or position_ids",
+            )
 
 
 def _number(first: Any, second: Any) -> Any:
@@ -234,7 +238,7 @@ def _mapped(value: Any, seen: dict[fx.Node, _Seen], types: list[type]) -> Any:
     if isinstance(value, dict):
         return tuple((name, _mapped(item, seen, types)) for name, item in value.items())
     if isinstance(value, (torch.Tensor, slice)):
-        raise Refusal("has an operand that is no node of the graph", "make it a parameter or buffer and read it (get_attr)")
+        raise Refusal("has an operand that is no node of the graph", "read a parameter or buffer instead (get_attr)")
     types.append(type(value))
     return value
 

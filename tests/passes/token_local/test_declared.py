@@ -72,7 +72,7 @@ def test_an_op_is_known_once_it_is_declared(example: Callable[[int, int], tuple[
             x = g.call_function(ATEN.reshape.default, (x, [-1, 64]))
         return g.call_function(ATEN.view_as.default, (g.call_function(target, (x,)), h))
 
-    with pytest.raises(PropertyError, match="not known to be token-local.*declare it with declare_token_local"):
+    with pytest.raises(PropertyError, match=r"not known to be token-local.*declare it with declare_token_local"):
         with_foreign(make)
     declare_token_local(op, example)
     others, own = moves(with_foreign(make))
@@ -156,7 +156,8 @@ def test_weights_and_integers() -> None:
         ids = next(node for node in g.nodes if node.name == "input_ids")
         index = g.call_function(ATEN.remainder.Scalar, (ids, 3))
         table = g.call_function(ATEN.ones.default, ([3, 64],))
-        return g.call_function(op._opoverload, (h, index, g.call_function(ATEN.select.int, (h, 2, 0)) if false else table))
+        weight = g.call_function(ATEN.select.int, (h, 2, 0)) if false else table
+        return g.call_function(op._opoverload, (h, index, weight))
 
     others, own = moves(with_foreign(make))
     assert others == 0 < own
