@@ -13,6 +13,9 @@ from .values import HINTS, Axes, Dim, Number, Opaque, Pair, Refusal, Tensor, che
 META = torch.device("meta")
 MEMO: dict[Any, Any] = {}
 """Calls that were looked at: (target, operands) -> value or refusal."""
+FITTING = (
+    "give it operands that fit for every number of rows and tokens; sizes may not depend on values (use torch.where)"
+)
 REGISTER_FAKE = "give the op a fake implementation (torch.library.register_fake) and declare it (declare_token_local)"
 
 
@@ -136,15 +139,10 @@ def _at(op: torch._ops.OpOverload, operands: dict[str, Any], hint: int) -> Any:
     try:
         with torch.no_grad():
             return op(*args, **kwargs)
-    except NotImplementedError as error:
-        cure = "choose with torch.where: sizes may not depend on values" if op.namespace == "aten" else REGISTER_FAKE
-        raise Refusal("has no shape that can be inferred: it does not run on meta tensors", cure) from error
-    except Exception as error:  # whatever an op says of operands that do not fit
-        reason = str(error).strip().splitlines()
-        raise Refusal(
-            f"has no shape that can be inferred ({reason[0] if reason else type(error).__name__})",
-            "give it operands whose sizes fit for every number of rows and tokens",
-        ) from error
+    except Exception as error:  # whatever an op says of operands that do not fit, or that it does not run on meta
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cure = FITTING if op.namespace == "aten" else REGISTER_FAKE
+        raise Refusal(f"has no shape that can be inferred ({reason})", cure) from error
 
 
 def results(axes: list[Axes], shapes: list[tuple[Pair, ...]], dtypes: list[torch.dtype]) -> tuple[Tensor, ...]:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from flarec.errors import UsageError
+from flarec.ir.spec import HEAD_ROWS, LENGTH, ROWS
 
 from .call import MEMO, META, Call
-from .values import HEAD_ROWS, LENGTH, ROWS, Axes, Dim, Refusal, holds_tokens, size_of
+from .values import Axes, Dim, Refusal, holds_tokens, size_of
 from .values import Tensor as Value
 
 Example = Callable[[int, int], tuple[Any, ...]]
@@ -185,7 +186,7 @@ class _Trial:
                 grads = torch.autograd.grad(
                     out, [args[i] for i, _ in learned], seed, allow_unused=True, retain_graph=True
                 )
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 raise UsageError(
                     f"{self.op} has no backward, so it would stop training: {error}; register one (register_autograd)"
                 ) from error

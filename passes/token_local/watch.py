@@ -303,7 +303,7 @@ def _check_outputs(program: Program, value_of: Callable[[fx.Node], Any]) -> None
     slots = {slot.name for slot in program.cache_slots}
     returned = program.output_node().args[0]
     for name, node in zip(program.outputs, returned, strict=False):  # type: ignore[arg-type]
-        value = value_of(node)  # type: ignore[arg-type]
+        value = value_of(node)
         if isinstance(value, Refused):
             raise _error(value)
         if name in slots and not (isinstance(value, Opaque) and value.kind == "next cache" and value.name == name):

@@ -321,7 +321,7 @@ def test_a_region_that_a_pass_changes_is_looked_at() -> None:
     watch = Watch()
     watch(program)
     region = next(n for n in program.graph.nodes if getattr(n.target, "__name__", "") == "wrap_with_set_grad_enabled")
-    body = program.module.get_submodule(str(region.args[1].target))  # type: ignore[union-attr]
+    body = program.module.get_submodule(str(region.args[1].target))
     assert isinstance(body, fx.GraphModule)
     output = next(node for node in body.graph.nodes if node.op == "output")
     value = output.args[0][0]

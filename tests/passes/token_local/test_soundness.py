@@ -31,8 +31,8 @@ def built(steps: list[tuple[int, int, int, int]]) -> tuple[Program, Watch, int]:
     root.square = nn.Parameter(torch.randn(WIDTH, WIDTH, dtype=torch.float64))
     root.register_buffer("index", torch.tensor([0, 0]))
     program, watch = Program(fx.GraphModule(root, graph), None, "", torch.float64), Watch()
-    for name in ("square", "index"):
-        setattr(program.module, name, getattr(root, name))
+    program.module.square = root.square
+    program.module.register_buffer("index", root.index)
     graph, output, ids = program.graph, program.output_node(), program.placeholder("input_ids")
     made: list[Any] = [output.args[0][0]]  # type: ignore[index]
     watch(program)
