@@ -1,4 +1,4 @@
-"""Files that commands write and remove: an input is never one of them.
+"""Files that commands write and remove: an input is never one of them, and a file appears whole or not at all.
 
 Paths are compared as what they lead to: links are followed, `..` is resolved, and files that exist are compared by
 device and inode, so that no other spelling of a folder hides it. Folders count with everything above and below them.
@@ -6,6 +6,7 @@ device and inode, so that no other spelling of a folder hides it. Folders count 
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,23 +35,53 @@ def write_file(path: Path, data: str | bytes, option: str = "--out") -> None:
 
     A link is followed. What is no regular file (a terminal, a pipe) is written as it is.
     """
-    content = data.encode() if isinstance(data, str) else data
     try:
         target = _real(path)
         if target.exists() and not target.is_file():
-            target.write_bytes(content)
-            return
-        part = unused(target, "writing")
-        try:
-            part.write_bytes(content)
-            if target.exists():
-                part.chmod(target.stat().st_mode)
-            os.replace(part, target)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+            target.write_bytes(_bytes(data))
+        else:
+            replace_file(target, data, unused(target, "writing"))
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}; choose another {option}") from error
+
+
+def replace_file(path: Path, data: str | bytes, part: Path) -> None:
+    """The file appears with all of `data`, or stays as it was, also after a power cut. Raises `OSError`.
+
+    part: a name beside it under which the data is written first; a failure leaves nothing there. Text is UTF-8. The
+    mode of a file that is replaced stays.
+    """
+    try:
+        part.write_bytes(_bytes(data))
+        if path.exists():
+            part.chmod(path.stat().st_mode)
+        flush(part)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Bring a file's contents, or the entries of a folder, onto the disk. Raises `OSError`.
+
+    Some file systems cannot do that for a folder; nothing is wrong then, a power cut may undo a rename.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def flush_tree(folder: Path) -> None:
+    """`flush` everything in a folder, and the folder: what a later rename makes visible is there after a power cut."""
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
 
 
 def unused(path: Path, purpose: str) -> Path:
@@ -59,6 +90,10 @@ def unused(path: Path, purpose: str) -> Path:
         name = path.with_name(f".{path.name}.{purpose}-{secrets.token_hex(4)}")
         if not os.path.lexists(name):
             return name
+
+
+def _bytes(data: str | bytes) -> bytes:
+    return data.encode() if isinstance(data, str) else data
 
 
 def _places(path: Path) -> Iterator[tuple[Path, Path]]:

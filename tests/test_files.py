@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import errno
 import json
 import os
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from flarec.errors import UsageError
-from flarec.files import check_apart, unused, write_file
+from flarec.files import check_apart, flush, flush_tree, replace_file, unused, write_file
 from tests.checkpoints import tree
 from tests.cli.conversions import flarec
 from tests.models import tiny_checkpoint
@@ -94,7 +95,7 @@ def test_inspect_writes_where_nothing_is_lost(place: Path) -> None:
     assert not [path for path in place.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("step", ["pathlib.Path.write_bytes", "os.replace"])
+@pytest.mark.parametrize("step", ["pathlib.Path.write_bytes", "os.fsync", "os.replace"])
 def test_a_failure_leaves_the_old_file(place: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -117,6 +118,55 @@ def test_files_keep_their_mode_and_new_ones_have_the_usual_one(place: Path) -> N
     assert [(place / name).stat().st_mode & 0o777 for name in ("results.json", "other.json")] == [0o604, 0o640]
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What reaches the disk and what gets its name, in order: ("sync" or "name", path)."""
+    found: list[tuple[str, str]] = []
+    sync, give = os.fsync, os.replace
+
+    def fsync(handle: int) -> None:
+        found.append(("sync", os.readlink(f"/proc/self/fd/{handle}")))
+        sync(handle)
+
+    def replace(old: Path, new: Path) -> None:
+        found.append(("name", str(new)))
+        give(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    return found
+
+
+def test_contents_are_on_the_disk_before_the_name_is(place: Path, calls: list[tuple[str, str]]) -> None:
+    """Else a power cut could leave the name with nothing in it."""
+    path, part = place.resolve() / "results.json", place.resolve() / "part"
+    replace_file(path, "ä", part)
+    assert calls == [("sync", str(part)), ("name", str(path)), ("sync", str(path.parent))]
+    assert path.read_bytes() == "ä".encode()
+    assert not part.exists()
+
+
+def test_a_tree_reaches_the_disk_from_its_files_on(place: Path, calls: list[tuple[str, str]]) -> None:
+    (place / "model" / "sub").mkdir()
+    (place / "model" / "sub" / "weights").write_text("1")
+    root = place.resolve() / "model"
+    flush_tree(root)
+    assert {Path(path).relative_to(root).as_posix() for _, path in calls} == {"config.json", "sub", "sub/weights", "."}
+    assert calls[-1] == ("sync", str(root))
+
+
+@pytest.mark.parametrize(("code", "passes"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_folder_that_cannot_be_synced(place: Path, code: int, passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with contextlib.nullcontext() if passes else pytest.raises(OSError, match="Input/output"):
+        flush(place)
+    with pytest.raises(OSError):
+        flush(place / "results.json")
+
+
 def test_what_is_no_file_is_written_as_it_is(place: Path) -> None:
     write_file(Path("/dev/null"), json.dumps({}))
     assert not Path("/dev/null").is_file()
@@ -132,7 +182,6 @@ def test_unused_names(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 MAY_REMOVE = {
     "flarec/files.py": "its own temporary file, under a name that nothing had",
     "flarec/train/state.py": "what a run wrote, in a folder with a run's record",
-    "flarec/train/metrics.py": "the run's log, in such a folder",
     "flarec/checkpoint/write.py": "its own temporary folder, and a checkpoint that `check_destination` knows",
     "flarec/frontend/cache.py": "files of the program cache, by name and first line",
 }

@@ -19,7 +19,7 @@ PYTHON_FOLDERS = [*PACKAGE_FOLDERS.values(), "tests", "tools", "examples", "benc
 LONGEST_FILE = 500
 
 # Which module belongs to which layer: the longest prefix decides.
-BASE = ("errors", "files", "layout", "device", "collector", "fields", "generation")
+BASE = ("errors", "files", "layout", "device", "collector", "fields", "generation", "interrupts")
 KERNELS = tuple(sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")))
 ROOMS = (
     "recipe", "ir", "ops", "frontend", "passes", "checkpoint", "train", "decode", "verify", "inspect", "bench",
@@ -49,6 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "collector": set(),
     "fields": set(),
     "generation": {"fields"},
+    "interrupts": set(),
     "slots": set(),
     "recipe": {"recipes", "layout", "fields"},
     "recipes": set(),
@@ -62,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugin": {"ir", "layout", "ops", "passes"},
     "train": {
         "ops", "ir", "layout", "recipe", "device", "decode", "recipes", "frontend", "passes", "checkpoint",
-        "files",
+        "files", "interrupts",
     },
     "conformance": BELOW_CLI - {"doctor"},
     "doctor": BELOW_CLI - {"conformance"},

@@ -22,7 +22,7 @@ from torch import nn
 
 from .. import __version__
 from ..errors import CheckpointError, UsageError, first_line
-from ..files import unused
+from ..files import flush, flush_tree, unused
 from .card import model_card
 from .carried import Carried
 from .directory import GENERATION_CONFIG
@@ -152,7 +152,7 @@ def write_checkpoint(
             (partial / MANIFEST).write_text(replace(manifest, files=entries).to_json(), encoding="utf-8")
             for name in names:  # safetensors writes files that nobody else may read
                 (partial / name).chmod((partial / MANIFEST).stat().st_mode)
-            _sync(partial)
+            flush_tree(partial)  # before the rename: else a power cut could leave a name without contents
             check_destination(out, overwrite)  # again: writing took its time
             _move_into_place(partial, out)
     finally:
@@ -210,16 +210,6 @@ def _edit_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps({**table, **values}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _sync(directory: Path) -> None:
-    """Everything reaches the disk before the rename does; else a power cut could leave a name without contents."""
-    for path in [*directory.rglob("*"), directory]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _move_into_place(partial: Path, out: Path) -> None:
     old = unused(out, "replaced")
     if out.exists():
@@ -231,12 +221,8 @@ def _move_into_place(partial: Path, out: Path) -> None:
             os.rename(old, out)
         raise
     shutil.rmtree(old, ignore_errors=True)
-    with contextlib.suppress(OSError):  # some file systems cannot sync a directory
-        handle = os.open(out.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    with contextlib.suppress(OSError):  # the checkpoint is in its place, whatever the disk says
+        flush(out.parent)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ import click
 
 from flarec.errors import DataError, UsageError
 from flarec.generation import GenerationOptions
+from flarec.interrupts import Interrupts
 
-from .interrupts import Interrupts
 from .loading import open_model
 from .options import foreign_options, generation_options, plugin_options, runtime_options
 

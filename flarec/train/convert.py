@@ -7,12 +7,9 @@ until the finished checkpoint appears as OUT in one rename.
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -22,6 +19,7 @@ from ..checkpoint.manifest import DecodeDefaults, Manifest, Mask
 from ..checkpoint.weights import stored_dtypes
 from ..checkpoint.write import MAX_SHARD_SIZE, write_checkpoint
 from ..errors import CheckpointError, TrainingError
+from ..interrupts import Interrupts
 from .loop import Step
 from .metrics import MetricsLog
 from .options import Options
@@ -182,16 +180,16 @@ class _Conversion:
         steps, every = recipe.optimizer.steps, recipe.evaluation.every
         read_every = READ_EVERY[trainer.program.device.type]
         pending: list[Step] = []
-        with _Interruption() as interruption:
+        with Interrupts(finish_step=True) as interrupts:
             if 0 not in self.evaluations and trainer.step == 0:
                 self._evaluate()
             self.reporter.begin(trainer.step, steps)
             clock = time.perf_counter()
-            while trainer.step < steps and not interruption.requested:
+            while trainer.step < steps and not interrupts.requested:
                 pending.append(self._advance())
                 last = trainer.step == steps
                 evaluate = bool(every) and (trainer.step % every == 0 or last)
-                save = trainer.step % recipe.save.every == 0 or last or interruption.requested
+                save = trainer.step % recipe.save.every == 0 or last or interrupts.requested
                 if len(pending) >= read_every or evaluate or save:
                     self._read(pending, clock)
                     pending = []
@@ -317,26 +315,3 @@ class _Conversion:
             note(f"held-out {'before' if step == 0 else 'after'}: {describe_evaluation(values)}")
         note(f"checkpoint: {out}")
         note(f'try it: flarec generate {out} "..." --mode ar-trust')
-
-
-class _Interruption:
-    """Ctrl-C asks for a stop after the running step; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._main = threading.current_thread() is threading.main_thread()  # others cannot handle signals
-
-    def __enter__(self) -> _Interruption:
-        if self._main:
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._main:
-            signal.signal(signal.SIGINT, self._previous)

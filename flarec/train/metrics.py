@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import replace_file
 from .state import writing
 
 
@@ -18,9 +18,7 @@ class MetricsLog:
         self.path = path
         with writing(path):
             kept = [line for line in read_metrics(path) if line["step"] <= resume_at] if path.exists() else []
-            temporary = path.with_suffix(".writing")
-            temporary.write_text("".join(_line(values) for values in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            replace_file(path, "".join(_line(values) for values in kept), path.with_suffix(".writing"))
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
 
     def write(self, values: Mapping[str, Any]) -> None:

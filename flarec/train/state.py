@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, TrainingError, UsageError
+from ..files import flush, flush_tree, replace_file
 
 MODEL, OPTIMIZER, STATE, RUN, LATEST, METRICS = (
     "model.safetensors", "optimizer.safetensors", "state.json", "run.json", "latest", "metrics.jsonl",
@@ -116,7 +117,7 @@ class StateDirectory:
         table = {"record": RECORD, "format_version": RECORD_VERSION, "identity": identity}
         try:
             with writing(self.path / RUN):
-                _replace_text(self.path / RUN, json.dumps(table, indent=1, sort_keys=True))
+                self._replace(RUN, json.dumps(table, indent=1, sort_keys=True))
         except TrainingError:
             with contextlib.suppress(OSError):
                 self.remove()  # a folder without a record would be in the way of the next run
@@ -161,20 +162,23 @@ class StateDirectory:
                 for name, tensors in ((MODEL, state.model), (OPTIMIZER, state.optimizer)):
                     host = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
                     save_file(host, temporary / name)
-                    _flush(temporary / name)
-                _write_text(temporary / STATE, json.dumps(state.values))
-                _flush(temporary)
+                (temporary / STATE).write_text(json.dumps(state.values), encoding="utf-8")
+                flush_tree(temporary)
                 if final.exists():  # a run that was resumed at an older save passes this step again
                     shutil.rmtree(final)
                 os.rename(temporary, final)
-                _replace_text(self.path / LATEST, final.name)
-                _flush(self.path)
+                flush(self.path)  # the save's name comes before the name of it
+                self._replace(LATEST, final.name)
         except TrainingError:
             self._remove(temporary)
             raise
         for old in self._own():
             if old.is_dir() and old.name != final.name:
                 self._remove(old)
+
+    def _replace(self, name: str, text: str) -> None:
+        """The file appears with its whole text, or stays as it was; what a kill leaves has a name of a run's own."""
+        replace_file(self.path / name, text, self.path / f"{name}.writing")
 
     def _latest_name(self) -> str | None:
         path = self.path / LATEST
@@ -245,29 +249,6 @@ class StateDirectory:
         if not isinstance(values, dict):
             raise CheckpointError(f"{path} is no table of values; start again with --overwrite")
         return values
-
-
-def _flush(path: Path) -> None:
-    """Make a file or a directory's entries durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """The file appears with its whole text, or as it was."""
-    part = path.with_name(f"{path.name}.writing")
-    _write_text(part, text)
-    os.replace(part, path)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

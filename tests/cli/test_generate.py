@@ -16,7 +16,6 @@ from click.testing import CliRunner, Result
 
 from flarec import api
 from flarec.cli import main
-from flarec.cli.interrupts import Interrupts
 from tests.checkpoints import converted
 from tests.models import tiny_checkpoint
 
@@ -229,25 +228,6 @@ def test_stdout_is_json_alone_and_nothing_unneeded_is_imported(paths: tuple[Path
     (item,) = json.loads(done.stdout)
     assert item["token_ids"] == model.generate("Hello", max_new_tokens=4).token_ids
     assert done.stderr.strip() == ""
-
-
-class Swallows:
-    """An object whose destructor is interrupted: Python reports the exception and goes on."""
-
-    def __del__(self) -> None:
-        signal.raise_signal(signal.SIGINT)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupt_that_a_library_swallows_is_not_lost() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts:
-        interrupts.check()
-        victim = Swallows()
-        del victim
-        with pytest.raises(KeyboardInterrupt):
-            interrupts.check()
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 WAITS_FOR_CTRL_C = """
