@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flarec.checkpoint.directory import describe_source, open_checkpoint
-from flarec.checkpoint.manifest import DecodeDefaults, FileEntry, Manifest, Mask, Source
+from flarec.checkpoint.manifest import DecodeDefaults, FileEntry, Manifest, MaskToken, Source
 from flarec.checkpoint.write import write_checkpoint
 from flarec.ir.pipeline import pipeline_text
 from flarec.passes import pipeline
@@ -26,7 +26,7 @@ def manifest_for(source: Path, kind: str = "row", block_size: int = 3) -> Manife
     token = MASK_ROW if kind == "row" else VOCABULARY
     return Manifest(
         describe_source(source),
-        Mask(kind, token),  # type: ignore[arg-type]
+        MaskToken(kind, token),  # type: ignore[arg-type]
         DecodeDefaults(block_size, dict(READOUTS)),
         recipe={"name": "draft"},
         pipelines={
@@ -64,7 +64,7 @@ def own_folder(path: Path, *names: str) -> Path:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(f"the old {name}")
     manifest = Manifest(
-        Source("origin"), Mask("row", MASK_ROW), DecodeDefaults(3, dict(READOUTS)),
+        Source("origin"), MaskToken("row", MASK_ROW), DecodeDefaults(3, dict(READOUTS)),
         files={name: FileEntry.of(path / name) for name in names},
     )  # fmt: skip
     (path / "flarec.json").write_text(manifest.to_json())

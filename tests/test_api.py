@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import flarec
 from flarec.api import Model, load
 from flarec.checkpoint.directory import Checkpoint, open_checkpoint
-from flarec.checkpoint.manifest import Mask
+from flarec.checkpoint.manifest import MaskToken
 from flarec.checkpoint.write import write_checkpoint
 from flarec.errors import CheckpointError, GenerationError, UsageError
 from flarec.generation import GenerationOptions
@@ -329,7 +329,7 @@ def test_a_missing_mask_vector(tmp_path: Path) -> None:
 
 def test_the_mask_vector_of_the_checkpoint_is_used(directory: Path) -> None:
     ours = loaded(directory, "bamba", "vector")
-    assert ours.manifest is not None and ours.manifest.mask == Mask("vector", VOCABULARY)
+    assert ours.manifest is not None and ours.manifest.mask == MaskToken("vector", VOCABULARY)
     (name, parameter), = ours.decode_program.extra.items()
     assert torch.equal(parameter, mask_vector()[name])
     before = ours.generate("abc", mode="diffusion-trust", max_new_tokens=12)

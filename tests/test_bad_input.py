@@ -15,7 +15,7 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 
-from flarec.checkpoint.manifest import DecodeDefaults, Manifest, Mask, Source
+from flarec.checkpoint.manifest import DecodeDefaults, Manifest, MaskToken, Source
 from flarec.train.state import StateDirectory
 from tests.cli.conversions import QUICK, flarec, write_data
 from tests.models import tiny_checkpoint
@@ -155,7 +155,7 @@ CASES: list[tuple[str, Callable[[Place], Any], list[str], str]] = [
 @pytest.mark.parametrize(("change", "arguments", "expected"), [case[1:] for case in CASES], ids=[c[0] for c in CASES])
 def test_usage_errors(place: Path, change: Callable[[Place], Any], arguments: list[str], expected: str) -> None:
     """Exit code 2, and the directory is as it was."""
-    manifest = Manifest(Source("origin"), Mask("row", 300), DecodeDefaults(4, {"ar-trust": "causal"}))
+    manifest = Manifest(Source("origin"), MaskToken("row", 300), DecodeDefaults(4, {"ar-trust": "causal"}))
     MANIFEST.write_text(manifest.to_json())
     change(place)
     before = tree(place)

@@ -33,11 +33,19 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Mask:
-    """The mask token. "row": a spare vocabulary row; "vector": id = vocabulary size, its embedding is stored apart."""
+class MaskToken:
+    """Which input id stands for a masked token (docs/semantics.md section 3).
+
+    kind  "row": a spare vocabulary row; "vector": the id one past the vocabulary, its embedding is stored apart
+    """
 
     kind: Literal["row", "vector"]
     token_id: int
+
+    @property
+    def suppress(self) -> int | None:
+        """The id whose logit counts as minus infinity; a vector has no logit."""
+        return self.token_id if self.kind == "row" else None
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class Manifest:
     """
 
     source: Source
-    mask: Mask
+    mask: MaskToken
     decode: DecodeDefaults
     recipe: dict[str, Any] = field(default_factory=dict)
     pipelines: dict[str, str] = field(default_factory=dict)
@@ -160,7 +168,7 @@ class Manifest:
             )
         mask, size = int(values["mask_token_id"]), int(values["block_size"])
         readouts = {"ar-trust": "block_end", "diffusion-trust": "block_end"}
-        return Manifest(Source(directory.resolve().name), Mask("row", mask), DecodeDefaults(size, readouts))
+        return Manifest(Source(directory.resolve().name), MaskToken("row", mask), DecodeDefaults(size, readouts))
 
     def check_files(self, directory: Path) -> None:
         """Compare the directory with what was written. Raises `CheckpointError` naming the first file that differs."""
@@ -213,7 +221,7 @@ def _read(table: Mapping[str, Any]) -> Manifest:
     """Unknown keys are errors: within one format version nobody adds any."""
     values = dict(table)
     values["source"] = Source(**values["source"])
-    values["mask"] = Mask(**values["mask"])
+    values["mask"] = MaskToken(**values["mask"])
     values["decode"] = DecodeDefaults(**values["decode"])
     values["files"] = {str(name): FileEntry(**entry) for name, entry in values["files"].items()}
     return Manifest(**values)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flarec import api
 from flarec.checkpoint.directory import describe_source
-from flarec.checkpoint.manifest import DecodeDefaults, Manifest, Mask
+from flarec.checkpoint.manifest import DecodeDefaults, Manifest
 from flarec.checkpoint.write import write_checkpoint
 from flarec.errors import FlarecError
 from flarec.frontend import families as adapters
@@ -156,7 +156,7 @@ def _checkpoint(road: Road) -> str:
     vector = road.mask.kind == "vector"
     manifest = Manifest(
         source=describe_source(source),
-        mask=Mask(road.mask.kind, road.mask.token_id),
+        mask=road.mask,
         decode=DecodeDefaults(recipe.diffusion.block_size, dict(recipe.readouts())),
         recipe=recipe.to_dict(),
         pipelines={target: pipeline_text(pipeline(target, mask_vector=vector)) for target in TARGETS},

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.directory import describe_source
-from ..checkpoint.manifest import DecodeDefaults, Manifest, Mask
+from ..checkpoint.manifest import DecodeDefaults, Manifest
 from ..checkpoint.weights import stored_dtypes
 from ..checkpoint.write import MAX_SHARD_SIZE, write_checkpoint
 from ..errors import CheckpointError, TrainingError
@@ -281,7 +281,7 @@ class _Conversion:
         steps = {"steps": recipe.optimizer.steps, "seed": run.options.seed, "held_out_documents": run.held_documents}
         return Manifest(
             source=self.source,
-            mask=Mask(run.mask.kind, run.mask.token_id),
+            mask=run.mask,
             decode=DecodeDefaults(
                 block_size=recipe.diffusion.block_size,
                 readouts=dict(recipe.readouts()),

@@ -6,28 +6,17 @@ Contract: docs/semantics.md section 3.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..checkpoint.manifest import MaskToken
 from ..errors import RecipeError, UsageError
 from ..ir.program import Program
 from ..passes.embed_mask import PARAMETER
 
-
-@dataclass(frozen=True)
-class MaskToken:
-    """Which input id stands for a masked token. "row": a vocabulary row; "vector": the id one past the vocabulary."""
-
-    kind: Literal["row", "vector"]
-    token_id: int
-
-    @property
-    def suppress(self) -> int | None:
-        """The id whose logit counts as minus infinity; a vector has no logit."""
-        return self.token_id if self.kind == "row" else None
+__all__ = ["MaskToken", "choose_mask_token", "initialise_mask_token", "used_rows"]
 
 
 def choose_mask_token(choice: str, config: Any, tokenizer: Any) -> MaskToken:

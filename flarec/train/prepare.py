@@ -150,7 +150,7 @@ def _mask_token(source: Checkpoint, recipe: Recipe, tokenizer: Any, reporter: Re
         f"the source is a dual-mode checkpoint already (mask token {mask.token_id}, blocks of {size}): training goes "
         f"on with its mask token and blocks of {recipe.diffusion.block_size}"
     )
-    return MaskToken("row", mask.token_id)
+    return mask
 
 
 def _read_data(

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import flarec as package
 from flarec.checkpoint.directory import open_checkpoint
-from flarec.checkpoint.manifest import DecodeDefaults, Mask
+from flarec.checkpoint.manifest import DecodeDefaults, MaskToken
 from flarec.cli import main
 from flarec.errors import CheckpointError, GenerationError, UsageError
 from tests.checkpoints import manifest_for
@@ -83,7 +83,7 @@ def test_generate_opens_it_in_all_modes(where: str, directory: Path) -> None:
 def test_what_it_states_stands_for_the_manifest(directory: Path) -> None:
     checkpoint = open_checkpoint(stating(directory))
     assert checkpoint.foreign and checkpoint.manifest is not None
-    assert checkpoint.manifest.mask == Mask("row", MASK_ID)
+    assert checkpoint.manifest.mask == MaskToken("row", MASK_ID)
     readouts = {"ar-trust": "block_end", "diffusion-trust": "block_end"}
     assert checkpoint.manifest.decode == DecodeDefaults(BLOCK, readouts)
     other = open_checkpoint(stating(directory), block_size=5).manifest
@@ -173,7 +173,7 @@ def test_training_goes_on_with_the_mask_row_it_has(directory: Path, tmp_path: Pa
     assert f"mask token {MASK_ID}, blocks of {BLOCK}): training goes on" in result.stderr
     checkpoint = open_checkpoint(tmp_path / "out")
     assert not checkpoint.foreign and checkpoint.manifest is not None
-    assert checkpoint.manifest.mask == Mask("row", MASK_ID)
+    assert checkpoint.manifest.mask == MaskToken("row", MASK_ID)
     rows = [open_checkpoint(path).load_model().get_input_embeddings().weight for path in
             (stating(directory), tmp_path / "out")]  # fmt: skip
     assert torch.allclose(rows[0][MASK_ID], rows[1][MASK_ID], atol=1e-5)  # six tiny steps, no new start at the mean

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import flarec.frontend.export
 import flarec.verify
-from flarec.checkpoint.manifest import DecodeDefaults, Manifest, Mask, Source
+from flarec.checkpoint.manifest import DecodeDefaults, Manifest, MaskToken, Source
 from flarec.checkpoint.write import write_checkpoint
 from flarec.cli import main
 from flarec.passes.embed_mask import PARAMETER
@@ -51,7 +51,7 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     kind = request.param
     manifest = Manifest(
         source=Source("tiny"),
-        mask=Mask(kind, 400 if kind == "row" else VOCABULARY),
+        mask=MaskToken(kind, 400 if kind == "row" else VOCABULARY),
         decode=DecodeDefaults(block_size=2, readouts={"ar-trust": "causal", "diffusion-trust": "block_end"}),
     )
     generator = torch.Generator().manual_seed(0)
