@@ -7,14 +7,16 @@ operation of nothing takes (on a GPU that time passes while the GPU works).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .report import Rates
-from .simulate import ATTENTION, BATCHED, GATHER, MATMUL, MEMORY, Work
+from .simulate import ATEN, ATTENTION, BATCHED, GATHER, MATMUL, MEMORY, Work
 
 NEAR, FAR = 18, 26
 """Operations that move up to 2**NEAR bytes run in the caches, those of 2**FAR and more in main memory."""
@@ -80,19 +82,57 @@ def _gather(device: torch.device, size: int) -> float:
 
 
 def _call(device: torch.device) -> float:
-    """Seconds per operation of a chain of tiny ones, called as a graph calls them, forward and backward."""
-    length = 64
-    multiply = torch.ops.aten.mul.Tensor
-    x, y = torch.ones(8, device=device, requires_grad=True), torch.ones(8, device=device)
+    """Seconds per operation of a graph of tiny ones, called as a program calls them, forward and backward."""
+    step = fx.symbolic_trace(_mix)
+    x, weight = torch.ones(1, 2, 4, device=device, requires_grad=True), torch.ones(4, 4, device=device)
+    index, hidden = torch.zeros(2, dtype=torch.int64, device=device), torch.zeros(2, 2, dtype=torch.bool, device=device)
 
     def chain() -> None:
         value = x
-        for _ in range(length):
-            value = multiply(value, y)
+        for _ in range(4):
+            value = step(value, weight, index, hidden)
         value.sum().backward()
         x.grad = None
 
-    return _seconds(device, chain) / (2 * length)
+    with _Counter() as counter:
+        chain()
+    return _seconds(device, chain) / counter.count
+
+
+def _mix(x: Tensor, weight: Tensor, index: Tensor, hidden: Tensor) -> Tensor:
+    """What steps of hybrid models are made of, in about their shares (half views, a quarter elementwise): a norm, a
+    projection into heads, rotary halves, a product between tokens with a mask, rows by index, a gate, a residual.
+
+    x, returned [1, 2, 4], weight [4, 4], index [2] int64, hidden [2, 2] bool
+    """
+    variance = ATEN.mean.dim(ATEN.pow.Tensor_Scalar(x, 2), [-1], True)
+    normed = ATEN.mul.Tensor(x, ATEN.rsqrt.default(ATEN.add.Tensor(variance, 1e-6)))
+    flat = ATEN.mm.default(ATEN.view.default(normed, [2, 4]), ATEN.t.default(weight))
+    heads = ATEN.transpose.int(ATEN.view.default(ATEN._unsafe_view.default(flat, [1, 2, 4]), [1, 2, 2, 2]), 1, 2)
+    first, second = ATEN.slice.Tensor(heads, 3, 0, 1), ATEN.slice.Tensor(heads, 3, 1, 2)
+    turned = ATEN.add.Tensor(heads, ATEN.cat.default([ATEN.neg.default(second), first], -1))
+    left = ATEN.view.default(ATEN.expand.default(turned, [1, 2, 2, 2]), [2, 2, 2])
+    right = ATEN.view.default(ATEN.expand.default(ATEN.transpose.int(turned, 2, 3), [1, 2, 2, 2]), [2, 2, 2])
+    weights = ATEN.view.default(ATEN.bmm.default(left, right), [1, 2, 2, 2])
+    seen = ATEN.masked_fill.Scalar(weights, ATEN.unsqueeze.default(ATEN.unsqueeze.default(hidden, 0), 0), 0.0)
+    rows = ATEN.index_select.default(ATEN.select.int(seen, 0, 0), 1, index)
+    joined = ATEN.clone.default(ATEN.transpose.int(rows, 0, 1), memory_format=torch.contiguous_format)
+    back = ATEN.view.default(joined, [1, 2, 4])
+    return ATEN.add.Tensor(x, ATEN.mul.Tensor(ATEN.silu.default(back), normed))
+
+
+class _Counter(TorchDispatchMode):
+    """`count`: operations that torch ran within the context."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _seconds(device: torch.device, operation: Callable[[], object]) -> float:

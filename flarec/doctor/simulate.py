@@ -40,6 +40,9 @@ _GATHERS = {
     ATEN.embedding_dense_backward.default,
 }  # fmt: skip
 
+_ONLY_FAKE = {torch.ops.prim.device.default}
+"""What fake tensors dispatch to be asked where they are; no real tensor does."""
+
 
 class Cell(NamedTuple):
     """Operations of one kind and of about one size: `moved` and `arithmetic` are powers of two above their bytes and
@@ -101,6 +104,8 @@ class Simulation(TorchDispatchMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _ONLY_FAKE:
+            return func(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         for tensor in inputs:
             self._hold(tensor)
