@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import LayoutError
+from .flat import flat_input
 
 BLOCK_END = 0
 CAUSAL = 1
@@ -35,6 +36,7 @@ class Block:
     readout: str = "block_end"
 
 
+@flat_input
 @dataclass(frozen=True)
 class Layout:
     """A batch of rows. All tensors are int64 on one device; -1 marks padding.

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree
 
+from ..errors import UsageError
 from ..layout import Layout
 from .slots import CacheSlot
 
@@ -69,6 +71,12 @@ class Program:
     outputs: tuple[str, ...] = ("logits",)
     extra: dict[str, nn.Parameter] = field(default_factory=dict)
     """Parameters that have no place in the Hugging Face model (the mask vector)."""
+    run: Callable[..., tuple[Tensor, ...]] | None = field(default=None, repr=False)
+    """What runs instead of `module`, with its inputs in order: the compiled graph (`compiled`)."""
+
+    def __post_init__(self) -> None:
+        self.inputs = tuple(node.name for node in self.placeholders())
+        """Names of what the module takes, in order: kept, because a compiler cannot look at an fx graph."""
 
     @property
     def graph(self) -> fx.Graph:
@@ -133,23 +141,83 @@ class Program:
         """Run the graph and return the logits; caches are updated in place (`cache.tensors`).
 
         input_ids [rows, T] int64; position_ids [rows, T] only before `duplicate-streams`; head_rows [N] int64 flat
-        indices row * T + slot. Logits are [N, V] with `narrow-head`, else [rows, T, V].
+        indices row * T + slot. derived: `derive(layout)`, made here if it is not given. Logits are [N, V] with
+        `narrow-head`, else [rows, T, V].
+
+        `torch.compile(program, fullgraph=True)` compiles this; give it `derived` then (or take `compiled`).
+        """
+        results = self.results(
+            input_ids, position_ids=position_ids, layout=layout, head_rows=head_rows, cache=cache, derived=derived
+        )
+        logits: Tensor = results[0]
+        if cache is not None:
+            cache.tensors.update({n: t for n, t in zip(self.outputs, results, strict=True) if n in cache.tensors})
+        return logits
+
+    def results(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        layout: Layout | None = None,
+        head_rows: Tensor | None = None,
+        cache: CacheTensors | None = None,
+        derived: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Run the graph and return its `outputs`. Arguments of a call."""
+        given = self.given(
+            input_ids, position_ids=position_ids, layout=layout, head_rows=head_rows, cache=cache, derived=derived
+        )
+        run = self.module if self.run is None else self.run
+        results: tuple[Tensor, ...] = run(*[given[name] for name in self.inputs])
+        return results
+
+    def given(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        layout: Layout | None = None,
+        head_rows: Tensor | None = None,
+        cache: CacheTensors | None = None,
+        derived: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """What a call hands over, by the names of the graph's inputs: tensors, and pytrees of tensors and integers.
+
+        Raises `UsageError` inside a compiler if `derived` is missing: it is computed on the host.
         """
         given: dict[str, Any] = {"input_ids": input_ids}
         optional = {"position_ids": position_ids, "layout": layout, "head_rows": head_rows}
         given.update({name: value for name, value in optional.items() if value is not None})
         if self.derivations and derived is None:
             assert layout is not None, "this program derives tensors from a layout"
+            if torch.compiler.is_compiling():
+                raise UsageError(
+                    "a compiled program takes what it reads from the layout as an argument; call it with "
+                    "derived=program.derive(layout), or compile it with program.compiled()"
+                )
             derived = self.derive(layout, self.capacity(cache))
         given.update(derived or {})
         if cache is not None:
             given.update({placeholder_name(name): tensor for name, tensor in cache.tensors.items()})
             given["accepted"] = cache.accepted
-        results = self.module(*[given[node.name] for node in self.placeholders()])
-        logits: Tensor = results[0]
-        if cache is not None:
-            cache.tensors.update(zip(self.outputs[1:], results[1:], strict=True))
-        return logits
+        return given
+
+    def compiled(self, **options: Any) -> Program:
+        """This program with its graph under `torch.compile`, as one graph; parameters stay shared.
+
+        It is called as this one is; what it reads from the layout is derived outside of the compiled graph. options
+        are those of `torch.compile` ("backend", "dynamic", ...). A pass cannot change it any more.
+        """
+        program = self.clone()
+        program.run = torch.compile(program.module, fullgraph=True, **options)
+        return program
+
+    def flat(self, given: Mapping[str, Any]) -> tuple[FlatGraph, list[Tensor | int]]:
+        """The graph over plain tensors and integers, and the ones that it takes for `given` (of the method): for
+        `torch.export`, and for CUDA graphs, whose buffers these tensors are."""
+        leaves, structure = _pytree.tree_flatten([given[name] for name in self.inputs])
+        return FlatGraph(self.module, structure), leaves
 
     def step(self, input_ids: Tensor, layout: Layout, head_rows: Tensor, cache: CacheTensors) -> Tensor:
         """One forward of the decode program without autograd; logits [N, V]."""
@@ -197,6 +265,21 @@ class Program:
         """Recompile after a rewrite; the graph must be well formed."""
         self.graph.lint()
         self.module.recompile()
+        self.inputs = tuple(node.name for node in self.placeholders())
+
+
+class FlatGraph(nn.Module):
+    """A program's graph whose inputs are the leaves of the program's."""
+
+    def __init__(self, module: fx.GraphModule, structure: _pytree.TreeSpec) -> None:
+        super().__init__()
+        self.module = module
+        self.structure = structure
+
+    def forward(self, *leaves: Tensor | int) -> tuple[Tensor, ...]:
+        """The program's `outputs`."""
+        results: tuple[Tensor, ...] = self.module(*_pytree.tree_unflatten(leaves, self.structure))
+        return results
 
 
 def placeholder_name(slot: str) -> str:

@@ -69,6 +69,7 @@ GATED_RECURRENCE = Mixer(
             train="flarec.kernels.diagonal.gated_recurrence.torch_walk:two_stream",
             step="flarec.kernels.diagonal.gated_recurrence.torch_walk:step",
             reads=lambda site: RowScan(),
+            opaque=("train", "step"),
         ),
     },
 )

@@ -173,12 +173,14 @@ LINEAR_ATTENTION = Mixer(
             train="flarec.kernels.linear_attention.panels.chunk:two_stream",
             step="flarec.kernels.linear_attention.panels.decode:step",
             reads=lambda site: Schedule(site.chunk_size),
+            opaque=("train", "step"),
         ),
         "triton": Form(
             train="flarec.kernels.linear_attention.tiles.train:two_stream",
             step="flarec.kernels.linear_attention.triton_decode:step",
             reads=_tiles,
             refuses=_refuses,
+            opaque=("step",),
         ),
     },
 )

@@ -112,6 +112,8 @@ class Form:
     reads     the derivation of a site; None for an op that reads no layout
     refuses   why the functions cannot run a site, or None
     omits     operands that `reads` has used up: the functions do not take them
+    opaque    which of the functions a compiled or exported graph calls as one op (`flarec.ops.opaque`), because
+              tracers cannot or should not look inside: Python loops over a schedule, matrices of computed sizes
     in_place  operands that are read where they lie: a copy into another memory order before them is left out
     """
 
@@ -120,6 +122,7 @@ class Form:
     reads: Callable[[Site], Derivation] | None = None
     refuses: Callable[[Site], str | None] | None = None
     omits: tuple[str, ...] = ()
+    opaque: tuple[Literal["train", "step"], ...] = ()
     in_place: tuple[str, ...] = ()
 
 
@@ -188,12 +191,13 @@ class Mixer:
     def call(self, implementation: str, step: bool = False) -> Call:
         """The target of a graph's node; imports what it calls."""
         if implementation == REFERENCE:
-            function, omits = self.cached if step else self.streams, ()
+            function, omits, opaque = self.cached if step else self.streams, (), True
         else:
             form = self.forms[implementation]
             function, omits = form.step if step else form.train, form.omits  # type: ignore[assignment]
+            opaque = ("step" if step else "train") in form.opaque
         assert function is not None, f"{self.name} has no {implementation} form of a {'step' if step else 'row'}"
-        return Call(self, implementation, step, load(function), omits)
+        return Call(self, implementation, step, load(function), omits, opaque)
 
 
 @dataclass(frozen=True, repr=False)
@@ -205,6 +209,7 @@ class Call:
     step: bool
     function: Callable[..., Any] = field(compare=False)
     omits: tuple[str, ...] = field(compare=False, default=())
+    opaque: bool = field(compare=False, default=False)
 
     @property
     def label(self) -> str:
@@ -224,6 +229,10 @@ class Call:
     def __call__(self, **operands: Any) -> Any:
         for name in self.omits:
             operands.pop(name)
+        if self.opaque and torch.compiler.is_compiling():
+            from .opaque import call_opaque  # brings torch's compiler, which nothing else needs
+
+            return call_opaque(self.mixer.name, self.implementation, self.step, operands)
         return self.function(**operands)
 
 

@@ -37,6 +37,6 @@ MOE_EXPERTS = Mixer(
     output="ND",
     sees="token by token",
     options=_options,
-    forms={"torch": Form(train="flarec.kernels.moe_experts.torch_grouped:grouped")},
+    forms={"torch": Form(train="flarec.kernels.moe_experts.torch_grouped:grouped", opaque=("train",))},
 )
 """x [N,D], index and weight [N,k], up [E,2I,D] (gated) or [E,I,D], down [E,D,I] -> [N,D]."""

@@ -72,6 +72,7 @@ SELECTIVE_SCAN = Mixer(
             train="flarec.kernels.diagonal.selective_scan.torch_scan:two_stream",
             step="flarec.kernels.diagonal.selective_scan.torch_scan:step",
             reads=lambda site: Scan(),
+            opaque=("train", "step"),
         ),
     },
 )

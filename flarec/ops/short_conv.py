@@ -109,6 +109,7 @@ SHORT_CONV = Mixer(
             step="flarec.kernels.short_conv.triton_conv:step_of_layout",
             reads=lambda site: ConvOrder(site.size("weight", 1)),
             refuses=_refuses,
+            opaque=("step",),
             in_place=("x",),
         ),
     },

@@ -9,7 +9,7 @@ side: panels of blocks with the same readout, sorted by chunk.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flarec.errors import LayoutError
+from flarec.flat import Schedule, flat_input
 from flarec.layout import CAUSAL, PADDING, Layout
 
 IntArray = npt.NDArray[np.int64]
@@ -26,6 +27,7 @@ PANEL_VIEWS = 4  # a panel holds at most that many times the tokens of a chunk
 ZERO = -1  # a block that starts from zero
 
 
+@flat_input
 @dataclass(frozen=True)
 class Panel:
     """Blocks begin..end of the schedule: they start from states of one chunk (`fresh`: from zero), read alike and have
@@ -40,8 +42,9 @@ class Panel:
     padded: bool
 
 
+@flat_input
 @dataclass(frozen=True)
-class ScanSchedule:
+class ScanSchedule(Schedule):
     """Index tensors of one layout, n blocks of at most S tokens.
 
     panels         per chunk of `chunk_size` clean slots its panels; rows without clean slots have one empty chunk
@@ -71,9 +74,6 @@ class ScanSchedule:
     @property
     def chunks(self) -> int:
         return len(self.panels)
-
-    def to(self, device: torch.device | str) -> ScanSchedule:
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor"})
 
     def bounds(self, chunk: int) -> tuple[int, int]:
         """First clean slot of a chunk, and one past its last."""

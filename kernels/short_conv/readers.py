@@ -9,12 +9,13 @@ Rolling sums in registers therefore hold complete gradients, without atomics and
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flarec.errors import LayoutError
+from flarec.flat import Schedule, flat_input
 from flarec.layout import PADDING, Layout
 
 from .windows import _slot_minus_position, conv_windows
@@ -31,8 +32,9 @@ RESET = 16  # the first token of a document
 NEAR = 32  # may read clean tokens before it: every clean token, the first W-1 tokens of a block
 
 
+@flat_input
 @dataclass(frozen=True)
-class ConvSchedule:
+class ConvSchedule(Schedule):
     """Index tensors (int32) of one layout and one conv width; small against the tokens' channels.
 
     table  [rows, T, W + 1]     steps in visiting order: the token's slot, its code, what it reads at lags 1 .. W-1.
@@ -54,21 +56,6 @@ class ConvSchedule:
     @property
     def device(self) -> torch.device:
         return self.table.device
-
-    def tensors(self) -> list[Tensor]:
-        """The index tensors in the order of their fields."""
-        return [getattr(self, f.name) for f in fields(self) if f.type == "Tensor"]
-
-    def sizes(self) -> list[int]:
-        """The other fields in order; `rebuild(sizes, tensors)` is the inverse."""
-        return [int(getattr(self, f.name)) for f in fields(self) if f.type != "Tensor"]
-
-    @staticmethod
-    def rebuild(sizes: list[int], tensors: list[Tensor]) -> ConvSchedule:
-        return ConvSchedule(*sizes, *tensors)  # type: ignore[arg-type]
-
-    def to(self, device: torch.device | str) -> ConvSchedule:
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor"})
 
     @staticmethod
     def from_layout(layout: Layout, width: int, *, region: int = REGION) -> ConvSchedule:

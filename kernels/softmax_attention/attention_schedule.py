@@ -11,20 +11,22 @@ of keys are one range of slots per run: all blocks of one view are a run, as are
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flarec.errors import LayoutError
+from flarec.flat import Schedule, flat_input
 from flarec.layout import CAUSAL, Layout
 
 KEY_TILE = 128
 QUERY_STEP = 64
 
 
+@flat_input
 @dataclass(frozen=True)
-class AttentionSchedule:
+class AttentionSchedule(Schedule):
     """All tensors are int32 on one device. Slots are those of the lowered graph, 0..T-1, clean first.
 
     intervals [4, B, T]: clean start, clean end, noisy start, noisy end of the slots that a token reads; an empty
@@ -46,10 +48,6 @@ class AttentionSchedule:
     @property
     def rows(self) -> int:
         return self.intervals.shape[1]
-
-    def to(self, device: torch.device | str) -> AttentionSchedule:
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor"}
-        return replace(self, **moved)
 
     @staticmethod
     def from_layout(layout: Layout, *, window: int | None = None, key_tile: int = KEY_TILE) -> AttentionSchedule:

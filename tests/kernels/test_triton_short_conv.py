@@ -131,8 +131,9 @@ def check_rounding(case: Case, dtype: torch.dtype, activation: str | None, wider
 def test_schedule_visits_readers_first(layout: Layout, width: int, region: int) -> None:
     """Every slot once; reads as the oracle says; a region and its halo hold all readers, before what they read."""
     schedule = ConvSchedule.from_layout(layout, width, region=region)
-    assert all(t.dtype == torch.int32 for t in schedule.tensors())
-    assert ConvSchedule.rebuild(schedule.sizes(), schedule.tensors()) == schedule
+    numbers, tensors = schedule.flat()
+    assert all(t.dtype == torch.int32 for t in tensors)
+    assert ConvSchedule.rebuild(numbers, tensors) == schedule
     for row in range(layout.rows):
         by_slot = {token.slot: token for token in tokens(layout, row)}
         steps = schedule.table[row].tolist()
@@ -284,7 +285,7 @@ def test_custom_ops(optional: bool) -> None:
     case = Case(layout, 3, 2, bias=optional, window=optional, seed=0)
     schedule = ConvSchedule.from_layout(layout, 3).to(DEVICE)
     x, weight, bias, window = case.inputs(torch.float32, DEVICE)
-    tensors = (token_major(x.detach()).requires_grad_(), weight, bias, window, *schedule.tensors())
+    tensors = (token_major(x.detach()).requires_grad_(), weight, bias, window, *schedule.flat()[1])
     torch.library.opcheck(triton_conv.short_conv_fwd, (*tensors, schedule.clean_length, True))
     with torch.no_grad():
         dy = token_major(torch.randn_like(x))

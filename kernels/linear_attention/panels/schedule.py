@@ -12,7 +12,7 @@ and a block is a fixed small square on its diagonal. Several slots form a tile, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flarec.errors import LayoutError
+from flarec.flat import Schedule, flat_input
 from flarec.layout import CAUSAL, Layout
 
 IntArray = npt.NDArray[np.int64]
@@ -41,8 +42,9 @@ class HeadIndex:
     token: Tensor
 
 
+@flat_input
 @dataclass(frozen=True)
-class StateSchedule:
+class StateSchedule(Schedule):
     """Index tensors of one layout. N chunks of C clean rows, M panels of R = panel_slots * block_size noisy rows.
 
     clean_token   [N, C]   flat token index row * T + slot, -1 where the chunk has no token
@@ -75,7 +77,8 @@ class StateSchedule:
     token_padding: Tensor
     first_chunk: Tensor
     first_row: Tensor
-    derived: dict[object, object] = field(default_factory=dict, compare=False, repr=False)  # what layers share, by use
+    derived: dict[object, object] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """What layers share, by use."""
 
     @property
     def chunks(self) -> int:
@@ -92,10 +95,6 @@ class StateSchedule:
     @property
     def tile_rows(self) -> int:
         return self.tile_slots * self.block_size
-
-    def to(self, device: torch.device | str) -> StateSchedule:
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor"}
-        return replace(self, **moved, derived={})
 
     def heads(self, value_heads: int, key_heads: int) -> HeadIndex:
         """Gathers for these head counts, computed once."""

@@ -7,20 +7,22 @@ Nearly every step fits into one tile; the tiles of a longer one repeat the clean
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flarec.errors import LayoutError
+from flarec.flat import Schedule, flat_input
 from flarec.layout import CAUSAL, PADDING, Layout
 
 MIN_TILE = 16  # rows of the smallest matrix product
 MAX_TILE = 64
 
 
+@flat_input
 @dataclass(frozen=True)
-class StepSchedule:
+class StepSchedule(Schedule):
     """Rows and tiles of one step, int32 tensors on the layout's device.
 
     row_table  [B, 3, T]       per token slot: how many clean rows it reads (its anchor minus the cached tokens; a clean
@@ -49,9 +51,6 @@ class StepSchedule:
     @property
     def tiles(self) -> int:
         return self.tile_start.shape[1] - 1
-
-    def to(self, device: torch.device | str) -> StepSchedule:
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor"})
 
     @staticmethod
     def from_layout(layout: Layout, max_block: int | None = None) -> StepSchedule:

@@ -10,7 +10,7 @@ inside its tile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flarec.errors import LayoutError
+from flarec.flat import Schedule, flat_input
 from flarec.layout import CAUSAL, Layout
 
 IntArray = npt.NDArray[np.int64]
@@ -30,8 +31,9 @@ def largest_chunk(dtype: torch.dtype, key_dim: int, value_dim: int) -> int:
     return 32 if key_dim <= 128 else 16
 
 
+@flat_input
 @dataclass(frozen=True)
-class TileSchedule:
+class TileSchedule(Schedule):
     """Index tensors (int32) of one layout: D documents, N chunks of at most C clean rows, M tiles of R noisy rows.
 
     chunk_size C, tile_rows R: rows of the kernels' matrices; chunk_step: clean tokens of a full chunk, at most C.
@@ -86,22 +88,6 @@ class TileSchedule:
     @property
     def tiles(self) -> int:
         return self.tile_chunk.shape[0]
-
-    def tensors(self) -> list[Tensor]:
-        """The index tensors in the order of their fields."""
-        return [getattr(self, f.name) for f in fields(self) if f.type == "Tensor"]
-
-    def sizes(self) -> list[int]:
-        """The other fields in order; `rebuild(sizes, tensors)` is the inverse."""
-        return [int(getattr(self, f.name)) for f in fields(self) if f.type != "Tensor"]
-
-    @staticmethod
-    def rebuild(sizes: list[int], tensors: list[Tensor]) -> TileSchedule:
-        rows, length, chunk_size, step, tile_rows, largest_block, padded = sizes
-        return TileSchedule(rows, length, chunk_size, step, tile_rows, largest_block, bool(padded), *tensors)
-
-    def to(self, device: torch.device | str) -> TileSchedule:
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor"})
 
     @staticmethod
     def from_layout(layout: Layout, chunk_size: int = 64, tile_rows: int | None = None) -> TileSchedule:

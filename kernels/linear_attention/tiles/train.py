@@ -65,8 +65,8 @@ def two_stream(
             f"chunk_size={most}"
         )
     out, final, *_ = _forward(
-        q.to(dtype), k.to(dtype), v.to(dtype), g, beta, initial_state, schedule.sizes(), schedule.tensors(), scale,
-        delta, l2norm, final_state,
+        q.to(dtype), k.to(dtype), v.to(dtype), g, beta, initial_state, *schedule.flat(), scale, delta, l2norm,
+        final_state,
     )  # fmt: skip
     out = out.to(q.dtype)
     return (out, final) if final_state else out

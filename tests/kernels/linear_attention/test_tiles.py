@@ -180,8 +180,7 @@ def test_opcheck() -> None:
     arguments = (
         *(inputs[n] for n in NAMES),
         inputs["initial_state"],
-        schedule.sizes(),
-        schedule.tensors(),
+        *schedule.flat(),
         0.6,
         True,
         True,

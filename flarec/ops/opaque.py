@@ -1,0 +1,165 @@
+"""A kernel as ONE op of a compiled or exported graph: `flarec::mixer_call`, with its backward and its shapes.
+
+Tracers unroll Python loops over a schedule, and stop at matrices whose sizes are computed. In a compiled graph such a
+kernel is therefore a call of one op: its operands' tensors and integers are arguments, everything else about the call
+is text. The fake kernel asks the op's declaration (`Mixer.fake`, `Mixer.slots`) for shapes. The backward runs the
+kernel again under autograd: under a compiler such a mixer is computed twice, and keeps nothing but its operands.
+
+Eager programs do not come here.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from .mixer import Call
+
+TENSOR, NUMBER, PLAIN = "tensor", "number", "plain"
+
+
+@torch._dynamo.nonstrict_trace
+def call_opaque(mixer: str, implementation: str, step: bool, operands: dict[str, Any]) -> Any:
+    """The call of a mixer with these operands as an op; Dynamo leaves it alone, AOTAutograd comes in."""
+    leaves, structure = _pytree.tree_flatten(operands)
+    kinds = [TENSOR if isinstance(x, Tensor) else NUMBER if _is_number(x) else PLAIN for x in leaves]
+    text = json.dumps(
+        {
+            "call": [mixer, implementation, step],
+            "structure": _pytree.treespec_dumps(structure),
+            "kinds": kinds,
+            "plain": [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind == PLAIN],
+        }
+    )
+    called = _Opaque.read(text).called
+    if any(slot.in_place for slot in called.mixer.slots(_site(called, operands))) and step:
+        raise UsageError(
+            f"the {implementation} form of {mixer} writes its caches where they are, which a compiler cannot see; "
+            "lower the program with --kernels torch"
+        )
+    tensors = [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind == TENSOR]
+    results = _forward(text, tensors, [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind == NUMBER])
+    return tuple(results) if step and len(results) > 1 else results[0]
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, torch.SymInt) or type(leaf) is int
+
+
+@dataclass(frozen=True)
+class _Opaque:
+    """A call as its text says it."""
+
+    called: Call
+    structure: _pytree.TreeSpec
+    kinds: tuple[str, ...]
+    plain: tuple[Any, ...]
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def read(text: str) -> _Opaque:
+        from .table import mixers  # imports the declarations, which import this module
+
+        table = json.loads(text)
+        name, implementation, step = table["call"]
+        mixer = next(mixer for mixer in mixers() if mixer.name == name)
+        return _Opaque(
+            mixer.call(implementation, step),
+            _pytree.treespec_loads(table["structure"]),
+            tuple(table["kinds"]),
+            tuple(table["plain"]),
+        )
+
+    def operands(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> dict[str, Any]:
+        values = {TENSOR: iter(tensors), NUMBER: iter(numbers), PLAIN: iter(self.plain)}
+        operands: dict[str, Any] = _pytree.tree_unflatten([next(values[kind]) for kind in self.kinds], self.structure)
+        return operands
+
+    def run(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
+        results = self.called.function(**self.operands(tensors, numbers))
+        return list(results) if isinstance(results, tuple) else [results]
+
+
+@torch.library.custom_op("flarec::mixer_call", mutates_args=())
+def _forward(call: str, tensors: list[Tensor], numbers: list[int]) -> list[Tensor]:
+    with torch.no_grad():
+        results = _Opaque.read(call).run(tensors, numbers)
+    # results of their own: no views of operands or of one another
+    return [result.clone(memory_format=torch.contiguous_format) for result in results]
+
+
+@_forward.register_fake
+def _forward_fake(call: str, tensors: list[Tensor], numbers: list[int]) -> list[Tensor]:
+    opaque = _Opaque.read(call)
+    called, operands = opaque.called, opaque.operands(tensors, numbers)
+    mixer = called.mixer
+    names = {argument.name for argument in mixer.op._schema.arguments}
+    filled = mixer.bind((), {name: value for name, value in operands.items() if name in names})
+    output = mixer.fake(**filled)
+    results = [output.new_empty(output.shape)]
+    if called.step:
+        pending = operands["layout"].clean_length
+        for slot in mixer.slots(_site(called, operands)):
+            sizes: list[Any] = [{"batch": output.shape[0], "pending": pending}.get(str(n), n) for n in slot.shape]
+            sizes[-1] += pending if slot.kind == "conv" else 0
+            results.append(output.new_empty(sizes, dtype=slot.dtype))
+    return results
+
+
+def _site(called: Call, operands: Mapping[str, Any]) -> Any:
+    from .mixer import Site
+
+    return Site(operands, called.step)
+
+
+@torch.library.custom_op("flarec::mixer_call_backward", mutates_args=())
+def _backward(call: str, tensors: list[Tensor], numbers: list[int], wanted: list[int], grad: Tensor) -> list[Tensor]:
+    """Gradients of `tensors[i]` for i in wanted."""
+    tensors = list(tensors)
+    with torch.enable_grad():
+        for i in wanted:
+            tensors[i] = tensors[i].detach().requires_grad_()
+        output = _Opaque.read(call).run(tensors, numbers)[0]
+        grads = torch.autograd.grad(output, [tensors[i] for i in wanted], grad, allow_unused=True)
+    return [
+        torch.zeros_like(tensors[i], memory_format=torch.contiguous_format) if found is None
+        else found.clone(memory_format=torch.contiguous_format)
+        for i, found in zip(wanted, grads, strict=True)
+    ]  # fmt: skip
+
+
+@_backward.register_fake
+def _backward_fake(
+    call: str, tensors: list[Tensor], numbers: list[int], wanted: list[int], grad: Tensor
+) -> list[Tensor]:
+    return [tensors[i].new_empty(tensors[i].shape) for i in wanted]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:  # ctx is torch's own untyped object
+    call, tensors, numbers = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.call, ctx.numbers = call, numbers
+    ctx.wanted = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
+
+
+def _gradients(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    tensors = list(ctx.saved_tensors)
+    found: list[Tensor | None] = [None] * len(tensors)
+    if ctx.wanted:
+        made = _backward(ctx.call, tensors, ctx.numbers, ctx.wanted, grads[0])
+        for i, gradient in zip(ctx.wanted, made, strict=True):
+            found[i] = gradient
+    return None, found, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
