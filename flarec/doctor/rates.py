@@ -96,7 +96,8 @@ def _call(device: torch.device) -> float:
 
     with _Counter() as counter:
         chain()
-    return _seconds(device, chain) / counter.count
+    seconds: float = _seconds(device, chain) / counter.count
+    return seconds
 
 
 def _mix(x: Tensor, weight: Tensor, index: Tensor, hidden: Tensor) -> Tensor:
@@ -118,7 +119,8 @@ def _mix(x: Tensor, weight: Tensor, index: Tensor, hidden: Tensor) -> Tensor:
     rows = ATEN.index_select.default(ATEN.select.int(seen, 0, 0), 1, index)
     joined = ATEN.clone.default(ATEN.transpose.int(rows, 0, 1), memory_format=torch.contiguous_format)
     back = ATEN.view.default(joined, [1, 2, 4])
-    return ATEN.add.Tensor(x, ATEN.mul.Tensor(ATEN.silu.default(back), normed))
+    result: Tensor = ATEN.add.Tensor(x, ATEN.mul.Tensor(ATEN.silu.default(back), normed))
+    return result
 
 
 class _Counter(TorchDispatchMode):

@@ -32,7 +32,7 @@ def built(steps: list[tuple[int, int, int, int]]) -> tuple[Program, Watch, int]:
     root.register_buffer("index", torch.tensor([0, 0]))
     program, watch = Program(fx.GraphModule(root, graph), None, "", torch.float64), Watch()
     program.module.square = root.square
-    program.module.register_buffer("index", root.index)
+    program.module.register_buffer("index", torch.tensor([0, 0]))
     graph, output, ids = program.graph, program.output_node(), program.placeholder("input_ids")
     made: list[Any] = [output.args[0][0]]  # type: ignore[index]
     watch(program)
