@@ -61,9 +61,9 @@ def test_a_head_behind_a_scaling_is_found() -> None:
 
 def test_an_output_that_is_no_linear_layer_is_refused() -> None:
     before, _ = before_and_after("narrow-head")
-    logits: Any = before.output_node().args[0][0]  # type: ignore[index]
-    with before.graph.inserting_after(logits):
-        summed = before.graph.call_function(ATEN.add.Tensor, (logits, before.calls(ATEN.embedding.default)[0]))
+    graph, logits = before.graph, before.output_node().args[0][0]  # type: ignore[index]
+    with graph.inserting_before(before.output_node()):
+        summed = graph.call_function(ATEN.add.Tensor, (logits, graph.call_function(ATEN.neg.default, (logits,))))
     before.output_node().args = ((summed,),)
     with pytest.raises(PassError, match="'narrow-head' found nothing"):
         run_pipeline(before, [NarrowHead()], CHECKS)
