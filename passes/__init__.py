@@ -12,6 +12,7 @@ from flarec.ir.program import Program
 from flarec.passes.properties import CHECKS
 
 from .canonicalize import Canonicalize
+from .count_experts import CountExperts
 from .duplicate_streams import DuplicateStreams
 from .embed_mask import EmbedMask
 from .lower_mixers import IMPLEMENTATIONS, LowerMixers
@@ -28,6 +29,7 @@ TRAIN: list[Pass] = [
     RewriteMasks(),
     ScheduleStates(),
     NarrowHead(),
+    CountExperts(),
     LowerMixers(),
 ]
 

@@ -11,6 +11,7 @@ from flarec.ir.program import Program, locate, placeholder_name
 from flarec.ir.wellformed import check_canonical, check_captured
 from flarec.ops.mixer import Mixing
 
+from .count_experts import check_experts_counted
 from .duplicate_streams import PositionIds
 from .token_local import Watch
 
@@ -90,6 +91,7 @@ CHECKERS: dict[str, Checker] = {
     "state-scheduled": _no_captured("state"),
     "narrowed": check_narrowed,
     "mask-embedded": check_mask_embedded,
+    "experts-counted": check_experts_counted,
     "cached": check_cached,
     "lowered": check_lowered,
 }

@@ -4,6 +4,7 @@ Shapes: B rows, L tokens, H heads (value heads), Hk key heads, K key dim, V valu
 N states per channel; over a layout T = Lc + Ln tokens (clean first); R pending rows, M cache slots.
 """
 
+from .count_experts import STREAMS, count_experts, token_streams
 from .gated_recurrence import GATED_RECURRENCE
 from .linear_attention import LINEAR_ATTENTION
 from .mixer import REFERENCE, TORCH, TRITON, Call, Derivation, Form, Mixer, Site, Slot, plain_layout, state_dtype
@@ -21,6 +22,7 @@ __all__ = [
     "SELECTIVE_SCAN",
     "SHORT_CONV",
     "SOFTMAX_ATTENTION",
+    "STREAMS",
     "TORCH",
     "TRITON",
     "Call",
@@ -29,6 +31,7 @@ __all__ = [
     "Mixer",
     "Site",
     "Slot",
+    "count_experts",
     "mixer_of",
     "mixers",
     "name_operands",
@@ -37,4 +40,5 @@ __all__ = [
     "site_of",
     "sites",
     "state_dtype",
+    "token_streams",
 ]

@@ -72,6 +72,7 @@ GENERALIZED_DELTA_RULE = Mixer(
             train="flarec.kernels.generalized_delta_rule.torch_chunk:two_stream",
             step="flarec.kernels.generalized_delta_rule.torch_chunk:step",
             reads=lambda site: DeltaChunks(),
+            opaque=("train", "step"),
         ),
     },
 )

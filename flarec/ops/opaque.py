@@ -159,7 +159,7 @@ def _gradients(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
         made = _backward(ctx.call, tensors, ctx.numbers, ctx.wanted, grads[0])
         for i, gradient in zip(ctx.wanted, made, strict=True):
             found[i] = gradient
-    return None, found, None
+    return None, found, [None] * len(ctx.numbers)
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)

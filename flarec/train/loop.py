@@ -19,7 +19,7 @@ from .mask_token import MaskToken
 from .objective.batch import Batch, build_batches
 from .objective.loss import Metrics, loss
 from .objective.noise import step_generator
-from .router import ExpertLoad, RouterProbe
+from .router import ExpertLoad
 from .state import SavedState
 
 NAMED_ROWS, NAMED_DOCUMENTS = 2, 8
@@ -90,7 +90,6 @@ class Trainer:
 
     def __init__(self, program: Program, recipe: Recipe, mask: MaskToken, rows: RowStream, seed: int) -> None:
         self.program = program
-        self.probe = RouterProbe(program)
         self.recipe = recipe
         self.mask = mask
         self.rows = rows
@@ -142,9 +141,12 @@ class Trainer:
         for host_batch in batches:
             derived = self.program.derive(host_batch.layout)
             batch = host_batch.to(device)
-            logits, load = self.probe(batch.input_ids, batch.layout, batch.head_rows, derived)
+            results = self.program.results(
+                batch.input_ids, layout=batch.layout, head_rows=batch.head_rows, derived=derived
+            )
+            load = ExpertLoad.of(self.program.outputs, results)
             result = loss(
-                logits,
+                results[0],
                 batch,
                 suppress=self.mask.suppress,
                 ar_weight=weights.ar_weight,

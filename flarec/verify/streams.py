@@ -61,10 +61,10 @@ def no_leak(subject: Subject, cases: int = 2) -> Result:
 def influence(program: Program, ids: Tensor, layout: Layout) -> Tensor:
     """[T, T] for a layout with one row: largest absolute gradient of logits row t with respect to input embedding s."""
     rows = torch.arange(layout.length)
-    given: dict[str, Any] = {"input_ids": ids, "layout": layout, "head_rows": rows, **program.derive(layout)}
+    given = program.given(ids, layout=layout, head_rows=rows)
     run = _FromEmbeddings(program.module)
     with torch.enable_grad():
-        logits = run.run(*[given[node.name] for node in program.placeholders()])[0]
+        logits = run.run(*[given[name] for name in program.inputs])[0]
         assert run.embeddings is not None
         weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.dtype)
         outputs = (logits * weights).sum(1)

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from flarec.errors import LayoutError
+from flarec.flat import Schedule, flat_input
 from flarec.layout import CAUSAL, PADDING, Layout
 
 CHUNK_SIZE = 16
 
 
+@flat_input
 @dataclass(frozen=True)
-class DeltaSchedule:
+class DeltaSchedule(Schedule):
     """Index tensors of one layout: N chunks of C clean slots per row, n blocks of at most S tokens.
 
     Tokens are flat, row * T + slot; B * T stands for no token.
@@ -40,9 +42,6 @@ class DeltaSchedule:
     block_inside: Tensor
     block_document: Tensor
     block_causal: Tensor
-
-    def to(self, device: torch.device | str) -> DeltaSchedule:
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor"})
 
     @staticmethod
     def from_layout(layout: Layout, chunk_size: int = CHUNK_SIZE) -> DeltaSchedule:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from flarec.ir.spec import LENGTH, ROWS, TensorSpec
-from flarec.ops import REFERENCE, Call, Form, Mixer, Site, Slot
+from flarec.ops import REFERENCE, STREAMS, Call, Form, Mixer, Site, Slot
 
 from .call import run_on_meta
 from .values import Axes, Dim, Number, Opaque, Refusal, Tensor, check_size, holds_tokens, size_of, tensor
@@ -37,6 +39,15 @@ def result_of(target: Any, mixer: Mixer, args: tuple[Any, ...], kwargs: dict[str
     check_size(output, shapes[0])
     result = tensor(output, dtypes[0])
     return (result, *next_caches) if next_caches else result
+
+
+def counted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Opaque:
+    """The value of a count of experts: sums over tokens, which nothing but an output may read."""
+    index, streams, experts = args if len(args) == 3 and not kwargs else (None,) * 3
+    if not isinstance(index, Tensor) or index.axes[:1] != (TOKENS["B"] + TOKENS["L"],) or type(experts) is not int:
+        raise Refusal("counts something else than experts of all tokens in their order", "use the pass count-experts")
+    _check_opaque("stream", streams, "derived")
+    return Opaque("counts", "experts", None, TensorSpec((len(STREAMS), experts), torch.int64))
 
 
 def _none(others: dict[str, Any]) -> tuple[Opaque, ...]:
@@ -137,7 +148,7 @@ def describe(value: Any) -> str:
     kinds = {
         "layout": "the layout", "derived": f"'{value.name}', which is derived from the layout",
         "cache": f"the cache '{value.name}'", "next cache": f"the cache '{value.name}' of the next step",
-        "accepted": "the accepted rows", "head rows": "the rows of the head (head_rows)",
+        "counts": "counts over all tokens", "accepted": "the accepted rows", "head rows": "the rows of the head (head_rows)",
         "input": f"the input '{value.name}', which nothing provides",
     }  # fmt: skip
     return kinds[value.kind]

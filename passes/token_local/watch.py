@@ -23,7 +23,7 @@ from ..duplicate_streams import PositionIds
 from . import aten
 from .call import MEMO, Call, bind, found, results, run_on_meta
 from .declared import OPS as DECLARED
-from .mixers import ONLY_MIXERS, describe, result_of
+from .mixers import ONLY_MIXERS, counted, describe, result_of
 from .values import Number, Opaque, Refusal, Refused, Tensor, check_one_token_per_element, plain, tensor
 
 REGIONS: dict[str, int] = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
@@ -180,6 +180,8 @@ def _known(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     mixer = ops.mixer_of(target)
     if mixer is not None:
         return result_of(target, mixer, args, kwargs)
+    if target is ops.count_experts:
+        return counted(args, kwargs)
     if not isinstance(target, torch._ops.OpOverload):
         raise Refusal(
             f"calls {getattr(target, '__name__', target)}, whose effect on tokens is not known",

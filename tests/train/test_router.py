@@ -10,12 +10,13 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flarec import ops
+from flarec.ir.program import Program
 from flarec.layout import PADDING
 from flarec.train.loop import Trainer
 from flarec.train.objective.batch import Batch, build_batches
 from flarec.train.objective.noise import step_generator
 from flarec.train.progress import ConsoleReporter
-from flarec.train.router import ExpertLoad, count_choices, describe, worst
+from flarec.train.router import ExpertLoad, describe, worst
 from tests.models import tiny_tokenizer
 from tests.train.small_run import recipe, small
 
@@ -46,9 +47,9 @@ def batches_of(trainer: Trainer, name: str, micro_rows: int) -> list[Batch]:
 def expected(trainer: Trainer, batch: Batch) -> list[torch.Tensor]:
     """Counts per expert layer [2, experts], with a loop over the tokens."""
     program, layout = trainer.program, batch.layout
-    given = {"input_ids": batch.input_ids, "layout": layout, "head_rows": batch.head_rows, **program.derive(layout)}
+    given = program.given(batch.input_ids, layout=layout, head_rows=batch.head_rows)
     recorder = Recorder(program.module)
-    recorder.run(*[given[node.name] for node in program.placeholders()])
+    recorder.run(*[given[name] for name in program.inputs])
     length, result = layout.length, []
     for choices in recorder.choices:
         counts = torch.zeros(2, EXPERTS, dtype=torch.int64)
@@ -113,16 +114,27 @@ def test_clean_rows_are_counted_where_the_source_model_sends_them(family: str) -
         assert moved <= 2, "but for a choice that rounding decides"
 
 
+def without_counts(trainer: Trainer) -> Program:
+    """The trainer's program with the counts taken out."""
+    program = trainer.program.clone()
+    output = program.output_node()
+    output.args = (output.args[0][:1],)  # type: ignore[index]
+    program.outputs = program.outputs[:1]
+    program.graph.eliminate_dead_code()
+    program.finish()
+    assert not program.calls(ops.count_experts)
+    return program
+
+
 def test_the_step_is_the_same_and_micro_batches_add_up() -> None:
     trainer = small("kimi_linear").trainer(recipe("dual"))
+    plain = without_counts(trainer)
     halves = batches_of(trainer, "dual", 1)
     for batch in halves:
-        derived = trainer.program.derive(batch.layout)
+        given: dict[str, Any] = {"layout": batch.layout, "head_rows": batch.head_rows}
         with torch.no_grad():
-            logits, load = trainer.probe(batch.input_ids, batch.layout, batch.head_rows, derived)
-            plain = trainer.program(batch.input_ids, layout=batch.layout, head_rows=batch.head_rows, derived=derived)
-        assert load is not None
-        assert torch.equal(logits, plain)
+            first = trainer.program.results(batch.input_ids, **given)[0]
+            assert torch.equal(first, plain.results(batch.input_ids, **given)[0])
     *_, load = trainer.accumulate(halves)
     assert load is not None
     for number, counts in enumerate(load.counts):
@@ -144,20 +156,22 @@ class Waits(TorchDispatchMode):
 
 def test_counting_does_not_wait_for_the_device() -> None:
     trainer = small("kimi_linear").trainer(recipe("dual"))
+    plain = without_counts(trainer)
     batch = batches_of(trainer, "dual", 2)[0]
-    derived = trainer.program.derive(batch.layout)
+    given: dict[str, Any] = {"layout": batch.layout, "head_rows": batch.head_rows}
+    given["derived"] = trainer.program.derive(batch.layout)
     with torch.no_grad():
-        trainer.probe(batch.input_ids, batch.layout, batch.head_rows, derived)  # what is made once is made here
-        with Waits() as plain:
-            trainer.program(batch.input_ids, layout=batch.layout, head_rows=batch.head_rows, derived=derived)
+        trainer.program.results(batch.input_ids, **given)  # what is made once is made here
+        with Waits() as uncounted:
+            plain.results(batch.input_ids, **given)
         with Waits() as counted:
-            _, load = trainer.probe(batch.input_ids, batch.layout, batch.head_rows, derived)
+            load = ExpertLoad.of(trainer.program.outputs, trainer.program.results(batch.input_ids, **given))
             assert load is not None
             _ = load + load
         before = counted.count
         with Waits() as read:
             float(load.counts[0][0, 0])
-    assert before == plain.count
+    assert before == uncounted.count
     assert read.count == 1, "this is what a wait looks like"
 
 
@@ -194,7 +208,7 @@ def test_even_and_collapsed_loads() -> None:
 def test_dropped_choices_and_padding_count_for_nobody() -> None:
     stream = torch.tensor([0, 0, 1, 2])
     index = torch.tensor([[0, 3], [1, 0], [3, 2], [0, 1]])  # of three experts: 3 is a dropped choice
-    assert count_choices(index, stream, 3).tolist() == [[2, 1, 0], [0, 0, 1]]
+    assert ops.count_experts(index, stream, 3).tolist() == [[2, 1, 0], [0, 0, 1]]
 
 
 def test_progress_lines_show_it(capsys: pytest.CaptureFixture[str]) -> None:
