@@ -1,0 +1,113 @@
+"""From a source to a report: opened, captured, lowered; each step can end it with the reason."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flarec.errors import CaptureError, PassError, PropertyError, UsageError
+from flarec.frontend.export import capture
+from flarec.inspect import summarize
+from flarec.passes import lower
+from flarec.recipe import Recipe
+
+from .estimates import estimated
+from .kernels import availability, sites
+from .report import Report
+from .source import anatomy, located, open_meta, wrapper_of
+
+NOT_CONVERTED = (CaptureError, PassError, PropertyError)
+
+
+def _silent(text: str) -> None:
+    return None
+
+
+def diagnose(
+    source: str,
+    recipe: Recipe,
+    *,
+    length: int,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    kernels: bool = False,
+    estimate: bool = True,
+    say: Callable[[str], None] = _silent,
+) -> Report:
+    """Examine a model.
+
+    source     model directory, configuration file or hub id; weights are not read
+    recipe     block size, views and losses of the training step
+    length     tokens per row in training, positions of a request in serving; batch: rows, and requests
+    device     whose speed counts
+    dtype      that serves; default: float32 on the CPU, else as stored. Training is float32, as in `flarec convert`
+    kernels    also tell what `--kernels triton` would do with every site
+    estimate   tell memory and time
+    say        called with a line before each slow part
+
+    Raises `UsageError` for a source that is not there, and for a length or batch that no step can have.
+    """
+    _check_sizes(length, batch, recipe)
+    report = Report(
+        source=source, converts=False, reason=None, anatomy=None, capture_seconds=None, length=length, batch=batch,
+        recipe=recipe.name, block_size=recipe.diffusion.block_size, train_dtype="float32", serve_dtype="",
+    )  # fmt: skip
+    with located(source) as location:
+        try:
+            model = _opened(source, location, torch.float32)
+            wrapper = wrapper_of(location)
+            report = replace(report, anatomy=anatomy(model, None, wrapper))
+            say(f"capturing {type(model).__name__}")
+            start = time.perf_counter()
+            captured = capture(model)
+            report = replace(report, capture_seconds=time.perf_counter() - start)
+            train = lower(captured, "train")
+            serve_dtype = _serving_dtype(location, dtype, device)
+            served = captured if serve_dtype == torch.float32 else capture(open_meta(location, serve_dtype))
+            decode = lower(served, "decode")
+        except NOT_CONVERTED as error:
+            return replace(report, reason=str(error))
+    report = replace(
+        report,
+        converts=True,
+        anatomy=anatomy(model, summarize(captured), wrapper),
+        serve_dtype=str(serve_dtype).removeprefix("torch."),
+        sites=sites(served) if kernels else (),
+        kernels_note=availability(device) if kernels else "",
+    )
+    return estimated(report, train, decode, recipe, device, serve_dtype, model.config, say) if estimate else report
+
+
+def _check_sizes(length: int, batch: int, recipe: Recipe) -> None:
+    shortest = max(2, recipe.diffusion.block_size)
+    if length < shortest or batch < 1:
+        raise UsageError(
+            f"length {length} and batch {batch} cannot be used; give at least {shortest} tokens and one row"
+        )
+
+
+def _opened(source: str, location: str, dtype: torch.dtype) -> Any:
+    """The model on the meta device. Raises `CaptureError` for one that transformers does not open, `UsageError` for a
+    hub id that cannot be fetched."""
+    try:
+        return open_meta(location, dtype)
+    except UsageError as error:
+        if not Path(source).exists():
+            raise
+        text = str(error)  # of a configuration file: its copy has another name
+        raise CaptureError(source + text.removeprefix(location) if text.startswith(location) else text) from error
+
+
+def _serving_dtype(location: str, dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is not None:
+        return dtype
+    if device.type == "cpu":
+        return torch.float32
+    stored: torch.dtype = next(open_meta(location, None).parameters()).dtype
+    return stored
