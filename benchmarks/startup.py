@@ -27,6 +27,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = ("w3 w4", "--max-new-tokens", "1")
 BARE = "import torch, transformers"
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+"""Byte code is kept, as for every user."""
 BARS = {"warm": 0.6, "cold": 0.75}
 """Most that this tree may cost of the one it is compared with."""
 
@@ -62,7 +64,7 @@ class Tree:
     def run(self, what: str) -> None:
         with tempfile.TemporaryDirectory(dir=self.caches) as empty:
             cache = empty if what == "cold" else str(self.caches / "warm")
-            environment = os.environ | {"FLAREC_CACHE_DIR": cache, "OMP_NUM_THREADS": str(self.threads)}
+            environment = ENVIRONMENT | {"FLAREC_CACHE_DIR": cache, "OMP_NUM_THREADS": str(self.threads)}
             self.seconds[what].append(cpu_seconds(self.commands[what], environment))
 
     def warm_up(self) -> None:
@@ -93,7 +95,7 @@ def convert(folder: Path, threads: int) -> Path:
         str(ROOT / ".venv" / "bin" / "flarec"), "convert", str(tiny / "model"), "--data", str(tiny / "data/train.jsonl"),
         "--recipe", str(tiny / "recipe.toml"), "--steps", "1", "--out", str(out),
     ]  # fmt: skip
-    cpu_seconds(command, os.environ | {"OMP_NUM_THREADS": str(threads)})
+    cpu_seconds(command, ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)})
     return out
 
 

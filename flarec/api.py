@@ -24,6 +24,7 @@ from .device import resolve_kernels, torch_device, torch_dtype
 from .errors import CheckpointError, GenerationError, UsageError
 from .fields import shown, whole_number
 from .frontend.export import capture
+from .frontend.opening import Opened, modelling_code_untouched, opening_of
 from .generation import GenerationKeywords, GenerationOptions, per_prompt, takes_options
 from .passes.embed_mask import PARAMETER
 from .passes.plugins import load_plugins
@@ -65,7 +66,8 @@ class Output:
 class Model:
     """A model that is ready to generate.
 
-    hf_model, tokenizer  transformers objects; the program computes with hf_model's own parameters
+    hf_model, tokenizer  transformers objects; the program computes with hf_model's own parameters. A model that was
+                         opened before is built when somebody asks for it (`flarec.frontend.opening`)
     manifest             of a converted checkpoint, None for a source model
     program              the captured program; `decode_program` is what runs
     kernels              implementation of the token mixers: "triton", "torch" or "reference"
@@ -83,24 +85,29 @@ class Model:
         cache: bool = False,
         passes: Sequence[str] = (),
         plugins: Sequence[str | Path] = (),
+        opened: Opened | None = None,
     ) -> None:
-        """The model of a checkpoint, loaded. `cache`: see `flarec.capture`; for a model as it came from its files."""
+        """The model of a checkpoint, loaded. `cache`: see `flarec.capture`; for a model as it came from its files.
+
+        opened: its program and tensors; hf_model is then a function that gives the transformers model with these.
+        """
         manifest = checkpoint.manifest
         vector = manifest is not None and manifest.mask.kind == "vector"
         if vector and PARAMETER not in (extra or {}):
             raise CheckpointError(
                 f"the checkpoint has no mask vector ({PARAMETER} in flarec.safetensors); copy the checkpoint again"
             )
-        self.hf_model = hf_model
+        self._hf_model = hf_model if opened is None else None
+        self._build = hf_model
         self.tokenizer = tokenizer
         self.manifest = manifest
-        self.program = capture(hf_model, cache=cache)
+        self.program = opened.program if opened is not None else capture(hf_model, cache=cache)
         self.program.extra.update(extra or {})
         self.kernels = resolve_kernels(kernels, self.program.device)
         self.decode_program = lowered(
             checkpoint, self.program, "decode", kernels=self.kernels, foreign=passes, plugins=plugins
         )
-        self.eos_ids = checkpoint.eos_ids(hf_model.config, tokenizer)
+        self.eos_ids = checkpoint.eos_ids(self.program.config, tokenizer)
         self.engine = self._engine()
 
     def _engine(self) -> Engine:
@@ -115,6 +122,12 @@ class Model:
             max_positions=context_of(self.program.config, self.tokenizer),
             suppress=suppress,
         )
+
+    @property
+    def hf_model(self) -> Any:
+        if self._hf_model is None:
+            self._hf_model = self._build()
+        return self._hf_model
 
     @property
     def converted(self) -> bool:
@@ -285,9 +298,25 @@ def load(
     checkpoint = open_checkpoint(path, mask_token_id=mask_token_id, block_size=block_size)
     with collector_paused():
         load_plugins(plugins)  # before the capture: they may declare ops
+        # a plugin's code may have a say in what the model becomes: no note covers it
+        opening = opening_of(checkpoint.path, wanted, place) if not plugins and modelling_code_untouched() else None
         tokenizer = checkpoint.load_tokenizer()
+        opened = opening.restore() if opening is not None else None
+        if opened is not None:
+            checkpoint.check_mask(opened.rows)
+
+            def build() -> Any:
+                model = checkpoint.load_model(wanted, place)
+                opened.give_to(model)
+                return model
+
+            extra = checkpoint.load_extra(opened.program.dtype, place)
+            return Model(build, tokenizer, checkpoint, extra, kernels=kernels, opened=opened, passes=passes)
         hf_model = checkpoint.load_model(wanted, place)
         extra = checkpoint.load_extra(next(hf_model.parameters()).dtype, place)
-        return Model(
+        model = Model(
             hf_model, tokenizer, checkpoint, extra, kernels=kernels, cache=True, passes=passes, plugins=plugins
         )
+        if opening is not None:
+            opening.store(hf_model)
+        return model

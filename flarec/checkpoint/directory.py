@@ -82,14 +82,17 @@ class Checkpoint:
             raise CheckpointError(str(error)) from error
         except (SafetensorError, RuntimeError) as error:  # damaged weights, shapes that do not fit
             raise CheckpointError(f"the weights in {self.path} cannot be loaded: {first_line(error)}") from error
+        self.check_mask(int(model.get_input_embeddings().weight.shape[0]))
+        return model
+
+    def check_mask(self, rows: int) -> None:
+        """Raise `CheckpointError` for a mask token that is none of the embedding's rows."""
         mask = self.manifest.mask if self.manifest is not None else None
-        rows = int(model.get_input_embeddings().weight.shape[0])
         if mask is not None and mask.kind == "row" and mask.token_id >= rows:
             raise CheckpointError(
                 f"the mask token {mask.token_id} is no row of the vocabulary in {self.path}, which has {rows}; "
                 "give the right mask_token_id"
             )
-        return model
 
     def carried(self, model: nn.Module) -> Carried | None:
         """What surrounds `model`, the text model loaded from here; None if this is no multimodal checkpoint."""

@@ -2,6 +2,7 @@
 
     $FLAREC_CACHE_DIR, else $XDG_CACHE_HOME/flarec, else ~/.cache/flarec    (FLAREC_CACHE_DIR= or "off": no cache)
         programs/<key>.json    sha256 of key and graph, newline, the graph as JSON (`flarec.ir.json`); no weights
+        openings/<key>.json    which program a directory leads to (`flarec.frontend.opening`)
 
 The key is a hash of everything that decides a capture: the model's configuration, its modules with their settings,
 names, shapes and dtypes of its tensors, the source of the modelling code and of our own, and the versions of what they
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -73,19 +75,29 @@ class Entry:
     def restore(self, model: nn.Module) -> fx.GraphModule | None:
         """The stored graph on the model's own parameters and buffers; None if there is none that can be used."""
         try:
-            digest, _, text = self.path.read_text(encoding="utf-8").partition("\n")
-            if digest != self._digest(text):
-                return None
-            return graph_from_json(json.loads(text), _tensors(model))
+            return self.restore_on(tensors_of(model))
         except Exception:  # missing, unreadable, or whatever a foreign file leads to: the model is captured afresh
             return None
 
     def store(self, module: fx.GraphModule, model: nn.Module) -> None:
         """Write the graph if it can be written; it appears complete, also beside other writers."""
-        try:
-            text = json.dumps(graph_to_json(module, _tensors(model)), separators=(",", ":"))
-        except Unstorable:
-            return
+        with contextlib.suppress(Unstorable):
+            self.write(graph_to_json(module, tensors_of(model)))
+
+    def restore_on(self, tensors: dict[str, Tensor]) -> fx.GraphModule:
+        """The stored graph on tensors by name. Raises whatever a missing or foreign file leads to."""
+        return graph_from_json(self.read(), tensors)
+
+    def read(self) -> Any:
+        """What `write` was given. Raises whatever a missing or foreign file leads to."""
+        digest, _, text = self.path.read_text(encoding="utf-8").partition("\n")
+        if digest != self._digest(text):
+            raise Unstorable(f"{self.path.name} is not as it was written")
+        return json.loads(text)
+
+    def write(self, table: Any) -> None:
+        """Write a table of plain values, if the directory can be written."""
+        text = json.dumps(table, separators=(",", ":"))
         directory = self.path.parent
         with contextlib.suppress(OSError):
             directory.mkdir(parents=True, exist_ok=True)
@@ -101,7 +113,7 @@ class Entry:
 
     def _digest(self, text: str) -> str:
         """Covers the key too: a file under another name is foreign."""
-        return _sha256(f"{self.path.stem}\n{text}")
+        return sha256(f"{self.path.stem}\n{text}")
 
 
 def entry_of(model: nn.Module, family: str) -> Entry | None:
@@ -130,16 +142,17 @@ def key_of(model: nn.Module, family: str) -> str | None:
         "modules": settings,
         "tensors": [
             [name, list(tensor.shape), str(tensor.dtype), str(tensor.device)]
-            for name, tensor in _tensors(model).items()
+            for name, tensor in tensors_of(model).items()
         ],
         "default dtype": str(torch.get_default_dtype()),
-        "modelling code": sorted({_source(cls.__module__) for cls in classes if cls.__module__ in sys.modules}),
-        "versions": _versions(),
+        "modelling code": sorted({source_of(cls.__module__) for cls in classes if cls.__module__ in sys.modules}),
+        "versions": versions(),
     }
-    return _sha256(json.dumps(table, sort_keys=True))
+    return sha256(json.dumps(table, sort_keys=True))
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under all of their names."""
     named: Iterable[tuple[str, Tensor]] = (
         *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
     )  # fmt: skip
@@ -177,7 +190,8 @@ def _is_libraries_own(module: str) -> bool:
     return module.split(".")[0] in ("torch", "transformers")
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Of what decides a capture; of our own code the hash."""
     own = Path(__file__).parent.parent
     return {
         "python": platform.python_version(),
@@ -196,13 +210,16 @@ def _version(package: str) -> str | None:
 
 
 @cache
-def _source(module: str) -> str:
-    path = getattr(sys.modules[module], "__file__", None)
-    return f"{module} {_file_sha256(Path(path)) if path else ''}"
+def source_of(module: str) -> str:
+    """Name and hash of a module's file; the module itself is not imported for that."""
+    loaded = sys.modules.get(module)
+    spec = None if loaded is not None else importlib.util.find_spec(module)
+    path = getattr(loaded, "__file__", None) if spec is None else spec.origin
+    return f"{module} {file_sha256(Path(path)) if path else ''}"
 
 
 @cache
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -210,10 +227,10 @@ def _file_sha256(path: Path) -> str:
 def _sources_sha256(place: Path) -> str:
     """Hash of a file, or of all Python files below a folder with their names."""
     files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
-    return _sha256("\n".join(f"{file.relative_to(place.parent)} {_file_sha256(file)}" for file in files))
+    return sha256("\n".join(f"{file.relative_to(place.parent)} {file_sha256(file)}" for file in files))
 
 
-def _sha256(text: str) -> str:
+def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from .. import ops
 from ..errors import CaptureError, PropertyError
+from ..ir.module import graph_module, modules_compiled_late
 from ..ir.program import LAYER_LISTS, Program, Record, layer_of
 from ..ir.spec import spec_of, symbol_names
 from ..ir.wellformed import check_captured
@@ -30,6 +31,7 @@ from .family import Family
 from .loading import check_rotary as check_rotary
 from .loading import load_model as load_model
 from .loading import text_model_of
+from .traces import traces_of_forwards
 
 EXAMPLE_ROWS = 2
 EXAMPLE_LENGTH = 24
@@ -78,6 +80,24 @@ def _program(module: fx.GraphModule, model: nn.Module, family: Family, step: str
         module=module, config=model.config, family=family.model_type, dtype=next(model.parameters()).dtype
     )
     _check_layers(program, model, family)
+    return _captured(program, step, start)
+
+
+def program_of(module: fx.GraphModule, config: Any, dtype: torch.dtype, layers: int) -> Program:
+    """The program of a stored graph without its model, which had that many decoder layers; checked like any other.
+
+    Raises `CaptureError` or `PropertyError` for a graph that cannot be a capture of such a model.
+    """
+    start = time.perf_counter()
+    family = family_of(config)
+    program = Program(module=module, config=config, family=family.model_type, dtype=dtype)
+    if bare := _without_mixer(program, layers, family):
+        raise CaptureError(f"the stored graph has no token mixer in layers {bare}; remove it from the program cache")
+    return _captured(program, "capture(cached=True)", start)
+
+
+def _captured(program: Program, step: str, start: float) -> Program:
+    """With the property that every captured graph has, checked."""
     check_captured(program)
     delta = dict(sorted(program.op_counts().items()))
     program.history = (Record(step, (), delta, time.perf_counter() - start, ("captured",)),)
@@ -95,7 +115,13 @@ def _export(model: nn.Module, family: Family) -> fx.GraphModule:
     positions = torch.arange(EXAMPLE_LENGTH, device=device).expand(EXAMPLE_ROWS, -1).contiguous()
     shapes = {"input_ids": {0: rows, 1: length}, "position_ids": {0: rows, 1: length}}
     try:
-        with hooked(model, family), warnings.catch_warnings(), refuse_custom_functions(model):
+        with (
+            hooked(model, family),
+            warnings.catch_warnings(),
+            refuse_custom_functions(model),
+            modules_compiled_late(),
+            traces_of_forwards(),
+        ):
             warnings.simplefilter("ignore")
             if "position_ids" not in inspect.signature(model.forward).parameters:
                 raise CaptureError(
@@ -107,7 +133,7 @@ def _export(model: nn.Module, family: Family) -> fx.GraphModule:
             exported = torch.export.export(
                 model, (), {"input_ids": ids, "position_ids": positions}, dynamic_shapes=shapes, strict=False
             )
-        module = exported.module(check_guards=False)
+            module = exported.module(check_guards=False)
     except CaptureError:
         raise
     except Exception as error:
@@ -124,7 +150,7 @@ def _export(model: nn.Module, family: Family) -> fx.GraphModule:
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
             ops.name_operands(part.graph)
-    return fx.GraphModule(module, module.graph)  # without what else export hangs on to it
+    return graph_module(module, module.graph)  # without what else export hangs on to it
 
 
 def _check_rotary_type(model: nn.Module) -> None:
@@ -188,27 +214,32 @@ def _class_name(cls: Any) -> str:
 
 def _check_layers(program: Program, model: nn.Module, family: Family) -> None:
     """Every decoder layer must have a token mixer, but for the layers that the family's row declares to have none."""
-    found = {layer_of(node) for node, mixer in ops.sites(program.graph) if mixer.mixing != "none"}
-    layers = next(
-        (
-            module
-            for name, module in model.named_modules()
-            if name.rpartition(".")[2] in LAYER_LISTS and isinstance(module, nn.ModuleList)
-        ),
-        None,
-    )
+    layers = layers_of(model)
     if layers is None:
         raise CaptureError(
             f"{type(model).__name__} (family '{family.model_type}') has no list of decoder layers named "
             f"{' or '.join(LAYER_LISTS)}; its structure is not known"
         )
-    kinds = getattr(model.config, "layers_block_type", None) or getattr(model.config, "layer_types", None) or ()
     missing = "" if family.functions or family.methods else " (there is no such row yet: see CONTRIBUTING.md)"
+    for index in _without_mixer(program, len(layers), family):
+        layer = layers[index]
+        children = ", ".join(f"{name}: {type(child).__name__}" for name, child in layer.named_children())
+        raise CaptureError(
+            f"layer {index} ({type(layer).__name__}: {children}) has no recognised token mixer; add the function "
+            f"it calls to the row '{program.family}' in flarec/frontend/families.py{missing}"
+        )
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList | None:
+    """The list of decoder layers."""
+    lists = (m for name, m in model.named_modules() if name.rpartition(".")[2] in LAYER_LISTS)
+    return next((module for module in lists if isinstance(module, nn.ModuleList)), None)
+
+
+def _without_mixer(program: Program, layers: int, family: Family) -> list[int]:
+    """The decoder layers that have no mixer in the graph, but for those that the family's row declares to have none."""
+    found = {layer_of(node) for node, mixer in ops.sites(program.graph) if mixer.mixing != "none"}
+    config = program.config
+    kinds = getattr(config, "layers_block_type", None) or getattr(config, "layer_types", None) or ()
     mixerless = {index for index, kind in enumerate(kinds) if kind in family.mixerless}
-    for index, layer in enumerate(layers):
-        if index not in found | mixerless:
-            children = ", ".join(f"{name}: {type(child).__name__}" for name, child in layer.named_children())
-            raise CaptureError(
-                f"layer {index} ({type(layer).__name__}: {children}) has no recognised token mixer; add the function "
-                f"it calls to the row '{program.family}' in flarec/frontend/families.py{missing}"
-            )
+    return [index for index in range(layers) if index not in found | mixerless]

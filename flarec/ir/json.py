@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .module import graph_module
 from .spec import Size, TensorSpec
 
 Json = Any
@@ -80,7 +81,7 @@ def graph_from_json(table: Json, tensors: Mapping[str, Tensor]) -> fx.GraphModul
         node.meta = _meta_from_json(meta)
         known[name] = node
     graph.lint()
-    return fx.GraphModule(root, graph)
+    return graph_module(root, graph)
 
 
 def _check_words(op: str, name: Json, target: Json, kwargs: Json) -> None:

@@ -22,6 +22,7 @@ from torch.utils import _pytree
 
 from ..errors import UsageError
 from ..layout import Layout
+from .module import compile_now, graph_module
 from .slots import CacheSlot
 
 LAYER_LISTS = ("layers", "h")
@@ -96,9 +97,8 @@ class Program:
         mapping: dict[fx.Node, fx.Node] = {}
         output = graph.graph_copy(self.graph, mapping)
         graph.output(output)
-        module = fx.GraphModule(self.module, graph)
         return Program(
-            module,
+            graph_module(self.module, graph),
             self.config,
             self.family,
             self.dtype,
@@ -210,6 +210,7 @@ class Program:
         are those of `torch.compile` ("backend", "dynamic", ...). A pass cannot change it any more.
         """
         program = self.clone()
+        compile_now(program.module)  # dynamo reads the code of a graph, and does not follow how it is made
         program.run = torch.compile(program.module, fullgraph=True, **options)
         return program
 
@@ -264,7 +265,7 @@ class Program:
     def finish(self) -> None:
         """Recompile after a rewrite; the graph must be well formed."""
         self.graph.lint()
-        self.module.recompile()
+        compile_now(self.module)
         self.inputs = tuple(node.name for node in self.placeholders())
 
 

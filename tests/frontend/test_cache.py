@@ -294,12 +294,12 @@ def test_what_decides_a_capture_decides_the_key(monkeypatch: pytest.MonkeyPatch)
     model = tiny_model("bamba")
     model.model.final_layernorm.weight = nn.Parameter(model.model.final_layernorm.weight.double())
     keys.add(key_of(model, "bamba"))
-    versions = program_cache._versions()
+    versions = program_cache.versions()
     for name in versions:
-        monkeypatch.setattr(program_cache, "_versions", lambda name=name: versions | {name: "another"})
+        monkeypatch.setattr(program_cache, "versions", lambda name=name: versions | {name: "another"})
         keys.add(key_of(tiny_model("bamba"), "bamba"))
-    monkeypatch.setattr(program_cache, "_versions", lambda: versions)
-    monkeypatch.setattr(program_cache, "_source", lambda module: f"{module} changed")
+    monkeypatch.setattr(program_cache, "versions", lambda: versions)
+    monkeypatch.setattr(program_cache, "source_of", lambda module: f"{module} changed")
     keys.add(key_of(tiny_model("bamba"), "bamba"))
     assert len(keys) == 7 + len(versions)
     assert None not in keys
@@ -307,7 +307,7 @@ def test_what_decides_a_capture_decides_the_key(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_versions_name_what_they_should() -> None:
     own = {"flarec/frontend", "flarec/ir", "flarec/ops"}
-    assert {"python", "torch", "transformers", "flarec"} | own <= set(program_cache._versions())
+    assert {"python", "torch", "transformers", "flarec"} | own <= set(program_cache.versions())
 
 
 def test_the_hash_of_a_folder_covers_names_and_contents(tmp_path: Path) -> None:
