@@ -118,7 +118,9 @@ def ratios(trees: dict[str, Tree]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="CPU seconds of a start.")
     parser.add_argument("--against", type=Path, help="another checkout with its own .venv")
-    parser.add_argument("--checkpoint", type=Path, help="a converted checkpoint; without one the tiny model is converted")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a converted checkpoint; without one the tiny model is converted"
+    )
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)

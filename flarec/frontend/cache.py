@@ -215,11 +215,11 @@ def source_of(module: str) -> str:
     loaded = sys.modules.get(module)
     spec = None if loaded is not None else importlib.util.find_spec(module)
     path = getattr(loaded, "__file__", None) if spec is None else spec.origin
-    return f"{module} {file_sha256(Path(path)) if path else ''}"
+    return f"{module} {_file_sha256(Path(path)) if path else ''}"
 
 
 @cache
-def file_sha256(path: Path) -> str:
+def _file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -227,7 +227,7 @@ def file_sha256(path: Path) -> str:
 def _sources_sha256(place: Path) -> str:
     """Hash of a file, or of all Python files below a folder with their names."""
     files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
-    return sha256("\n".join(f"{file.relative_to(place.parent)} {file_sha256(file)}" for file in files))
+    return sha256("\n".join(f"{file.relative_to(place.parent)} {_file_sha256(file)}" for file in files))
 
 
 def sha256(text: str) -> str:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..ir.json import Unstorable
 from ..ir.program import Program
-from .cache import Entry, cache_directory, entry_of, file_sha256, sha256, source_of, tensors_of, versions
+from .cache import Entry, cache_directory, entry_of, sha256, source_of, tensors_of, versions
 from .export import layers_of, program_of
 from .families import family_of
 from .loading import is_wrapper, read_config
@@ -102,14 +102,16 @@ class Opening:
             tensors = _origins(tensors_of(model), self.directory)
         except Unstorable:
             return
-        self.entry.write({
-            "program": graph.path.stem,
-            "sources": sorted({source_of(type(module).__module__) for module in model.modules()}),
-            "layers": len(layers),
-            "dtype": _name(next(model.parameters()).dtype),
-            "rows": int(model.get_input_embeddings().weight.shape[0]),
-            "tensors": tensors,
-        })
+        self.entry.write(
+            {
+                "program": graph.path.stem,
+                "sources": sorted({source_of(type(module).__module__) for module in model.modules()}),
+                "layers": len(layers),
+                "dtype": _name(next(model.parameters()).dtype),
+                "rows": int(model.get_input_embeddings().weight.shape[0]),
+                "tensors": tensors,
+            }
+        )
 
     def _graph(self, key: str) -> Entry:
         return Entry(self.entry.path.parent.parent / "programs" / f"{key}.json")
@@ -142,7 +144,11 @@ def key_of(directory: Path, dtype: torch.dtype | None, device: torch.device) -> 
         return None
     table = {
         "files": sorted(path.name for path in directory.iterdir()),
-        "json": {path.name: file_sha256(path) for path in directory.glob("*.json") if path.name not in _NO_SAY},
+        "json": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in directory.glob("*.json")
+            if path.name not in _NO_SAY
+        },
         "weights": {file.name: _header_sha256(file) for file in weights},
         "dtype": [str(dtype), str(torch.get_default_dtype())],
         "device": [str(device), str(torch.get_default_device())],
