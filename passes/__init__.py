@@ -20,6 +20,7 @@ from .narrow_head import NarrowHead
 from .plugins import Known, known_passes
 from .rewrite_masks import RewriteMasks
 from .schedule_states import ScheduleStates
+from .split_head import SplitHead
 from .thread_cache import ThreadCache
 
 TRAIN: list[Pass] = [
@@ -29,6 +30,7 @@ TRAIN: list[Pass] = [
     RewriteMasks(),
     ScheduleStates(),
     NarrowHead(),
+    SplitHead(),
     CountExperts(),
     LowerMixers(),
 ]
@@ -48,13 +50,15 @@ PIPELINES: dict[str, list[Pass]] = {"train": TRAIN, "decode": DECODE}
 PASSES: dict[str, type[Pass]] = {step.name: type(step) for step in [*TRAIN, *DECODE]}
 GIVEN = frozenset({"captured"})
 """What holds before the first pass."""
+YOUNG = frozenset({"experts-counted", "head-split"})
+"""Properties that pipelines of older checkpoints do not have, and that nothing which runs them needs."""
 AFTER = "@after:"
 """Pins a foreign pass: `my-pass(option=1)@after:narrow-head`."""
 
 
 def needs(target: str) -> frozenset[str]:
     """What holds at the end of a target's own pipeline, and has to hold with passes of others too."""
-    return check_order(PIPELINES[target], GIVEN)
+    return check_order(PIPELINES[target], GIVEN) - YOUNG
 
 
 def passes_by_name(plugins: Sequence[str | Path] = ()) -> dict[str, Known]:
@@ -73,8 +77,8 @@ def pipeline(
 ) -> list[Pass]:
     """The pipeline `target` ("train" or "decode") with its run-dependent options filled in.
 
-    stored: the text of a checkpoint's manifest instead of the literal list; the implementation of the mixers is then
-    replaced by `kernels`, nothing else. foreign: passes of others as text, `name(option=value)`; each goes to the
+    stored: the text of a checkpoint's manifest instead of the literal list; the implementation of mixers and losses is
+    then replaced by `kernels`, nothing else. foreign: passes of others as text, `name(option=value)`; each goes to the
     latest place before lower-mixers that its requirements allow, or with `@after:NAME` behind that pass. plugins: files
     that define such passes, beside the installed ones.
 
@@ -92,7 +96,7 @@ def pipeline(
     for step in steps:
         if isinstance(step, EmbedMask) and stored is None:
             filled.append(replace(step, vector=mask_vector))
-        elif isinstance(step, LowerMixers):
+        elif isinstance(step, (LowerMixers, SplitHead)):
             filled.append(replace(step, implementation=kernels))
         else:
             filled.append(step)

@@ -13,6 +13,7 @@ from flarec.ops.mixer import Mixing
 
 from .count_experts import check_experts_counted
 from .duplicate_streams import PositionIds
+from .split_head import check_head_split
 from .token_local import Watch
 
 ATEN = torch.ops.aten
@@ -90,6 +91,7 @@ CHECKERS: dict[str, Checker] = {
     "masked": _no_captured("attention"),
     "state-scheduled": _no_captured("state"),
     "narrowed": check_narrowed,
+    "head-split": check_head_split,
     "mask-embedded": check_mask_embedded,
     "experts-counted": check_experts_counted,
     "cached": check_cached,

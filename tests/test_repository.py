@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugin": {"ir", "layout", "ops", "passes"},
     "train": {
         "ops", "ir", "layout", "recipe", "device", "decode", "recipes", "frontend", "passes", "checkpoint",
-        "files", "interrupts",
+        "files", "interrupts", "kernels.row_losses",
     },
     "conformance": BELOW_CLI - {"doctor"},
     "doctor": BELOW_CLI - {"conformance"},

@@ -15,6 +15,7 @@ from flarec.frontend.export import capture
 from flarec.inspect import summarize
 from flarec.passes import lower
 from flarec.recipe import Recipe
+from flarec.train.precision import DTYPES, resolve_precision
 
 from .estimates import estimated
 from .kernels import availability, sites
@@ -46,7 +47,7 @@ def diagnose(
     recipe     block size, views and losses of the training step
     length     tokens per row in training, positions of a request in serving; batch: rows, and requests
     device     whose speed counts
-    dtype      that serves; default: float32 on the CPU, else as stored. Training is float32, as in `flarec convert`
+    dtype      that serves; default: float32 on the CPU, else as stored. Training is in the recipe's precision
     kernels    also tell what `--kernels triton` would do with every site
     estimate   tell memory and time
     say        called with a line before each slow part
@@ -54,13 +55,15 @@ def diagnose(
     Raises `UsageError` for a source that is not there, and for a length or batch that no step can have.
     """
     _check_sizes(length, batch, recipe)
+    train_dtype = DTYPES[resolve_precision(recipe.optimizer.precision, device)]
     report = Report(
         source=source, converts=False, reason=None, anatomy=None, capture_seconds=None, length=length, batch=batch,
-        recipe=recipe.name, block_size=recipe.diffusion.block_size, train_dtype="float32", serve_dtype="",
+        recipe=recipe.name, block_size=recipe.diffusion.block_size,
+        train_dtype=str(train_dtype).removeprefix("torch."), serve_dtype="",
     )  # fmt: skip
     with located(source) as location:
         try:
-            model = _opened(source, location, torch.float32)
+            model = _opened(source, location, train_dtype)
             wrapper = wrapper_of(location)
             report = replace(report, anatomy=anatomy(model, None, wrapper))
             say(f"capturing {type(model).__name__}")
@@ -69,7 +72,7 @@ def diagnose(
             report = replace(report, capture_seconds=time.perf_counter() - start)
             train = lower(captured, "train")
             serve_dtype = _serving_dtype(location, dtype, device)
-            served = captured if serve_dtype == torch.float32 else capture(open_meta(location, serve_dtype))
+            served = captured if serve_dtype == train_dtype else capture(open_meta(location, serve_dtype))
             decode = lower(served, "decode")
         except NOT_CONVERTED as error:
             return replace(report, reason=str(error))
@@ -81,7 +84,7 @@ def diagnose(
         sites=sites(served) if kernels else (),
         kernels_note=availability(device) if kernels else "",
     )
-    return estimated(report, train, decode, recipe, device, serve_dtype, model.config, say) if estimate else report
+    return estimated(report, train, decode, recipe, device, model.config, say) if estimate else report
 
 
 def _check_sizes(length: int, batch: int, recipe: Recipe) -> None:

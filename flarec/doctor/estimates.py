@@ -23,7 +23,6 @@ def estimated(
     decode: Program,
     recipe: Recipe,
     device: torch.device,
-    serve_dtype: torch.dtype,
     config: Any,
     say: Callable[[str], None],
 ) -> Report:
@@ -45,14 +44,14 @@ def estimated(
         return replace(report, estimate_note=f"memory and time are not told: {lines[0]}")
     say(f"measuring {device}")
     width = int(config.get_text_config().hidden_size)
-    rates = {dtype: measure(device, dtype, width) for dtype in dict.fromkeys((torch.float32, serve_dtype))}
+    rates = {dtype: measure(device, dtype, width) for dtype in dict.fromkeys((train.dtype, decode.dtype))}
     return replace(
         report,
         convert=training.memory,
         serve=serving.memory,
         cache_bytes=cache_bytes(decode.cache_slots),
         rates=tuple(rates.values()),
-        speed=_speed(training, serving, rates[torch.float32], rates[serve_dtype], recipe, batch),
+        speed=_speed(training, serving, rates[train.dtype], rates[decode.dtype], recipe, batch),
     )
 
 

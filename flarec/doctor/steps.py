@@ -66,11 +66,11 @@ def simulate_training(program: Program, recipe: Recipe, *, length: int, batch: i
     batches = build_batches(rows.rows(batch), recipe.diffusion, mask.token_id, step_generator(0, 0))
     with Simulation() as simulation:
         program = with_fake_weights(program, simulation, device)
-        parameters = list(program.parameters().values())
-        weights = simulation.live
         trainer = Trainer(program, recipe, mask, rows, seed=0)
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
+        masters = list(trainer.weights.masters.values())
+        weights = simulation.live
+        for master in masters:
+            master.grad = torch.zeros_like(master)
         gradients = simulation.live - weights
         trainer.optimizer.step()
         moments = simulation.live - weights - gradients
@@ -78,8 +78,9 @@ def simulate_training(program: Program, recipe: Recipe, *, length: int, batch: i
         start = simulation.work.copy()
         trainer.accumulate(batches)
         middle = simulation.work.copy()
-        torch.nn.utils.clip_grad_norm_(parameters, recipe.optimizer.clip or math.inf)
+        torch.nn.utils.clip_grad_norm_(masters, recipe.optimizer.clip or math.inf)
         trainer.optimizer.step()
+        trainer.weights.round()
         peak, end = simulation.peak, simulation.work.copy()
     parts = {"weights": weights, "gradients": gradients, "AdamW moments": moments}
     parts["activations"] = peak - sum(parts.values())

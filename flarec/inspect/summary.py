@@ -265,6 +265,9 @@ def _embedding(program: Program) -> str:
 
 
 def _head(program: Program) -> str:
+    if program.head is not None:
+        count, width = program.module.get_parameter(program.head.weight).shape
+        return f"{program.head.describe()} [N, {width}] -> [N, {count}], beside the graph"
     node = find_head(program)
     if node is None:
         return "not recognised"

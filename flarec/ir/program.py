@@ -22,6 +22,7 @@ from torch.utils import _pytree
 
 from ..errors import UsageError
 from ..layout import Layout
+from .head import Head
 from .module import compile_now, graph_module
 from .slots import CacheSlot
 
@@ -72,6 +73,8 @@ class Program:
     outputs: tuple[str, ...] = ("logits",)
     extra: dict[str, nn.Parameter] = field(default_factory=dict)
     """Parameters that have no place in the Hugging Face model (the mask vector)."""
+    head: Head | None = None
+    """What makes logits of the graph's first output, where `split-head` took it out; None: the graph makes them."""
     run: Callable[..., tuple[Tensor, ...]] | None = field(default=None, repr=False)
     """What runs instead of `module`, with its inputs in order: the compiled graph (`compiled`)."""
 
@@ -97,8 +100,11 @@ class Program:
         mapping: dict[fx.Node, fx.Node] = {}
         output = graph.graph_copy(self.graph, mapping)
         graph.output(output)
+        module = graph_module(self.module, graph)
+        if self.head is not None:
+            self.head.attach(self.module, module)
         return Program(
-            graph_module(self.module, graph),
+            module,
             self.config,
             self.family,
             self.dtype,
@@ -108,21 +114,30 @@ class Program:
             self.cache_slots,
             self.outputs,
             dict(self.extra),
+            self.head,
         )
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.module.named_parameters())
 
-    def derive(self, layout: Layout, capacity: int | None = None) -> dict[str, Any]:
+    def derive(
+        self,
+        layout: Layout,
+        capacity: int | None = None,
+        *,
+        moved: Layout | None = None,
+        move: Callable[[Any], Any] | None = None,
+    ) -> dict[str, Any]:
         """Everything that the graph reads from the layout, computed once for all layers, on the program's device.
 
         A layout may be given on the host: schedules whose sizes depend on it are then made there, without waiting for
-        what the device is doing.
+        what the device is doing. moved: the same layout on the device, if it is there; move: brings a schedule there.
         """
         device = self.device
-        moved = layout.to(device)
+        moved = layout.to(device) if moved is None else moved
+        bring: Callable[[Any], Any] = move or (lambda schedule: schedule.to(device))
         return {
-            name: item.build(layout, capacity).to(device)
+            name: bring(item.build(layout, capacity))
             if getattr(item, "on_host", False)
             else item.build(moved, capacity)
             for name, item in self.derivations.items()
@@ -149,7 +164,7 @@ class Program:
         results = self.results(
             input_ids, position_ids=position_ids, layout=layout, head_rows=head_rows, cache=cache, derived=derived
         )
-        logits: Tensor = results[0]
+        logits: Tensor = results[0] if self.head is None else self.head.logits(self.module, results[0])
         if cache is not None:
             cache.tensors.update({n: t for n, t in zip(self.outputs, results, strict=True) if n in cache.tensors})
         return logits
@@ -164,7 +179,7 @@ class Program:
         cache: CacheTensors | None = None,
         derived: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Run the graph and return its `outputs`. Arguments of a call."""
+        """Run the graph and return its `outputs`: with `split-head` hidden rows [N, D] first. Arguments of a call."""
         given = self.given(
             input_ids, position_ids=position_ids, layout=layout, head_rows=head_rows, cache=cache, derived=derived
         )

@@ -11,9 +11,11 @@ ATEN = torch.ops.aten
 
 
 def check_captured(program: Program) -> None:
-    """One output (the logits first), only calls of known kinds, parameters that exist."""
-    if not program.outputs or program.outputs[0] != "logits":
-        raise PropertyError("the first output is not 'logits'")
+    """One output (the logits first, or what the head makes them of), only calls of known kinds, parameters that exist.
+    """
+    first = "logits" if program.head is None else "hidden"
+    if not program.outputs or program.outputs[0] != first:
+        raise PropertyError(f"the first output is not '{first}'")
     results = program.output_node().args[0]
     if not isinstance(results, tuple) or len(results) != len(program.outputs):
         raise PropertyError(f"the graph returns other things than its outputs {program.outputs}")

@@ -107,12 +107,14 @@ class Objective(Section):
 
     path: ClassVar[str] = "objective"
     ar_weight: float = key(1.0, "weight of the autoregressive loss (small values damage the model)", low=0)
-    diffusion_weight: float = key(1.0, "weight of the diffusion loss; 0 trains the clean stream alone", low=0)
+    diffusion_weight: float = key(
+        1.0, "weight of the diffusion loss; 0 trains the clean stream alone, without noisy tokens", low=0
+    )
 
 
 @dataclass(frozen=True)
 class Optimizer(Section):
-    """AdamW and its schedule; `lr`, warmup, schedule, decay and clip defaults are the published ones."""
+    """AdamW, its schedule and its numbers; `lr`, warmup, schedule, decay and clip defaults are the published ones."""
 
     path: ClassVar[str] = "optimizer"
     steps: int = key(1000, "optimizer steps", low=1)
@@ -127,6 +129,11 @@ class Optimizer(Section):
         "constant", "after the warmup: constant, or a decay to 0 at the last step (linear, cosine)"
     )
     clip: float = key(1.0, "limit of the global gradient norm; 0 for none", low=0)
+    precision: Literal["auto", "bf16", "float32"] = key(
+        "auto",
+        "bf16: compute in bfloat16, with float32 weights, gradient sums and moments in the optimizer; float32: compute "
+        "in float32, too; auto: bf16 on a GPU, float32 on a CPU",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

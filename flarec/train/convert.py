@@ -29,8 +29,8 @@ from .router import describe as describe_router
 from .router import worst
 from .state import METRICS, StateDirectory
 
-READ_EVERY = {"cpu": 1, "cuda": 10}
-"""Steps between reads of the losses, by device: on an accelerator each read waits until everything queued is done."""
+READ_EVERY = {"cpu": (1, 0), "cuda": (10, 2)}
+"""By device: steps between reads of the losses, and the newest steps, left alone. A read waits for what it reads."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -155,6 +155,7 @@ class _Conversion:
             "recipe": run.recipe.to_dict(),
             "seed": run.options.seed,
             "kernels": run.options.kernels,
+            "precision": run.precision,
             "source": {"name": self.source.name, "sha256": self.source.sha256},
             "data": {
                 f"{number}: {Path(source.stats.source).name}": source.fingerprint()
@@ -178,7 +179,7 @@ class _Conversion:
     def _train(self) -> None:
         recipe, trainer = self.run.recipe, self.trainer
         steps, every = recipe.optimizer.steps, recipe.evaluation.every
-        read_every = READ_EVERY[trainer.program.device.type]
+        read_every, behind = READ_EVERY[trainer.program.device.type]
         pending: list[Step] = []
         with Interrupts(finish_step=True) as interrupts:
             if 0 not in self.evaluations and trainer.step == 0:
@@ -190,9 +191,11 @@ class _Conversion:
                 last = trainer.step == steps
                 evaluate = bool(every) and (trainer.step % every == 0 or last)
                 save = trainer.step % recipe.save.every == 0 or last or interrupts.requested
-                if len(pending) >= read_every or evaluate or save:
-                    self._read(pending, clock)
-                    pending = []
+                # the newest steps of an accelerator are left alone, so that it has something to do meanwhile
+                done = len(pending) - (0 if evaluate or save else behind)
+                if done >= read_every or evaluate or save:
+                    self._read(pending[:done], clock)
+                    pending = pending[done:]
                     if evaluate:
                         self._evaluate()
                     if save:
@@ -250,6 +253,7 @@ class _Conversion:
 
     def _write(self) -> Path:
         run = self.run
+        run.trainer.weights.widen()
         extra = {name: torch.nn.Parameter(value.detach().cpu()) for name, value in run.captured.extra.items()}
         try:
             return write_checkpoint(
@@ -278,7 +282,8 @@ class _Conversion:
             }
             for number, source in enumerate(run.sources, 1)
         }
-        steps = {"steps": recipe.optimizer.steps, "seed": run.options.seed, "held_out_documents": run.held_documents}
+        steps = {"steps": recipe.optimizer.steps, "seed": run.options.seed, "held_out_documents": run.held_documents,
+                 "precision": run.precision}  # fmt: skip
         return Manifest(
             source=self.source,
             mask=run.mask,

@@ -19,7 +19,8 @@ from ..recipe.sections import Diffusion
 from .data.document import Document, PackedRow
 from .mask_token import MaskToken
 from .objective.batch import build_batches
-from .objective.loss import Metrics, loss
+from .objective.head_loss import losses_of, plan_for
+from .objective.loss import Metrics, Scales
 from .objective.noise import step_generator
 
 
@@ -58,10 +59,11 @@ class HeldOut:
         for host_batch in build_batches(
             rows, masked, self.mask.token_id, generator, micro_rows=recipe.optimizer.micro_rows
         ):
-            batch = host_batch.to(self.train.device)
-            logits = self.train(batch.input_ids, layout=batch.layout, head_rows=batch.head_rows)
-            counts = {"ar_total": batch.ar_count, "diffusion_total": batch.diffusion_count}
-            metrics = loss(logits, batch, suppress=self.mask.suppress, **counts).metrics
+            scales = Scales.of([host_batch], recipe.objective)
+            plan, device = plan_for(self.train, host_batch, scales), self.train.device
+            plan, batch = plan if plan is None else plan.to(device), host_batch.to(device)
+            results, *_ = self.train.results(batch.input_ids, layout=batch.layout, head_rows=batch.head_rows)
+            metrics = losses_of(results, self.train, batch, plan, scales, suppress=self.mask.suppress).metrics
             total = metrics if total is None else total + metrics
         assert total is not None, "no held-out documents"
         return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,12 @@ from ..ir.program import Program
 from ..recipe import Recipe
 from .data.document import PackedRow
 from .data.packing import RowStream
+from .feed import Feed, MicroBatch, moved
 from .mask_token import MaskToken
-from .objective.batch import Batch, build_batches
-from .objective.loss import Metrics, loss
-from .objective.noise import step_generator
+from .objective.batch import Batch
+from .objective.head_loss import losses_of
+from .objective.loss import Metrics
+from .precision import Weights
 from .router import ExpertLoad
 from .state import SavedState
 
@@ -28,13 +30,15 @@ NAMED_ROWS, NAMED_DOCUMENTS = 2, 8
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did; its tensors stay on the device until `read`.
+    """What one optimizer step did. On a GPU its tensors are on their way to the host: `read` waits for this step alone,
+    not for those that were queued after it.
 
     step      number of the step, from 1
     losses    [micro batches] weighted contributions to the step's loss
     gradient  [] global gradient norm before clipping
     rows      the packed rows, `micro_rows` of them per micro batch
     experts   load of the expert layers, None for a model without them
+    done      CUDA event behind the step's copies, None on a CPU
     """
 
     step: int
@@ -47,9 +51,12 @@ class Step:
     clean_tokens: int
     noisy_tokens: int
     experts: ExpertLoad | None = None
+    done: Any = None
 
     def read(self, tokenizer: Any) -> dict[str, Any]:
-        """Plain numbers for the log (a host sync). Raises `TrainingError` if the loss or gradient is not finite."""
+        """Plain numbers for the log, once the step is done. Raises `TrainingError` if one of them is not finite."""
+        if self.done is not None:
+            self.done.synchronize()
         losses, gradient = self.losses.tolist(), float(self.gradient)
         bad = [index for index, value in enumerate(losses) if not math.isfinite(value)]
         if bad or not math.isfinite(gradient):
@@ -85,20 +92,29 @@ class Step:
 class Trainer:
     """Takes optimizer steps. Everything random is a function of (seed, step) and of the position in `rows`.
 
-    program: lowered with the "train" pipeline, float32; rows: an endless stream of packed rows.
+    program: lowered with the "train" pipeline, in float32 or bfloat16; rows: an endless stream of packed rows; exact:
+    float32 values of parameters that a bfloat16 program holds rounded, where they are known (`Weights`).
     """
 
-    def __init__(self, program: Program, recipe: Recipe, mask: MaskToken, rows: RowStream, seed: int) -> None:
+    def __init__(
+        self,
+        program: Program,
+        recipe: Recipe,
+        mask: MaskToken,
+        rows: RowStream,
+        seed: int,
+        exact: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.program = program
         self.recipe = recipe
         self.mask = mask
         self.rows = rows
-        self.seed = seed
+        self.feed = Feed(program, recipe, mask.token_id, rows, seed)
         self.step = 0
-        self.parameters: dict[str, nn.Parameter] = program.parameters()
+        self.weights = Weights(program.parameters(), exact)
         options = recipe.optimizer
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
+            self.weights.masters.values(),
             lr=options.lr,
             betas=options.betas,
             eps=options.eps,
@@ -106,55 +122,53 @@ class Trainer:
             fused=True,  # one kernel for all tensors; the CPU and CUDA both have it
         )
 
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the program computes with; the optimizer changes `weights.masters`."""
+        return self.weights.parameters
+
     def advance(self) -> Step:
         """One optimizer step, without waiting for the device."""
         options = self.recipe.optimizer
-        rows = self.rows.rows(options.batch_rows)
-        batches = build_batches(
-            rows,
-            self.recipe.diffusion,
-            self.mask.token_id,
-            step_generator(self.seed, self.step),
-            micro_rows=options.micro_rows,
-        )
+        given = self.feed.take(self.step)
         lr = options.lr_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        losses, metrics, experts = self.accumulate(batches)
-        parameters = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
-        gradient = nn.utils.clip_grad_norm_(parameters, options.clip or math.inf)
+        micro_batches = given.micro_batches or self.feed.micro_batches(given.batches)
+        losses, metrics, experts = self._accumulate(micro_batches)
+        masters = [master for master in self.weights.masters.values() if master.grad is not None]
+        gradient = nn.utils.clip_grad_norm_(masters, options.clip or math.inf)
         self.optimizer.step()
+        self.weights.round()
         self.step += 1
-        clean, noisy = sum(batch.clean_tokens for batch in batches), sum(batch.noisy_tokens for batch in batches)
-        return Step(self.step, lr, losses, gradient, metrics, rows, options.micro_rows, clean, noisy, experts)
+        done, found = None, (losses, gradient, metrics, experts)
+        if self.program.device.type == "cuda":
+            losses, gradient, metrics, experts = moved(found, torch.device("cpu"))
+            done = torch.cuda.current_stream(self.program.device).record_event()
+        clean, noisy = (sum(getattr(x, name) for x in given.batches) for name in ("clean_tokens", "noisy_tokens"))
+        return Step(
+            self.step, lr, losses, gradient, metrics, given.rows, options.micro_rows, clean, noisy, experts, done
+        )
 
     def accumulate(self, batches: Sequence[Batch]) -> tuple[Tensor, Metrics, ExpertLoad | None]:
-        """Gradients of the micro batches of one step, added up: (losses [micro batches], summed metrics and load)."""
-        # The totals are counted on the host beforehand: each loss is a mean over the targets of the whole step.
-        ar_total = sum(batch.ar_count for batch in batches)
-        diffusion_total = sum(batch.diffusion_count for batch in batches)
-        weights, device = self.recipe.objective, self.program.device
+        """Gradients of the micro batches (on the host) of one step, added up: (losses [micro batches], summed metrics
+        and load)."""
+        return self._accumulate(self.feed.micro_batches(batches))
+
+    def _accumulate(self, given: Iterable[MicroBatch]) -> tuple[Tensor, Metrics, ExpertLoad | None]:
         losses: list[Tensor] = []
         metrics: Metrics | None = None
         experts: ExpertLoad | None = None
-        for host_batch in batches:
-            derived = self.program.derive(host_batch.layout)
-            batch = host_batch.to(device)
+        for micro in given:
+            batch = micro.batch
             results = self.program.results(
-                batch.input_ids, layout=batch.layout, head_rows=batch.head_rows, derived=derived
+                batch.input_ids, layout=batch.layout, head_rows=batch.head_rows, derived=micro.derived
             )
             load = ExpertLoad.of(self.program.outputs, results)
-            result = loss(
-                results[0],
-                batch,
-                suppress=self.mask.suppress,
-                ar_weight=weights.ar_weight,
-                diffusion_weight=weights.diffusion_weight,
-                ar_total=ar_total,
-                diffusion_total=diffusion_total,
-            )
+            result = losses_of(results[0], self.program, batch, micro.plan, micro.scales, suppress=self.mask.suppress)
             result.total.backward()
+            self.weights.collect()
             losses.append(result.total.detach())
             metrics = result.metrics if metrics is None else metrics + result.metrics
             experts = load if experts is None or load is None else experts + load
@@ -165,23 +179,25 @@ class Trainer:
         """Everything that the next step depends on; `values` are kept beside it."""
         moments = {
             f"{name}.{kind}": tensor
-            for name, parameter in self.parameters.items()
-            for kind, tensor in self.optimizer.state.get(parameter, {}).items()
+            for name, master in self.weights.masters.items()
+            for kind, tensor in self.optimizer.state.get(master, {}).items()
         }
-        plain = {"step": self.step, "rows": self.rows.state_dict(), **values}
-        return SavedState({name: p.detach() for name, p in self.parameters.items()}, moments, plain)
+        plain = {"step": self.step, "rows": self.feed.position, **values}
+        return SavedState({name: master.detach() for name, master in self.weights.masters.items()}, moments, plain)
 
     @torch.no_grad()
     def load(self, state: SavedState) -> None:
         """Continue from a save, bit for bit. Raises `CheckpointError` if it is not of this model or data."""
-        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        masters = self.weights.masters
+        shapes = {name: master.shape for name, master in masters.items()}
         if shapes != {name: tensor.shape for name, tensor in state.model.items()}:
             raise CheckpointError("the training state belongs to another model; start again with --overwrite")
-        self.rows.load_state_dict(state.values["rows"])
-        for name, parameter in self.parameters.items():
-            parameter.copy_(state.model[name])
+        self.feed.seek(state.values["rows"])
+        for name, master in masters.items():
+            master.copy_(state.model[name])
+        self.weights.round()
         for key, tensor in state.optimizer.items():
             name, _, kind = key.rpartition(".")
-            parameter = self.parameters[name]
-            self.optimizer.state[parameter][kind] = tensor.to(parameter.device, copy=True)
+            master = masters[name]
+            self.optimizer.state[master][kind] = tensor.to(master.device, copy=True)
         self.step = int(state.values["step"])

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoint.manifest import MaskToken
 from ..errors import RecipeError, UsageError
@@ -61,14 +61,20 @@ def _items(value: Any) -> Collection[Any]:
 
 
 @torch.no_grad()
-def initialise_mask_token(mask: MaskToken, model: Any, program: Program, tokenizer: Any) -> None:
+def initialise_mask_token(
+    mask: MaskToken, model: Any, program: Program, tokenizer: Any, exact: Mapping[str, Tensor] | None = None
+) -> None:
     """Start the mask token at the mean of the used embedding rows: in the model, or as a new parameter of `program`.
 
-    `program` is the captured program: what it holds in `extra` is shared by everything that is lowered from it.
+    `program` is the captured program: what it holds in `extra` is shared by everything that is lowered from it. exact:
+    float32 values of rounded parameters by name; those of the embedding get the mask token, too.
     """
     weight: nn.Parameter = model.get_input_embeddings().weight
-    mean = weight[: used_rows(tokenizer)].float().mean(0).to(weight.dtype)
+    names = [name for name, value in model.named_parameters(remove_duplicate=False) if value is weight]
+    wide = next((exact[name] for name in names if name in exact), weight) if exact else weight
+    mean = wide[: used_rows(tokenizer)].float().mean(0)
     if mask.kind == "row":
-        weight[mask.token_id] = mean
+        weight[mask.token_id] = mean.to(weight.dtype)
+        wide[mask.token_id] = mean.to(wide.dtype)
     else:
-        program.extra[PARAMETER] = nn.Parameter(mean.clone())
+        program.extra[PARAMETER] = nn.Parameter(mean.to(weight.dtype))

@@ -16,15 +16,13 @@ from .options import Options
 from .prepare import Run, prepare
 from .progress import Reporter
 
-MASTER_BYTES = 16
-"""Per parameter: the float32 weight, its gradient, and AdamW's two moments."""
-
 
 @dataclass(frozen=True)
 class Plan:
     """What a run would do.
 
     parameters        trained parameters
+    weight_bytes      of weights (with their float32 masters), gradients and moments
     activation_bytes  measured on one micro batch: what autograd keeps for the backward pass (CPU), or everything that
                       was allocated above weights and gradients (CUDA)
     step_seconds      measured, one optimizer step
@@ -33,13 +31,14 @@ class Plan:
 
     run: Run
     parameters: int
+    weight_bytes: int
     activation_bytes: int
     step_seconds: float
     epochs: float
 
     @property
     def memory_bytes(self) -> int:
-        return self.parameters * MASTER_BYTES + self.activation_bytes
+        return self.weight_bytes + self.activation_bytes
 
     def text(self) -> str:
         """For people; sizes in GB = 10^9 bytes or MB = 10^6 bytes."""
@@ -54,9 +53,9 @@ class Plan:
             f"rows         {optimizer.batch_rows} of {recipe.data.max_length} tokens per step, "
             f"{optimizer.micro_rows} at a time",
             f"steps        {optimizer.steps:,}, about {self.epochs:.2f} epochs",
-            f"device       {run.trainer.program.device}, kernels {run.options.kernels}",
+            f"device       {run.trainer.program.device}, kernels {run.options.kernels}, precision {run.precision}",
             f"memory       {_size(self.memory_bytes)}: weights, gradients and moments "
-            f"{_size(self.parameters * MASTER_BYTES)}, activations {_size(self.activation_bytes)}",
+            f"{_size(self.weight_bytes)}, activations {_size(self.activation_bytes)}",
             f"time         {_duration(self.step_seconds * optimizer.steps)}: {self.step_seconds:.2f} s per step, "
             "evaluations and saves not counted",
             "",
@@ -88,7 +87,7 @@ def plan(options: Options, reporter: Reporter) -> Plan:
     seconds = time.perf_counter() - start
     drawn = sum(row.length for row in rows) * recipe.optimizer.steps
     count = sum(parameter.numel() for parameter in trainer.parameters.values())
-    return Plan(run, count, activations, seconds, drawn / run.tokens)
+    return Plan(run, count, trainer.weights.bytes, activations, seconds, drawn / run.tokens)
 
 
 def _activation_bytes(run: Run, step: Callable[[], object]) -> int:

@@ -19,6 +19,7 @@ from ..ir.program import Program
 from ..passes import AFTER, PASSES, lower, passes_by_name, pipeline, placed
 from ..passes.lower_mixers import IMPLEMENTATIONS
 from ..passes.plugins import load_plugins
+from ..passes.split_head import SplitHead, head_refusal
 from ..recipe import Recipe
 from .data.document import Document
 from .data.packing import RowStream
@@ -27,6 +28,7 @@ from .heldout import HeldOut
 from .loop import Trainer
 from .mask_token import MaskToken, choose_mask_token, initialise_mask_token
 from .options import Options
+from .precision import DTYPES, Precision, exact_weights, keep_float32, resolve_precision
 from .progress import Reporter
 
 
@@ -49,6 +51,7 @@ class Run:
     held_out: HeldOut | None
     pipelines: dict[str, str]
     plugins: dict[str, str]
+    precision: Precision
 
     @property
     def tokens(self) -> int:
@@ -64,6 +67,8 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     options.check_seed()
     check_shard_size(options.max_shard_size)
     options = _with_kernels(options, device, reporter)
+    precision = resolve_precision(recipe.optimizer.precision, device)
+    reporter.note(f"precision: {precision}")
     source = _open_source(options.source)
     options.check_output(source.path)
     tokenizer = source.load_tokenizer()
@@ -89,10 +94,12 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     _check_ids([*sources], held, config, mask)
 
     reporter.note(f"loading {options.source} on {device}")
-    model = source.load_model(torch.float32, device)
+    model = source.load_model(DTYPES[precision], device)
     captured = capture(model, cache=True)
+    exact = exact_weights(source, model, device) if precision == "bf16" else {}
+    keep_float32(captured, exact)
     if source.manifest is None or mask.kind == "vector":
-        initialise_mask_token(mask, model, captured, tokenizer)
+        initialise_mask_token(mask, model, captured, tokenizer, exact)
     vector = mask.kind == "vector"
     steps = {
         target: pipeline(
@@ -100,6 +107,10 @@ def prepare(options: Options, reporter: Reporter) -> Run:
         )
         for target in ("train", "decode")
     }
+    refusal = head_refusal(captured)
+    if refusal is not None:
+        reporter.note(f"the losses are computed from the logits of all rows, in more memory: {refusal}")
+        steps["train"] = [step for step in steps["train"] if not isinstance(step, SplitHead)]
     for target, chosen in steps.items():
         for line in placed(chosen):
             reporter.note(f"{target}: {line}")
@@ -107,11 +118,12 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     rows = RowStream(
         sources, max_length=recipe.data.max_length, seed=options.seed, lookahead=recipe.data.lookahead
     )
-    trainer = Trainer(train, recipe, mask, rows, options.seed)
+    trainer = Trainer(train, recipe, mask, rows, options.seed, exact)
     held_out = HeldOut(held, train, decode, recipe, mask, eos_ids, context) if held else None
     return Run(
         options, recipe, source, tokenizer, model, carried, captured, mask, sources, len(held), trainer, held_out,
         {target: pipeline_text(chosen) for target, chosen in steps.items()}, _origins(options, recipe),
+        precision,
     )  # fmt: skip
 
 

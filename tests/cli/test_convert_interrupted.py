@@ -40,9 +40,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def arguments(out: str) -> list[str]:
+def arguments(out: str, precision: str) -> list[str]:
     return ["convert", "qwen3_5_text", "--data", "data.jsonl", "--recipe", "dual", "--out", out, *QUICK,
-            "--steps", str(STEPS), "--set", "save.every=1", "--set", "evaluation.every=10"]  # fmt: skip
+            "--steps", str(STEPS), "--set", "save.every=1", "--set", "evaluation.every=10",
+            "--set", f"optimizer.precision={precision}"]  # fmt: skip
 
 
 def saved_step(place: Path) -> int:
@@ -73,11 +74,12 @@ def stop_after(place: Path, command: list[str], step: int, signal_number: signal
 
 
 @pytest.mark.slow
-def test_interrupted_twice_and_resumed_equals_uninterrupted(place: Path) -> None:
-    whole = flarec(*arguments("whole"))
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_interrupted_twice_and_resumed_equals_uninterrupted(place: Path, precision: str) -> None:
+    whole = flarec(*arguments("whole", precision))
     assert whole.exit_code == 0, whole.output
 
-    code, errors = stop_after(place, arguments("out"), 3, signal.SIGINT)
+    code, errors = stop_after(place, arguments("out", precision), 3, signal.SIGINT)
     assert code == 130, errors
     assert "Traceback" not in errors
     interrupted_at = saved_step(place)

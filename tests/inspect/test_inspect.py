@@ -110,7 +110,7 @@ def test_head_embedding_and_mask_vector() -> None:
     plain, train, _ = (summarize(program) for program in programs("bamba"))
     assert plain.embedding == "model.embed_tokens.weight [512, 64]"
     assert plain.head == "lm_head.weight [rows, T, 64] -> [rows, T, 512]"
-    assert train.head == "lm_head.weight [N, 64] -> [N, 512]"
+    assert train.head == "lm_head.weight [N, 64] -> [N, 512], beside the graph"
     assert train.extra == (("flarec_mask_vector", "[64]"),)
     assert "mask vector [64]" in as_text(train)
 

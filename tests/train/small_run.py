@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,10 +40,15 @@ def source(documents: int = 4, seed: int = 0) -> TokenSource:
 
 
 class Small:
-    """A model, its captured and its training program, and the parameters that it starts with."""
+    """A model, its captured and its training program, and the parameters that it starts with. In bfloat16 the model is
+    as transformers loads it: buffers stay as they are."""
 
-    def __init__(self, family: str, choice: str = "auto") -> None:
-        self.model = tiny_model(family)
+    def __init__(
+        self, family: str, choice: str = "auto", dtype: torch.dtype = torch.float32, **overrides: Any
+    ) -> None:
+        self.model = tiny_model(family, **overrides)
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(dtype)
         self.captured = capture(self.model)
         self.mask: MaskToken = choose_mask_token(choice, self.model.config, tiny_tokenizer())
         initialise_mask_token(self.mask, self.model, self.captured, tiny_tokenizer())
@@ -60,6 +66,6 @@ class Small:
 
 
 @functools.cache
-def small(family: str, choice: str = "auto") -> Small:
+def small(family: str, choice: str = "auto", dtype: torch.dtype = torch.float32) -> Small:
     """Made once per session; `trainer` resets it."""
-    return Small(family, choice)
+    return Small(family, choice, dtype)

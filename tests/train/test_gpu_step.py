@@ -72,7 +72,7 @@ def test_convert_and_generate_on_the_gpu(family: str, tmp_path: Path, monkeypatc
     model = tiny_checkpoint(tmp_path, family)
     result = flarec("convert", model, "--data", "data.jsonl", "--out", "out", *QUICK, "--device", "cuda")
     assert result.exit_code == 0, result.output
-    assert "kernels: triton" in result.stderr
+    assert "kernels: triton" in result.stderr and "precision: bf16" in result.stderr
     loaded = package.load("out", device="cuda", dtype="float32")
     assert loaded.kernels == "triton"
     prompts = ["say red one", "say " + "two three four " * 20]

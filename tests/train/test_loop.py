@@ -51,6 +51,26 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(name: str) -> N
             torch.testing.assert_close(gradient, results[0][1][key], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_diffusion_the_clean_stream_trains_alone(family: str) -> None:
+    """No noisy token is computed; the gradient is that of the AR loss in a batch that has them."""
+    run, chosen = small(family), recipe("draft", "optimizer.micro_rows=2")
+    alone = run.trainer(chosen.override(["objective.diffusion_weight=0"]))
+    given = alone.feed.take(0)
+    assert [batch.noisy_tokens for batch in given.batches] == [0]
+    alone.accumulate(given.batches)
+    gradients = {name: value.grad.clone() for name, value in alone.parameters.items() if value.grad is not None}
+    both = run.trainer(chosen)
+    rows = both.rows.rows(2)
+    (batch,) = build_batches(rows, chosen.diffusion, run.mask.token_id, step_generator(0, 0))
+    both.recipe = both.feed.recipe = chosen.override(["objective.diffusion_weight=0"])
+    both.accumulate([batch])
+    for name, value in gradients.items():
+        torch.testing.assert_close(value, both.parameters[name].grad, rtol=1e-4, atol=1e-5, msg=name)
+    step = alone.advance().read(tiny_tokenizer())
+    assert step["noisy_tokens"] == 0 and step["diffusion_loss"] == 0.0 and step["all_masked_accuracy"] == [None] * 3
+
+
 def test_learning_rate_follows_the_schedule() -> None:
     chosen = recipe("draft", "optimizer.warmup_steps=4", "optimizer.lr=1e-3")
     trainer = small("qwen3_5_text").trainer(chosen)

@@ -32,9 +32,10 @@ def full_disk(limit: int) -> Iterator[None]:
 
 
 def everything(trainer: Trainer) -> dict[str, Tensor]:
-    """Weights and optimizer tensors, copied."""
+    """Weights, as they are saved and as they are computed with, and optimizer tensors, copied."""
     state = trainer.state()
     return {
+        **{f"computed {name}": value.detach().clone() for name, value in trainer.parameters.items()},
         **{f"model {name}": value.clone() for name, value in state.model.items()},
         **{f"optimizer {name}": value.clone() for name, value in state.optimizer.items()},
     }
@@ -44,11 +45,13 @@ def run(trainer: Trainer, steps: int) -> list[dict[str, object]]:
     return [trainer.advance().read(tiny_tokenizer()) for _ in range(steps)]
 
 
-@pytest.mark.parametrize(("family", "choice"), [("qwen3_5_text", "auto"), ("qwen3_5_text", "vector")])
+@pytest.mark.parametrize(
+    ("choice", "dtype"), [("auto", torch.float32), ("vector", torch.float32), ("auto", torch.bfloat16)]
+)
 @pytest.mark.parametrize("stop", [0, 1, 4])
-def test_a_resumed_run_equals_an_uninterrupted_one(family: str, choice: str, stop: int, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(choice: str, dtype: torch.dtype, stop: int, tmp_path: Path) -> None:
     """Weights, moments, data order and noise; steps 5 to 7 start the second epoch of the data."""
-    set_up, chosen, steps = small(family, choice), recipe("dual", "optimizer.warmup_steps=5"), 7
+    set_up, chosen, steps = small("qwen3_5_text", choice, dtype), recipe("dual", "optimizer.warmup_steps=5"), 7
     whole = set_up.trainer(chosen)
     log = run(whole, steps)
     expected = everything(whole)
@@ -61,7 +64,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(family: str, choice: str, sto
 
     second = set_up.trainer(chosen)
     with torch.no_grad():
-        for value in second.parameters.values():
+        for value in (*second.parameters.values(), *second.weights.masters.values()):
             value.fill_(7.0)
     state = directory.latest()
     assert state is not None

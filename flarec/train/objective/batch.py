@@ -102,15 +102,17 @@ def build_batches(
     *,
     micro_rows: int | None = None,
     clean_length: int | None = None,
+    noisy: bool = True,
 ) -> list[Batch]:
     """The forward passes of one optimizer step, `micro_rows` rows each (None: all in one).
 
     Noise is drawn and stratified over all rows together, so the micro batch size does not change it. Clean rows are
-    padded to `clean_length` (None: to the longest row). Raises `DataError` if the data contains the mask token.
+    padded to `clean_length` (None: to the longest row). noisy: False for the clean streams alone. Raises `DataError` if
+    the data contains the mask token.
     """
     assert rows, "no rows"
     micro_rows = micro_rows or len(rows)
-    grid = _grid(rows, diffusion.block_size)
+    grid = _grid(rows if noisy else [], diffusion.block_size)
     noise = draw_noise(len(grid.row), diffusion, generator)
     batches = []
     for start in range(0, len(rows), micro_rows):
@@ -118,8 +120,8 @@ def build_batches(
         keep = ((grid.row >= start) & (grid.row < start + len(part))).nonzero().squeeze(1)
         cells = grid.select(keep)
         local = _Grid(cells.row - start, cells.document, cells.offset, cells.anchor, cells.end)
-        noisy = Noise(noise.kind[keep], noise.masked[keep])
-        batches.append(_build(part, local, noisy, diffusion, mask_token_id, clean_length))
+        drawn = Noise(noise.kind[keep], noise.masked[keep])
+        batches.append(_build(part, local, drawn, diffusion, mask_token_id, clean_length))
     return batches
 
 

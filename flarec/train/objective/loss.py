@@ -1,11 +1,12 @@
 """The training objective: autoregressive cross entropy plus the diffusion loss. Contract: docs/semantics.md section 3.
 
-Logits of a large vocabulary dominate the memory of a step, so float32 copies exist for `chunk` rows at a time only and
-are recomputed in the backward pass.
+`loss` takes the logits of all rows, for programs whose head stays in the graph; `head_loss` does without them. Float32
+copies of logits exist for `chunk` rows at a time only and are recomputed in the backward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -13,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ...kernels.row_losses.reference import MINUS_INFINITY
+from ...recipe.sections import Objective
 from .batch import Batch
-
-# Finite, so that 0 * (log p - log q) of a suppressed token is 0 and not NaN; exp() of it is exactly 0 in float32.
-MINUS_INFINITY = -1e30
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,25 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class Losses:
-    """Contribution of one forward pass to the losses of an optimizer step; contributions add up to the step's losses.
+class Scales:
+    """What one target weighs in the loss of an optimizer step: the weight of its loss over the targets of that loss in
+    the whole step."""
 
-    `total` carries the gradient; `ar` and `diffusion` are detached and unweighted.
-    """
+    ar: float
+    diffusion: float
+
+    @staticmethod
+    def of(batches: Sequence[Batch], weights: Objective) -> Scales:
+        """Of the micro batches of one step. The targets are counted on the host."""
+        ar, diffusion = sum(batch.ar_count for batch in batches), sum(batch.diffusion_count for batch in batches)
+        return Scales(weights.ar_weight / max(1, ar), weights.diffusion_weight / max(1, diffusion))
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Contribution of one forward pass to the loss of an optimizer step; `total` carries the gradient."""
 
     total: Tensor
-    ar: Tensor
-    diffusion: Tensor
     metrics: Metrics
 
 
@@ -76,17 +86,12 @@ def loss(
     batch: Batch,
     *,
     suppress: int | None,
-    ar_weight: float = 1.0,
-    diffusion_weight: float = 1.0,
-    ar_total: int,
-    diffusion_total: int,
+    scales: Scales,
     chunk: int = 1024,
 ) -> Losses:
     """The losses of `batch` from `logits` [N, V] of its head rows (any float dtype).
 
     suppress: token id whose logit counts as minus infinity (the mask token's row), or None.
-    ar_total, diffusion_total: targets of the whole optimizer step (sums of `ar_count`, `diffusion_count` over its micro
-    batches). Each loss is the sum over this batch's targets divided by that total.
     """
     rows = len(batch.head_rows)
     assert logits.shape[0] == rows, f"{logits.shape[0]} rows of logits for {rows} head rows"
@@ -103,14 +108,44 @@ def loss(
         divergence.append(b)
         correct.append(hit)
     cross_entropy = torch.cat(nll)
+    by_signal = torch.cat(divergence).index_select(0, batch.noisy_index)
+    ar, diffusion = _sums(batch, cross_entropy, by_signal)
+    total = scales.ar * ar + scales.diffusion * diffusion
+    overlap = _overlaps(fixed, batch, suppress, chunk)
+    return measured(total, batch, cross_entropy.detach(), torch.cat(correct), by_signal.detach(), overlap)
+
+
+def measured(
+    total: Tensor, batch: Batch, cross_entropy: Tensor, hits: Tensor, divergence: Tensor, overlap: Tensor
+) -> Losses:
+    """A loss with its metrics, from what every row gave, detached.
+
+    cross_entropy, hits  [N] by head row
+    divergence, overlap  [Nd] by diffusion signal; read where the batch says so (`noisy_kl`, `all_masked_index`)
+    """
+    ar, diffusion = _sums(batch, cross_entropy, divergence)
+    correct = hits.index_select(0, batch.noisy_index)
+    probe = batch.all_masked_index
+    by_slot = F.one_hot(batch.slot[probe], batch.block_size).to(correct.dtype)  # deterministic, unlike index_add
+    metrics = Metrics(
+        ar_loss=ar,
+        ar_count=torch.full_like(ar, float(batch.ar_count)),
+        diffusion_loss=diffusion,
+        diffusion_correct=(correct * batch.noisy_weight).sum(),
+        diffusion_count=torch.full_like(ar, float(batch.diffusion_count)),
+        slot_count=by_slot.sum(0),
+        slot_correct=correct[probe] @ by_slot,
+        slot_overlap=overlap[probe] @ by_slot,
+    )
+    return Losses(total, metrics)
+
+
+def _sums(batch: Batch, cross_entropy: Tensor, divergence: Tensor) -> tuple[Tensor, Tensor]:
+    """The AR sum over targets and the weighted diffusion sum over signals."""
     signal = cross_entropy.index_select(0, batch.noisy_index)
     if batch.uses_kl:
-        signal = torch.where(batch.noisy_kl, torch.cat(divergence).index_select(0, batch.noisy_index), signal)
-    ar_sum = cross_entropy.index_select(0, batch.ar_index).sum()
-    diffusion_sum = (signal * batch.noisy_weight).sum()
-    ar, diffusion = ar_sum / max(1, ar_total), diffusion_sum / max(1, diffusion_total)
-    metrics = _metrics(fixed, batch, torch.cat(correct), ar_sum.detach(), diffusion_sum.detach(), suppress, chunk)
-    return Losses(ar_weight * ar + diffusion_weight * diffusion, ar.detach(), diffusion.detach(), metrics)
+        signal = torch.where(batch.noisy_kl, divergence, signal)
+    return cross_entropy.index_select(0, batch.ar_index).sum(), (signal * batch.noisy_weight).sum()
 
 
 def _log_probabilities(logits: Tensor, suppress: int | None) -> Tensor:
@@ -139,31 +174,14 @@ def _row_losses(
 
 
 @torch.no_grad()
-def _metrics(
-    logits: Tensor,
-    batch: Batch,
-    correct: Tensor,
-    ar_sum: Tensor,
-    diffusion_sum: Tensor,
-    suppress: int | None,
-    chunk: int,
-) -> Metrics:
-    hits = correct[batch.noisy_index]
+def _overlaps(logits: Tensor, batch: Batch, suppress: int | None, chunk: int) -> Tensor:
+    """[Nd] 1 - TV against the teacher for the signals of fully masked blocks, 0 for the others."""
     probe = batch.all_masked_index
     pairs = zip(*(torch.split(index[probe], chunk) for index in (batch.noisy_index, batch.teacher_index)), strict=True)
-    overlaps = [
+    found = [
         torch.minimum(_log_probabilities(logits[q], suppress), _log_probabilities(logits[p], suppress)).exp().sum(1)
         for q, p in pairs
     ]
-    overlap = torch.cat(overlaps) if overlaps else hits.new_zeros(0)
-    by_slot = F.one_hot(batch.slot[probe], batch.block_size).to(hits.dtype)  # deterministic, unlike index_add
-    return Metrics(
-        ar_loss=ar_sum,
-        ar_count=torch.full_like(ar_sum, float(batch.ar_count)),
-        diffusion_loss=diffusion_sum,
-        diffusion_correct=(hits * batch.noisy_weight).sum(),
-        diffusion_count=torch.full_like(ar_sum, float(batch.diffusion_count)),
-        slot_count=by_slot.sum(0),
-        slot_correct=hits[probe] @ by_slot,
-        slot_overlap=overlap @ by_slot,
-    )
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    overlap = torch.zeros(len(batch.noisy_index), dtype=dtype, device=logits.device)
+    return overlap.index_copy(0, probe, torch.cat(found)) if found else overlap

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flarec.recipe import load_recipe
-from flarec.recipe.sections import Diffusion
+from flarec.recipe.sections import Diffusion, Objective
 from flarec.train.data.document import PackedRow
 from flarec.train.objective.batch import Batch, build_batch, build_batches
-from flarec.train.objective.loss import Metrics, loss
+from flarec.train.objective.loss import Metrics, Scales, loss
 from flarec.train.objective.noise import step_generator
 from tests.train.documents import MASK, make_document, packed_rows
 
@@ -68,12 +68,11 @@ def test_values_equal_the_oracle(
     batch = build_batch(rows, diffusion, MASK, step_generator(seed, 0))
     logits = logits_for(batch, seed)
     ar, noisy = oracle(logits, batch, suppress)
-    scales: dict[str, Any] = {"ar_weight": 0.5, "diffusion_weight": 2.0, "ar_total": 10, "diffusion_total": 7}
-    found = loss(logits, batch, suppress=suppress, chunk=chunk, **scales)
-    assert float(found.ar) == pytest.approx(ar / 10)
-    assert float(found.diffusion) == pytest.approx(noisy / 7, abs=1e-12)
+    found = loss(logits, batch, suppress=suppress, chunk=chunk, scales=Scales(0.5 / 10, 2.0 / 7))
+    assert float(found.metrics.ar_loss) == pytest.approx(ar)
+    assert float(found.metrics.diffusion_loss) == pytest.approx(noisy, abs=1e-12)
     assert float(found.total.detach()) == pytest.approx(0.5 * ar / 10 + 2 * noisy / 7)
-    assert found.total.requires_grad and not found.ar.requires_grad and not found.diffusion.requires_grad
+    assert found.total.requires_grad and not found.metrics.ar_loss.requires_grad
 
 
 @pytest.mark.parametrize("name", ["flare", "draft", "dual"])
@@ -81,8 +80,7 @@ def test_gradient(name: str) -> None:
     """d/dlogits = (softmax - target distribution) * weight / total, nothing more for the teacher's rows."""
     batch = build_batch(ROWS, load_recipe(name).diffusion, MASK, step_generator(0, 0))
     logits = logits_for(batch)
-    scales: dict[str, Any] = {"ar_weight": 0.7, "diffusion_weight": 1.3, "ar_total": 11, "diffusion_total": 5}
-    loss(logits, batch, suppress=MASK, **scales).total.backward()
+    loss(logits, batch, suppress=MASK, scales=Scales(0.7 / 11, 1.3 / 5)).total.backward()
     with torch.no_grad():
         q = logits.index_fill(1, torch.tensor([MASK]), -torch.inf).softmax(1)
         expected = torch.zeros_like(logits)
@@ -104,11 +102,11 @@ def test_kl_of_identical_distributions_is_zero_and_does_not_train_the_teacher() 
     values = logits_for(batch).detach()
     values[batch.noisy_index] = values[batch.teacher_index]
     same = values.clone().requires_grad_()
-    found = loss(same, batch, suppress=MASK, ar_weight=0.0, ar_total=1, diffusion_total=1)
+    found = loss(same, batch, suppress=MASK, scales=Scales(0.0, 1.0))
     found.total.backward()
-    assert float(found.diffusion) == 0.0 and same.grad is not None and float(same.grad.abs().max()) < 1e-12
+    assert float(found.metrics.diffusion_loss) == 0.0 and same.grad is not None and float(same.grad.abs().max()) < 1e-12
     other = logits_for(batch)
-    loss(other, batch, suppress=MASK, ar_weight=0.0, ar_total=1, diffusion_total=1).total.backward()
+    loss(other, batch, suppress=MASK, scales=Scales(0.0, 1.0)).total.backward()
     assert other.grad is not None
     assert not other.grad[batch.ar_index].any() and bool(other.grad[batch.noisy_index].any(1).all())
     overlap = found.metrics.slot_overlap / found.metrics.slot_count
@@ -122,18 +120,17 @@ def test_micro_batches_add_up(name: str, micro: int) -> None:
     rows = [*ROWS, PackedRow((make_document([(2, 1)]),)), ROWS[0]]
     whole = build_batch(rows, diffusion, MASK, step_generator(5, 1))
     parts = build_batches(rows, diffusion, MASK, step_generator(5, 1), micro_rows=micro)
-    totals = {"ar_total": whole.ar_count, "diffusion_total": whole.diffusion_count}
-    logits = logits_for(whole)
-    expected = loss(logits, whole, suppress=MASK, **totals)
-    at, sums, metrics = 0, torch.zeros(3, dtype=torch.float64), None
+    logits, scales = logits_for(whole), Scales.of(parts, Objective())
+    expected = loss(logits, whole, suppress=MASK, scales=scales)
+    at, total, metrics = 0, 0.0, None
     for part in parts:  # head rows are sorted by row, so the parts' logits are consecutive slices
         mine = logits[at : at + len(part.head_rows)]
         at += len(mine)
-        found = loss(mine, part, suppress=MASK, **totals)
-        sums += torch.stack([found.total, found.ar, found.diffusion]).detach()
+        found = loss(mine, part, suppress=MASK, scales=scales)
+        total += float(found.total.detach())
         metrics = found.metrics if metrics is None else metrics + found.metrics
     assert at == len(logits) and isinstance(metrics, Metrics)
-    torch.testing.assert_close(sums, torch.stack([expected.total, expected.ar, expected.diffusion]).detach())
+    assert total == pytest.approx(float(expected.total.detach()))
     for key, value in metrics.summary().items():
         assert value == pytest.approx(expected.metrics.summary()[key]), key
 
@@ -141,10 +138,10 @@ def test_micro_batches_add_up(name: str, micro: int) -> None:
 def test_metrics() -> None:
     batch = build_batch(ROWS, load_recipe("dual").diffusion, MASK, step_generator(2, 0))
     logits = logits_for(batch)
-    found = loss(logits, batch, suppress=MASK, ar_total=batch.ar_count, diffusion_total=batch.diffusion_count)
+    found = loss(logits, batch, suppress=MASK, scales=Scales.of([batch], Objective(diffusion_weight=0.0)))
     summary: dict[str, Any] = found.metrics.summary()
     ar, noisy = oracle(logits, batch, MASK)
-    assert summary["ar_loss"] == pytest.approx(ar / batch.ar_count) == pytest.approx(float(found.ar))
+    assert summary["ar_loss"] == pytest.approx(ar / batch.ar_count) == pytest.approx(float(found.total.detach()))
     assert summary["diffusion_loss"] == pytest.approx(noisy / batch.diffusion_count)
     table = [probabilities(row, MASK) for row in logits.tolist()]
     pairs = zip(batch.noisy_index.tolist(), batch.noisy_target.tolist(), strict=True)
@@ -166,17 +163,17 @@ def test_slots_without_a_fully_masked_block_are_none() -> None:
     rows = [PackedRow((make_document([(2, 1)]),))]
     batch = build_batch(rows, load_recipe("draft").diffusion, MASK, step_generator(0, 0))
     assert (batch.ar_count, batch.diffusion_count) == (1, 0)
-    found = loss(logits_for(batch), batch, suppress=None, ar_total=1, diffusion_total=0)
+    found = loss(logits_for(batch), batch, suppress=None, scales=Scales.of([batch], Objective()))
     assert found.metrics.summary()["one_minus_tv"] == [None] * 4
-    assert float(found.diffusion) == 0.0 and bool(torch.isfinite(found.total))
+    assert float(found.metrics.diffusion_loss) == 0.0 and bool(torch.isfinite(found.total))
 
 
 def test_low_precision_logits_are_computed_in_float32() -> None:
     batch = build_batch(ROWS, Diffusion(), MASK, step_generator(0, 0))
     logits = logits_for(batch, dtype=torch.bfloat16)
-    totals = {"ar_total": batch.ar_count, "diffusion_total": batch.diffusion_count}
-    found = loss(logits, batch, suppress=MASK, **totals)
-    exact = loss(logits.detach().double(), batch, suppress=MASK, **totals)
+    scales = Scales.of([batch], Objective())
+    found = loss(logits, batch, suppress=MASK, scales=scales)
+    exact = loss(logits.detach().double(), batch, suppress=MASK, scales=scales)
     assert found.total.dtype == torch.float32
     assert float(found.total.detach()) == pytest.approx(float(exact.total), rel=1e-5)
     found.total.backward()

@@ -1,0 +1,423 @@
+"""Optimizer steps of the Qwen3.5 2B shape on a GPU, in bfloat16: stock fine-tuning, and flarec's recipes beside it.
+
+    python benchmarks/train_steps.py --out benchmarks/results/train-steps.json --commit $(git rev-parse HEAD)
+    python benchmarks/train_steps.py --quick
+
+8 rows of 2048 clean tokens, every token but the first a target; AdamW, clip 1. "stock" is autoregressive fine-tuning of
+the transformers model as it is, eager, with the kernels of flash-linear-attention if it can be imported (--library DIR
+names a folder with it), bfloat16 weights and moments; its best micro batch counts. Ours have float32 masters and
+moments: the clean stream alone ("ar"), "flare" and "draft". Every part runs in a process of its own; kernels are
+compiled before, in parallel. Of a part's micro batches the fastest counts that stays below the bar on memory, if one
+does. MFU counts the head only for rows that need logits, and no attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("FLAREC_CACHE_DIR", "off")
+
+import torch
+
+ROWS, LENGTH, VOCABULARY = 8, 2048, 248320
+LINEAR = {"head_dim": 256, "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+          "linear_num_value_heads": 16, "num_attention_heads": 8, "num_key_value_heads": 2}  # fmt: skip
+SHAPES: dict[str, dict[str, int]] = {
+    "2B": {**LINEAR, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "vocab_size": VOCABULARY},
+    # the same mixers with little around them: compiles the same kernels
+    "warm": {**LINEAR, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 2048},
+    # for a machine without a GPU: does the script run?
+    "tiny": {**LINEAR, "head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32, "hidden_size": 64,
+             "linear_num_key_heads": 2, "linear_num_value_heads": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+             "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 512},
+}  # fmt: skip
+MICRO = {"stock": (8, 4), "ar": (8, 4), "flare": (4, 2, 1), "draft": (4, 2)}
+"""Rows of a micro batch that are tried, by part."""
+MEMORY_BAR = 55.0  # GiB
+PARTS = tuple(MICRO)
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+GIB = 2**30
+
+
+def build(shape: str) -> Any:
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    torch.manual_seed(0)
+    config = Qwen3_5TextConfig(tie_word_embeddings=True, eos_token_id=None, pad_token_id=0, **SHAPES[shape])
+    with torch.device(DEVICE):
+        model = Qwen3_5ForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.tie_weights()
+    return model.eval()
+
+
+def sizes(model: Any) -> tuple[int, int]:
+    """(parameters, tied ones once; those of the head)."""
+    seen = {value.data_ptr(): value.numel() for value in model.parameters()}
+    return sum(seen.values()), model.get_input_embeddings().weight.numel()
+
+
+def wait() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def seconds_of(step: Callable[[], object], count: int) -> float:
+    """Per step, back to back: the host may run ahead as it does in a run."""
+    wait()
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    wait()
+    return (time.perf_counter() - start) / count
+
+
+def idle_share(step: Callable[[], object], count: int = 2) -> float | None:
+    """Share of the time between the first and the last kernel of some steps in which none runs."""
+    if not CUDA:
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    wait()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(count):
+            step()
+        wait()
+    from torch.autograd.profiler_util import DeviceType
+
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    spans = sorted(
+        (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in recorded.profiler.kineto_results.events()
+        if event.device_type() == DeviceType.CUDA
+        and event.duration_ns() > 0
+        and not event.name().startswith(("ProfilerStep", "Optimizer.", "gpu_user_annotation"))
+    )
+    busy = end = 0
+    for first, last in spans:
+        busy += max(0, last - max(first, end))
+        end = max(end, last)
+    return 1 - busy / (end - spans[0][0]) if spans else None
+
+
+def matmul_rate() -> float:
+    """FLOP per second of a large bfloat16 product."""
+    size = 8192 if CUDA else 512
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    seconds_of(lambda: a @ b, 5)
+    return 2 * size**3 / seconds_of(lambda: a @ b, 20)
+
+
+def tries(micro: Sequence[int], measure: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """One result per micro batch; what does not fit into memory says so."""
+    found = []
+    for rows in micro:
+        try:
+            found.append({"micro_rows": rows, **measure(rows)})
+        except torch.OutOfMemoryError as error:
+            found.append({"micro_rows": rows, "error": f"out of memory: {str(error).splitlines()[0][:120]}"})
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+        print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def measured(step: Callable[[], object], options: argparse.Namespace) -> dict[str, Any]:
+    start = time.perf_counter()
+    seconds_of(step, 1)
+    first = time.perf_counter() - start
+    seconds_of(step, 1)
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    times = sorted(seconds_of(step, 2) for _ in range(1 if options.quick else 3))
+    peak = torch.cuda.max_memory_allocated() / GIB if CUDA else None
+    return {"seconds": times[len(times) // 2], "spread": times[-1] - times[0], "first_step_seconds": first,
+            "peak_gib": peak, "idle_share": idle_share(step)}  # fmt: skip
+
+
+def library() -> str | None:
+    """Version of flash-linear-attention, with its refusal of Hopper lifted as in the kernels' benchmark; else None."""
+    from flarec.bench import baselines
+
+    version = baselines.version()
+    if version is not None:
+        baselines.Baselines()
+    return version
+
+
+def stock(options: argparse.Namespace) -> dict[str, Any]:
+    version = library()
+    model = build(options.shape).train()
+    model.config.use_cache = False
+    parameters, head = sizes(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    ids = torch.randint(0, model.config.vocab_size, (options.rows, options.length), device=DEVICE)
+
+    def measure(micro: int) -> dict[str, Any]:
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            for part in ids.split(micro):
+                loss = model(input_ids=part, labels=part, use_cache=False).loss
+                (loss * (len(part) / options.rows)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+        try:
+            return {**measured(step, options), "processed": ids.numel(), "head_rows": ids.numel()}
+        finally:
+            optimizer.zero_grad(set_to_none=True)
+
+    return {"tries": tries(options.micro, measure), "parameters": parameters, "head": head, "library": version}
+
+
+def stream(rows: int, length: int, vocabulary: int) -> Any:
+    """Rows of one document of random tokens, all but the first its response."""
+    import numpy as np
+
+    from flarec.train.data.packing import RowStream
+    from flarec.train.data.sources import DataStats, TokenSource
+
+    tokens = np.random.default_rng(0).integers(3, vocabulary - 8, size=rows * length).astype(np.int32)
+    spans, index = np.array([[1, length]] * rows), np.arange(rows + 1)
+    source = TokenSource(DataStats("random"), 1.0, tokens, index * length, spans, index, index[:-1])
+    return RowStream([source], max_length=length, seed=0, lookahead=rows)
+
+
+def ours(options: argparse.Namespace) -> dict[str, Any]:
+    from flarec.frontend.export import capture
+    from flarec.passes import lower
+    from flarec.recipe import load_recipe
+    from flarec.train.loop import Trainer
+    from flarec.train.mask_token import MaskToken
+
+    model = build(options.shape)
+    parameters, head = sizes(model)
+    program = lower(capture(model), "train", kernels="triton" if CUDA else "torch")
+    mask = MaskToken("row", model.config.vocab_size - 1)
+
+    def measure(micro: int) -> dict[str, Any]:
+        recipe = load_recipe("draft" if options.part == "ar" else options.part).override([
+            f"optimizer.batch_rows={options.rows}", f"optimizer.micro_rows={micro}",
+            f"data.max_length={options.length}", "optimizer.lr=1e-6", "optimizer.warmup_steps=0",
+            "optimizer.precision=bf16", "optimizer.steps=1000",
+            *(["objective.diffusion_weight=0"] if options.part == "ar" else []),
+        ])  # fmt: skip
+        rows = stream(options.rows, options.length, model.config.vocab_size)
+        trainer = Trainer(program, recipe, mask, rows, seed=0)
+        last: list[Any] = []
+
+        def step() -> None:
+            last[:] = [trainer.advance()]
+
+        try:
+            result = measured(step, options)
+            done, given = last[0], trainer.feed.take(trainer.step)
+            heads = sum(len(batch.head_rows) for batch in given.batches)
+            values = done.read(None)
+            return {**result, "processed": done.clean_tokens + done.noisy_tokens, "head_rows": heads,
+                    "loss": values["loss"], "pipeline": [record.step for record in program.history]}  # fmt: skip
+        finally:
+            for parameter in program.parameters().values():
+                parameter.grad = None
+
+    return {"tries": tries(options.micro, measure), "parameters": parameters, "head": head}
+
+
+def warm_stock(index: int, count: int) -> None:
+    """Compile each `count`-th configuration of the library's kernels that the stock model tunes."""
+    from flarec.bench.warm import take_slice
+
+    take_slice(index, count)
+    if library() is None:
+        return
+    model = build("warm").train()
+    ids = torch.randint(0, 2000, (2, 512), device=DEVICE)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    wait()
+
+
+def part_command(options: argparse.Namespace, part: str, *more: str) -> list[str]:
+    return [sys.executable, str(Path(__file__).resolve()), "--part", part, "--shape", options.shape,
+            "--rows", str(options.rows), "--length", str(options.length),
+            *(["--quick"] if options.quick else []), *more]  # fmt: skip
+
+
+def environment(options: argparse.Namespace, part: str) -> dict[str, str]:
+    """With the library for the stock model alone."""
+    values = dict(os.environ)
+    if options.library and part.endswith("stock"):
+        values["PYTHONPATH"] = os.pathsep.join(filter(None, (str(options.library), values.get("PYTHONPATH"))))
+    return values
+
+
+def compile_ahead(options: argparse.Namespace, parts: Sequence[str], limit: float) -> dict[str, str]:
+    """Kernels of all parts into Triton's cache, in processes side by side; says how each ended."""
+    count = max(1, min(12, (os.cpu_count() or 1) - 3))
+    commands = {f"warm-stock {i}": ("warm-stock", ["--slice", str(i), str(count)]) for i in range(count)}
+    if "stock" not in parts:
+        commands = {}
+    for part in set(parts) - {"stock"}:
+        commands[part] = (part, ["--shape", "warm", "--rows", "1", "--micro", "1", "--quick"])
+    running = {
+        name: subprocess.Popen(
+            part_command(options, part, *more), env=environment(options, part), stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for name, (part, more) in commands.items()
+    }  # fmt: skip
+    end, ended = time.monotonic() + limit, {}
+    for name, process in running.items():
+        try:
+            _, errors = process.communicate(timeout=max(0.1, end - time.monotonic()))
+            ended[name] = "done" if process.returncode == 0 else errors.strip().splitlines()[-1][:200]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            ended[name] = "stopped: no time left"
+    return ended
+
+
+def run_part(options: argparse.Namespace, part: str, limit: float) -> dict[str, Any]:
+    """The part's result, or {"error": why not}."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        micro = [str(n) for n in (options.micro or MICRO[part])]
+        command = part_command(options, part, "--result", str(path), "--micro", *micro)
+        try:
+            done = subprocess.run(command, env=environment(options, part), stderr=subprocess.PIPE, text=True,
+                                  timeout=max(1.0, limit))  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return {"error": "no time left"}
+        if done.returncode or not path.is_file():
+            return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+
+def chosen(result: dict[str, Any], memory: float | None) -> dict[str, Any] | None:
+    """The fastest try within `memory` GiB, else the fastest."""
+    fitting = [one for one in result.get("tries", ()) if "seconds" in one]
+    small = [one for one in fitting if memory is not None and one["peak_gib"] is not None and one["peak_gib"] <= memory]
+    return min(small or fitting, key=lambda one: float(one["seconds"]), default=None)
+
+
+def rows_of(results: dict[str, dict[str, Any]], rate: float, clean: int) -> list[dict[str, Any]]:
+    """Lines in the form of the kernels' benchmark."""
+    from flarec.bench.session import Row
+
+    best = {part: chosen(result, MEMORY_BAR if part == "flare" else None) for part, result in results.items()}
+    base = best.get("stock")
+    lines: list[dict[str, Any]] = []
+
+    def line(name: str, title: str, unit: str, value: float | None, part: str, bar: float | None = None,
+             aim: float | None = None, at_least: bool = False, why: str | None = None) -> None:  # fmt: skip
+        row = Row(name, title, None, None, unit, bar, aim, at_least)  # type: ignore[arg-type]
+        found = best.get(part) or {}
+        lines.append({
+            "name": name, "title": title, "unit": unit, "bar": bar, "aim": aim, "at_least": at_least,
+            "status": "measured" if value is not None else "not measured", "value": value,
+            "verdict": None if value is None else row.verdict(value),
+            "values": {key: found[key] for key in ("micro_rows", "seconds", "spread", "peak_gib", "idle_share",
+                                                   "first_step_seconds", "loss") if key in found},
+            "message": None if value is not None else why or results.get(part, {}).get("error", "nothing fitted"),
+        })  # fmt: skip
+
+    for part in results:
+        found = best[part]
+        per_token = 1e6 * found["seconds"] / clean if found else None
+        line(f"{part}-us-per-token", f"{part}: time per clean token", "us", per_token, part)
+    for part, bar, aim in (("ar", 0.8, 0.65), ("flare", 2.2, 1.7), ("draft", 1.6, 1.2)):
+        if part in results:
+            found = best[part]
+            ratio = found["seconds"] / base["seconds"] if found and base else None
+            why = None if base else f"no stock step: {results.get('stock', {}).get('error', 'not run')}"
+            line(f"{part}-to-stock", f"{part}: time per clean token to stock's", "x", ratio, part, bar, aim, why=why)
+    for part, result in results.items():
+        found = best[part]
+        work = share = None
+        if found:
+            body = result["parameters"] - result["head"]
+            work = 6 * (body * found["processed"] + result["head"] * found["head_rows"])
+            share = work / found["seconds"] / rate
+        line(f"{part}-mfu", f"{part}: exact MFU", "", share, part, 0.45 if part == "flare" else None, at_least=True)
+        line(f"{part}-peak", f"{part}: peak memory", "GiB", found["peak_gib"] if found else None, part,
+             MEMORY_BAR if part == "flare" else None)  # fmt: skip
+        line(f"{part}-idle", f"{part}: idle share of the GPU", "", found["idle_share"] if found else None, part,
+             0.04 if part == "flare" else None)  # fmt: skip
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit")
+    parser.add_argument("--quick", action="store_true", help="shorter timings")
+    parser.add_argument("--only", action="append", choices=PARTS, default=[])
+    parser.add_argument("--library", type=Path, help="a folder with flash-linear-attention, for the stock model alone")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="2B")
+    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--length", type=int, default=LENGTH)
+    parser.add_argument("--micro", type=int, nargs="*")
+    parser.add_argument("--time-limit", type=float, default=440.0)
+    parser.add_argument("--no-warm", action="store_true", help="compile nothing in advance")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--slice", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part == "warm-stock":
+        warm_stock(*options.slice)
+        return 0
+    if options.part:
+        result = (stock if options.part == "stock" else ours)(options)
+        if options.result:
+            options.result.write_text(json.dumps(result))
+        return 0
+    return measure_all(options)
+
+
+def measure_all(options: argparse.Namespace) -> int:
+    import transformers
+
+    start, parts = time.monotonic(), options.only or list(PARTS)
+    warmed = {} if options.no_warm else compile_ahead(options, parts, 0.35 * options.time_limit)
+    print(f"{time.monotonic() - start:.0f} s: compiled ahead: {warmed}", flush=True)
+    rate, results = matmul_rate(), {}
+    if CUDA:
+        torch.cuda.empty_cache()
+    for part in parts:
+        results[part] = run_part(options, part, options.time_limit - (time.monotonic() - start))
+        print(f"{time.monotonic() - start:.0f} s: {part}: {results[part].get('error', 'measured')}", flush=True)
+    lines = rows_of(results, rate, options.rows * options.length)
+    for one in lines:
+        print(f"{one['title']:<44} {one['value'] if one['value'] is None else round(one['value'], 3)} {one['unit']} "
+              f"{one['verdict'] or one['message']}", flush=True)  # fmt: skip
+    if options.out:
+        record = {
+            "device": torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "transformers": transformers.__version__, "cuda": torch.version.cuda,
+                         "flash-linear-attention": results.get("stock", {}).get("library")},
+            "command": " ".join(["python benchmarks/train_steps.py", *sys.argv[1:]]),
+            "commit": options.commit, "seconds": round(time.monotonic() - start, 1), "shape": options.shape,
+            "clean_tokens": options.rows * options.length, "ceilings": {"bf16_tflops": rate / 1e12},
+            "compiled_ahead": warmed, "parts": results, "rows": lines,
+        }  # fmt: skip
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    return int(any(one["verdict"] == "missed" for one in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""The training objective from hidden rows: head, losses, metrics and gradients a chunk of rows at a time.
+
+Of logits [N, V] there is never more than one chunk. The gradients of hidden rows and head are computed in the forward
+pass beside the losses, so that no logits are computed twice; the backward pass scales them. Values are those of
+`loss` on the logits. Contract: docs/semantics.md section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...ir.program import Program
+from ...kernels.row_losses import RowLosses, implementation, row_losses
+from .batch import Batch
+from .head_plan import HeadPlan, plan_head
+from .loss import Losses, Scales, loss, measured
+
+Tail = Callable[[Tensor], Tensor]
+Rows = Callable[..., RowLosses]
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 30, "cuda, without Triton": 1 << 28}
+"""Logits of one chunk: on a CPU what its caches hold; on a GPU so many that the head's gradient is seldom added up, and
+fewer where float32 copies are made of them."""
+
+
+def chunk_rows(vocab_size: int, device: torch.device, implementation: str) -> int:
+    """Rows per chunk for a vocabulary."""
+    place = device.type if device.type != "cuda" or implementation == "triton" else "cuda, without Triton"
+    return max(2, CHUNK_ELEMENTS[place] // vocab_size)
+
+
+def plan_for(program: Program, batch: Batch, scales: Scales) -> HeadPlan | None:
+    """The plan of a batch on the host; None if the head of `program` is in its graph."""
+    if program.head is None:
+        return None
+    return plan_head(batch, scales, chunk_rows(program.vocab_size, program.device, program.head.implementation))
+
+
+def losses_of(
+    results: Tensor, program: Program, batch: Batch, plan: HeadPlan | None, scales: Scales, *, suppress: int | None
+) -> Losses:
+    """The losses of `batch` from what the graph of `program` returned for its head rows: hidden rows if there is a
+    plan (`plan_for`, moved to the device), else logits."""
+    if plan is None:
+        return loss(results, batch, suppress=suppress, scales=scales)
+    assert program.head is not None
+    weight, bias = program.head.parameters(program.module)
+    rows = implementation(program.head.implementation)
+    return head_loss(results, weight, bias, program.head.tail, batch, plan, suppress=suppress, rows=rows)
+
+
+def head_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tail: Tail | None, batch: Batch, plan: HeadPlan, *,
+    suppress: int | None, rows: Rows = row_losses,
+) -> Losses:  # fmt: skip
+    """The losses of `batch` from `hidden` [N, D] and a head: weight [V, D], bias [V], and what is done to each logit.
+
+    plan: of the batch, on its device; it holds the weights of the losses. suppress: token id whose logit counts as
+    minus infinity, or None. rows: what computes a chunk (`flarec.kernels.row_losses`).
+    """
+    assert len(hidden) == len(batch.head_rows), f"{len(hidden)} hidden rows for {len(batch.head_rows)} head rows"
+    total, nll, hit, divergence, overlap = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, tail, plan, partial(rows, suppress=suppress), torch.is_grad_enabled()
+    )
+    by_signal = [nll.new_zeros(len(batch.noisy_index)).index_copy(0, plan.signal, x) for x in (divergence, overlap)]
+    return measured(total, batch, nll, hit, *by_signal)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """(loss, nll [N], hit [N], divergence [P], overlap [P]); only the loss has a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tail: Tail | None, plan: HeadPlan,
+        losses: Rows, training: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        rows = hidden.index_select(0, plan.order)
+        gradients = _Gradients(rows, weight, bias, len(plan.chunks)) if training else None
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        nll, hit = (torch.empty(len(rows), dtype=dtype, device=rows.device) for _ in range(2))
+        divergence, overlap = (torch.empty(len(plan.kl), dtype=dtype, device=rows.device) for _ in range(2))
+        ce, kl = plan.ce.to(dtype), plan.kl.to(dtype)
+        for chunk in plan.chunks:
+            part, pairs = slice(chunk.start, chunk.stop), slice(chunk.first, chunk.first + chunk.pairs)
+            results = F.linear(rows[part], weight, bias)
+            logits = results
+            if tail is not None:
+                with torch.enable_grad():
+                    results.requires_grad_(training)
+                    logits = tail(results)
+            given = logits.detach() if tail is None else logits.detach().clone()
+            found = losses(given, plan.target[part], ce[part], kl[pairs], gradient=training)
+            nll[part], hit[part], divergence[pairs], overlap[pairs] = found.nll, found.hit, found.kl, found.overlap
+            if gradients is not None:
+                assert found.gradient is not None
+                inner = found.gradient
+                if tail is not None:
+                    (inner,) = torch.autograd.grad(logits, results, inner)
+                gradients.add(part, inner)
+        total = (ce * nll).sum() + (kl * divergence).sum()
+        if gradients is not None:
+            ctx.save_for_backward(gradients.rows.index_select(0, plan.place), gradients.weight, gradients.bias)
+        outputs = nll.index_select(0, plan.place), hit.index_select(0, plan.place), divergence, overlap
+        ctx.mark_non_differentiable(*outputs)
+        ctx.dtype = weight.dtype
+        return total, *outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [
+            None if x is None else torch.mul(x, grad, out=torch.empty_like(x, dtype=ctx.dtype))
+            for x in ctx.saved_tensors
+        ]
+        return *scaled, None, None, None, None
+
+
+class _Gradients:
+    """Of hidden rows [M, D], weight [V, D] and bias [V], added up over chunks; several chunks add up in float32."""
+
+    def __init__(self, rows: Tensor, weight: Tensor, bias: Tensor | None, chunks: int) -> None:
+        self.inputs, self.matrix = rows, weight
+        self.rows = torch.empty_like(rows)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.dtype = weight.dtype if chunks == 1 else wide
+        self.weight: Tensor | None = None
+        self.bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+
+    def add(self, part: slice, gradient: Tensor) -> None:
+        """`gradient` [n, V] of the rows `part`."""
+        torch.mm(gradient, self.matrix, out=self.rows[part])
+        self.weight = _plus_product(self.weight, gradient.t(), self.inputs[part], self.dtype)
+        if self.bias is not None:
+            self.bias += gradient.sum(0, dtype=self.bias.dtype)
+
+
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + left @ right in `dtype`; `total` is used up. A GPU makes wide products of bfloat16 without rounding."""
+    if left.dtype == dtype:
+        return torch.mm(left, right) if total is None else total.addmm_(left, right)
+    if left.device.type == "cuda":
+        if total is None:
+            return torch.mm(left, right, out_dtype=dtype)
+        return torch.addmm(total, left, right, out_dtype=dtype)
+    product = (left @ right).to(dtype)
+    return product if total is None else total.add_(product)

@@ -1,0 +1,124 @@
+"""What a run computes in: bfloat16 with float32 master weights, or float32.
+
+In bfloat16 the program is that of transformers in bfloat16 (captured in it, so that no casts are baked in): products
+and what lies between mixers in bfloat16; gates, states, norms, softmax and losses in float32, as the ops have it.
+Parameters that the source stores in float32 stay float32 where the graph computes with them in float32 anyway (decay
+rates); all others are bfloat16 and have a float32 master (`Weights`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..checkpoint.directory import Checkpoint
+from ..checkpoint.weights import stored_dtypes
+from ..ir.program import Program
+
+Precision = Literal["bf16", "float32"]
+DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "float32": torch.float32}
+
+
+def resolve_precision(choice: str, device: torch.device) -> Precision:
+    """`auto` is bf16 on a GPU and float32 on a CPU."""
+    if choice == "auto":
+        return "bf16" if device.type == "cuda" else "float32"
+    assert choice in DTYPES, choice
+    return choice
+
+
+def exact_weights(source: Checkpoint, model: Any, device: torch.device) -> dict[str, Tensor]:
+    """Float32 values of the parameters that `model`, loaded in bfloat16, holds rounded; by every name they have."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    stored = stored_dtypes(source.path, model)
+    rounded = {name for name in named if stored[name] not in (torch.bfloat16, named[name].dtype)}
+    if not rounded:
+        return {}
+    whole = source.load_model(torch.float32, device).state_dict()
+    return {name: whole[name] for name in rounded}
+
+
+@torch.no_grad()
+def keep_float32(program: Program, exact: Mapping[str, Tensor]) -> list[str]:
+    """Give a captured bfloat16 program the exact float32 parameters that it widens before it computes with them.
+
+    Nothing else in the graph changes its dtype by that. Returns their names.
+    """
+    readings: dict[nn.Parameter, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and str(node.target) in exact:
+            readings.setdefault(program.module.get_parameter(str(node.target)), []).append(node)
+    kept = []
+    for parameter, nodes in readings.items():
+        if all(map(_is_widened, nodes)):
+            parameter.data = exact[str(nodes[0].target)]
+            for node in nodes:
+                node.meta["val"] = replace(node.meta["val"], dtype=torch.float32)
+            kept += [str(node.target) for node in nodes]
+    return kept
+
+
+def _is_widened(parameter: fx.Node) -> bool:
+    """Whether all that is computed from a parameter is float32: it is cast, or meets float32."""
+    readers = [user for user in parameter.users if "_assert" not in str(user.target)]
+    for user in readers:
+        spec = user.meta.get("val")
+        pointwise = isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags
+        if spec is None or spec.dtype != torch.float32 or not (pointwise or user.target is torch.ops.aten.to.dtype):
+            return False
+    return bool(readers)
+
+
+class Weights:
+    """The parameters of a program and their masters, which the optimizer changes.
+
+    parameters  what the graph reads
+    masters     by the same names: float32 for a 16-bit parameter, any other parameter itself
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], exact: Mapping[str, Tensor] | None = None) -> None:
+        self.parameters = dict(parameters)
+        self.masters: dict[str, nn.Parameter] = {}
+        for name, parameter in self.parameters.items():
+            value = (exact or {}).get(name, parameter).detach()
+            self.masters[name] = nn.Parameter(value.float()) if parameter.dtype.itemsize == 2 else parameter
+        pairs = zip(self.parameters.values(), self.masters.values(), strict=True)
+        self._rounded = [(parameter, master) for parameter, master in pairs if parameter is not master]
+        self.round()
+
+    def collect(self) -> None:
+        """Add the gradients of a backward pass to those of the masters, in float32, and forget them.
+
+        bfloat16 sums over many micro batches would lose what the later ones add (`benchmarks/precision_curve.py`).
+        """
+        for parameter, master in self._rounded:
+            if parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.to(master.dtype)
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Make the program's parameters what the masters are now."""
+        if self._rounded:
+            rounded, masters = zip(*self._rounded, strict=True)
+            torch._foreach_copy_(rounded, masters)
+
+    def widen(self) -> None:
+        """Put the masters in the place of the program's parameters, to be written; the program is not run any more."""
+        for parameter, master in self._rounded:
+            parameter.data = master.data
+
+    @property
+    def bytes(self) -> int:
+        """Of parameters, masters, gradients and AdamW's two moments."""
+        copies = sum(parameter.nbytes for parameter, _ in self._rounded)
+        return copies + 4 * sum(master.nbytes for master in self.masters.values())
+
