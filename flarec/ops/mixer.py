@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from ..layout import Layout, build_layout
 from .register import custom_op
 
@@ -232,7 +233,14 @@ class Call:
         if self.opaque and torch.compiler.is_compiling():
             from .opaque import call_opaque  # brings torch's compiler, which nothing else needs
 
-            return call_opaque(self.mixer.name, self.implementation, self.step, operands)
+            if self.step and self.mixer.mixing == "attention":
+                raise UsageError(
+                    f"the {self.implementation} form of {self.mixer.name} writes its caches where they are, which a "
+                    "compiler cannot see; lower the program with --kernels torch"
+                )
+            given = {name: operand for name, operand in operands.items() if operand is not None}
+            absent = tuple(name for name in operands if name not in given)
+            return call_opaque(self.mixer.name, self.implementation, self.step, given, absent)
         return self.function(**operands)
 
 

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from ..errors import UsageError
-
 if TYPE_CHECKING:
     from .mixer import Call
 
@@ -29,27 +27,32 @@ TENSOR, NUMBER, PLAIN = "tensor", "number", "plain"
 
 
 @torch._dynamo.nonstrict_trace
-def call_opaque(mixer: str, implementation: str, step: bool, operands: dict[str, Any]) -> Any:
-    """The call of a mixer with these operands as an op; Dynamo leaves it alone, AOTAutograd comes in."""
+def call_opaque(
+    mixer: str, implementation: str, step: bool, operands: dict[str, Any], absent: tuple[str, ...]
+) -> Any:
+    """The call of a mixer with these operands as an op; Dynamo leaves it alone, AOTAutograd comes in.
+
+    operands are those that are not None, absent the names of the others.
+    """
+    operands = operands | dict.fromkeys(absent)
+    results = _forward(*pack(mixer, implementation, step, operands))
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def pack(
+    mixer: str, implementation: str, step: bool, operands: dict[str, Any]
+) -> tuple[str, list[Tensor], list[int]]:
+    """Arguments of the op for a call: what it is as text, its operands' tensors, and their integers."""
     leaves, structure = _pytree.tree_flatten(operands)
     kinds = [TENSOR if isinstance(x, Tensor) else NUMBER if _is_number(x) else PLAIN for x in leaves]
-    text = json.dumps(
-        {
-            "call": [mixer, implementation, step],
-            "structure": _pytree.treespec_dumps(structure),
-            "kinds": kinds,
-            "plain": [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind == PLAIN],
-        }
-    )
-    called = _Opaque.read(text).called
-    if any(slot.in_place for slot in called.mixer.slots(_site(called, operands))) and step:
-        raise UsageError(
-            f"the {implementation} form of {mixer} writes its caches where they are, which a compiler cannot see; "
-            "lower the program with --kernels torch"
-        )
-    tensors = [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind == TENSOR]
-    results = _forward(text, tensors, [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind == NUMBER])
-    return tuple(results) if step and len(results) > 1 else results[0]
+    of_kind = {kind: [x for x, k in zip(leaves, kinds, strict=True) if k == kind] for kind in (TENSOR, NUMBER, PLAIN)}
+    table = {
+        "call": [mixer, implementation, step],
+        "structure": _pytree.treespec_dumps(structure),
+        "kinds": kinds,
+        "plain": of_kind[PLAIN],
+    }
+    return json.dumps(table), of_kind[TENSOR], of_kind[NUMBER]
 
 
 def _is_number(leaf: Any) -> bool:
@@ -122,7 +125,13 @@ def _site(called: Call, operands: Mapping[str, Any]) -> Any:
     return Site(operands, called.step)
 
 
-@torch.library.custom_op("flarec::mixer_call_backward", mutates_args=())
+# Not `torch.library.custom_op`: below that, what an op does is not recorded for autograd.
+torch.library.define(
+    "flarec::mixer_call_backward", "(str call, Tensor[] tensors, SymInt[] numbers, int[] wanted, Tensor grad) -> Tensor[]"
+)
+
+
+@torch.library.impl("flarec::mixer_call_backward", "CompositeExplicitAutograd")  # type: ignore[untyped-decorator]
 def _backward(call: str, tensors: list[Tensor], numbers: list[int], wanted: list[int], grad: Tensor) -> list[Tensor]:
     """Gradients of `tensors[i]` for i in wanted."""
     tensors = list(tensors)
@@ -138,7 +147,7 @@ def _backward(call: str, tensors: list[Tensor], numbers: list[int], wanted: list
     ]  # fmt: skip
 
 
-@_backward.register_fake
+@torch.library.register_fake("flarec::mixer_call_backward")
 def _backward_fake(
     call: str, tensors: list[Tensor], numbers: list[int], wanted: list[int], grad: Tensor
 ) -> list[Tensor]:
@@ -156,10 +165,10 @@ def _gradients(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     tensors = list(ctx.saved_tensors)
     found: list[Tensor | None] = [None] * len(tensors)
     if ctx.wanted:
-        made = _backward(ctx.call, tensors, ctx.numbers, ctx.wanted, grads[0])
+        made = torch.ops.flarec.mixer_call_backward(ctx.call, tensors, ctx.numbers, ctx.wanted, grads[0])
         for i, gradient in zip(ctx.wanted, made, strict=True):
             found[i] = gradient
-    return None, found, [None] * len(ctx.numbers)
+    return None, found, None if ctx.numbers else []  # an empty list is a structure without leaves
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
