@@ -131,13 +131,13 @@ class Turns:
             if 1 - number in self.running:
                 self.turn, self.switches = 1 - number, self.switches + 1
                 self.changed.notify_all()
-                assert self.changed.wait_for(lambda: self.turn == number, timeout=60)
+                assert self.changed.wait_for(lambda: self.turn == number)
 
     def run(self, *tasks: Callable[[], Any]) -> list[Any]:
         def work(number: int, task: Callable[[], Any]) -> Any:
             self.mine.number = number
             with self.changed:
-                assert self.changed.wait_for(lambda: self.turn == number, timeout=60)
+                assert self.changed.wait_for(lambda: self.turn == number)
             try:
                 return task()
             finally:
@@ -147,7 +147,7 @@ class Turns:
                     self.changed.notify_all()
 
         with ThreadPoolExecutor(2) as pool:
-            return [future.result(timeout=60) for future in [pool.submit(work, *pair) for pair in enumerate(tasks)]]
+            return [future.result() for future in [pool.submit(work, *pair) for pair in enumerate(tasks)]]
 
 
 def yielding(turns: Turns, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -189,27 +189,33 @@ def test_threads_with_different_settings(path: str, monkeypatch: pytest.MonkeyPa
 
 def test_two_first_calls_prepare_the_model_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = AutoModelForCausalLM.from_pretrained(path)
-    begun, again = threading.Event(), threading.Event()
     prepared: list[int] = []
-    original = api.Model
+    original, lock = api.Model, threading.Lock()
+    second_waits = threading.Event()
+
+    class Watched:
+        """The lock; says when a second call has come to it."""
+
+        def __enter__(self) -> None:
+            if not lock.acquire(blocking=False):
+                second_waits.set()
+                lock.acquire()
+
+        def __exit__(self, *error: object) -> None:
+            lock.release()
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         prepared.append(threading.get_ident())
-        (again if begun.is_set() else begun).set()
-        again.wait(timeout=0.3)  # time for the other call to come in here too
+        assert len(prepared) == 1, "the second call prepares the model too"
+        second_waits.wait()
         return original(*args, **kwargs)
 
+    monkeypatch.setattr(hf_generate, "_PREPARING", Watched())
     monkeypatch.setattr(hf_generate, "Model", slow)
-
-    def second() -> torch.Tensor:
-        assert begun.wait(timeout=60)
-        return hf_generate.generate(model, IDS, max_new_tokens=4)
-
     with ThreadPoolExecutor(2) as pool:
-        late = pool.submit(second)
-        early = pool.submit(hf_generate.generate, model, IDS, max_new_tokens=4)
-        assert torch.equal(early.result(timeout=60), late.result(timeout=60))
-    assert len(prepared) == 1
+        calls = [pool.submit(hf_generate.generate, model, IDS, max_new_tokens=4) for _ in range(2)]
+        one, other = (call.result() for call in calls)
+    assert torch.equal(one, other) and len(prepared) == 1
 
 
 def test_changed_weights_are_used(path: str, custom: dict[str, Any]) -> None:
