@@ -19,7 +19,7 @@ PYTHON_FOLDERS = [*PACKAGE_FOLDERS.values(), "tests", "tools", "examples", "benc
 LONGEST_FILE = 500
 
 # Which module belongs to which layer: the longest prefix decides.
-BASE = ("errors", "files", "layout", "device", "collector", "fields", "generation", "interrupts")
+BASE = ("errors", "files", "flat", "layout", "device", "collector", "fields", "generation", "interrupts")
 KERNELS = tuple(sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")))
 ROOMS = (
     "recipe", "ir", "ops", "frontend", "passes", "checkpoint", "train", "decode", "verify", "inspect", "bench",
@@ -44,7 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "root": set(),
     "errors": set(),
     "files": set(),
-    "layout": set(),
+    "flat": set(),
+    "layout": {"flat"},
     "device": set(),
     "collector": set(),
     "fields": set(),
@@ -53,8 +54,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "slots": set(),
     "recipe": {"recipes", "layout", "fields"},
     "recipes": set(),
-    "kernels": {"layout"},
-    **{f"kernels.{name}": {"kernels", "layout"} for name in KERNELS},
+    "kernels": {"layout", "flat"},
+    **{f"kernels.{name}": {"kernels", "layout", "flat"} for name in KERNELS},
     "ops": {*ALL_KERNELS, "layout"},
     "ir": {"layout", "slots"},
     "frontend": {"ops", "ir"},

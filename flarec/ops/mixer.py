@@ -184,6 +184,19 @@ class Mixer:
         given = dict(zip((argument.name for argument in arguments), args, strict=False)) | dict(kwargs)
         return {a.name: given.get(a.name, a.default_value) for a in arguments}
 
+    def results(self, step: bool, operands: Mapping[str, Any]) -> list[Tensor]:
+        """Unwritten results of a call over a layout, dense: the output, and behind that of a step the next slots."""
+        given = {name: operands[name] for name in self.bind((), {}) if name in operands}
+        output = self.fake(**self.bind((), given))
+        results = [output.new_empty(output.shape)]
+        for slot in self.slots(Site(operands, step)) if step else ():
+            sizes = {"batch": output.shape[0], "pending": operands["layout"].clean_length}
+            shape = [sizes[size] if isinstance(size, str) else size for size in slot.shape]
+            if slot.kind == "conv":
+                shape[-1] += sizes["pending"]  # the window, then the pending rows
+            results.append(output.new_empty(shape, dtype=slot.dtype))
+        return results
+
     def implementation(self, wanted: str, step: bool) -> str:
         """`wanted`, or "torch" where the op has no such form: then it is the only one."""
         form = self.forms.get(wanted)

@@ -2,7 +2,7 @@
 
 Tracers unroll Python loops over a schedule, and stop at matrices whose sizes are computed. In a compiled graph such a
 kernel is therefore a call of one op: its operands' tensors and integers are arguments, everything else about the call
-is text. The fake kernel asks the op's declaration (`Mixer.fake`, `Mixer.slots`) for shapes. The backward runs the
+is text. The fake kernel asks the op's declaration (`Mixer.results`) for shapes. The backward runs the
 kernel again under autograd: under a compiler such a mixer is computed twice, and keeps nothing but its operands.
 
 Eager programs do not come here.
@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-if TYPE_CHECKING:
-    from .mixer import Call
+from .register import MIXERS
 
 TENSOR, NUMBER, PLAIN = "tensor", "number", "plain"
 
@@ -63,7 +62,8 @@ def _is_number(leaf: Any) -> bool:
 class _Opaque:
     """A call as its text says it."""
 
-    called: Call
+    called: Any
+    """`flarec.ops.Call`"""
     structure: _pytree.TreeSpec
     kinds: tuple[str, ...]
     plain: tuple[Any, ...]
@@ -71,13 +71,10 @@ class _Opaque:
     @staticmethod
     @functools.lru_cache(maxsize=4096)
     def read(text: str) -> _Opaque:
-        from .table import mixers  # imports the declarations, which import this module
-
         table = json.loads(text)
         name, implementation, step = table["call"]
-        mixer = next(mixer for mixer in mixers() if mixer.name == name)
         return _Opaque(
-            mixer.call(implementation, step),
+            MIXERS[name].call(implementation, step),
             _pytree.treespec_loads(table["structure"]),
             tuple(table["kinds"]),
             tuple(table["plain"]),
@@ -104,30 +101,14 @@ def _forward(call: str, tensors: list[Tensor], numbers: list[int]) -> list[Tenso
 @_forward.register_fake
 def _forward_fake(call: str, tensors: list[Tensor], numbers: list[int]) -> list[Tensor]:
     opaque = _Opaque.read(call)
-    called, operands = opaque.called, opaque.operands(tensors, numbers)
-    mixer = called.mixer
-    names = {argument.name for argument in mixer.op._schema.arguments}
-    filled = mixer.bind((), {name: value for name, value in operands.items() if name in names})
-    output = mixer.fake(**filled)
-    results = [output.new_empty(output.shape)]
-    if called.step:
-        pending = operands["layout"].clean_length
-        for slot in mixer.slots(_site(called, operands)):
-            sizes: list[Any] = [{"batch": output.shape[0], "pending": pending}.get(str(n), n) for n in slot.shape]
-            sizes[-1] += pending if slot.kind == "conv" else 0
-            results.append(output.new_empty(sizes, dtype=slot.dtype))
+    results: list[Tensor] = opaque.called.mixer.results(opaque.called.step, opaque.operands(tensors, numbers))
     return results
-
-
-def _site(called: Call, operands: Mapping[str, Any]) -> Any:
-    from .mixer import Site
-
-    return Site(operands, called.step)
 
 
 # Not `torch.library.custom_op`: below that, what an op does is not recorded for autograd.
 torch.library.define(
-    "flarec::mixer_call_backward", "(str call, Tensor[] tensors, SymInt[] numbers, int[] wanted, Tensor grad) -> Tensor[]"
+    "flarec::mixer_call_backward",
+    "(str call, Tensor[] tensors, SymInt[] numbers, int[] wanted, Tensor grad) -> Tensor[]",
 )
 
 

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MIXERS: dict[str, Any] = {}
+"""Every op of the table (`flarec.ops.Mixer`) by name, for those that its declarations import."""
+
 
 def custom_op(name: str, body: Callable[..., Tensor], fake: Callable[..., Tensor]) -> torch._ops.OpOverload[..., Any]:
     """Make `body` the op `flarec::name`, its signature the schema. The backward re-runs the body under autograd."""

@@ -11,6 +11,7 @@ from .generalized_delta_rule import GENERALIZED_DELTA_RULE
 from .linear_attention import LINEAR_ATTENTION
 from .mixer import Call, Mixer, Site
 from .moe_experts import MOE_EXPERTS
+from .register import MIXERS
 from .selective_scan import SELECTIVE_SCAN
 from .short_conv import SHORT_CONV
 from .softmax_attention import SOFTMAX_ATTENTION
@@ -27,6 +28,7 @@ def register(mixer: Mixer) -> Mixer:
     if any(known.name == mixer.name for known in _MIXERS.values()):
         raise ValueError(f"the semantic op '{mixer.name}' is declared twice; choose another name")
     _MIXERS[mixer.op] = mixer
+    MIXERS[mixer.name] = mixer
     return mixer
 
 

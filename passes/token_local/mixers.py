@@ -148,7 +148,8 @@ def describe(value: Any) -> str:
     kinds = {
         "layout": "the layout", "derived": f"'{value.name}', which is derived from the layout",
         "cache": f"the cache '{value.name}'", "next cache": f"the cache '{value.name}' of the next step",
-        "counts": "counts over all tokens", "accepted": "the accepted rows", "head rows": "the rows of the head (head_rows)",
+        "counts": "counts over all tokens", "accepted": "the accepted rows",
+        "head rows": "the rows of the head (head_rows)",
         "input": f"the input '{value.name}', which nothing provides",
     }  # fmt: skip
     return kinds[value.kind]
