@@ -6,10 +6,12 @@ documentation all come from there.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
-from dataclasses import field
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Callable, Mapping
+from dataclasses import Field, field, fields
+from functools import cache
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 TEXTS = tuple[str, ...]
 """Type of a field that holds any number of texts."""
@@ -26,9 +28,15 @@ def key(
     high: float | None = None,
     above: float | None = None,
     metavar: str | None = None,
+    option: str | None = None,
 ) -> Any:
-    """A documented field: `low` and `high` are inclusive limits, `above` an exclusive lower one."""
-    return field(default=default, metadata={"doc": doc, "metavar": metavar, **limits(low=low, high=high, above=above)})
+    """A documented field: `low` and `high` are inclusive limits, `above` an exclusive lower one.
+
+    default          `dataclasses.MISSING` for a field that must be given
+    metavar, option  of the command line; the option is named like the field if it has no other name
+    """
+    bounds = limits(low=low, high=high, above=above)
+    return field(default=default, metadata={"doc": doc, "metavar": metavar, "option": option, **bounds})
 
 
 def limits(
@@ -36,6 +44,39 @@ def limits(
 ) -> dict[str, float | None]:
     """The part of a field's metadata that bounds its value."""
     return {"low": low, "high": high, "above": above}
+
+
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Types of a dataclass's fields by name."""
+    return get_type_hints(cls)
+
+
+def option_name(item: Field[Any]) -> str:
+    """How a field is called on the command line."""
+    return item.metadata["option"] or f"--{item.name.replace('_', '-')}"
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def shows_fields(cls: Any) -> Callable[[Function], Function]:
+    """Show the fields of a dataclass in the signature of a function that ends in `**keywords: Unpack[...]`; those that
+    the function names itself stay as they are."""
+
+    def show(function: Function) -> Function:
+        signature = inspect.signature(function)
+        kind = inspect.Parameter.KEYWORD_ONLY
+        own = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
+        shown = [
+            inspect.Parameter(item.name, kind, default=item.default, annotation=field_types(cls)[item.name])
+            for item in fields(cls)
+            if item.name not in signature.parameters
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *shown])  # type: ignore[attr-defined]
+        return function
+
+    return show
 
 
 def is_number(value: Any, kind: type, metadata: Mapping[str, Any]) -> bool:

@@ -6,14 +6,13 @@ No import of torch: the command line builds its options from the fields.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from types import NoneType
-from typing import Any, Literal, TypedDict, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypedDict, get_args, get_origin
 
 from .errors import GenerationError
-from .fields import LARGEST, allowed_values, is_number, key, plain, shown, whole_number
+from .fields import LARGEST, allowed_values, field_types, is_number, key, plain, shown, shows_fields, whole_number
 
 Mode = Literal["causal", "ar-trust", "diffusion-trust"]
 Drafts = Literal["branches", "single"]
@@ -89,30 +88,13 @@ def merged(options: GenerationOptions | None, keywords: GenerationKeywords) -> G
     return replace(options or GenerationOptions(), **changes)
 
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def takes_options(function: Function) -> Function:
-    """Show every option in the signature of a function that ends in `**keywords: Unpack[GenerationKeywords]`."""
-    signature = inspect.signature(function)
-    kind = inspect.Parameter.KEYWORD_ONLY
-    own = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
-    options = [
-        inspect.Parameter(item.name, kind, default=item.default, annotation=_types()[item.name])
-        for item in fields(GenerationOptions)
-    ]
-    function.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
-    return function
-
-
-@cache
-def _types() -> dict[str, Any]:
-    return get_type_hints(GenerationOptions)
+takes_options = shows_fields(GenerationOptions)
+"""Shows every option in the signature of a function that ends in `**keywords: Unpack[GenerationKeywords]`."""
 
 
 def field_type(name: str) -> Any:
     """The type of an option without its None."""
-    hint = _types()[name]
+    hint = field_types(GenerationOptions)[name]
     return next(iter(set(get_args(hint)) - {NoneType})) if NoneType in get_args(hint) else hint
 
 

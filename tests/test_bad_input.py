@@ -121,7 +121,7 @@ CASES: list[tuple[str, Callable[[Place], Any], list[str], str]] = [
      [*CONVERT, "--set", "mask_token=row", "--max-length", "64"], "all 300 rows of the vocabulary are used"),
     ("unknown device", nothing, [*CONVERT, "--device", "abacus"], "device 'abacus' cannot be used"),
     ("unknown kernels", nothing, [*CONVERT, "--kernels", "fast"], "unknown kernels 'fast'"),
-    ("negative seed", nothing, [*CONVERT, "--seed", "-1"], "seed -1 is out of range"),
+    ("negative seed", nothing, [*CONVERT, "--seed", "-1"], "seed is -1; give a whole number, at least 0"),
     ("no data", nothing, ["convert", "model", "--max-length", "64"], "no data; give at least one --data PATH"),
     ("missing data", nothing, ["convert", "model", "--data", "more.jsonl"], "more.jsonl does not exist"),
     ("bad weight", nothing, ["convert", "model", "--data", "data.jsonl:0"], "the weight 0 is not a number above 0"),

@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugin": {"ir", "layout", "ops", "passes"},
     "train": {
         "ops", "ir", "layout", "recipe", "device", "decode", "recipes", "frontend", "passes", "checkpoint",
-        "files", "interrupts", "kernels.row_losses",
+        "files", "interrupts", "fields", "kernels.row_losses",
     },
     "conformance": BELOW_CLI - {"doctor"},
     "doctor": BELOW_CLI - {"conformance"},

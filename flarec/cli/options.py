@@ -3,39 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
+from functools import partial
+from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from flarec.generation import GenerationOptions, field_type
+from flarec.fields import TEXTS, field_types, option_name
+from flarec.generation import GenerationOptions
+from flarec.train.arguments import Arguments
 
-_FIELDS = {item.name: item for item in fields(GenerationOptions)}
+
+def field_options(cls: Any, *names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Options made from these fields of a dataclass: their names, types, defaults and documentation."""
+    known = {item.name: item for item in fields(cls)}
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(names):
+            command = _option(known[name], field_types(cls)[name])(command)
+        return command
+
+    return add
+
+
+def _option(item: Field[Any], hint: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option of one field; None in its type stands for the default."""
+    shown = {"help": item.metadata["doc"], "metavar": item.metadata["metavar"]}
+    if hint == TEXTS:
+        return click.option(option_name(item), item.name, multiple=True, default=(), **shown)
+    if hint is bool:
+        return click.option(option_name(item), item.name, is_flag=True, help=item.metadata["doc"])
+    if NoneType in get_args(hint):
+        hint = next(kind for kind in get_args(hint) if kind is not NoneType)
+    kind: Any = click.Choice(get_args(hint)) if get_origin(hint) is Literal else hint
+    return click.option(
+        option_name(item),
+        item.name,
+        type=click.Path(path_type=Path) if kind is Path else kind,
+        default=item.default,
+        show_default=item.default is not None,
+        **shown,
+    )
 
 
 def kernels_option(default: str) -> Callable[..., Any]:
     """`--kernels`; "auto" is for commands that run a model on a device."""
-    text = "What computes the token mixers: triton, torch or reference."
     if default == "auto":
-        text = "What computes the token mixers: triton, torch, reference, or auto (triton on CUDA, torch elsewhere)."
+        return field_options(Arguments, "kernels")
+    text = "What computes the token mixers: triton, torch or reference."
     return click.option("--kernels", default=default, show_default=True, metavar="NAME", help=text)
 
 
-def plugin_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--plugin`, `--pass`: passes of others."""
-    for option in reversed((
-        click.option(
-            "--plugin", "plugins", multiple=True, metavar="FILE.py",
-            help="A Python file that defines passes; its code runs. Repeat for more. Installed plugins need no option.",
-        ),
-        click.option(
-            "--pass", "passes", multiple=True, metavar="'NAME(OPTION=VALUE)'",
-            help="Add a plugin's pass at the latest place that its requirements allow; NAME(...)@after:OTHER pins it. "
-            "Repeat for more. `flarec passes` lists them.",
-        ),
-    )):  # fmt: skip
-        command = option(command)
-    return command
+plugin_options = field_options(Arguments, "plugins", "passes")
+"""`--plugin`, `--pass`: passes of others."""
 
 
 def runtime_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,25 +73,8 @@ def runtime_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def generation_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Options made from these fields of `GenerationOptions`: their names, types, defaults and documentation."""
-
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for item in reversed([_FIELDS[name] for name in names]):
-            hint = field_type(item.name)
-            several = get_origin(hint) is tuple
-            command = click.option(
-                f"--{item.name.replace('_', '-')}",
-                type=click.Choice(get_args(hint)) if get_origin(hint) is Literal else str if several else hint,
-                default=item.default,
-                show_default=item.default is not None and not several,
-                multiple=several,
-                metavar=item.metadata["metavar"],
-                help=item.metadata["doc"],
-            )(command)
-        return command
-
-    return add
+generation_options = partial(field_options, GenerationOptions)
+"""Options made from these fields of `GenerationOptions`."""
 
 
 def foreign_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,16 +10,18 @@ import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from ..checkpoint.directory import describe_source
 from ..checkpoint.manifest import DecodeDefaults, Manifest
 from ..checkpoint.weights import stored_dtypes
-from ..checkpoint.write import MAX_SHARD_SIZE, write_checkpoint
+from ..checkpoint.write import write_checkpoint
 from ..errors import CheckpointError, TrainingError
+from ..fields import shows_fields
 from ..interrupts import Interrupts
+from .arguments import Arguments, ConversionKeywords
 from .loop import Step
 from .metrics import MetricsLog
 from .options import Options
@@ -42,58 +44,21 @@ class Interrupted(KeyboardInterrupt):
         self.step = step
 
 
+@shows_fields(Arguments)
 def convert(
     source: str | Path,
     data: str | Path | Sequence[str | Path],
     *,
-    recipe: str | Path = "flare",
-    out: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    steps: int | None = None,
-    max_length: int | None = None,
-    device: str = "auto",
-    seed: int = 0,
-    resume: bool = False,
-    overwrite: bool = False,
-    skip_bad_lines: bool = False,
-    eval_data: str | Path | Sequence[str | Path] = (),
-    kernels: str = "auto",
-    max_shard_size: str = MAX_SHARD_SIZE,
-    passes: Sequence[str] = (),
-    plugins: str | Path | Sequence[str | Path] = (),
-    debug: bool = False,
     reporter: Reporter | None = None,
+    **keywords: Unpack[ConversionKeywords],
 ) -> Path:
-    """Convert a hybrid-attention model and return the checkpoint's directory. The arguments are those of `Options`.
+    """Convert a hybrid-attention model and return the checkpoint's directory. The arguments are those of `Arguments`.
 
     Raises `UsageError` and its kin for bad input, before anything is written; `TrainingError` if training cannot go on;
     `Interrupted` (a `KeyboardInterrupt`) after Ctrl-C. A run that stopped continues with `resume=True`.
     """
-    options = Options(
-        source=str(source),
-        data=_texts(data),
-        recipe=str(recipe),
-        out=None if out is None else Path(out),
-        overrides=list(overrides),
-        steps=steps,
-        max_length=max_length,
-        device=device,
-        seed=seed,
-        resume=resume,
-        overwrite=overwrite,
-        skip_bad_lines=skip_bad_lines,
-        eval_data=_texts(eval_data),
-        kernels=kernels,
-        max_shard_size=max_shard_size,
-        passes=list(passes),
-        plugins=_texts(plugins),
-        debug=debug,
-    )
-    return run(options, reporter or Reporter())
-
-
-def _texts(paths: str | Path | Sequence[str | Path]) -> list[str]:
-    return [str(item) for item in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    values: dict[str, Any] = {"source": source, "data": data, **keywords}
+    return run(Options(**values), reporter or Reporter())
 
 
 def run(options: Options, reporter: Reporter) -> Path:

@@ -3,54 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..checkpoint.write import MAX_SHARD_SIZE, check_destination
+from ..checkpoint.write import check_destination
 from ..errors import RecipeError, UsageError
 from ..files import check_apart
 from ..recipe import Recipe, load_recipe
 from ..recipe.files import recipe_files
+from .arguments import Arguments
 from .data.sources import parse_source
 from .state import StateDirectory
 
 
 @dataclass(frozen=True)
-class Options:
-    """Arguments of a conversion.
-
-    source          a model directory or hub id
-    data            `PATH[:WEIGHT]` of JSONL or Parquet files or `datasets` directories
-    recipe          a built-in recipe's name or a TOML file
-    out             the checkpoint's directory; None: `<source name>-flarec` in the current directory
-    overrides       `key=value` for the recipe; `steps` and `max_length` are short for two of them
-    eval_data       as `data`: documents to evaluate on; by default some training documents are taken out for it
-    kernels         implementation of the token mixers: "triton", "torch", "reference", or "auto" (triton on CUDA, else
-                    torch)
-    max_shard_size  of a weight file of the checkpoint, as "5GB"
-    passes          of plugins, as `name(option=value)`, added to the recipe's
-    plugins         Python files that define passes, beside the installed plugins
-    """
-
-    source: str
-    data: Sequence[str]
-    recipe: str = "flare"
-    out: Path | None = None
-    overrides: Sequence[str] = ()
-    steps: int | None = None
-    max_length: int | None = None
-    device: str = "auto"
-    seed: int = 0
-    resume: bool = False
-    overwrite: bool = False
-    skip_bad_lines: bool = False
-    eval_data: Sequence[str] = ()
-    kernels: str = "auto"
-    max_shard_size: str = MAX_SHARD_SIZE
-    passes: Sequence[str] = ()
-    plugins: Sequence[str] = ()
-    debug: bool = False
+class Options(Arguments):
+    """Arguments of a conversion, and what follows from them."""
 
     @property
     def output(self) -> Path:
@@ -74,10 +42,6 @@ class Options:
                 f"{recipe.data.max_length}; choose a smaller block or longer rows"
             )
         return recipe
-
-    def check_seed(self) -> None:
-        if not 0 <= self.seed < 1 << 63:
-            raise UsageError(f"seed {self.seed} is out of range; give a whole number from 0 to 2**63 - 1")
 
     def check_output(self, source: Path) -> None:
         """Raise `UsageError` or `CheckpointError` if the output directory is in use, not wanted, or would cost files.

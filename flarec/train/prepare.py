@@ -64,7 +64,6 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     recipe = options.load_recipe()
     load_plugins(options.plugins)
     device = torch_device(options.device)
-    options.check_seed()
     check_shard_size(options.max_shard_size)
     options = _with_kernels(options, device, reporter)
     precision = resolve_precision(recipe.optimizer.precision, device)

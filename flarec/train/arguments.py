@@ -1,0 +1,116 @@
+"""What a conversion is asked to do, declared once: Python and the command line share it.
+
+No import of torch: the command line builds its options from the fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypedDict, get_args
+
+from ..errors import UsageError
+from ..fields import LARGEST, TEXTS, allowed_values, field_types, is_number, key, plain, shown
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of `flarec convert`; a list of texts may be one text, and a text a path.
+
+    Raises `UsageError` with the argument, its value and what it takes.
+    """
+
+    source: str = key(MISSING, "A model directory or hub id.")
+    data: TEXTS = key(
+        MISSING, "Training data: a JSONL or Parquet file or a datasets directory with messages, prompt and response, "
+        "or text. Repeat to mix several by weight.", metavar="PATH[:WEIGHT]",
+    )  # fmt: skip
+    recipe: str = key("flare", "A built-in recipe or a TOML file.", metavar="NAME|FILE")
+    out: Path | None = key(
+        None, "Directory of the checkpoint. Default: the name of SOURCE with -flarec.", metavar="DIR"
+    )
+    overrides: TEXTS = key(
+        (), "Change a recipe key, for example diffusion.block_size=8. Repeat for more.", metavar="KEY=VALUE",
+        option="--set",
+    )  # fmt: skip
+    steps: int | None = key(None, "Optimizer steps (optimizer.steps).")
+    max_length: int | None = key(None, "Tokens per packed row (data.max_length).")
+    device: str = key("auto", "Where to train.", metavar="auto|cpu|cuda")
+    seed: int = key(0, "Seed of data order and noise.", low=0, high=LARGEST)
+    resume: bool = key(False, "Continue an interrupted run; give the same arguments again.")
+    overwrite: bool = key(False, "Replace DIR once the new checkpoint is complete.")
+    skip_bad_lines: bool = key(False, "Skip and count records that cannot be used.")
+    eval_data: TEXTS = key(
+        (), "Documents to evaluate on. Default: some are held out of the training data.", metavar="PATH"
+    )
+    kernels: str = key(
+        "auto", "What computes the token mixers: triton, torch, reference, or auto (triton on CUDA, torch elsewhere).",
+        metavar="NAME",
+    )  # fmt: skip
+    max_shard_size: str = key(
+        "50GB", "Split weights that are larger into several files, for example 5GB.", metavar="SIZE"
+    )
+    plugins: TEXTS = key(
+        (), "A Python file that defines passes; its code runs. Repeat for more. Installed plugins need no option.",
+        metavar="FILE.py", option="--plugin",
+    )  # fmt: skip
+    passes: TEXTS = key(
+        (), "Add a plugin's pass at the latest place that its requirements allow; NAME(...)@after:OTHER pins it. "
+        "Repeat for more. `flarec passes` lists them.", metavar="'NAME(OPTION=VALUE)'", option="--pass",
+    )  # fmt: skip
+    debug: bool = key(False, "Check every property again after every pass.")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = _read(item.name, getattr(self, item.name), field_types(Arguments)[item.name], item.metadata)
+            object.__setattr__(self, item.name, value)
+
+
+class ConversionKeywords(TypedDict, total=False):
+    """The optional fields of `Arguments` as keyword arguments, for type checkers (a test compares the two)."""
+
+    recipe: str | Path
+    out: str | Path | None
+    overrides: str | Sequence[str]
+    steps: int | None
+    max_length: int | None
+    device: str
+    seed: int
+    resume: bool
+    overwrite: bool
+    skip_bad_lines: bool
+    eval_data: str | Path | Sequence[str | Path]
+    kernels: str
+    max_shard_size: str
+    plugins: str | Path | Sequence[str | Path]
+    passes: str | Sequence[str]
+    debug: bool
+
+
+def _read(name: str, value: Any, hint: Any, metadata: Any) -> Any:
+    """A value of a caller as the field's type."""
+    if hint == TEXTS:
+        items = [value] if isinstance(value, (str, Path)) or not isinstance(value, Iterable) else list(value)
+        return tuple(_text(name, item) for item in items)
+    if hint is str:
+        return _text(name, value)
+    if value is None and NoneType in get_args(hint):
+        return None
+    if Path in get_args(hint):
+        return Path(_text(name, value))
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise UsageError(f"{name} is {shown(value)}; give True or False")
+        return value
+    number = plain(value)
+    if not is_number(number, int, metadata):
+        raise UsageError(f"{name} is {shown(value)}; give {allowed_values(int, metadata)}")
+    return int(number)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, (str, Path)):
+        raise UsageError(f"{name} is {shown(value)}; give text or a path")
+    return str(value)
