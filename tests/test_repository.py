@@ -17,6 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE_FOLDERS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
 PYTHON_FOLDERS = [*PACKAGE_FOLDERS.values(), "tests", "tools", "examples", "benchmarks"]
 LONGEST_FILE = 500
+LONGEST_FUNCTION = 60  # lines, its docstring not counted
+LONG_FUNCTIONS = {
+    "kernels/linear_attention/tiles/launch.py: backward": "one table of operands, then a launch per kernel",
+}
+"""Longer ones and the reason. A Triton kernel is one program: what it calls is inlined, and spills show in it."""
 
 # Which module belongs to which layer: the longest prefix decides.
 BASE = ("errors", "files", "flat", "layout", "device", "collector", "fields", "generation", "interrupts")
@@ -201,6 +206,33 @@ def test_mypy_knows_the_files_with_triton_kernels() -> None:
 def test_files_are_short(folder: str) -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in python_files(folder)}
     assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+def function_lengths(source: str) -> Iterator[tuple[str, int]]:
+    """(name, lines without docstring) of every function but Triton kernels."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list):
+                continue
+            text = node.body[0] if ast.get_docstring(node) is not None else None
+            documented = text.end_lineno - text.lineno + 1 if text is not None and text.end_lineno else 0
+            assert node.end_lineno is not None
+            yield node.name, node.end_lineno - node.lineno + 1 - documented
+
+
+def test_functions_are_short() -> None:
+    found = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in PACKAGE_FILES
+        for name, length in function_lengths(path.read_text())
+        if length > LONGEST_FUNCTION
+    }
+    assert found == set(LONG_FUNCTIONS)
+
+
+def test_the_rule_about_functions_counts_what_it_should() -> None:
+    source = "@triton.jit\ndef kernel():\n    pass\nclass A:\n  def f(self):\n    '''One.\n\n    Two.'''\n    pass"
+    assert list(function_lengths(source)) == [("f", 2)]
 
 
 def test_packages_hold_no_unfinished_work() -> None:

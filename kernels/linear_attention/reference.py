@@ -100,9 +100,8 @@ def _walk(
     rows, finals = [], []
     for row in range(layout.rows):
         outputs = [torch.zeros(heads, v.shape[3], dtype=dtype, device=v.device)] * layout.length
-        first = zero_state if initial_state is None else initial_state[row].to(dtype)
-        states = {(0, int(layout.cached[row])): first}  # (document, clean tokens read) -> state
-        final = first
+        final = zero_state if initial_state is None else initial_state[row].to(dtype)
+        states = {(0, int(layout.cached[row])): final}  # (document, clean tokens read) -> state
         for slot in range(layout.clean_length):
             document, position = int(layout.clean_document[row, slot]), int(layout.clean_position[row, slot])
             if document == PADDING:

@@ -82,6 +82,37 @@ class _Grid:
         return _Grid(*(getattr(self, item.name)[keep] for item in fields(self)))
 
 
+@dataclass(frozen=True)
+class _Copies:
+    """The noisy blocks: each block of the grid once per view, ordered by row, view and position; tensors [n] int64."""
+
+    cell: Tensor  # the block of the grid
+    view: Tensor
+    at: _Grid  # where the block is
+    kind: Tensor  # of its noise
+    index: Tensor  # block index inside the row
+    rows: int
+    most: int  # blocks of a row
+
+    @staticmethod
+    def of(grid: _Grid, noise: Noise, diffusion: Diffusion, rows: int) -> _Copies:
+        views = torch.tensor([kind.views for _, kind in diffusion.kinds])[noise.kind]
+        cell = torch.cat([torch.arange(len(views)), (views == 2).nonzero().squeeze(1)])
+        view = (torch.arange(len(cell)) >= len(views)).long()
+        order = (grid.row[cell] * 2 + view).argsort(stable=True)
+        cell, view = cell[order], view[order]
+        at = grid.select(cell)
+        per_row = torch.bincount(at.row, minlength=rows)
+        index = torch.arange(len(cell)) - (per_row.cumsum(0) - per_row)[at.row]
+        return _Copies(cell, view, at, noise.kind[cell], index, rows, int(per_row.max()))
+
+    def spread(self, values: Tensor, fill: int) -> Tensor:
+        """Per-copy values [n, ...] on the block axis [rows, blocks, ...]."""
+        out = torch.full((self.rows, self.most, *values.shape[1:]), fill, dtype=torch.int64)
+        out[self.at.row, self.index] = values
+        return out
+
+
 def build_batch(
     rows: Sequence[PackedRow],
     diffusion: Diffusion,
@@ -172,73 +203,66 @@ def _build(
     if bool((ids[documents != PADDING] == mask_token_id).any()):
         raise DataError(f"the data contains the mask token (id {mask_token_id}); clean the data or choose another")
 
-    # Copies of the blocks, one per view, ordered by row, view and position.
     kinds = [kind for _, kind in diffusion.kinds]
-    views = torch.tensor([kind.views for kind in kinds])[noise.kind]
-    cell = torch.cat([torch.arange(len(views)), (views == 2).nonzero().squeeze(1)])
-    view = (torch.arange(len(cell)) >= len(views)).long()
-    order = (grid.row[cell] * 2 + view).argsort(stable=True)
-    cell, view = cell[order], view[order]
-    copies, kind = grid.select(cell), noise.kind[cell]
-    per_row = torch.bincount(copies.row, minlength=len(rows))
-    index = torch.arange(len(cell)) - (per_row.cumsum(0) - per_row)[copies.row]  # block index inside the row
-
-    offset = torch.arange(size)
-    position = copies.anchor[:, None] + offset  # [copies, B]
-    inside = position < copies.end[:, None]
+    copies = _Copies.of(grid, noise, diffusion, len(rows))
+    cell, at = copies.cell, copies.at
+    position = at.anchor[:, None] + torch.arange(size)  # [copies, B]
+    inside = position < at.end[:, None]
     # Beyond the response every view is masked: a shorter block, or visible padding, would reveal where it ends.
-    masked = (noise.masked[cell] ^ (view == 1)[:, None]) | ~inside
-    slot = (copies.offset[:, None] + position).clamp_max(clean_length - 1)
-    tokens = ids[copies.row[:, None], slot].masked_fill(masked, mask_token_id)
+    masked = (noise.masked[cell] ^ (copies.view == 1)[:, None]) | ~inside
+    slot = (at.offset[:, None] + position).clamp_max(clean_length - 1)
+    tokens = ids[at.row[:, None], slot].masked_fill(masked, mask_token_id)
+    layout = _layout(documents, positions, copies, position, diffusion)
 
-    def spread(values: Tensor, fill: int) -> Tensor:
-        """Per-copy values [copies, ...] on the block axis [rows, blocks, ...]."""
-        out = torch.full((len(rows), int(per_row.max()), *values.shape[1:]), fill, dtype=torch.int64)
-        out[copies.row, index] = values
-        return out
-
-    readout = torch.tensor([READOUTS[kind.readout] for kind in kinds])[kind]
-    layout = Layout(
-        clean_document=documents,
-        clean_position=positions,
-        noisy_block=spread(index[:, None].expand(-1, size), PADDING).flatten(1),
-        noisy_position=spread(position, 0).flatten(1),
-        block_document=spread(copies.document, PADDING),
-        block_anchor=spread(copies.anchor, 0),
-        block_view=spread(view, PADDING),
-        block_readout=spread(readout, BLOCK_END),
-        cached=torch.zeros(len(rows), dtype=torch.int64),
-    )
-
-    signal = _signals(masked, position, copies.end, kind, diffusion)
-    count = torch.zeros(len(views), size).index_add_(0, cell, signal.float())  # signals per target
-    at, column = signal.nonzero(as_tuple=True)
+    signal = _signals(masked, position, at.end, copies.kind, diffusion)
+    count = torch.zeros(len(grid.row), size).index_add_(0, cell, signal.float())  # signals per target
+    copy, column = signal.nonzero(as_tuple=True)
+    row, offset, kind, index = at.row[copy], at.offset[copy], copies.kind[copy], copies.index[copy]
     ar_row, ar_slot = ar_rows.nonzero(as_tuple=True)
     total = layout.length
     ar_flat = ar_row * total + ar_slot
-    noisy_flat = copies.row[at] * total + clean_length + index[at] * size + column
-    teacher_flat = copies.row[at] * total + copies.offset[at] + position[at, column]
+    noisy_flat = row * total + clean_length + index * size + column
+    teacher_slot = offset + position[copy, column]
+    teacher_flat = row * total + teacher_slot
     head_rows = torch.cat([ar_flat, noisy_flat]).sort().values
-    weight = 1.0 / count[cell[at], column]
     return Batch(
-        input_ids=torch.cat([ids, spread(tokens, 0).flatten(1)], dim=1),
+        input_ids=torch.cat([ids, copies.spread(tokens, 0).flatten(1)], dim=1),
         layout=layout,
         head_rows=head_rows,
         ar_index=torch.searchsorted(head_rows, ar_flat),
         ar_target=ids[ar_row, ar_slot + 1],
         noisy_index=torch.searchsorted(head_rows, noisy_flat),
-        noisy_target=ids[copies.row[at], copies.offset[at] + position[at, column] + 1],
-        noisy_weight=weight,
-        noisy_kl=torch.tensor([kind.loss == "kl" for kind in kinds])[kind[at]],
+        noisy_target=ids[row, teacher_slot + 1],
+        noisy_weight=1.0 / count[cell[copy], column],
+        noisy_kl=torch.tensor([kind.loss == "kl" for kind in kinds])[kind],
         teacher_index=torch.searchsorted(head_rows, teacher_flat),
         slot=column,
-        all_masked_index=masked.all(1)[at].nonzero().squeeze(1),
+        all_masked_index=masked.all(1)[copy].nonzero().squeeze(1),
         block_size=size,
         ar_count=len(ar_flat),
         diffusion_count=int((count > 0).sum()),
-        uses_kl=any(kinds[k].loss == "kl" for k in set(kind[at].tolist())),
+        uses_kl=any(kinds[k].loss == "kl" for k in set(kind.tolist())),
         clean_tokens=sum(lengths),
         noisy_tokens=len(cell) * size,
+    )
+
+
+def _layout(
+    documents: Tensor, positions: Tensor, copies: _Copies, position: Tensor, diffusion: Diffusion
+) -> Layout:
+    """documents, positions [rows, Lc] of the clean stream; position [copies, B] in the document."""
+    size = position.shape[1]
+    readout = torch.tensor([READOUTS[kind.readout] for _, kind in diffusion.kinds])[copies.kind]
+    return Layout(
+        clean_document=documents,
+        clean_position=positions,
+        noisy_block=copies.spread(copies.index[:, None].expand(-1, size), PADDING).flatten(1),
+        noisy_position=copies.spread(position, 0).flatten(1),
+        block_document=copies.spread(copies.at.document, PADDING),
+        block_anchor=copies.spread(copies.at.anchor, 0),
+        block_view=copies.spread(copies.view, PADDING),
+        block_readout=copies.spread(readout, BLOCK_END),
+        cached=torch.zeros(copies.rows, dtype=torch.int64),
     )
 
 

@@ -2,7 +2,7 @@
 
 Per head and chunk that starts in state S0, with gam the inclusive cumulative log decay and A the strictly lower decayed
 key-key products: Z = (I + A diag(beta))^-1 (v - exp(gam) k S0), D = beta Z ("corrected values"), and the next state is
-exp(gam_C) S0 + (exp(gam_C - gam) k)^T D. Without the delta rule Z = v. docs/kernel.md has the derivation.
+exp(gam_C) S0 + (exp(gam_C - gam) k)^T D. Without the delta rule Z = v. docs/kernels.md has the derivation.
 """
 
 from __future__ import annotations
@@ -115,13 +115,43 @@ def outputs(rows: Rows, chunks: CleanChunks, scale: float) -> Tensor:
     return ((rows.q * chunks.grown) @ chunks.states).add_(chunks.weights[:, :, -1] @ chunks.corrected).mul_(scale)
 
 
+def _walk_back(
+    grad_states: Tensor,
+    grad_corrected: Tensor,
+    k: Tensor,
+    beta: Tensor,
+    tail_key: Tensor,
+    chunks: CleanChunks,
+    schedule: StateSchedule,
+) -> tuple[Tensor, Tensor | None]:
+    """The loop over states, backwards; adds to `grad_states` what later chunks read.
+
+    Returns the gradient of the state after each chunk [N, H, K, V], and that of v - R (delta rule only, else None).
+    """
+    grad_next, grad_values = torch.zeros_like(chunks.states), None
+    if chunks.inverse is not None:
+        transposed = chunks.inverse.mT
+        grad_values = transposed @ (beta * grad_corrected)
+        from_next = transposed @ (beta * tail_key)
+        key_grown = (k * chunks.grown).mT
+    for begin, end, carried in reversed(steps(schedule)):
+        if carried:
+            here, there = slice(begin, begin + carried), slice(end, end + carried)
+            grad_next[here] = grad_states[there]
+            if grad_values is not None:
+                grad_values[here] += from_next[here] @ grad_next[here]
+            grad_states[here] += grad_next[here] * chunks.total[here]
+        if grad_values is not None:
+            grad_states[begin:end] -= key_grown[begin:end] @ grad_values[begin:end]
+    return grad_next, grad_values
+
+
 def backward(
     grad_out: Tensor, rows: Rows, chunks: CleanChunks, noisy: FromNoisy | None, schedule: StateSchedule, *, scale: float
 ) -> tuple[Rows, Tensor]:
     """Gradients of the chunk rows, and of the states that documents start in ([documents, H, K, V])."""
     q, k, beta = rows.q, rows.k, rows.beta
     grad = scale * grad_out
-    delta = chunks.inverse is not None
     query_weights = chunks.weights[:, :, -1]
     grad_corrected = query_weights.mT @ grad
     grad_states = (q * chunks.grown).mT @ grad
@@ -129,31 +159,14 @@ def backward(
         grad_corrected += noisy.corrected
         grad_states += noisy.states
     tail_key = k * chunks.tail
-
-    # the loop over states, backwards: grad_next is the gradient of the state after each chunk
-    grad_next = torch.zeros_like(chunks.states)
-    if delta:
-        assert chunks.inverse is not None and chunks.decayed_key is not None
-        transposed = chunks.inverse.mT
-        grad_values = transposed @ (beta * grad_corrected)  # adjoint of v - R
-        from_next = transposed @ (beta * tail_key)
-        key_grown = (k * chunks.grown).mT
-    for begin, end, carried in reversed(steps(schedule)):
-        if carried:
-            here, there = slice(begin, begin + carried), slice(end, end + carried)
-            grad_next[here] = grad_states[there]
-            if delta:
-                grad_values[here] += from_next[here] @ grad_next[here]
-            grad_states[here] += grad_next[here] * chunks.total[here]
-        if delta:
-            grad_states[begin:end] -= key_grown[begin:end] @ grad_values[begin:end]
+    grad_next, grad_values = _walk_back(grad_states, grad_corrected, k, beta, tail_key, chunks, schedule)
     grad_corrected += tail_key @ grad_next
 
     corrected = chunks.corrected
     tail_grad = (corrected @ grad_next.mT) * chunks.tail
     grad_weights = torch.empty_like(chunks.weights)
     grad_weights[:, :, -1] = grad @ corrected.mT
-    if delta:
+    if grad_values is not None:
         grad_weights[:, :, 0] = -(grad_values @ corrected.mT)
         grad_weights[:, :, 0].diagonal(dim1=-2, dim2=-1).zero_()
         grad_corrected -= chunks.weights[:, :, 0].mT @ grad_values
@@ -170,7 +183,7 @@ def backward(
     # every decay multiplies q or k: rows grow with gam, columns shrink with it, the chunk's end grows with gam_C
     gam = chunks.gam
     grad_gam = log_gradient(q, grad_q, gam) - log_gradient(k, grad_k, gam)
-    if delta:
+    if grad_values is not None:
         key_rows = by_row[:, :, 0] - (grad_values @ chunks.states.mT) * chunks.grown
         grad_gam += log_gradient(k, key_rows, gam)
         grad_k += key_rows

@@ -1,7 +1,7 @@
 """The noisy stream in panel form: no token walk and no boundary state, every panel independent of the others.
 
 A noisy row at an anchor reads the clean state there as the chunk's entry state S0 and the chunk's clean rows before the
-anchor; its block adds a small strictly lower system (delta rule) and the in-block readout. Names as in docs/kernel.md:
+anchor; its block adds a small strictly lower system (delta rule) and the in-block readout. Names as in docs/kernels.md:
 t is the in-block cumulative log decay, e the log decay at which a row's query reads the block, c = gam[anchor - 1].
 """
 
@@ -190,13 +190,6 @@ def backward(
         grad_t += grad_logs[:, :, :, 0].flatten(2, 3)
         grad_k = by_col + grad_rows[:, :, :, 0].flatten(2, 3)
 
-    # e is t at the block's end or at the row itself; t is a cumulative sum inside the block
-    at_end = grad_e.masked_fill(~index.whole_block, 0)
-    grad_t += grad_e - at_end
-    blocks = _by_block(grad_t, schedule)
-    blocks[:, :, :, -1] += _by_block(at_end, schedule).sum(dim=3)
-    grad_g = blocks.flip(3).cumsum(dim=3).flip(3).flatten(2, 3)
-
     # columns are shared with the clean backward, which subtracts k * grad_k itself; here only the anchors' part
     grad_gam = grad_c.new_zeros(*grad_key.shape[:3], grad_c.shape[3])
     grad_c = grad_c.masked_fill(index.at_start, 0)
@@ -206,4 +199,14 @@ def backward(
         return x.new_zeros(schedule.chunks, *x.shape[1:]).index_add_(0, schedule.panel_chunk, x)
 
     shared = FromNoisy(*(to_chunks(x) for x in (grad_states, grad_corrected, grad_key, grad_gam)))
+    grad_g = _gate_gradient(grad_t, grad_e, index, schedule)
     return Rows(grad_q, grad_k, grad_v.flatten(2, 3), grad_g, grad_beta.flatten(2, 3)), shared
+
+
+def _gate_gradient(grad_t: Tensor, grad_e: Tensor, index: _Indices, schedule: StateSchedule) -> Tensor:
+    """[M, H, R, Kg]: e is t at the block's end or at the row itself; t is a cumulative sum inside the block."""
+    at_end = grad_e.masked_fill(~index.whole_block, 0)
+    grad_t += grad_e - at_end
+    blocks = _by_block(grad_t, schedule)
+    blocks[:, :, :, -1] += _by_block(at_end, schedule).sum(dim=3)
+    return blocks.flip(3).cumsum(dim=3).flip(3).flatten(2, 3)

@@ -111,9 +111,7 @@ def linear_attention_step(
         g = g.contiguous()
     state, pending_k, pending_d = state.to(dtype).contiguous(), pending_k.contiguous(), pending_d.contiguous()
     pending_g = None if g is None or pending_g is None else pending_g.contiguous()
-    strides = [x.stride(i) for x in (q, k, v) for i in range(3)]
-    strides += [0, 0, 0] if g is None else [g.stride(i) for i in range(3)]
-    strides += [beta.stride(i) for i in range(3)]
+    strides = [0 if x is None else x.stride(i) for x in (q, k, v, g, beta) for i in range(3)]
     longest = max(max(strides[1::3]), heads * max(key_dim, value_dim)) * max(schedule.length, pending_d.shape[1])
     half = all(x.dtype in (torch.bfloat16, torch.float16) for x in (q, k, v)) and dtype == torch.float32
     gate = 0 if g is None else g.ndim - 2
