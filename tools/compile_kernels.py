@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from flarec.bench import conv, decode
-from flarec.bench.problems import Conv, Decode, Linear, Softmax, Streams
+from flarec.bench.problems import Conv, DecodeStep, Linear, Softmax, StreamSizes
 from flarec.bench.rows import ATTENTION, CONV, KDA, LAYER, MAMBA, STEP
 from flarec.kernels.linear_attention.tiles.schedule import TileSchedule, largest_chunk
 from flarec.kernels.linear_attention.tiles.train import two_stream
@@ -33,7 +33,7 @@ from flarec.kernels.softmax_attention import triton_attention
 from flarec.kernels.softmax_attention.attention_schedule import AttentionSchedule
 from tools.compiled_code import faults, nvdisasm
 
-SHORT = Streams(rows=1, tokens=64)
+SHORT = StreamSizes(rows=1, tokens=64)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def compile_attention(problem: Softmax) -> None:
     )
 
 
-def compile_decode(problem: Decode) -> None:
+def compile_decode(problem: DecodeStep) -> None:
     decode.step(replace(problem, batch=1), torch.device("cpu"), 0)()
 
 

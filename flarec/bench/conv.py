@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.short_conv.readers import ConvSchedule
 from ..kernels.short_conv.reference import reference
 from .checks import Check, check_training
-from .measure import Training
+from .measure import TrainingTime
 from .problems import Conv
 from .session import Session
 
@@ -38,11 +38,11 @@ def kernel(x: Tensor, weight: Tensor, schedule: ConvSchedule) -> Tensor:
     return triton_conv.two_stream(x.transpose(1, 2), weight, None, schedule, activation="silu").transpose(1, 2)
 
 
-def ours(session: Session, problem: Conv) -> Training:
+def ours(session: Session, problem: Conv) -> TrainingTime:
     check_ours(session, problem)
     problem = session.size(problem)
 
-    def run() -> Training:
+    def run() -> TrainingTime:
         layout = problem.streams.layout("cpu")
         schedule = ConvSchedule.from_layout(layout, problem.width).to(session.device)
         leaves = problem.inputs(layout.length, session.device)
@@ -51,13 +51,13 @@ def ours(session: Session, problem: Conv) -> Training:
     return session.measured(("ours", problem), run)
 
 
-def clean_baseline(session: Session, problem: Conv) -> Training:
+def clean_baseline(session: Session, problem: Conv) -> TrainingTime:
     """flash-linear-attention's Triton convolution on the clean stream alone."""
     problem = session.size(problem)
     problem = replace(problem, streams=replace(problem.streams, views=0))
     op = session.baselines.short_conv
 
-    def run() -> Training:
+    def run() -> TrainingTime:
         leaves = problem.inputs(problem.streams.tokens, session.device)
         out = op(*leaves)
         torch.autograd.grad(out, leaves, torch.ones_like(out))  # tunes at full size

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels.linear_attention.reference_step import reference_step
 from ..kernels.linear_attention.step.schedule import StepSchedule
 from .checks import BASELINE_BOUND, Check, compare
-from .problems import Decode
+from .problems import DecodeStep
 from .session import Session
 
 COPIES = 4
@@ -22,7 +22,7 @@ def _names(results: Sequence[Tensor]) -> dict[str, Tensor]:
     return dict(zip(("out", "state", "pending_k", "pending_d", "pending_g"), results, strict=True))
 
 
-def step(problem: Decode, device: torch.device, seed: int) -> Callable[[], tuple[Tensor, ...]]:
+def step(problem: DecodeStep, device: torch.device, seed: int) -> Callable[[], tuple[Tensor, ...]]:
     """Our step on inputs and a cache of its own."""
     from ..kernels.linear_attention.step.launch import linear_attention_step
 
@@ -35,7 +35,7 @@ def step(problem: Decode, device: torch.device, seed: int) -> Callable[[], tuple
     return lambda: linear_attention_step(q, k, v, g, beta, state, old_k, old_d, old_g, accepted, schedule, **options)
 
 
-def check_ours(session: Session, problem: Decode) -> None:
+def check_ours(session: Session, problem: DecodeStep) -> None:
     small = session.size(problem).small()
 
     def run() -> Check:
@@ -58,7 +58,7 @@ def check_ours(session: Session, problem: Decode) -> None:
     session.check(f"decode step, {small.text()}", run)
 
 
-def ours(session: Session, problem: Decode) -> float:
+def ours(session: Session, problem: DecodeStep) -> float:
     """Milliseconds of one layer's step."""
     check_ours(session, problem)
     problem = session.size(problem)
@@ -68,12 +68,12 @@ def ours(session: Session, problem: Decode) -> float:
     )
 
 
-def recurrent_baseline(session: Session, problem: Decode) -> float:
+def recurrent_baseline(session: Session, problem: DecodeStep) -> float:
     """Milliseconds of flash-linear-attention's recurrent kernel for one row per request."""
     problem = session.size(problem)
     library = session.baselines
 
-    def step(seed: int, which: Decode = problem) -> Callable[[], tuple[Tensor, Tensor]]:
+    def step(seed: int, which: DecodeStep = problem) -> Callable[[], tuple[Tensor, Tensor]]:
         layer = which.layer()
         q, k, v, g, beta = (x.detach() for x in layer.inputs(1, session.device, seed=seed))
         state = which.cache(session.device, seed)[0]
@@ -97,6 +97,6 @@ def recurrent_baseline(session: Session, problem: Decode) -> float:
     return session.measured(("recurrent", problem), run)
 
 
-def least_bytes(problem: Decode) -> int:
+def least_bytes(problem: DecodeStep) -> int:
     """Bytes that a step must move: the state is read and written; the rest is small."""
     return 2 * 4 * problem.batch * problem.heads * problem.key_dim * problem.value_dim

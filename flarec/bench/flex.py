@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from ..kernels.softmax_attention.reference import reference
 from ..layout import CAUSAL, Layout
 from .checks import check_training
-from .measure import Training
+from .measure import TrainingTime
 from .problems import Softmax
 from .session import Session
 
@@ -63,11 +63,11 @@ def flex_two_stream(
     return out.transpose(1, 2)
 
 
-def flex(session: Session, problem: Softmax) -> Training:
+def flex(session: Session, problem: Softmax) -> TrainingTime:
     """Forward and backward of `flex_two_stream` on the batch, its block mask made before."""
     problem = session.size(problem)
 
-    def run() -> Training:
+    def run() -> TrainingTime:
         small = problem.small(session.small_tokens)
         layout = small.streams.layout(session.device)
         session.check(

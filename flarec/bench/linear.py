@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels.linear_attention.reference import reference
 from ..kernels.linear_attention.tiles.schedule import TileSchedule
 from .checks import Check, check_training
-from .measure import Training
+from .measure import TrainingTime
 from .problems import Linear
 from .session import Session
 
@@ -47,11 +47,11 @@ def check_ours(session: Session, problem: Linear) -> None:
     session.check(f"linear attention, {small.text()}", run)
 
 
-def ours(session: Session, problem: Linear) -> Training:
+def ours(session: Session, problem: Linear) -> TrainingTime:
     check_ours(session, problem)
     problem = session.size(problem)
 
-    def run() -> Training:
+    def run() -> TrainingTime:
         layout = problem.streams.layout("cpu")
         op = kernel(problem, TileSchedule.from_layout(layout, CHUNK).to(session.device))
         leaves = problem.inputs(layout.length, session.device)
@@ -60,7 +60,7 @@ def ours(session: Session, problem: Linear) -> Training:
     return session.measured(("ours", problem), run)
 
 
-def clean_baseline(session: Session, problem: Linear) -> Training:
+def clean_baseline(session: Session, problem: Linear) -> TrainingTime:
     """flash-linear-attention's kernel for this kind of layer on the clean stream alone, `views` ignored."""
     problem = session.size(problem).clean_only()
     library = session.baselines
@@ -73,7 +73,7 @@ def clean_baseline(session: Session, problem: Linear) -> Training:
             return library.simple_gla(x["q"], x["k"], x["v"], x["g"], scale=problem.scale)
         return library.gated_delta_rule(**x, scale=problem.scale)
 
-    def run() -> Training:
+    def run() -> TrainingTime:
         leaves = problem.inputs(problem.streams.tokens, session.device)
         if not problem.delta:
             leaves = [*leaves[:-1], leaves[-1].detach()]
@@ -115,7 +115,7 @@ def _check_baseline(session: Session, problem: Linear, op: Callable[..., Tensor]
     )
 
 
-def route(session: Session, problem: Linear, name: str) -> Training:
+def route(session: Session, problem: Linear, name: str) -> TrainingTime:
     """`library_routes.simple_route` or `virtual_query_route` on the same batch; scalar gate, delta, no prompt."""
     problem = session.size(problem)
     assert session.baselines
@@ -130,7 +130,7 @@ def route(session: Session, problem: Linear, name: str) -> Training:
         outputs: list[Tensor] = routes[name](streams[0], streams[1:], problem.streams.block, problem.scale)
         return outputs
 
-    def run() -> Training:
+    def run() -> TrainingTime:
         tokens, views = problem.streams.tokens, problem.streams.views
         streams = [problem.inputs(tokens, session.device, seed=seed) for seed in range(1 + views)]
         leaves = [leaf for stream in streams for leaf in stream]

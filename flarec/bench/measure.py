@@ -24,7 +24,7 @@ class NotMeasured(Exception):
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingTime:
     """Medians in milliseconds, and bytes above what was allocated before: gradients of the inputs are not counted."""
 
     forward_ms: float
@@ -89,7 +89,7 @@ class Clock:
         returned = sum(result.numel() * result.element_size() for result in results)
         return torch.cuda.max_memory_allocated(self.device) - before - returned
 
-    def training(self, forward: Step, leaves: Sequence[Tensor]) -> Training:
+    def training(self, forward: Step, leaves: Sequence[Tensor]) -> TrainingTime:
         """A layer's forward (with what autograd keeps), and forward with backward. `forward` returns its outputs."""
         seeds = [torch.randn_like(output) for output in forward()]  # strides, too, are those of the outputs
 
@@ -97,7 +97,7 @@ class Clock:
             return torch.autograd.grad(forward(), leaves, seeds)
 
         peak = self.peak_bytes(both)
-        return Training(self.median_ms(forward), self.median_ms(both), peak)
+        return TrainingTime(self.median_ms(forward), self.median_ms(both), peak)
 
     def free(self) -> None:
         """Give back what finished measurements have left in the allocator."""

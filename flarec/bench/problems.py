@@ -16,7 +16,7 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Streams:
+class StreamSizes:
     """A training batch: `rows` of `tokens` clean tokens, `views` noisy views of every response in blocks of `block`.
 
     documents = documents per row, of uneven lengths; prompt = part of every document that has no noisy copy.
@@ -56,7 +56,7 @@ class Streams:
         ]
         return build_layout([lengths] * self.rows, [blocks] * self.rows, device=device)
 
-    def small(self, tokens: int) -> Streams:
+    def small(self, tokens: int) -> StreamSizes:
         """The same batch with one row of few tokens and no more than three documents, for a loop over tokens."""
         return replace(self, rows=1, tokens=min(self.tokens, tokens), documents=min(self.documents, 3))
 
@@ -76,7 +76,7 @@ class Streams:
 class Linear:
     """One linear-attention layer on `streams`. gate: "none", "scalar" or "channel"."""
 
-    streams: Streams = Streams()
+    streams: StreamSizes = StreamSizes()
     heads: int = 16
     key_dim: int = 128
     value_dim: int = 128
@@ -131,7 +131,7 @@ class Linear:
 class Conv:
     """One short convolution with SiLU on `streams`."""
 
-    streams: Streams = Streams()
+    streams: StreamSizes = StreamSizes()
     channels: int = 6144
     width: int = 4
     dtype: torch.dtype = torch.bfloat16
@@ -154,7 +154,7 @@ class Conv:
 class Softmax:
     """One softmax-attention layer on `streams`."""
 
-    streams: Streams = Streams()
+    streams: StreamSizes = StreamSizes()
     heads: int = 16
     key_heads: int = 4
     dim: int = 128
@@ -183,7 +183,7 @@ class Softmax:
 
 
 @dataclass(frozen=True)
-class Decode:
+class DecodeStep:
     """A draft-and-verify step of a linear-attention layer: per request `clean` rows, and a block after each of them."""
 
     batch: int = 8
@@ -195,11 +195,11 @@ class Decode:
     dtype: torch.dtype = torch.bfloat16
     cached: int = 1000
 
-    def small(self) -> Decode:
+    def small(self) -> DecodeStep:
         return replace(self, batch=min(self.batch, 2), heads=min(self.heads, 2))
 
     def layer(self) -> Linear:
-        streams = Streams(rows=self.batch, tokens=self.clean, block=self.block)
+        streams = StreamSizes(rows=self.batch, tokens=self.clean, block=self.block)
         return Linear(streams, self.heads, self.key_dim, self.value_dim, dtype=self.dtype)
 
     def layout(self, device: torch.device | str) -> Layout:
@@ -210,7 +210,7 @@ class Decode:
 
     def cache(self, device: torch.device | str, seed: int = SEED) -> list[Tensor]:
         """state [B, H, K, V] and pending k, d, g of `clean` rows, float32, and how many each request accepted."""
-        rows = Linear(Streams(rows=self.batch), self.heads, self.key_dim, self.value_dim, dtype=torch.float32)
+        rows = Linear(StreamSizes(rows=self.batch), self.heads, self.key_dim, self.value_dim, dtype=torch.float32)
         _, k, v, g, beta = (x.detach() for x in rows.inputs(self.clean, device, seed=seed + 1))
         generator = torch.Generator(device=device).manual_seed(seed + 2)
         shape = (self.batch, self.heads, self.key_dim, self.value_dim)

@@ -12,7 +12,7 @@ import torch
 from ..errors import UsageError
 from . import baselines, report, warm
 from .rows import select
-from .session import Line, Row, Session, check_rows, run_rows
+from .session import Case, Line, Session, check_rows, run_rows
 
 TIME_LIMIT = 450.0
 """Seconds after which no row is begun."""
@@ -47,7 +47,7 @@ def run_kernels(
 
 
 def run_session(
-    rows: Sequence[Row],
+    rows: Sequence[Case],
     session: Session,
     *,
     out: Path | None,

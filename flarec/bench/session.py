@@ -18,7 +18,7 @@ MEASURED, FAILED, MISSING = "measured", "failed", "not measured"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Measured:
     """What a row found. value = the number that its bar is about; values = what it was made of, by name."""
 
     value: float
@@ -27,7 +27,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Row:
+class Case:
     """A line of the table.
 
     name, title  for `--only`, and for people
@@ -39,7 +39,7 @@ class Row:
 
     name: str
     title: str
-    measure: Callable[[Session], Outcome]
+    measure: Callable[[Session], Measured]
     check: Callable[[Session], None]
     unit: str = "x"
     bar: float | None = None
@@ -138,7 +138,7 @@ class Session:
 
 
 def run_rows(
-    rows: Sequence[Row],
+    rows: Sequence[Case],
     session: Session,
     *,
     time_limit: float,
@@ -163,7 +163,7 @@ def run_rows(
     return lines
 
 
-def check_rows(rows: Sequence[Row], session: Session, busy: Callable[[], bool] = lambda: True) -> None:
+def check_rows(rows: Sequence[Case], session: Session, busy: Callable[[], bool] = lambda: True) -> None:
     """Run correctness checks of `rows` in advance while something else is `busy`; they count when a row is measured."""
     for row in rows:
         if not busy():
@@ -174,7 +174,7 @@ def check_rows(rows: Sequence[Row], session: Session, busy: Callable[[], bool] =
             session.clock.free()  # the row runs into it again, and says so
 
 
-def _measure(row: Row, session: Session, seconds: Callable[[], float]) -> Line:
+def _measure(row: Case, session: Session, seconds: Callable[[], float]) -> Line:
     try:
         row.check(session)
         outcome = row.measure(session)
@@ -196,5 +196,5 @@ def _measure(row: Row, session: Session, seconds: Callable[[], float]) -> Line:
     )
 
 
-def _line(row: Row, status: str, **found: Any) -> Line:
+def _line(row: Case, status: str, **found: Any) -> Line:
     return Line(row.name, row.title, row.unit, row.bar, row.aim, row.at_least, status, **found)

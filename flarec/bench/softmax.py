@@ -11,8 +11,8 @@ from torch.nn import functional
 from ..kernels.softmax_attention.attention_schedule import AttentionSchedule
 from ..kernels.softmax_attention.reference import reference
 from .checks import Check, check_training
-from .measure import Training
-from .problems import Softmax, Streams
+from .measure import TrainingTime
+from .problems import Softmax, StreamSizes
 from .session import Session
 
 NAMES = ["q", "k", "v"]
@@ -36,11 +36,11 @@ def check_ours(session: Session, problem: Softmax) -> None:
     session.check(f"softmax attention, {small.text()}", run)
 
 
-def ours(session: Session, problem: Softmax) -> Training:
+def ours(session: Session, problem: Softmax) -> TrainingTime:
     check_ours(session, problem)
     problem = session.size(problem)
 
-    def run() -> Training:
+    def run() -> TrainingTime:
         from ..kernels.softmax_attention import triton_attention
 
         layout = problem.streams.layout("cpu")
@@ -54,7 +54,7 @@ def ours(session: Session, problem: Softmax) -> Training:
     return session.measured(("ours", problem), run)
 
 
-def causal(session: Session, problem: Softmax) -> Training:
+def causal(session: Session, problem: Softmax) -> TrainingTime:
     """torch's own causal attention on the clean stream, by the backend that torch chooses."""
     problem = session.size(problem)
 
@@ -64,7 +64,7 @@ def causal(session: Session, problem: Softmax) -> Training:
             q, k, v, is_causal=True, scale=problem.scale, enable_gqa=grouped
         )
 
-    def run() -> Training:
+    def run() -> TrainingTime:
         small = problem.small(session.small_tokens)
         small = replace(small, streams=replace(small.streams, views=0))
         layout = small.streams.layout("cpu")
@@ -88,7 +88,7 @@ def causal(session: Session, problem: Softmax) -> Training:
 
 def pairs_ratio(session: Session, problem: Softmax) -> float:
     """Visible (query, key) pairs of the layout per pair of the clean stream's causal attention."""
-    streams: Streams = session.size(problem).streams
+    streams: StreamSizes = session.size(problem).streams
     start, end, noisy_start, noisy_end = AttentionSchedule.from_layout(streams.layout("cpu")).intervals.to(torch.int64)
     visible = (end - start).clamp_min(0).sum() + (noisy_end - noisy_start).clamp_min(0).sum()
     causal_pairs = streams.rows * streams.tokens * (streams.tokens + 1) // 2

@@ -67,11 +67,11 @@ def take_slice(index: int, count: int) -> None:
 def compile_for(name: str, device: str = "cuda") -> None:
     """Run one of the baselines forward and backward on short rows."""
     from .baselines import Baselines
-    from .problems import Conv, Streams
+    from .problems import Conv, StreamSizes
     from .rows import CONV, KDA, LAYER, MAMBA, ONE_VIEW, STEP
 
     library = Baselines(tune=False)
-    short = Streams(rows=8, tokens=128, views=0)
+    short = StreamSizes(rows=8, tokens=128, views=0)
     if name == "short_conv":
         leaves = Conv(short, CONV.channels, CONV.width).inputs(128, device)
         library.short_conv(*leaves).sum().backward()

@@ -15,7 +15,7 @@ from flarec.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from flarec.conformance import Row, Run, Trial
+    from flarec.conformance import Row, SuiteRun, Trial
 
 
 WIDTH = 150  # of what is not a terminal
@@ -65,12 +65,12 @@ def command(
         sys.exit(1)
 
 
-def _run(families: Sequence[str], commit: str | None) -> Run:
+def _run(families: Sequence[str], commit: str | None) -> SuiteRun:
     """Try the families (all if none is named); a line on stderr for each."""
     import torch
 
     from flarec.checkpoint.write import versions
-    from flarec.conformance import Run, names, try_family
+    from flarec.conformance import SuiteRun, names, try_family
     from flarec.conformance.record import device_text
     from flarec.frontend.tiny import available
 
@@ -88,10 +88,10 @@ def _run(families: Sequence[str], commit: str | None) -> Run:
     if not trials:
         raise UsageError(f"transformers {versions()['transformers']} has none of {', '.join(wanted)}; name others")
     commits = dict.fromkeys(trials, commit) if commit else {}
-    return Run(versions(), device_text(), trials, absent, commits)
+    return SuiteRun(versions(), device_text(), trials, absent, commits)
 
 
-def _plain(table: Sequence[Row], runs: Sequence[Run]) -> dict[str, object]:
+def _plain(table: Sequence[Row], runs: Sequence[SuiteRun]) -> dict[str, object]:
     shown = [row.family for row in table]
     return {
         "families": [asdict(row) for row in table],
@@ -106,7 +106,7 @@ def _plain(table: Sequence[Row], runs: Sequence[Run]) -> dict[str, object]:
     }
 
 
-def _print(table: Sequence[Row], runs: Sequence[Run]) -> None:
+def _print(table: Sequence[Row], runs: Sequence[SuiteRun]) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .record import Outcome, Run, Trial, load_runs, merge_run, save_runs
+from .record import Outcome, SuiteRun, Trial, load_runs, merge_run, save_runs
 from .stages import STAGES, is_hybrid, names, try_family
 from .table import Row, markdown, rows
 
@@ -13,7 +13,7 @@ __all__ = [
     "STAGES",
     "Outcome",
     "Row",
-    "Run",
+    "SuiteRun",
     "Trial",
     "is_hybrid",
     "load_runs",

@@ -51,7 +51,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Run:
+class SuiteRun:
     """Trials under one version of transformers.
 
     commits   family -> commit of the tree that tried it, where it was told
@@ -73,7 +73,7 @@ def device_text() -> str:
     return f"{platform.machine()} CPU"
 
 
-def load_runs(path: Path | None = None) -> list[Run]:
+def load_runs(path: Path | None = None) -> list[SuiteRun]:
     """The recorded runs, newest transformers first. path: a file of this form; default: the one in the package.
 
     Raises `UsageError` for a file that is not of this form.
@@ -88,7 +88,7 @@ def load_runs(path: Path | None = None) -> list[Run]:
         ) from error
 
 
-def _run(item: Mapping[str, Any]) -> Run:
+def _run(item: Mapping[str, Any]) -> SuiteRun:
     trials = {
         name: Trial(
             name, trial["ops"], trial["layers"], trial["hidden_size"], trial["parameters"],
@@ -96,10 +96,10 @@ def _run(item: Mapping[str, Any]) -> Run:
         )
         for name, trial in item["trials"].items()
     }  # fmt: skip
-    return Run(item["versions"], item["device"], trials, tuple(item["absent"]), item["commits"])
+    return SuiteRun(item["versions"], item["device"], trials, tuple(item["absent"]), item["commits"])
 
 
-def merge_run(runs: Sequence[Run], new: Run) -> list[Run]:
+def merge_run(runs: Sequence[SuiteRun], new: SuiteRun) -> list[SuiteRun]:
     """The runs with `new` in place of what was known of its families under its version of transformers."""
     old = next((run for run in runs if run.transformers == new.transformers), None)
     if old is not None:
@@ -119,14 +119,14 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("+")[0].split(".") if part.isdigit())
 
 
-def save_runs(runs: Sequence[Run], path: Path) -> None:
+def save_runs(runs: Sequence[SuiteRun], path: Path) -> None:
     """Write the runs, one line per stage so that differences can be read. Raises `UsageError` if it cannot."""
     table = {"runs": [_plain(run) for run in runs]}
     text = json.dumps(table, indent=1, ensure_ascii=False)
     write_file(path, text + "\n", "--write")
 
 
-def _plain(run: Run) -> dict[str, Any]:
+def _plain(run: SuiteRun) -> dict[str, Any]:
     trials = {}
     for name, trial in sorted(run.trials.items()):
         values = asdict(trial)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flarec.frontend.families import FAMILIES
 
-from .record import Run, Trial
+from .record import SuiteRun, Trial
 from .stages import STAGES, is_hybrid, names
 
 TITLES = ("family", "mixers", "ops", "stages that pass", "smallest test config", "transformers")
@@ -48,12 +48,12 @@ class Row:
         return self.family, ", ".join(self.mixers), ops, self.stages, self.config, ", ".join(self.versions) or "-"
 
 
-def rows(runs: Sequence[Run]) -> list[Row]:
+def rows(runs: Sequence[SuiteRun]) -> list[Row]:
     """A row per family that is tried, in the order of the adapter table; `runs` newest transformers first."""
     return [_row(family, [run.trials[family] for run in runs if family in run.trials], runs) for family in names()]
 
 
-def _row(family: str, trials: Sequence[Trial], runs: Sequence[Run]) -> Row:
+def _row(family: str, trials: Sequence[Trial], runs: Sequence[SuiteRun]) -> Row:
     failed: dict[str, str] = {}
     for stage in STAGES:
         for trial in trials:

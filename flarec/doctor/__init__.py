@@ -5,6 +5,6 @@ numbers: memory is what would live at the worst moment, time is the counted work
 """
 
 from .diagnosis import diagnose
-from .report import Anatomy, Memory, Rates, Report, Site, Speed
+from .report import Anatomy, Memory, Rates, Report, SiteKind, Speed
 
-__all__ = ["Anatomy", "Memory", "Rates", "Report", "Site", "Speed", "diagnose"]
+__all__ = ["Anatomy", "Memory", "Rates", "Report", "SiteKind", "Speed", "diagnose"]

@@ -16,12 +16,12 @@ from flarec.passes import pipeline
 from flarec.passes.lower_mixers import LowerMixers, check_triton
 from flarec.passes.properties import CHECKS
 
-from .report import Site
+from .report import SiteKind
 
 TRITON, PLAIN, REFUSED = "triton", "torch", "refused"
 
 
-def sites(captured: Program) -> tuple[Site, ...]:
+def sites(captured: Program) -> tuple[SiteKind, ...]:
     """Every kind of site of both pipelines, equal ones counted together; empty without the package triton.
 
     The answer of `lower-mixers(implementation='triton')` site by site, without stopping at the first refusal.
@@ -41,7 +41,7 @@ def sites(captured: Program) -> tuple[Site, ...]:
             )
             found.setdefault((target, target_name(node).rsplit(".", 1)[-1], choice, why), []).append(operands)
     return tuple(
-        Site(target, mixer, operands[0], len(operands), choice, why)
+        SiteKind(target, mixer, operands[0], len(operands), choice, why)
         for (target, mixer, choice, why), operands in found.items()
     )
 

@@ -24,7 +24,7 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
-class Site:
+class SiteKind:
     """One kind of mixer site under `--kernels triton`.
 
     choice   "triton"; "torch" where there is no Triton form; "refused" where Triton is an error (use --kernels torch)
@@ -105,6 +105,6 @@ class Report:
     cache_bytes: tuple[int, int] = (0, 0)
     rates: tuple[Rates, ...] = ()
     speed: tuple[Speed, ...] = ()
-    sites: tuple[Site, ...] = ()
+    sites: tuple[SiteKind, ...] = ()
     kernels_note: str = ""
     estimate_note: str = ""

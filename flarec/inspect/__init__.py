@@ -2,7 +2,7 @@
 
 from .drawing import as_svg, example_layout
 from .open import open_program
-from .summary import Group, Mixer, Part, Summary, summarize
+from .summary import Group, MixerSite, Part, Summary, summarize
 from .text import as_text
 
-__all__ = ["Group", "Mixer", "Part", "Summary", "as_svg", "as_text", "example_layout", "open_program", "summarize"]
+__all__ = ["Group", "MixerSite", "Part", "Summary", "as_svg", "as_text", "example_layout", "open_program", "summarize"]

@@ -30,7 +30,7 @@ NO_MIXER = "no token mixer"
 
 
 @dataclass(frozen=True)
-class Mixer:
+class MixerSite:
     """One token mixer or expert layer of a decoder layer.
 
     module    path inside the layer; kind: name of its op (`flarec.ops`); call: what the graph node calls
@@ -72,12 +72,12 @@ class Group:
     layers: tuple[int, ...]
     cls: str
     parts: tuple[Part, ...]
-    mixers: tuple[Mixer, ...]
+    mixers: tuple[MixerSite, ...]
     nodes: int
 
 
 @dataclass(frozen=True)
-class Step:
+class PassStep:
     """What one pass did: rewritten sites by kind, change of op counts, properties it provides."""
 
     step: str
@@ -106,7 +106,7 @@ class Summary:
     head: str
     outputs: tuple[str, ...]
     caches: tuple[tuple[str, str, str, int], ...]
-    steps: tuple[Step, ...]
+    steps: tuple[PassStep, ...]
     ops: tuple[tuple[str, int], ...]
 
     def layer_kinds(self) -> dict[int, str]:
@@ -212,7 +212,7 @@ def _parts(program: Program, nodes: Sequence[fx.Node]) -> tuple[str, tuple[Part,
     )
 
 
-def _mixer(program: Program, node: fx.Node, op: ops.Mixer) -> Mixer:
+def _mixer(program: Program, node: fx.Node, op: ops.Mixer) -> MixerSite:
     slots = {placeholder_name(slot.name): slot.kind for slot in program.cache_slots}
     operands, inputs, caches = [], [], []
     for name, value in node.kwargs.items():
@@ -227,7 +227,7 @@ def _mixer(program: Program, node: fx.Node, op: ops.Mixer) -> Mixer:
     aware = isinstance(node.target, ops.Call)
     inside = _inside(module_of(node)[0])
     local = op.mixing == "none"
-    return Mixer(
+    return MixerSite(
         module=inside or "",
         kind=op.name,
         call=target_name(node),
@@ -290,11 +290,11 @@ def _caches(program: Program) -> Iterator[tuple[str, str, str, int]]:
         yield kind, shape, dtype, count
 
 
-def _steps(program: Program) -> Iterator[Step]:
+def _steps(program: Program) -> Iterator[PassStep]:
     for record in program.history:
         sites = Counter(_without_number(name) for name in record.sites)
         delta = tuple(sorted(record.delta.items(), key=lambda item: (-abs(item[1]), item[0])))
-        yield Step(record.step, tuple(sites.most_common()), delta, record.provides, round(record.seconds, 3))
+        yield PassStep(record.step, tuple(sites.most_common()), delta, record.provides, round(record.seconds, 3))
 
 
 def _without_number(name: str) -> str:

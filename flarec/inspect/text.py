@@ -9,7 +9,7 @@ from flarec.ir.program import Program, module_of, source_line
 
 from .lines import Recorder, node_line
 from .shapes import shape_text
-from .summary import Group, Mixer, Part, Summary, layer_nodes
+from .summary import Group, MixerSite, Part, Summary, layer_nodes
 
 WIDTH = 118
 LABEL = 11
@@ -89,7 +89,7 @@ def _linears(part: Part) -> str:
     return f"   linear {', '.join(texts)}" if texts else ""
 
 
-def _mixer(mixer: Mixer) -> Iterator[str]:
+def _mixer(mixer: MixerSite) -> Iterator[str]:
     shapes = " ".join(f"{name} {shape}" for name, shape in mixer.operands if name not in ("weight", "bias"))
     yield f"    {mixer.call:<38}{', '.join(mixer.options)}"
     inputs = [name for name in mixer.inputs if name not in ("accepted", "layout")] or list(mixer.inputs)

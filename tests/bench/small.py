@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flarec.bench.problems import Conv, Decode, Linear, Softmax, Streams
+from flarec.bench.problems import Conv, DecodeStep, Linear, Softmax, StreamSizes
 from flarec.bench.session import Session
 
 
@@ -15,9 +15,9 @@ def shrink(problem: Any) -> Any:
     """The same kind of problem: one head, few tokens, the same blocks, views and documents. float32 where kernels are
     interpreted: there a conversion to bfloat16 truncates."""
     problem = problem if torch.cuda.is_available() else replace(problem, dtype=torch.float32)
-    if isinstance(problem, Decode):
+    if isinstance(problem, DecodeStep):
         return replace(problem, batch=2, heads=1, key_dim=16, value_dim=16, cached=7)
-    streams: Streams = replace(problem.streams, rows=1, tokens=24, documents=min(problem.streams.documents, 2))
+    streams: StreamSizes = replace(problem.streams, rows=1, tokens=24, documents=min(problem.streams.documents, 2))
     if isinstance(problem, Linear):
         return replace(problem, streams=streams, heads=1, key_dim=16, value_dim=16)
     if isinstance(problem, Conv):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flarec.bench.flex import block_mask, flex_two_stream
-from flarec.bench.problems import Streams
+from flarec.bench.problems import StreamSizes
 from flarec.kernels.softmax_attention.reference import reference
 from flarec.layout import Layout
 
@@ -14,7 +14,7 @@ from flarec.layout import Layout
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("readout", ["block_end", "causal"])
 def test_equals_the_reference(readout: str, window: int | None) -> None:
-    layout: Layout = Streams(rows=2, tokens=40, block=3, documents=2, prompt=0.25, readout=readout).layout("cpu")
+    layout: Layout = StreamSizes(rows=2, tokens=40, block=3, documents=2, prompt=0.25, readout=readout).layout("cpu")
     gen = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, layout.length, 16, generator=gen) for heads in (4, 2, 2))
     expected = reference(q, k, v, layout, scale=0.3, window=window)

@@ -8,16 +8,21 @@ import pytest
 import torch
 
 from flarec.bench import linear, softmax
-from flarec.bench.problems import Decode, Linear, Softmax, Streams
+from flarec.bench.problems import DecodeStep, Linear, Softmax, StreamSizes
 from flarec.bench.session import Session
 from flarec.kernels.softmax_attention.mask import visibility
 
 
 @pytest.mark.parametrize(
     "streams",
-    [Streams(2, 40, 4), Streams(1, 41, 3), Streams(2, 60, 4, documents=5, prompt=0.25), Streams(1, 40, views=0)],
+    [
+        StreamSizes(2, 40, 4),
+        StreamSizes(1, 41, 3),
+        StreamSizes(2, 60, 4, documents=5, prompt=0.25),
+        StreamSizes(1, 40, views=0),
+    ],
 )
-def test_layouts_are_valid_and_hold_every_response_once_per_view(streams: Streams) -> None:
+def test_layouts_are_valid_and_hold_every_response_once_per_view(streams: StreamSizes) -> None:
     layout = streams.layout("cpu").validate()
     assert (layout.rows, layout.clean_length) == (streams.rows, streams.tokens)
     assert bool((layout.clean_document >= 0).all()), "no padding"
@@ -30,7 +35,7 @@ def test_layouts_are_valid_and_hold_every_response_once_per_view(streams: Stream
 
 
 def test_small_problems_keep_the_options() -> None:
-    problem = Linear(Streams(8, 4096, 16, documents=10, prompt=0.25), gate="channel", delta=False)
+    problem = Linear(StreamSizes(8, 4096, 16, documents=10, prompt=0.25), gate="channel", delta=False)
     small = problem.small(136)
     assert (small.streams.rows, small.streams.tokens, small.streams.documents) == (1, 136, 3)
     assert replace(small, streams=problem.streams) == problem
@@ -38,7 +43,7 @@ def test_small_problems_keep_the_options() -> None:
 
 
 def test_inputs_are_leaves_with_normalised_keys_and_decays_below_zero() -> None:
-    problem = Linear(Streams(2, 8), heads=3, key_dim=16, value_dim=8, gate="channel")
+    problem = Linear(StreamSizes(2, 8), heads=3, key_dim=16, value_dim=8, gate="channel")
     x = problem.named(problem.inputs(24, "cpu"))
     assert x["q"].shape == x["k"].shape == x["g"].shape == (2, 24, 3, 16)
     assert x["v"].shape == (2, 24, 3, 8) and x["beta"].shape == (2, 24, 3)
@@ -58,14 +63,14 @@ def test_bytes_and_arithmetic_of_the_standard_layer() -> None:
 
 
 def test_pairs_are_those_of_the_mask() -> None:
-    problem = Softmax(Streams(2, 21, 4, documents=2, prompt=0.25))
+    problem = Softmax(StreamSizes(2, 21, 4, documents=2, prompt=0.25))
     ratio = softmax.pairs_ratio(Session(torch.device("cpu")), problem)
     mask = visibility(problem.streams.layout("cpu"), window=None, cache_length=None)
     assert ratio == pytest.approx(int(mask.sum()) / (2 * 21 * 22 / 2))
 
 
 def test_a_decode_step_has_a_block_after_every_clean_row() -> None:
-    problem = Decode(batch=3, heads=2, key_dim=16, value_dim=8)
+    problem = DecodeStep(batch=3, heads=2, key_dim=16, value_dim=8)
     layout = problem.layout("cpu").validate()
     assert (layout.rows, layout.clean_length, layout.noisy_length) == (3, 4, 12)
     assert (layout.block_anchor - layout.cached[:, None]).tolist() == [[1, 2, 3, 4]] * 3

@@ -15,10 +15,10 @@ import torch
 
 from flarec.bench import baselines, linear, report
 from flarec.bench.checks import Check, CheckFailed, compare
-from flarec.bench.measure import Clock, NotMeasured, Training
+from flarec.bench.measure import Clock, NotMeasured, TrainingTime
 from flarec.bench.rows import BARS, LAYER, ROWS, select
 from flarec.bench.run import run_session
-from flarec.bench.session import Line, Outcome, Row, Session, check_rows, run_rows
+from flarec.bench.session import Case, Line, Measured, Session, check_rows, run_rows
 from flarec.errors import UsageError
 from tests.bench.small import small_session
 
@@ -30,22 +30,22 @@ def nothing(session: Session) -> None:
     pass
 
 
-def made_row(name: str, measure: Callable[[Session], Outcome], **options: Any) -> Row:
-    return Row(name, f"row {name}", measure, options.pop("check", nothing), **options)
+def made_row(name: str, measure: Callable[[Session], Measured], **options: Any) -> Case:
+    return Case(name, f"row {name}", measure, options.pop("check", nothing), **options)
 
 
-def returns(value: float) -> Callable[[Session], Outcome]:
-    return lambda session: Outcome(value, {"part_ms": value})
+def returns(value: float) -> Callable[[Session], Measured]:
+    return lambda session: Measured(value, {"part_ms": value})
 
 
-def raises(error: Exception) -> Callable[[Session], Outcome]:
-    def measure(session: Session) -> Outcome:
+def raises(error: Exception) -> Callable[[Session], Measured]:
+    def measure(session: Session) -> Measured:
         raise error
 
     return measure
 
 
-def run(rows: list[Row], session: Session, out: Path | None = None) -> list[Line]:
+def run(rows: list[Case], session: Session, out: Path | None = None) -> list[Line]:
     return run_session(
         rows, session, out=out, commit="abc", command="a command", time_limit=1e6, say=lambda text: None, warm_up=False
     )
@@ -91,7 +91,7 @@ def test_what_fails_its_check_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
     right = linear.kernel
     monkeypatch.setattr(linear, "kernel", lambda *x: lambda *leaves: 1.001 * right(*x)(*leaves))
 
-    def timed(*args: Any) -> Training:
+    def timed(*args: Any) -> TrainingTime:
         raise AssertionError("this was timed")
 
     monkeypatch.setattr(Clock, "training", timed)
@@ -120,9 +120,9 @@ def test_one_failing_row_does_not_stop_the_others(tmp_path: Path) -> None:
 def test_the_file_is_written_after_each_row(tmp_path: Path) -> None:
     out, counts = tmp_path / "results.json", []
 
-    def count(session: Session) -> Outcome:
+    def count(session: Session) -> Measured:
         counts.append(len(json.loads(out.read_text())["rows"]) if out.exists() else 0)
-        return Outcome(1.0)
+        return Measured(1.0)
 
     run([made_row(str(i), count) for i in range(3)], small_session(), out)
     assert counts == [0, 1, 2]

@@ -15,7 +15,7 @@ from flarec.cli import main
 from flarec.conformance import (
     STAGES,
     Outcome,
-    Run,
+    SuiteRun,
     Trial,
     inputs,
     is_hybrid,
@@ -40,8 +40,11 @@ def trial(family: str, failing: str | None = None) -> Trial:
     return Trial(family, {"softmax_attention": 2}, 4, 64, 250_000, outcomes)
 
 
-def run_of(version: str, *trials: Trial, absent: tuple[str, ...] = (), commits: dict[str, str] | None = None) -> Run:
-    return Run({"transformers": version, "torch": "2.13.0"}, "a CPU", {t.family: t for t in trials}, absent, commits)
+def run_of(
+    version: str, *trials: Trial, absent: tuple[str, ...] = (), commits: dict[str, str] | None = None
+) -> SuiteRun:
+    found = {"transformers": version, "torch": "2.13.0"}
+    return SuiteRun(found, "a CPU", {t.family: t for t in trials}, absent, commits)
 
 
 def flarec(*arguments: object) -> Result:
