@@ -315,7 +315,7 @@ def chosen(result: dict[str, Any], memory: float | None) -> dict[str, Any] | Non
 
 def rows_of(results: dict[str, dict[str, Any]], rate: float, clean: int) -> list[dict[str, Any]]:
     """Lines in the form of the kernels' benchmark."""
-    from flarec.bench.session import Row
+    from flarec.bench.session import Case
 
     best = {part: chosen(result, MEMORY_BAR if part == "flare" else None) for part, result in results.items()}
     base = best.get("stock")
@@ -323,7 +323,7 @@ def rows_of(results: dict[str, dict[str, Any]], rate: float, clean: int) -> list
 
     def line(name: str, title: str, unit: str, value: float | None, part: str, bar: float | None = None,
              aim: float | None = None, at_least: bool = False, why: str | None = None) -> None:  # fmt: skip
-        row = Row(name, title, None, None, unit, bar, aim, at_least)  # type: ignore[arg-type]
+        row = Case(name, title, None, None, unit, bar, aim, at_least)  # type: ignore[arg-type]
         found = best.get(part) or {}
         lines.append({
             "name": name, "title": title, "unit": unit, "bar": bar, "aim": aim, "at_least": at_least,

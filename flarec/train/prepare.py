@@ -14,7 +14,7 @@ from ..checkpoint.write import check_shard_size
 from ..device import resolve_kernels, torch_device
 from ..errors import CheckpointError, DataError, UsageError
 from ..frontend.export import capture
-from ..ir.pipeline import pipeline_text
+from ..ir.pipeline import Pass, pipeline_text
 from ..ir.program import Program
 from ..passes import AFTER, PASSES, lower, passes_by_name, pipeline, placed
 from ..passes.lower_mixers import IMPLEMENTATIONS
@@ -99,6 +99,24 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     keep_float32(captured, exact)
     if source.manifest is None or mask.kind == "vector":
         initialise_mask_token(mask, model, captured, tokenizer, exact)
+    steps = _pipelines(captured, mask, options, recipe, reporter)
+    train, decode = (lower(captured, target, steps=chosen, debug=options.debug) for target, chosen in steps.items())
+    rows = RowStream(
+        sources, max_length=recipe.data.max_length, seed=options.seed, lookahead=recipe.data.lookahead
+    )
+    trainer = Trainer(train, recipe, mask, rows, options.seed, exact)
+    held_out = HeldOut(held, train, decode, recipe, mask, eos_ids, context) if held else None
+    return Run(
+        options, recipe, source, tokenizer, model, carried, captured, mask, sources, len(held), trainer, held_out,
+        {target: pipeline_text(chosen) for target, chosen in steps.items()}, _origins(options, recipe),
+        precision,
+    )  # fmt: skip
+
+
+def _pipelines(
+    captured: Program, mask: MaskToken, options: Options, recipe: Recipe, reporter: Reporter
+) -> dict[str, list[Pass]]:
+    """The passes of training and decoding, those of plugins at their places."""
     vector = mask.kind == "vector"
     steps = {
         target: pipeline(
@@ -113,17 +131,7 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     for target, chosen in steps.items():
         for line in placed(chosen):
             reporter.note(f"{target}: {line}")
-    train, decode = (lower(captured, target, steps=chosen, debug=options.debug) for target, chosen in steps.items())
-    rows = RowStream(
-        sources, max_length=recipe.data.max_length, seed=options.seed, lookahead=recipe.data.lookahead
-    )
-    trainer = Trainer(train, recipe, mask, rows, options.seed, exact)
-    held_out = HeldOut(held, train, decode, recipe, mask, eos_ids, context) if held else None
-    return Run(
-        options, recipe, source, tokenizer, model, carried, captured, mask, sources, len(held), trainer, held_out,
-        {target: pipeline_text(chosen) for target, chosen in steps.items()}, _origins(options, recipe),
-        precision,
-    )  # fmt: skip
+    return steps
 
 
 def _origins(options: Options, recipe: Recipe) -> dict[str, str]:
