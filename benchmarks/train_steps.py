@@ -87,6 +87,7 @@ def idle_share(step: Callable[[], object], count: int = 2) -> float | None:
     """Share of the time between the first and the last kernel of some steps in which none runs."""
     if not CUDA:
         return None
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     wait()
@@ -94,8 +95,6 @@ def idle_share(step: Callable[[], object], count: int = 2) -> float | None:
         for _ in range(count):
             step()
         wait()
-    from torch.autograd.profiler_util import DeviceType
-
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     spans = sorted(
         (event.start_ns(), event.start_ns() + event.duration_ns())

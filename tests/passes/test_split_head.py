@@ -64,7 +64,9 @@ def change(program: Program, edit: Callable[[fx.Graph, fx.Node], fx.Node]) -> Pr
 
 
 def scaled_by_itself(graph: fx.Graph, logits: fx.Node) -> fx.Node:
-    return graph.call_function(ATEN.mul.Tensor, (logits, graph.call_function(ATEN.tanh.default, (logits,))))
+    bent = graph.call_function(ATEN.tanh.default, (logits,))
+    with graph.inserting_after(bent):
+        return graph.call_function(ATEN.mul.Tensor, (logits, bent))
 
 
 def cut(graph: fx.Graph, logits: fx.Node) -> fx.Node:
