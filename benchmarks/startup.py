@@ -92,7 +92,8 @@ def convert(folder: Path, threads: int) -> Path:
     out = folder / "checkpoint"
     tiny = ROOT / "examples" / "tiny"
     command = [
-        str(ROOT / ".venv" / "bin" / "flarec"), "convert", str(tiny / "model"), "--data", str(tiny / "data/train.jsonl"),
+        str(ROOT / ".venv" / "bin" / "flarec"), "convert", str(tiny / "model"),
+        "--data", str(tiny / "data/train.jsonl"),
         "--recipe", str(tiny / "recipe.toml"), "--steps", "1", "--out", str(out),
     ]  # fmt: skip
     cpu_seconds(command, ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)})
@@ -107,7 +108,8 @@ def report(trees: dict[str, Tree]) -> Iterator[str]:
         )
     if "other" in trees:
         for state, ratio in ratios(trees).items():
-            yield f"{state}: {ratio:.2f} of the other's, bar {BARS[state]} {'met' if ratio <= BARS[state] else 'MISSED'}"
+            verdict = "met" if ratio <= BARS[state] else "MISSED"
+            yield f"{state}: {ratio:.2f} of the other's, bar {BARS[state]} {verdict}"
 
 
 def ratios(trees: dict[str, Tree]) -> dict[str, float]:

@@ -66,7 +66,7 @@ class Opened:
         for name, tensor in self.tensors.items():
             path, _, last = name.rpartition(".")
             owner = model.get_submodule(path)
-            held = owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers
+            held: dict[str, Any] = owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers
             assert last in held, f"the model has no tensor '{name}'"
             held[last] = tensor
 
@@ -205,7 +205,8 @@ def _read(table: Json, directory: Path, device: str) -> dict[str, Tensor]:
             continue
         wanted = getattr(torch, dtype)
         if "file" in origin:
-            value = files[origin["file"]].get_tensor(name)
+            opened: Any = files[origin["file"]]
+            value = opened.get_tensor(name)
         else:
             content = bytearray(base64.b64decode(origin["bytes"]))
             value = torch.frombuffer(content, dtype=wanted).reshape(origin["shape"])

@@ -42,8 +42,8 @@ def traces_of_forwards() -> Iterator[None]:
     if own is None:  # a torch that does it otherwise, in its own time
         yield
         return
-    torch.fx.proxy.CapturedTraceback = Trace  # type: ignore[attr-defined]
+    setattr(torch.fx.proxy, "CapturedTraceback", Trace)  # noqa: B010 - no attribute that torch states
     try:
         yield
     finally:
-        torch.fx.proxy.CapturedTraceback = own  # type: ignore[attr-defined]
+        setattr(torch.fx.proxy, "CapturedTraceback", own)  # noqa: B010

@@ -112,7 +112,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("flarec::mixer_call_backward", "CompositeExplicitAutograd")  # type: ignore[untyped-decorator]
+@torch.library.impl("flarec::mixer_call_backward", "CompositeExplicitAutograd")
 def _backward(call: str, tensors: list[Tensor], numbers: list[int], wanted: list[int], grad: Tensor) -> list[Tensor]:
     """Gradients of `tensors[i]` for i in wanted."""
     tensors = list(tensors)
@@ -128,7 +128,7 @@ def _backward(call: str, tensors: list[Tensor], numbers: list[int], wanted: list
     ]  # fmt: skip
 
 
-@torch.library.register_fake("flarec::mixer_call_backward")
+@torch.library.register_fake("flarec::mixer_call_backward")  # type: ignore[untyped-decorator]
 def _backward_fake(
     call: str, tensors: list[Tensor], numbers: list[int], wanted: list[int], grad: Tensor
 ) -> list[Tensor]:

@@ -50,7 +50,7 @@ def trained(program: Any, module: torch.nn.Module, ids: Tensor, given: dict[str,
 
 def assert_equal(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> None:
     for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, **ROUNDING)
+        torch.testing.assert_close(mine, other, rtol=ROUNDING["rtol"], atol=ROUNDING["atol"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -154,7 +154,7 @@ def test_an_operand_may_be_absent() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 5, 1, 4, generator=generator, dtype=torch.float64) for _ in range(3))
     layout = build_layout([[3], [3]], [[Block(0, 2, 2)], [Block(0, 3, 2)]])
-    site = {"q": q, "k": k, "v": v, "g": None, "beta": torch.ones(2, 5, 1, dtype=torch.float64)}
+    site: dict[str, Any] = {"q": q, "k": k, "v": v, "g": None, "beta": torch.ones(2, 5, 1, dtype=torch.float64)}
     site |= {"scale": 1.0, "delta": True, "l2norm": True}
     reads = ops.LINEAR_ATTENTION.forms[ops.TORCH].reads
     assert reads is not None
