@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 # name -> module: imported on first use, so that `import flarec` and `flarec --help` stay cheap
 _LAZY = {
-    "GenerationOptions": "flarec.generation",
+    "GenerationOptions": "flarec.base.generation",
     "capture": "flarec.frontend.export",
     "convert": "flarec.train.convert",
     "load": "flarec.api",

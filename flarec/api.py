@@ -14,21 +14,21 @@ from typing import Any, Unpack, overload
 import torch
 from torch import nn
 
+from .base.fields import shown, whole_number
+from .base.generation import GenerationKeywords, GenerationOptions, per_prompt, takes_options
 from .checkpoint.directory import Checkpoint, context_of, open_checkpoint
 from .checkpoint.lowered import lowered
 from .collector import collector_paused
 from .decode import Engine, Generation, TextStream
 from .decode.request import OnTokens, Prompts
 from .decode.text import cut
+from .decode.tokenizing import ByteFallback, Prompt, decode_tokens, encode_prompt, is_list
 from .device import resolve_kernels, torch_device, torch_dtype
 from .errors import CheckpointError, GenerationError, UsageError
-from .fields import shown, whole_number
 from .frontend.export import capture
 from .frontend.opening import Opened, modelling_code_untouched, opening_of
-from .generation import GenerationKeywords, GenerationOptions, per_prompt, takes_options
 from .passes.embed_mask import PARAMETER
 from .passes.plugins import load_plugins
-from .tokenizing import ByteFallback, Prompt, decode_tokens, encode_prompt, is_list
 
 OnText = Callable[[int, str], None]
 

@@ -17,10 +17,10 @@ from typing import Any, Unpack
 import torch
 
 from .api import Model, Output
+from .base.fields import whole_number
+from .base.generation import GenerationKeywords, GenerationOptions, merged, takes_options
 from .decode import Cache, Stepper
 from .errors import DataError, UsageError
-from .fields import whole_number
-from .generation import GenerationKeywords, GenerationOptions, merged, takes_options
 from .train.data.files import BadRecord, read_records
 from .train.data.sources import record_encoder
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .api import Model, Output
+from .base.generation import GenerationOptions
 from .checkpoint.directory import open_checkpoint
 from .errors import GenerationError
-from .generation import GenerationOptions
 
 # generation_config fields that flarec has no counterpart for, with the values that ask for nothing
 _NEUTRAL: dict[str, tuple[Any, ...]] = {

@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from .base.flat import flat_input
 from .errors import LayoutError
-from .flat import flat_input
 
 BLOCK_END = 0
 CAUSAL = 1

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import flarec
 from flarec.api import Model, load
+from flarec.base.generation import GenerationOptions
 from flarec.checkpoint.directory import Checkpoint, open_checkpoint
 from flarec.checkpoint.manifest import MaskToken
 from flarec.checkpoint.write import write_checkpoint
 from flarec.errors import CheckpointError, GenerationError, UsageError
-from flarec.generation import GenerationOptions
 from tests.checkpoints import MASK_ROW, converted, manifest_for, mask_vector
 from tests.models import END_ID, FAMILIES, VOCABULARY, tiny_checkpoint, tiny_config
 

@@ -8,8 +8,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from ..base.files import check_apart, write_file
 from ..errors import UsageError
-from ..files import check_apart, write_file
 from .rows import BLOCKS, PLOTTED, ROUTE_BLOCKS
 
 Points = list[tuple[int, float]]

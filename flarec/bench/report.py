@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..base.files import write_file
 from ..errors import UsageError
-from ..files import write_file
 from . import baselines
 from .checks import Check
 from .session import FAILED, MEASURED, Line

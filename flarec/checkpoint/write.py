@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .. import __version__
+from ..base.files import flush, flush_tree, unused
 from ..errors import CheckpointError, UsageError, first_line
-from ..files import flush, flush_tree, unused
 from .card import model_card
 from .carried import Carried
 from .directory import GENERATION_CONFIG

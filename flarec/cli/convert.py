@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..fields import option_name
+from ..base.fields import option_name
 from ..train.arguments import Arguments
 from .options import field_options
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flarec.base.generation import GenerationOptions
 from flarec.errors import UsageError
-from flarec.generation import GenerationOptions
 
 from .loading import open_model
 from .options import foreign_options, generation_options, plugin_options, runtime_options

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flarec.base.generation import GenerationOptions
+from flarec.base.interrupts import Interrupts
 from flarec.errors import DataError, UsageError
-from flarec.generation import GenerationOptions
-from flarec.interrupts import Interrupts
 
 from .loading import open_model
 from .options import foreign_options, generation_options, plugin_options, runtime_options

@@ -33,7 +33,7 @@ def command(
     Only the configuration is read, so this works for models of any size. `--format svg` also draws the attention mask
     and the state schedule of a small example.
     """
-    from flarec.files import check_apart
+    from flarec.base.files import check_apart
     from flarec.inspect import as_svg, as_text, open_program, summarize
     from flarec.inspect.lines import Recorder
 
@@ -85,6 +85,6 @@ def _write(text: str, out: str | None) -> None:
     if out is None:
         click.echo(text)
         return
-    from flarec.files import write_file
+    from flarec.base.files import write_file
 
     write_file(Path(out), text + "\n")

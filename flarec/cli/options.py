@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from flarec.fields import TEXTS, field_types, option_name
-from flarec.generation import GenerationOptions
+from flarec.base.fields import TEXTS, field_types, option_name
+from flarec.base.generation import GenerationOptions
 from flarec.train.arguments import Arguments
 
 

@@ -10,8 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from flarec.base.files import write_file
 from flarec.errors import UsageError
-from flarec.files import write_file
 
 NAME = "results.json"
 

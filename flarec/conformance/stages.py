@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flarec import api
+from flarec.base.generation import DRAFTS
 from flarec.checkpoint.directory import describe_source
 from flarec.checkpoint.manifest import DecodeDefaults, Manifest
 from flarec.checkpoint.write import write_checkpoint
@@ -24,7 +25,6 @@ from flarec.errors import FlarecError
 from flarec.frontend import families as adapters
 from flarec.frontend import tiny, trust
 from flarec.frontend.export import capture
-from flarec.generation import DRAFTS
 from flarec.inspect import as_text, open_program, summarize
 from flarec.inspect.lines import Recorder
 from flarec.inspect.summary import mixer_kind

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flarec.generation import GenerationOptions
+from flarec.base.generation import GenerationOptions
 
 from .cache import Cache
 from .plan import DecodeProgram, StepPlan

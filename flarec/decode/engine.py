@@ -7,9 +7,8 @@ from typing import Any, Unpack
 
 import torch
 
-from flarec.errors import GenerationError
-from flarec.fields import shown, whole_number
-from flarec.generation import (
+from flarec.base.fields import shown, whole_number
+from flarec.base.generation import (
     MODES,
     GenerationKeywords,
     GenerationOptions,
@@ -18,6 +17,7 @@ from flarec.generation import (
     takes_options,
     token_ids,
 )
+from flarec.errors import GenerationError
 from flarec.layout import READOUTS
 
 from .batch import RequestBatch

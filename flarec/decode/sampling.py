@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flarec.generation import GenerationOptions
+from flarec.base.generation import GenerationOptions
 
 UNCHOSEN = -2
 """What `choose` gives for a row without a finite largest logit; no id, and not the -1 with which modes mark gaps."""

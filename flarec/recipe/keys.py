@@ -8,8 +8,8 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ..base.fields import TEXTS, allowed_values, is_number, shown
 from ..errors import RecipeError
-from ..fields import TEXTS, allowed_values, is_number, shown
 
 
 @cache

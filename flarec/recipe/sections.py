@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import tomli_w
 
+from ..base.fields import allowed_values, key
 from ..errors import RecipeError
-from ..fields import allowed_values, key
 from .keys import coerce, parse_value, plain_values, types_of
 
 Readout = Literal["block_end", "causal"]

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypedDict, get_args
 
+from ..base.fields import LARGEST, TEXTS, allowed_values, field_types, is_number, key, plain, shown
 from ..errors import UsageError
-from ..fields import LARGEST, TEXTS, allowed_values, field_types, is_number, key, plain, shown
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from typing import Any, Unpack
 
 import torch
 
+from ..base.fields import shows_fields
+from ..base.interrupts import Interrupts
 from ..checkpoint.directory import describe_source
 from ..checkpoint.manifest import DecodeDefaults, Manifest
 from ..checkpoint.weights import stored_dtypes
 from ..checkpoint.write import write_checkpoint
 from ..errors import CheckpointError, TrainingError
-from ..fields import shows_fields
-from ..interrupts import Interrupts
 from .arguments import Arguments, ConversionKeywords
 from .loop import Step
 from .metrics import MetricsLog

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import replace_file
+from ..base.files import replace_file
 from .state import writing
 
 

@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..base.files import check_apart
 from ..checkpoint.write import check_destination
 from ..errors import RecipeError, UsageError
-from ..files import check_apart
 from ..recipe import Recipe, load_recipe
 from ..recipe.files import recipe_files
 from .arguments import Arguments

@@ -28,8 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..base.files import flush, flush_tree, replace_file
 from ..errors import CheckpointError, TrainingError, UsageError
-from ..files import flush, flush_tree, replace_file
 
 MODEL, OPTIMIZER, STATE, RUN, LATEST, METRICS = (
     "model.safetensors", "optimizer.safetensors", "state.json", "run.json", "latest", "metrics.jsonl",

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flarec.base.generation import DRAFTS, GenerationOptions
 from flarec.decode import Engine
 from flarec.decode.sampling import SamplingRows, choose
-from flarec.generation import DRAFTS, GenerationOptions
 from flarec.layout import build_layout
 
 from .inputs import all_logits, random_tokens

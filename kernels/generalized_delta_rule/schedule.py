@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flarec.base.flat import Schedule, flat_input
 from flarec.errors import LayoutError
-from flarec.flat import Schedule, flat_input
 from flarec.layout import CAUSAL, PADDING, Layout
 
 CHUNK_SIZE = 16

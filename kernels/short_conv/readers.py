@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flarec.base.flat import Schedule, flat_input
 from flarec.errors import LayoutError
-from flarec.flat import Schedule, flat_input
 from flarec.layout import PADDING, Layout
 
 from .windows import _slot_minus_position, conv_windows

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flarec.base.flat import Schedule, flat_input
 from flarec.errors import LayoutError
-from flarec.flat import Schedule, flat_input
 from flarec.layout import CAUSAL, Layout
 
 KEY_TILE = 128

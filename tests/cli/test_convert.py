@@ -122,7 +122,7 @@ def test_overwrite_replaces_only_after_success(place: Path) -> None:
 
 def test_evaluation_data_of_its_own(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then nothing is taken out of the training data. Losses that are read late are still all logged, in order."""
-    monkeypatch.setitem(READ_EVERY, "cpu", 3)
+    monkeypatch.setitem(READ_EVERY, "cpu", (3, 0))
     source = tiny_checkpoint(place, "qwen3_5_text")
     write_data(place / "held.jsonl", 3)
     result = flarec("convert", source, "--data", "data.jsonl", "--eval-data", "held.jsonl", *QUICK, "--out", "out",

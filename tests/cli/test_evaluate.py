@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from flarec import api
+from flarec.base.generation import GenerationOptions
 from flarec.cli import main
 from flarec.evaluate import evaluate, read_examples
-from flarec.generation import GenerationOptions
 from tests.checkpoints import converted
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Collection
 
+from flarec.base.generation import GenerationOptions
 from flarec.decode import Engine
-from flarec.generation import GenerationOptions
 
 from .fake_model import FakeModel, FakeProgram
 

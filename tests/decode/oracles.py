@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flarec.generation import GenerationOptions
+from flarec.base.generation import GenerationOptions
 
 from .fake_model import FakeModel
 

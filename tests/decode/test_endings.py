@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from flarec.base.generation import MODES, GenerationOptions
 from flarec.decode import Engine
 from flarec.errors import GenerationError
-from flarec.generation import MODES, GenerationOptions
 from tests.decode.fake_model import FakeModel, FakeProgram
 from tests.decode.helpers import make_engine, random_prompts
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from flarec.base.generation import GenerationOptions
 from flarec.decode import Generation
-from flarec.generation import GenerationOptions
 from tests.decode import oracles
 from tests.decode.fake_model import FakeModel
 from tests.decode.helpers import make_engine, random_options, random_prompts

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flarec.base.fields import LARGEST
+from flarec.base.generation import HOTTEST, GenerationOptions
 from flarec.decode.sampling import UNCHOSEN, SamplingRows, choose, gumbel, to_unit, truncation, uniform
-from flarec.fields import LARGEST
-from flarec.generation import HOTTEST, GenerationOptions
 from tests.decode import oracles
 
 WORDS = st.integers(0, 2**63 - 1)

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flarec.decode import TextStream
 from flarec.decode.text import WINDOW, DecodedTokens, cut
-from flarec.tokenizing import ByteFallback, decode_tokens
+from flarec.decode.tokenizing import ByteFallback, decode_tokens
 from tests.models import tiny_tokenizer
 
 alphabet = st.sampled_from("abcä€😀\n")

@@ -14,10 +14,10 @@ import click
 import numpy as np
 import pytest
 
+from flarec.base.fields import TEXTS, option_name
 from flarec.checkpoint.write import MAX_SHARD_SIZE
 from flarec.cli.convert import ELSEWHERE, command, resume_command
 from flarec.errors import UsageError
-from flarec.fields import TEXTS, option_name
 from flarec.train.arguments import Arguments, ConversionKeywords
 from flarec.train.convert import convert
 from flarec.train.options import Options

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flarec.generation import DRAFTS
+from flarec.base.generation import DRAFTS
 
 from ..batch import RequestBatch, prefill
 

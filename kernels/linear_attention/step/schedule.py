@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flarec.base.flat import Schedule, flat_input
 from flarec.errors import LayoutError
-from flarec.flat import Schedule, flat_input
 from flarec.layout import CAUSAL, PADDING, Layout
 
 MIN_TILE = 16  # rows of the smallest matrix product

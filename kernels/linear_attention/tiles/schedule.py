@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flarec.base.flat import Schedule, flat_input
 from flarec.errors import LayoutError
-from flarec.flat import Schedule, flat_input
 from flarec.layout import CAUSAL, Layout
 
 IntArray = npt.NDArray[np.int64]

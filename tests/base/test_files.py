@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from flarec.base.files import check_apart, flush, flush_tree, replace_file, unused, write_file
 from flarec.errors import UsageError
-from flarec.files import check_apart, flush, flush_tree, replace_file, unused, write_file
 from tests.checkpoints import tree
 from tests.cli.conversions import flarec
 from tests.models import tiny_checkpoint
@@ -180,7 +180,7 @@ def test_unused_names(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 MAY_REMOVE = {
-    "flarec/files.py": "its own temporary file, under a name that nothing had",
+    "flarec/base/files.py": "its own temporary file, under a name that nothing had",
     "flarec/train/state.py": "what a run wrote, in a folder with a run's record",
     "flarec/checkpoint/write.py": "its own temporary folder, and a checkpoint that `check_destination` knows",
     "flarec/frontend/cache.py": "files of the program cache, by name and first line",

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from .errors import UsageError
+from ..errors import UsageError
 
 
 def check_apart(outputs: Sequence[Path], inputs: Iterable[Path], option: str = "--out") -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from flarec.interrupts import Interrupts
+from flarec.base.interrupts import Interrupts
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from types import NoneType
 from typing import Any, Literal, TypedDict, get_args, get_origin
 
-from .errors import GenerationError
+from ..errors import GenerationError
 from .fields import LARGEST, allowed_values, field_types, is_number, key, plain, shown, shows_fields, whole_number
 
 Mode = Literal["causal", "ar-trust", "diffusion-trust"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import GenerationError
-from .fields import shown
+from ..base.fields import shown
+from ..errors import GenerationError
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Messages

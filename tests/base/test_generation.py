@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 import flarec
 from flarec.api import Model
+from flarec.base.fields import LARGEST
+from flarec.base.generation import HOTTEST, GenerationKeywords, GenerationOptions, field_type
 from flarec.cli.evaluate import command as eval_command
 from flarec.cli.generate import command as generate_command
 from flarec.decode import Engine
 from flarec.errors import GenerationError
 from flarec.evaluate import evaluate
-from flarec.fields import LARGEST
-from flarec.generation import HOTTEST, GenerationKeywords, GenerationOptions, field_type
 
 NAMES = [item.name for item in fields(GenerationOptions)]
 NUMBERS = [name for name in NAMES if field_type(name) in (int, float)]
