@@ -40,8 +40,10 @@ def test_before_and_after_of_the_docstring() -> None:
         sliced = graph.call_function(ATEN.slice.Tensor, (hidden, 1, 0, 9223372036854775807))
     with graph.inserting_after(sliced):
         moved = graph.call_function(ATEN.to.device, (sliced, torch.device("cpu"), torch.float32))
-    with graph.inserting_after(moved):
-        viewed = graph.call_function(ATEN.view.default, (moved, [2, 17, hidden.meta["val"].shape[-1]]))
+    with graph.inserting_before(moved.next):
+        ids = program.placeholder("input_ids")
+        rows, length = (graph.call_function(ATEN.sym_size.int, (ids, dim)) for dim in (0, 1))
+        viewed = graph.call_function(ATEN.view.default, (moved, [rows, length, hidden.meta["val"].shape[-1]]))
     for node in (sliced, moved, viewed):
         node.meta = dict(hidden.meta)
     for user in users:
@@ -59,8 +61,8 @@ def test_before_and_after_of_the_docstring() -> None:
     assert cast.args == (hidden, torch.float32)
     (reshaped,) = cast.users
     assert reshaped.target is ATEN.reshape.default
-    ids = torch.randint(0, 300, (2, 17))
-    assert torch.equal(plain(after, ids), plain(captured("bamba"), ids))
+    example = torch.randint(0, 300, (2, 17))
+    assert torch.equal(plain(after, example), plain(captured("bamba"), example))
 
 
 def test_a_view_that_is_written_through_stays_a_view() -> None:

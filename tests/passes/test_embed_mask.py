@@ -77,11 +77,13 @@ def test_nothing_happens_with_a_spare_row() -> None:
     assert after.extra == {}
 
 
-def test_a_model_without_an_embedding_table_is_refused() -> None:
+def test_a_model_that_embeds_other_ids_is_refused() -> None:
     before, _ = before_and_after("embed-mask", mask_vector=True)
     from flarec.passes.embed_mask import EmbedMask
 
     for node in before.calls(ATEN.embedding.default):
-        node.target = ATEN.index_select.default
+        with before.graph.inserting_before(node):
+            copy = before.graph.call_function(ATEN.clone.default, (node.args[1],))
+        node.args = (node.args[0], copy)
     with pytest.raises(PassError, match=r"pass 'embed-mask'.*'input_ids'.*spare vocabulary row"):
         run_pipeline(before, [EmbedMask(vector=True)], CHECKS)

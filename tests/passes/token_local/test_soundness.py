@@ -29,7 +29,6 @@ def built(steps: list[tuple[int, int, int, int]]) -> tuple[Program, Watch, int]:
     root = nn.Module()
     root.weight = nn.Parameter(torch.randn(VOCABULARY, WIDTH, dtype=torch.float64))
     root.square = nn.Parameter(torch.randn(WIDTH, WIDTH, dtype=torch.float64))
-    root.register_buffer("index", torch.tensor([0, 0]))
     program, watch = Program(fx.GraphModule(root, graph), None, "", torch.float64), Watch()
     program.module.square = root.square
     program.module.register_buffer("index", torch.tensor([0, 0]))
