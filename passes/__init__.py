@@ -181,6 +181,7 @@ __all__ = [
     "GIVEN",
     "PASSES",
     "PIPELINES",
+    "YOUNG",
     "Known",
     "UnknownPass",
     "lower",

@@ -25,7 +25,7 @@ class NarrowHead(Pass):
 
     name: ClassVar[str] = "narrow-head"
     requires: ClassVar[Claims] = frozenset({"two-stream"})
-    provides: ClassVar[Claims] = frozenset({"narrowed"})
+    provides: ClassVar[Claims] = frozenset({"narrowed", "logits"})
 
     def apply(self, program: Program) -> list[fx.Node]:
         head = find_head(program)

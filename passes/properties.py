@@ -50,6 +50,12 @@ def check_narrowed(program: Program) -> None:
             raise PropertyError(f"{locate(user)} reads head_rows but does not select rows")
 
 
+def check_logits(program: Program) -> None:
+    """The first output of the graph is the logits, so a pass that changes them finds them there."""
+    if program.head is not None or program.outputs[0] != "logits":
+        raise PropertyError(f"the first output of the graph is '{program.outputs[0]}'")
+
+
 def check_mask_embedded(program: Program) -> None:
     """If there is a mask vector, the embedding result depends on it."""
     for name in program.extra:
@@ -91,6 +97,7 @@ CHECKERS: dict[str, Checker] = {
     "masked": _no_captured("attention"),
     "state-scheduled": _no_captured("state"),
     "narrowed": check_narrowed,
+    "logits": check_logits,
     "head-split": check_head_split,
     "mask-embedded": check_mask_embedded,
     "experts-counted": check_experts_counted,

@@ -36,8 +36,9 @@ class SplitHead(Pass):
     implementation: str = "torch"
 
     name: ClassVar[str] = "split-head"
-    requires: ClassVar[Claims] = frozenset({"narrowed"})
+    requires: ClassVar[Claims] = frozenset({"narrowed", "logits"})
     provides: ClassVar[Claims] = frozenset({"head-split"})
+    invalidates: ClassVar[Claims] = frozenset({"logits"})
     targets: ClassVar[frozenset[str]] = frozenset({"train"})
     may_be_empty: ClassVar[bool] = True  # a head that it does not know stays (`head_refusal` says why)
 

@@ -41,7 +41,7 @@ class CapLogits(Pass):
     limit: float = 30.0
 
     name: ClassVar[str] = "cap-logits"
-    requires: ClassVar[Claims] = frozenset({"narrowed"})
+    requires: ClassVar[Claims] = frozenset({"narrowed", "logits"})
     provides: ClassVar[Claims] = frozenset({LOGITS_CAPPED})
 
     def apply(self, program: Program) -> list[fx.Node]:

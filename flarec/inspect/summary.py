@@ -250,9 +250,8 @@ def _inputs(program: Program) -> Iterator[tuple[str, str]]:
     for node in program.placeholders():
         if node.name in slots or node.name in program.derivations:
             continue
-        shape = shape_text(node)
         text = known.get(node.name, "")
-        yield node.name, f"{shape} {text}".strip()
+        yield node.name, text if text.startswith("[") else f"{shape_text(node)} {text}".strip()
 
 
 def _embedding(program: Program) -> str:

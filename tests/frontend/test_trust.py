@@ -132,7 +132,7 @@ ON_A_SOURCE = {
     "eval": ["eval", "model", *DATA],
     "verify": ["verify", "model"],
 }
-NO_SOURCE = {"recipes", "families", "bench"}
+NO_SOURCE = {"recipes", "families", "bench", "passes"}
 API: dict[str, Callable[[], Any]] = {
     "convert": lambda: flarec.convert("model", "data.jsonl", out="out", max_length=64),
     "load": lambda: flarec.load("model"),

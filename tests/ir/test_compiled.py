@@ -53,6 +53,11 @@ def assert_equal(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> None:
         torch.testing.assert_close(mine, other, rtol=ROUNDING["rtol"], atol=ROUNDING["atol"])
 
 
+def distance(mine: Tensor, other: Tensor) -> float:
+    """Relative to the norm."""
+    return float((mine - other).norm() / other.norm().clamp_min(1e-30))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_training_step_is_one_graph(family: str) -> None:
     program = lower(captured_float64(family), "train")
@@ -90,7 +95,9 @@ def test_inductor_compiles_a_training_step(family: str) -> None:
     ids, given = arguments(program, LAYOUT)
     torch._dynamo.reset()
     fast = program.compiled(backend="inductor", dynamic=False)
-    assert_equal(trained(fast, fast.module, ids, given), trained(program, program.module, ids, given))
+    pairs = zip(trained(fast, fast.module, ids, given), trained(program, program.module, ids, given), strict=True)
+    # inductor (2.13) does not compute all of a float64 graph in float64: logits differ by 1e-8, under float32 rounding
+    assert max(distance(mine, other) for mine, other in pairs) < torch.finfo(torch.float32).eps
 
 
 def test_another_layout_is_not_taken_for_the_first() -> None:
@@ -126,7 +133,7 @@ def test_inputs_are_tensors_and_integers(family: str, target: str) -> None:
     with torch.no_grad():
         flat = module(*leaves)
         if cache is None:
-            assert_equal([flat[0]], [program(ids, **given)])
+            assert_equal([flat[0]], [program.results(ids, **given)[0]])
 
 
 def test_a_flat_program_can_be_exported() -> None:
@@ -137,7 +144,7 @@ def test_a_flat_program_can_be_exported() -> None:
     called = {node.target for node in exported.graph.nodes if node.op == "call_function"}
     assert torch.ops.flarec.mixer_call.default in called
     with torch.no_grad():
-        torch.testing.assert_close(exported.module()(*leaves)[0], program(ids, **given))
+        torch.testing.assert_close(exported.module()(*leaves)[0], program.results(ids, **given)[0])
 
 
 def test_the_reference_of_a_step_that_writes_its_cache_is_refused() -> None:

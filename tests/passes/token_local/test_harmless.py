@@ -127,5 +127,5 @@ def test_it_is_accepted_wherever_the_pass_stands(behind: str) -> None:
 
 def test_the_head_may_be_rescaled_behind_narrow_head() -> None:
     make: Any = chain((ATEN.div.Tensor, 30.0), (ATEN.tanh.default,), (ATEN.mul.Tensor, 30.0))
-    others, own = moves(with_foreign(make, behind="lower-mixers", head=True))
+    others, own = moves(with_foreign(make, behind="narrow-head", head=True))
     assert others == 0 < own
