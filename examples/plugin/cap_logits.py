@@ -20,8 +20,16 @@ ATEN = torch.ops.aten
 
 
 def _is_capped(program: Program) -> None:
-    """The logits are a product with a hyperbolic tangent, looked up from the output without the pass's help."""
-    logits = program.output_node().args[0][0]
+    """The logits are a product with a hyperbolic tangent, looked up from the end without the pass's help.
+
+    In training `split-head` takes the head out of the graph, and what stands behind it with it (`Program.head`).
+    """
+    if program.head is None:
+        logits = program.output_node().args[0][0]
+    elif program.head.tail is None:
+        raise PropertyError("nothing stands behind the head")
+    else:
+        (logits,) = program.head.tail.graph.output_node().args
     inner = logits.args[0]
     if logits.target is not ATEN.mul.Scalar or inner.target is not ATEN.tanh.default:
         raise PropertyError(f"{locate(logits)} gives the logits, and it is no limit * tanh(...)")
