@@ -53,11 +53,6 @@ def assert_equal(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> None:
         torch.testing.assert_close(mine, other, rtol=ROUNDING["rtol"], atol=ROUNDING["atol"])
 
 
-def distance(mine: Tensor, other: Tensor) -> float:
-    """Relative to the norm."""
-    return float((mine - other).norm() / other.norm().clamp_min(1e-30))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_training_step_is_one_graph(family: str) -> None:
     program = lower(captured_float64(family), "train")
@@ -92,12 +87,14 @@ def test_a_decode_step_is_one_graph(family: str) -> None:
 @pytest.mark.parametrize("family", ["qwen3_5_text"])
 def test_inductor_compiles_a_training_step(family: str) -> None:
     program = lower(captured_float64(family), "train")
+    for node in program.graph.nodes:  # rotary angles, which inductor's own float32 cosine rounds differently
+        if torch.float32 in node.args:
+            node.args = tuple(torch.float64 if argument is torch.float32 else argument for argument in node.args)
+    program.finish()
     ids, given = arguments(program, LAYOUT)
     torch._dynamo.reset()
     fast = program.compiled(backend="inductor", dynamic=False)
-    pairs = zip(trained(fast, fast.module, ids, given), trained(program, program.module, ids, given), strict=True)
-    # inductor (2.13) does not compute all of a float64 graph in float64: logits differ by 1e-8, under float32 rounding
-    assert max(distance(mine, other) for mine, other in pairs) < torch.finfo(torch.float32).eps
+    assert_equal(trained(fast, fast.module, ids, given), trained(program, program.module, ids, given))
 
 
 def test_another_layout_is_not_taken_for_the_first() -> None:
