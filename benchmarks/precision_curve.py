@@ -17,6 +17,8 @@ import os
 import platform
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +70,12 @@ def smoothed(values: list[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64).unfold(0, min(SMOOTH, len(values)), 1).mean(1)
 
 
-def curves(recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    found = {f"float32, seed {seed}": curve(recipe, "float32", seed, device) for seed in SEEDS}
-    low = curve(recipe, "bf16", SEEDS[0], device)
+def curves(recipe: Recipe, device: torch.device, jobs: int) -> dict[str, Any]:
+    wanted: list[tuple[Precision, int]] = [*(("float32", seed) for seed in SEEDS), ("bf16", SEEDS[0])]
+    columns = zip(*((recipe, precision, seed, device) for precision, seed in wanted), strict=True)
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:  # a run waits for its host, not for a GPU
+        *plain_runs, low = pool.map(curve, *columns)
+    found = {f"float32, seed {seed}": values for seed, values in zip(SEEDS, plain_runs, strict=True)}
     plain = torch.stack([smoothed(values) for values in found.values()])
     spread = float((plain - plain.mean(0)).abs().mean())
     apart = (smoothed(low) - plain[0]).abs()
@@ -123,6 +128,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, a process each")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     start, device = time.monotonic(), torch.device(options.device)
@@ -130,7 +136,7 @@ def main() -> int:
         f"optimizer.steps={options.steps}", f"optimizer.batch_rows={options.rows}", "optimizer.micro_rows=1",
         f"optimizer.lr={options.lr}", "optimizer.warmup_steps=10", f"data.max_length={options.length}",
     ])  # fmt: skip
-    result: dict[str, Any] = {"sums": sums(recipe, device), "curves": curves(recipe, device)}
+    result: dict[str, Any] = {"sums": sums(recipe, device), "curves": curves(recipe, device, options.jobs)}
     for name, value in result["curves"].items():
         if name != "losses":
             print(f"{name:<24} {value}")
