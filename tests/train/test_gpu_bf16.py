@@ -122,9 +122,7 @@ def test_the_head_in_chunks(form: str, name: str, chunk: int) -> None:
     )
     scales = Scales(0.01, 0.02)
     plan = plan_head(batch, scales, chunk).to("cuda")
-    found = head_loss(
-        hidden, weight, None, None, batch.to("cuda"), plan, suppress=MASK, rows=implementation(form)
-    )
+    found = head_loss(hidden, weight, None, None, batch.to("cuda"), plan, suppress=MASK, rows=implementation(form))
     exact, plain = [x.detach().double().requires_grad_() for x in (hidden, weight)], [hidden, weight]
     wanted, whole = (loss(F.linear(*x), batch.to("cuda"), suppress=MASK, scales=scales) for x in (exact, plain))
     assert found.total.item() == pytest.approx(wanted.total.item(), rel=5e-3)
