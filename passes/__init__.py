@@ -11,6 +11,7 @@ from flarec.ir.pipeline import Pass, UnknownPass, check_order, names_of, parse_p
 from flarec.ir.program import Program
 from flarec.passes.properties import CHECKS
 
+from .adapt_noisy_stream import AdaptNoisyStream
 from .canonicalize import Canonicalize
 from .count_experts import CountExperts
 from .duplicate_streams import DuplicateStreams
@@ -47,7 +48,9 @@ DECODE: list[Pass] = [
 ]
 
 PIPELINES: dict[str, list[Pass]] = {"train": TRAIN, "decode": DECODE}
-PASSES: dict[str, type[Pass]] = {step.name: type(step) for step in [*TRAIN, *DECODE]}
+OPTIONAL: tuple[type[Pass], ...] = (AdaptNoisyStream,)
+"""Passes that stand in a pipeline where a recipe asks for them (`pipeline`)."""
+PASSES: dict[str, type[Pass]] = {step.name: type(step) for step in [*TRAIN, *DECODE]} | {p.name: p for p in OPTIONAL}
 GIVEN = frozenset({"captured"})
 """What holds before the first pass."""
 YOUNG = frozenset({"experts-counted", "head-split"})
@@ -71,16 +74,18 @@ def pipeline(
     *,
     mask_vector: bool = False,
     kernels: str = "torch",
+    adapter: AdaptNoisyStream | None = None,
     stored: str | None = None,
     foreign: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
 ) -> list[Pass]:
     """The pipeline `target` ("train" or "decode") with its run-dependent options filled in.
 
-    stored: the text of a checkpoint's manifest instead of the literal list; the implementation of mixers and losses is
-    then replaced by `kernels`, nothing else. foreign: passes of others as text, `name(option=value)`; each goes to the
-    latest place before lower-mixers that its requirements allow, or with `@after:NAME` behind that pass. plugins: files
-    that define such passes, beside the installed ones.
+    adapter: stands behind embed-mask; without one noisy rows run through the model's own weights. stored: the text of
+    a checkpoint's manifest instead of the literal list; the implementation of mixers and losses is then replaced by
+    `kernels`, nothing else. foreign: passes of others as text, `name(option=value)`; each goes to the latest place
+    before lower-mixers that its requirements allow, or with `@after:NAME` behind that pass. plugins: files that define
+    such passes, beside the installed ones.
 
     Raises `UsageError` for an unknown name, `PassError` for a pass that has no place, `UnknownPass` for a stored one.
     """
@@ -96,6 +101,8 @@ def pipeline(
     for step in steps:
         if isinstance(step, EmbedMask) and stored is None:
             filled.append(replace(step, vector=mask_vector))
+            if adapter is not None:
+                filled.append(adapter)
         elif isinstance(step, (LowerMixers, SplitHead)):
             filled.append(replace(step, implementation=kernels))
         else:
@@ -166,22 +173,25 @@ def lower(
     *,
     mask_vector: bool = False,
     kernels: str = "torch",
+    adapter: AdaptNoisyStream | None = None,
     steps: Sequence[Pass] | None = None,
     debug: bool = False,
 ) -> Program:
     """Run a pipeline on a captured program and return the lowered one; parameters stay shared. steps: instead of the
     literal list (`pipeline`)."""
     if steps is None:
-        steps = pipeline(target, mask_vector=mask_vector, kernels=kernels)
+        steps = pipeline(target, mask_vector=mask_vector, kernels=kernels, adapter=adapter)
     return run_pipeline(program, steps, CHECKS, debug=debug)
 
 
 __all__ = [
     "AFTER",
     "GIVEN",
+    "OPTIONAL",
     "PASSES",
     "PIPELINES",
     "YOUNG",
+    "AdaptNoisyStream",
     "Known",
     "UnknownPass",
     "lower",

@@ -11,8 +11,10 @@ from flarec.ir.program import Program, locate, placeholder_name
 from flarec.ir.wellformed import check_canonical, check_captured
 from flarec.ops.mixer import Mixing
 
+from .adapt_noisy_stream import check_noisy_adapted
 from .count_experts import check_experts_counted
 from .duplicate_streams import PositionIds
+from .embed_mask import PARAMETER
 from .split_head import check_head_split
 from .token_local import Watch
 
@@ -58,9 +60,9 @@ def check_logits(program: Program) -> None:
 
 def check_mask_embedded(program: Program) -> None:
     """If there is a mask vector, the embedding result depends on it."""
-    for name in program.extra:
-        if not any(node.op == "get_attr" and node.target == name for node in program.graph.nodes):
-            raise PropertyError(f"parameter '{name}' is not used by the graph")
+    used = any(node.op == "get_attr" and node.target == PARAMETER for node in program.graph.nodes)
+    if PARAMETER in program.extra and not used:
+        raise PropertyError(f"parameter '{PARAMETER}' is not used by the graph")
 
 
 def check_cached(program: Program) -> None:
@@ -100,6 +102,7 @@ CHECKERS: dict[str, Checker] = {
     "logits": check_logits,
     "head-split": check_head_split,
     "mask-embedded": check_mask_embedded,
+    "noisy-adapted": check_noisy_adapted,
     "experts-counted": check_experts_counted,
     "cached": check_cached,
     "lowered": check_lowered,

@@ -19,6 +19,7 @@ from flarec.errors import PropertyError
 from flarec.ir.program import Program, locate, placeholder_name, source_line
 from flarec.ir.spec import HEAD_ROWS, LENGTH, ROWS, TensorSpec
 
+from ..adapt_noisy_stream import NoisyRows
 from ..duplicate_streams import PositionIds
 from . import aten
 from .call import MEMO, Call, bind, found, results, run_on_meta
@@ -276,7 +277,9 @@ def _inputs(program: Program) -> dict[str, Any]:
         "accepted": Opaque("accepted", "accepted", None, TensorSpec((ROWS,), torch.int64)),
     }
     for name, derivation in program.derivations.items():
-        if name != "position_ids" or type(derivation) is not PositionIds:
+        if type(derivation) is NoisyRows:
+            known[name] = tensor(((ROWS,), (LENGTH,), ()), torch.bool)
+        elif name != "position_ids" or type(derivation) is not PositionIds:
             known[name] = Opaque("derived", name, derivation)
     for slot in program.cache_slots:
         shape = tuple(ROWS if size == "batch" else size for size in slot.shape)
