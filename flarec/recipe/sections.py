@@ -20,6 +20,8 @@ from ..errors import RecipeError
 from .keys import coerce, parse_value, plain_values, types_of
 
 Readout = Literal["block_end", "causal"]
+Loss = Literal["ce", "kl", "tv", "el"]
+SlotWeights = Literal["uniform", "accept-until-fail"]
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,38 @@ class BlockKind(Section):
     readout: Literal["block_end", "causal"] = key(
         "block_end", "what a noisy token reads of its own block: all of it (block_end), or up to itself (causal)"
     )
-    loss: Literal["ce", "kl"] = key(
-        "ce", "ce: cross entropy with the next token; kl: KL from the clean stream's distribution for the same target"
+    loss: Loss = key(
+        "ce",
+        "ce: cross entropy with the next token; the others against the clean stream's distribution of the same target: "
+        "kl, KL divergence; tv, total variation; el, minus the expected accepted length of the block",
+    )
+    slot_weights: SlotWeights = key(
+        "uniform",
+        "accept-until-fail: a slot's loss weighs as much as all earlier slots of its block are likely to be accepted, "
+        "at least 0.1",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_chain()
         if self.mask == "all" and self.views == 2:
             raise RecipeError(
                 f'{self.path}.views = 2 needs {self.path}.mask = "random": the complement of a fully masked view '
                 f"masks nothing; set {self.path}.views = 1"
+            )
+
+
+    def _check_chain(self) -> None:
+        """What depends on the earlier slots of a block needs blocks as decoding drafts them."""
+        reason = 'loss = "el"' if self.loss == "el" else f'slot_weights = "{self.slot_weights}"'
+        if self.mask == "random" and (self.loss == "el" or self.slot_weights != "uniform"):
+            raise RecipeError(
+                f'{self.path}.{reason} needs {self.path}.mask = "all": slots are accepted one after the other only '
+                "where all are drafted"
+            )
+        if self.loss == "el" and self.slot_weights != "uniform":
+            raise RecipeError(
+                f'{self.path}.loss = "el" weighs the slots by itself; set {self.path}.slot_weights = "uniform"'
             )
 
 
@@ -81,7 +105,8 @@ class SecondKind(BlockKind):
         "masked-input", "as diffusion.supervise, for the second kind"
     )
     readout: Literal["block_end", "causal"] = key("causal", "as diffusion.readout, for the second kind")
-    loss: Literal["ce", "kl"] = key("kl", "as diffusion.loss, for the second kind")
+    loss: Loss = key("kl", "as diffusion.loss, for the second kind")
+    slot_weights: SlotWeights = key("uniform", "as diffusion.slot_weights, for the second kind")
 
 
 @dataclass(frozen=True)

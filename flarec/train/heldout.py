@@ -41,10 +41,11 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
-        """`ar_loss`, `all_masked_accuracy` and `one_minus_tv` (per slot, None where no target is) and
-        `tokens_per_forward` of greedy AR-Trust over all documents."""
+        """`ar_loss`, `all_masked_accuracy` and `one_minus_tv` (per slot, None where no target is), `expected_accepted`
+        length of a block (None without a whole one) and `tokens_per_forward` of greedy AR-Trust over all documents."""
         metrics = self._probe().summary()
-        named = {name: metrics[name] for name in ("ar_loss", "all_masked_accuracy", "one_minus_tv")}
+        names = ("ar_loss", "all_masked_accuracy", "one_minus_tv", "expected_accepted")
+        named = {name: metrics[name] for name in names}
         return {**named, "tokens_per_forward": self._tokens_per_forward()}
 
     def _probe(self) -> Metrics:

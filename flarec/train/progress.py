@@ -99,13 +99,14 @@ class ConsoleReporter(Reporter):
 
 
 def describe_evaluation(values: Mapping[str, Any]) -> str:
-    """One line: tokens per forward, all-masked accuracy and 1 - TV per slot, AR loss."""
+    """One line: tokens per forward, all-masked accuracy and 1 - TV per slot, expected accepted length, AR loss."""
 
     def per_slot(numbers: Sequence[float | None]) -> str:
         return " ".join("-" if number is None else f"{number:.2f}" for number in numbers)
 
+    length = values["expected_accepted"]
     return (
         f"{values['tokens_per_forward']:.2f} tokens per forward, all-masked accuracy "
         f"{per_slot(values['all_masked_accuracy'])}, 1-TV {per_slot(values['one_minus_tv'])}, "
-        f"AR loss {values['ar_loss']:.3f}"
+        f"{per_slot([length])} drafts expected to be accepted, AR loss {values['ar_loss']:.3f}"
     )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .reference import RowLosses, reference
+from .chain import FLOOR, Chain, accepted, slot_weights
+from .reference import RowLosses, RowWeights, reference
 from .torch_rows import row_losses
 
-__all__ = ["RowLosses", "implementation", "reference", "row_losses"]
+__all__ = [
+    "FLOOR", "Chain", "RowLosses", "RowWeights", "accepted", "implementation", "reference", "row_losses",
+    "slot_weights",
+]  # fmt: skip
 
 
 def implementation(name: str) -> Callable[..., RowLosses]:

@@ -1,7 +1,8 @@
 """Losses of rows of logits in Triton: a program per pair or single row, logits read twice, gradients in their place.
 
 A row of a large vocabulary fits into no cache, so the first walk finds the largest logit and the norm, the second
-everything else. With PyTorch operations (`torch_rows`) it is about ten walks over float32 copies.
+everything else. Where a gradient depends on the whole pair, or on other pairs, a second kernel walks once more. With
+PyTorch operations (`torch_rows`) it is about ten walks over float32 copies.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import MINUS_INFINITY, RowLosses
+from .reference import MINUS_INFINITY, RowLosses, RowWeights
 
 
 @dataclass(frozen=True)
@@ -61,61 +62,110 @@ def _norm(base, target, vocab, suppress, LOWEST: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def rows_kernel(
-    logits_ptr, target_ptr, ce_ptr, kl_ptr, nll_ptr, hit_ptr, divergence_ptr, overlap_ptr,
-    vocab, pairs, suppress,
-    LOWEST: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
+    logits_ptr, target_ptr, ce_ptr, kl_ptr, nll_ptr, hit_ptr, divergence_ptr, overlap_ptr, norm_ptr, lean_ptr,
+    vocab, rows, pairs, learning, suppress,
+    LOWEST: tl.constexpr, BLOCK: tl.constexpr, KL: tl.constexpr, GRADIENT: tl.constexpr, NOW: tl.constexpr,
+    LATER: tl.constexpr,
 ):  # fmt: skip
-    """Program p < pairs: student row p and teacher row pairs + p; any other: the single row pairs + p."""
+    """Program p < pairs: student row p and teacher row rows - pairs + p; any other: the single row p.
+
+    GRADIENT: of single rows; NOW: of pairs, too; LATER: these are left to `pairs_kernel`, which needs norms and leans.
+    """
     program = tl.program_id(0)
     dtype: tl.constexpr = nll_ptr.dtype.element_ty
-    row = pairs + program
-    base = logits_ptr + row.to(tl.int64) * vocab
-    target, ce = tl.load(target_ptr + row), tl.load(ce_ptr + row)
+    base = logits_ptr + program.to(tl.int64) * vocab
+    target, ce = tl.load(target_ptr + program), tl.load(ce_ptr + program)
     norm, place, aim = _norm(base, target, vocab, suppress, LOWEST, BLOCK, dtype)
-    tl.store(nll_ptr + row, norm - aim)
-    tl.store(hit_ptr + row, (place == target).to(dtype))
+    tl.store(nll_ptr + program, norm - aim)
+    tl.store(hit_ptr + program, (place == target).to(dtype))
     if program < pairs:
-        own_base = logits_ptr + program.to(tl.int64) * vocab
-        own_target, own_ce, kl = tl.load(target_ptr + program), tl.load(ce_ptr + program), tl.load(kl_ptr + program)
-        own_norm, own_place, own_aim = _norm(own_base, own_target, vocab, suppress, LOWEST, BLOCK, dtype)
-        tl.store(nll_ptr + program, own_norm - own_aim)
-        tl.store(hit_ptr + program, (own_place == own_target).to(dtype))
-        divergence, overlap = tl.zeros((), dtype), tl.zeros((), dtype)
+        row = rows - pairs + program
+        other = logits_ptr + row.to(tl.int64) * vocab
+        aim_row, ce_row = tl.load(target_ptr + row), tl.load(ce_ptr + row)
+        norm_row, place_row, logit_row = _norm(other, aim_row, vocab, suppress, LOWEST, BLOCK, dtype)
+        tl.store(nll_ptr + row, norm_row - logit_row)
+        tl.store(hit_ptr + row, (place_row == aim_row).to(dtype))
+        divergence, overlap, lean = tl.zeros((), dtype), tl.zeros((), dtype), tl.zeros((), dtype)
+        kl = tl.zeros((), dtype)
+        if KL:
+            kl = tl.load(kl_ptr + program)
         for start in range(0, vocab, BLOCK):
-            x, columns, inside = _load(base, start, vocab, suppress, LOWEST, BLOCK)
-            y, _, _ = _load(own_base, start, vocab, suppress, LOWEST, BLOCK)
-            p, q = tl.exp(x - norm), tl.exp(y - own_norm)
-            divergence += tl.sum(p * ((x - norm) - (y - own_norm)), 0)
+            x, columns, inside = _load(other, start, vocab, suppress, LOWEST, BLOCK)
+            y, _, _ = _load(base, start, vocab, suppress, LOWEST, BLOCK)
+            p, q = tl.exp(x - norm_row), tl.exp(y - norm)
             overlap += tl.sum(tl.minimum(p, q), 0)
-            if GRADIENT:
-                of_teacher = ce * (p - tl.where(columns == target, 1.0, 0.0))
-                of_student = own_ce * (q - tl.where(columns == own_target, 1.0, 0.0)) + kl * (q - p)
-                tl.store(base + columns, of_teacher.to(base.dtype.element_ty), mask=inside)
-                tl.store(own_base + columns, of_student.to(base.dtype.element_ty), mask=inside)
+            if KL:
+                divergence += tl.sum(p * ((x - norm_row) - (y - norm)), 0)
+            if LATER:
+                lean += tl.sum(tl.where(q > p, q, tl.where(q < p, -q, 0.0)), 0)
+            if NOW:
+                found = ce * (q - tl.where(columns == target, 1.0, 0.0)) + kl * (q - p)
+                tl.store(base + columns, found.to(base.dtype.element_ty), mask=inside)
+                if row < learning:
+                    of_teacher = ce_row * (p - tl.where(columns == aim_row, 1.0, 0.0))
+                    tl.store(other + columns, of_teacher.to(base.dtype.element_ty), mask=inside)
         tl.store(divergence_ptr + program, divergence)
         tl.store(overlap_ptr + program, overlap)
+        if LATER:
+            tl.store(norm_ptr + program, norm)
+            tl.store(norm_ptr + pairs + program, norm_row)
+            tl.store(lean_ptr + program, lean)
     elif GRADIENT:
-        for start in range(0, vocab, BLOCK):
-            x, columns, inside = _load(base, start, vocab, suppress, LOWEST, BLOCK)
-            found = ce * (tl.exp(x - norm) - tl.where(columns == target, 1.0, 0.0))
-            tl.store(base + columns, found.to(base.dtype.element_ty), mask=inside)
+        if program < learning:
+            for start in range(0, vocab, BLOCK):
+                x, columns, inside = _load(base, start, vocab, suppress, LOWEST, BLOCK)
+                found = ce * (tl.exp(x - norm) - tl.where(columns == target, 1.0, 0.0))
+                tl.store(base + columns, found.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def pairs_kernel(
+    logits_ptr, target_ptr, ce_ptr, student_ce_ptr, kl_ptr, tv_ptr, norm_ptr, lean_ptr,
+    vocab, rows, pairs, learning, suppress,
+    LOWEST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of pair p, once its weights are settled: TV by a logit is q (sign(q - p) - lean) / 2."""
+    program = tl.program_id(0)
+    row = rows - pairs + program
+    base, other = logits_ptr + program.to(tl.int64) * vocab, logits_ptr + row.to(tl.int64) * vocab
+    target, aim_row = tl.load(target_ptr + program), tl.load(target_ptr + row)
+    ce, ce_row = tl.load(student_ce_ptr + program), tl.load(ce_ptr + row)
+    kl, tv = tl.load(kl_ptr + program), tl.load(tv_ptr + program)
+    norm, norm_row = tl.load(norm_ptr + program), tl.load(norm_ptr + pairs + program)
+    lean = tl.load(lean_ptr + program)
+    for start in range(0, vocab, BLOCK):
+        x, columns, inside = _load(other, start, vocab, suppress, LOWEST, BLOCK)
+        y, _, _ = _load(base, start, vocab, suppress, LOWEST, BLOCK)
+        p, q = tl.exp(x - norm_row), tl.exp(y - norm)
+        side = tl.where(q > p, 1.0, tl.where(q < p, -1.0, 0.0)) - lean
+        found = ce * (q - tl.where(columns == target, 1.0, 0.0)) + kl * (q - p) + 0.5 * tv * q * side
+        tl.store(base + columns, found.to(base.dtype.element_ty), mask=inside)
+        if row < learning:
+            of_teacher = ce_row * (p - tl.where(columns == aim_row, 1.0, 0.0))
+            tl.store(other + columns, of_teacher.to(base.dtype.element_ty), mask=inside)
 
 
 @torch.no_grad()
 def row_losses(
-    logits: Tensor, target: Tensor, ce: Tensor, kl: Tensor, *, suppress: int | None, gradient: bool = True
+    logits: Tensor, target: Tensor, weights: RowWeights, *, suppress: int | None, gradient: bool = True
 ) -> RowLosses:
     """As `reference`; the gradient takes the place of the logits, which must be contiguous."""
     assert logits.is_contiguous()
     rows, vocab = logits.shape
-    pairs, launch = len(kl), launch_of(vocab, logits.dtype)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    pairs, learning, launch = weights.pairs, weights.rows, launch_of(vocab, logits.dtype)
+    dtype, later = torch.promote_types(logits.dtype, torch.float32), gradient and weights.bends and weights.pairs > 0
     nll, hit = (torch.empty(rows, dtype=dtype, device=logits.device) for _ in range(2))
-    divergence, overlap = (torch.empty(pairs, dtype=dtype, device=logits.device) for _ in range(2))
+    divergence, overlap, lean = (torch.empty(pairs, dtype=dtype, device=logits.device) for _ in range(3))
+    norm = torch.empty(2 * pairs, dtype=dtype, device=logits.device)
+    ce = weights.ce.to(dtype)
+    kl = divergence if weights.kl is None else weights.kl.to(dtype)
+    sizes = vocab, rows, pairs, learning, -1 if suppress is None else suppress
+    options = {"LOWEST": MINUS_INFINITY, "BLOCK": launch.block, "num_warps": launch.warps}
     if rows:
         rows_kernel[(rows - pairs,)](
-            logits, target, ce.to(dtype), kl.to(dtype), nll, hit, divergence, overlap,
-            vocab, pairs, -1 if suppress is None else suppress,
-            LOWEST=MINUS_INFINITY, BLOCK=launch.block, GRADIENT=gradient, num_warps=launch.warps,
+            logits, target, ce, kl, nll, hit, divergence, overlap, norm, lean, *sizes,
+            KL=weights.kl is not None, GRADIENT=gradient, NOW=gradient and not later, LATER=later, **options,
         )  # fmt: skip
-    return RowLosses(nll, hit, divergence, overlap, logits if gradient else None)
+    if later:
+        pairs_kernel[(pairs,)](logits, target, ce, *weights.settled(overlap), norm, lean, *sizes, **options)
+    return RowLosses(nll, hit, divergence, overlap, logits[:learning] if gradient else None)

@@ -96,6 +96,9 @@ def test_overrides_survive_toml(values: dict[str, object]) -> None:
         ("diffusion.supervise=input", ["diffusion.supervise = 'input'", "masked-input or masked-target"]),
         ("diffusion.second.probability=1.5", ["diffusion.second.probability = 1.5", "at most 1"]),
         ("diffusion.mask=all", ["diffusion.views = 1"]),
+        ("diffusion.loss=l1", ["diffusion.loss = 'l1'", "ce or kl or tv or el"]),
+        ("diffusion.loss=el", ['diffusion.loss = "el" needs diffusion.mask = "all"']),
+        ("diffusion.slot_weights=accept-until-fail", ["diffusion.slot_weights", 'needs diffusion.mask = "all"']),
         ("optimizer.lr=0", ["optimizer.lr = 0", "above 0"]),
         ("optimizer.lr=nan", ["optimizer.lr = nan"]),
         ("optimizer.betas=0.9", ["optimizer.betas", "2 numbers"]),
@@ -110,6 +113,11 @@ def test_bad_overrides_say_what_is_wrong(assignment: str, words: list[str]) -> N
     with pytest.raises(RecipeError) as error:
         load_recipe("flare").override([assignment])
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_expected_length_weighs_slots_by_itself() -> None:
+    with pytest.raises(RecipeError, match=r'diffusion\.second\.loss = "el" weighs the slots by itself'):
+        load_recipe("dual").override(["diffusion.second.loss=el", "diffusion.second.slot_weights=accept-until-fail"])
 
 
 def test_values_are_checked_when_built_in_python() -> None:

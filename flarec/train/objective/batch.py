@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError
-from ...layout import BLOCK_END, PADDING, READOUTS, Layout
+from ...layout import BLOCK_END, PADDING, Layout
 from ...recipe.sections import Diffusion
 from ..data.document import PackedRow
+from .kinds import COMPARING, Kinds
 from .noise import Noise, draw_noise
 
 
@@ -31,10 +32,12 @@ class Batch:
     noisy_index       [Nd] int64       into the head_rows axis
     noisy_target      [Nd] int64       token ids
     noisy_weight      [Nd] float32     1 / number of signals of the same target
-    noisy_kl          [Nd] bool        KL from the teacher instead of cross entropy
+    noisy_loss        [Nd] int64       into `kinds.LOSSES`
+    until_fail        [Nd] bool        multiplied with the weight of its slot (`kernels.row_losses.slot_weights`)
     teacher_index     [Nd] int64       into the head_rows axis: the clean row that predicts the same token
     slot              [Nd] int64       offset of the predicting row in its block
     all_masked_index  [Nm] int64       into the Nd axis: the signals of fully masked blocks (what decoding sees)
+    blocks            [n, B] int64     the same by block and slot, -1 behind the last; blocks without any are left out
     """
 
     input_ids: Tensor
@@ -45,20 +48,35 @@ class Batch:
     noisy_index: Tensor
     noisy_target: Tensor
     noisy_weight: Tensor
-    noisy_kl: Tensor
+    noisy_loss: Tensor
+    until_fail: Tensor
     teacher_index: Tensor
     slot: Tensor
     all_masked_index: Tensor
+    blocks: Tensor
     block_size: int
     ar_count: int
     """AR targets."""
     diffusion_count: int
     """Diffusion targets = the sum of their signals' weights."""
-    uses_kl: bool
+    losses: tuple[str, ...]
+    """Those of its noisy blocks."""
+    weighs_slots: bool
+    """Whether any signal is multiplied with the weight of its slot."""
     clean_tokens: int
     """Clean tokens without padding."""
     noisy_tokens: int
     """Noisy tokens without padding slots."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether a loss needs the distance of every pair."""
+        return any(name in COMPARING for name in self.losses)
+
+    @property
+    def chained(self) -> bool:
+        """Whether a signal's loss depends on the earlier slots of its block."""
+        return self.weighs_slots or "el" in self.losses
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -89,14 +107,14 @@ class _Copies:
     cell: Tensor  # the block of the grid
     view: Tensor
     at: _Grid  # where the block is
-    kind: Tensor  # of its noise
+    kinds: Kinds
     index: Tensor  # block index inside the row
     rows: int
     most: int  # blocks of a row
 
     @staticmethod
-    def of(grid: _Grid, noise: Noise, diffusion: Diffusion, rows: int) -> _Copies:
-        views = torch.tensor([kind.views for _, kind in diffusion.kinds])[noise.kind]
+    def of(grid: _Grid, noise: Noise, rows: int) -> _Copies:
+        views = noise.kinds.views
         cell = torch.cat([torch.arange(len(views)), (views == 2).nonzero().squeeze(1)])
         view = (torch.arange(len(cell)) >= len(views)).long()
         order = (grid.row[cell] * 2 + view).argsort(stable=True)
@@ -104,7 +122,7 @@ class _Copies:
         at = grid.select(cell)
         per_row = torch.bincount(at.row, minlength=rows)
         index = torch.arange(len(cell)) - (per_row.cumsum(0) - per_row)[at.row]
-        return _Copies(cell, view, at, noise.kind[cell], index, rows, int(per_row.max()))
+        return _Copies(cell, view, at, noise.kinds[cell], index, rows, int(per_row.max()))
 
     def spread(self, values: Tensor, fill: int) -> Tensor:
         """Per-copy values [n, ...] on the block axis [rows, blocks, ...]."""
@@ -151,8 +169,8 @@ def build_batches(
         keep = ((grid.row >= start) & (grid.row < start + len(part))).nonzero().squeeze(1)
         cells = grid.select(keep)
         local = _Grid(cells.row - start, cells.document, cells.offset, cells.anchor, cells.end)
-        drawn = Noise(noise.kind[keep], noise.masked[keep])
-        batches.append(_build(part, local, drawn, diffusion, mask_token_id, clean_length))
+        drawn = Noise(noise.kinds[keep], noise.masked[keep])
+        batches.append(_build(part, local, drawn, mask_token_id, clean_length))
     return batches
 
 
@@ -191,20 +209,18 @@ def _build(
     rows: Sequence[PackedRow],
     grid: _Grid,
     noise: Noise,
-    diffusion: Diffusion,
     mask_token_id: int,
     clean_length: int | None,
 ) -> Batch:
     lengths = [packed.length for packed in rows]
-    size = diffusion.block_size
+    size = noise.masked.shape[1]
     clean_length = clean_length or max(lengths)
     assert max(lengths) <= clean_length, "packed rows are longer than clean_length"
     ids, documents, positions, ar_rows = _clean(rows, clean_length)
     if bool((ids[documents != PADDING] == mask_token_id).any()):
         raise DataError(f"the data contains the mask token (id {mask_token_id}); clean the data or choose another")
 
-    kinds = [kind for _, kind in diffusion.kinds]
-    copies = _Copies.of(grid, noise, diffusion, len(rows))
+    copies = _Copies.of(grid, noise, len(rows))
     cell, at = copies.cell, copies.at
     position = at.anchor[:, None] + torch.arange(size)  # [copies, B]
     inside = position < at.end[:, None]
@@ -212,12 +228,12 @@ def _build(
     masked = (noise.masked[cell] ^ (copies.view == 1)[:, None]) | ~inside
     slot = (at.offset[:, None] + position).clamp_max(clean_length - 1)
     tokens = ids[at.row[:, None], slot].masked_fill(masked, mask_token_id)
-    layout = _layout(documents, positions, copies, position, diffusion)
+    layout = _layout(documents, positions, copies, position)
 
-    signal = _signals(masked, position, at.end, copies.kind, diffusion)
+    signal = copies.kinds.signals(masked, position + 1 < at.end[:, None])
     count = torch.zeros(len(grid.row), size).index_add_(0, cell, signal.float())  # signals per target
     copy, column = signal.nonzero(as_tuple=True)
-    row, offset, kind, index = at.row[copy], at.offset[copy], copies.kind[copy], copies.index[copy]
+    row, offset, kinds, index = at.row[copy], at.offset[copy], copies.kinds[copy], copies.index[copy]
     ar_row, ar_slot = ar_rows.nonzero(as_tuple=True)
     total = layout.length
     ar_flat = ar_row * total + ar_slot
@@ -234,25 +250,31 @@ def _build(
         noisy_index=torch.searchsorted(head_rows, noisy_flat),
         noisy_target=ids[row, teacher_slot + 1],
         noisy_weight=1.0 / count[cell[copy], column],
-        noisy_kl=torch.tensor([kind.loss == "kl" for kind in kinds])[kind],
+        noisy_loss=kinds.loss,
+        until_fail=kinds.until_fail,
         teacher_index=torch.searchsorted(head_rows, teacher_flat),
         slot=column,
         all_masked_index=masked.all(1)[copy].nonzero().squeeze(1),
+        blocks=_blocks(masked, signal),
         block_size=size,
         ar_count=len(ar_flat),
         diffusion_count=int((count > 0).sum()),
-        uses_kl=any(kinds[k].loss == "kl" for k in set(kind.tolist())),
+        losses=kinds.losses(),
+        weighs_slots=kinds.weighs_slots(),
         clean_tokens=sum(lengths),
         noisy_tokens=len(cell) * size,
     )
 
 
-def _layout(
-    documents: Tensor, positions: Tensor, copies: _Copies, position: Tensor, diffusion: Diffusion
-) -> Layout:
+def _blocks(masked: Tensor, signal: Tensor) -> Tensor:
+    """[n, B] numbers of the signals of fully masked blocks that have any; masked, signal [copies, B]."""
+    number = torch.full(signal.shape, -1).masked_scatter(signal, torch.arange(int(signal.sum())))
+    return number[masked.all(1) & signal.any(1)]
+
+
+def _layout(documents: Tensor, positions: Tensor, copies: _Copies, position: Tensor) -> Layout:
     """documents, positions [rows, Lc] of the clean stream; position [copies, B] in the document."""
     size = position.shape[1]
-    readout = torch.tensor([READOUTS[kind.readout] for _, kind in diffusion.kinds])[copies.kind]
     return Layout(
         clean_document=documents,
         clean_position=positions,
@@ -261,19 +283,7 @@ def _layout(
         block_document=copies.spread(copies.at.document, PADDING),
         block_anchor=copies.spread(copies.at.anchor, 0),
         block_view=copies.spread(copies.view, PADDING),
-        block_readout=copies.spread(readout, BLOCK_END),
+        block_readout=copies.spread(copies.kinds.readout, BLOCK_END),
         cached=torch.zeros(copies.rows, dtype=torch.int64),
     )
 
-
-def _signals(masked: Tensor, position: Tensor, end: Tensor, kind: Tensor, diffusion: Diffusion) -> Tensor:
-    """[copies, B] bool: which noisy rows are supervised, by each kind's `supervise` rule."""
-    kinds = [chosen for _, chosen in diffusion.kinds]
-    has_target = position + 1 < end[:, None]
-    # A row sees its target only inside its own block, with the block_end readout, where that token is not masked.
-    visible = torch.zeros_like(masked)
-    visible[:, :-1] = ~masked[:, 1:]
-    visible &= torch.tensor([chosen.readout == "block_end" for chosen in kinds])[kind][:, None]
-    needs_masked_input = torch.tensor([chosen.supervise != "masked-target" for chosen in kinds])[kind][:, None]
-    needs_hidden_target = torch.tensor([chosen.supervise != "masked-input" for chosen in kinds])[kind][:, None]
-    return has_target & (masked | ~needs_masked_input) & (~visible | ~needs_hidden_target)

@@ -19,7 +19,7 @@ from ...ir.program import Program
 from ...kernels.row_losses import RowLosses, implementation, row_losses
 from .batch import Batch
 from .head_plan import HeadPlan, plan_head
-from .loss import Losses, Scales, loss, measured
+from .loss import Losses, Scales, loss, measured, sums
 
 Tail = Callable[[Tensor], Tensor]
 Rows = Callable[..., RowLosses]
@@ -64,11 +64,17 @@ def head_loss(
     minus infinity, or None. rows: what computes a chunk (`flarec.kernels.row_losses`).
     """
     assert len(hidden) == len(batch.head_rows), f"{len(hidden)} hidden rows for {len(batch.head_rows)} head rows"
+    def by_signal(pairs: Tensor) -> Tensor:
+        return pairs.new_zeros(len(batch.noisy_index)).index_copy(0, plan.signal, pairs)
+
+    def total_of(nll: Tensor, divergence: Tensor, overlap: Tensor) -> Tensor:
+        ar, diffusion = sums(batch, nll, by_signal(divergence), by_signal(overlap))
+        return plan.scales.ar * ar + plan.scales.diffusion * diffusion
+
     total, nll, hit, divergence, overlap = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, tail, plan, partial(rows, suppress=suppress), torch.is_grad_enabled()
+        hidden, weight, bias, tail, plan, partial(rows, suppress=suppress), total_of, torch.is_grad_enabled()
     )
-    by_signal = [nll.new_zeros(len(batch.noisy_index)).index_copy(0, plan.signal, x) for x in (divergence, overlap)]
-    return measured(total, batch, nll, hit, *by_signal)
+    return measured(total, batch, nll, hit, by_signal(divergence), by_signal(overlap))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -77,14 +83,15 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tail: Tail | None, plan: HeadPlan,
-        losses: Rows, training: bool,
+        losses: Rows, total_of: Callable[[Tensor, Tensor, Tensor], Tensor], training: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         rows = hidden.index_select(0, plan.order)
-        gradients = _Gradients(rows, weight, bias, len(plan.chunks)) if training else None
+        training = training and any(ctx.needs_input_grad[:3])
+        gradients = _Gradients(rows, weight, bias, len(plan.chunks), ctx.needs_input_grad[:3]) if training else None
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         nll, hit = (torch.empty(len(rows), dtype=dtype, device=rows.device) for _ in range(2))
-        divergence, overlap = (torch.empty(len(plan.kl), dtype=dtype, device=rows.device) for _ in range(2))
-        ce, kl = plan.ce.to(dtype), plan.kl.to(dtype)
+        divergence, overlap = (torch.empty(len(plan.signal), dtype=dtype, device=rows.device) for _ in range(2))
+        plan = plan.in_dtype(dtype)
         for chunk in plan.chunks:
             part, pairs = slice(chunk.start, chunk.stop), slice(chunk.first, chunk.first + chunk.pairs)
             results = F.linear(rows[part], weight, bias)
@@ -94,18 +101,22 @@ class _HeadLoss(torch.autograd.Function):
                     results.requires_grad_(training)
                     logits = tail(results)
             given = logits.detach() if tail is None else logits.detach().clone()
-            found = losses(given, plan.target[part], ce[part], kl[pairs], gradient=training)
+            learns = training and chunk.learning > 0
+            found = losses(given, plan.target[part], plan.weights(chunk), gradient=learns)
             nll[part], hit[part], divergence[pairs], overlap[pairs] = found.nll, found.hit, found.kl, found.overlap
-            if gradients is not None:
+            if gradients is not None and learns:
                 assert found.gradient is not None
-                inner = found.gradient
+                inner, learning = found.gradient, chunk.learning
                 if tail is not None:
-                    (inner,) = torch.autograd.grad(logits, results, inner)
-                gradients.add(part, inner)
-        total = (ce * nll).sum() + (kl * divergence).sum()
-        if gradients is not None:
-            ctx.save_for_backward(gradients.rows.index_select(0, plan.place), gradients.weight, gradients.bias)
+                    with torch.enable_grad():
+                        (inner,) = torch.autograd.grad(logits[:learning], results, inner)
+                    inner = inner[:learning]
+                gradients.add(slice(chunk.start, chunk.start + learning), inner)
         outputs = nll.index_select(0, plan.place), hit.index_select(0, plan.place), divergence, overlap
+        total = total_of(outputs[0], divergence, overlap)
+        if gradients is not None:
+            inputs = None if gradients.rows is None else gradients.rows.index_select(0, plan.place)
+            ctx.save_for_backward(inputs, gradients.weight, gradients.bias)
         ctx.mark_non_differentiable(*outputs)
         ctx.dtype = weight.dtype
         return total, *outputs
@@ -116,24 +127,30 @@ class _HeadLoss(torch.autograd.Function):
             None if x is None else torch.mul(x, grad, out=torch.empty_like(x, dtype=ctx.dtype))
             for x in ctx.saved_tensors
         ]
-        return *scaled, None, None, None, None
+        return *scaled, None, None, None, None, None
 
 
 class _Gradients:
-    """Of hidden rows [M, D], weight [V, D] and bias [V], added up over chunks; several chunks add up in float32."""
+    """Of hidden rows [M, D], weight [V, D] and bias [V], those that are wanted, added up over chunks; several chunks
+    add up in float32. A hidden row that is never added to has none: its gradient is 0."""
 
-    def __init__(self, rows: Tensor, weight: Tensor, bias: Tensor | None, chunks: int) -> None:
+    def __init__(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None, chunks: int, wanted: tuple[bool, bool, bool]
+    ) -> None:
         self.inputs, self.matrix = rows, weight
-        self.rows = torch.empty_like(rows)
+        self.rows = torch.zeros_like(rows) if wanted[0] else None
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.dtype = weight.dtype if chunks == 1 else wide
+        self.with_weight = wanted[1]
         self.weight: Tensor | None = None
-        self.bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        self.bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
 
     def add(self, part: slice, gradient: Tensor) -> None:
         """`gradient` [n, V] of the rows `part`."""
-        torch.mm(gradient, self.matrix, out=self.rows[part])
-        self.weight = _plus_product(self.weight, gradient.t(), self.inputs[part], self.dtype)
+        if self.rows is not None:
+            torch.mm(gradient, self.matrix, out=self.rows[part])
+        if self.with_weight:
+            self.weight = _plus_product(self.weight, gradient.t(), self.inputs[part], self.dtype)
         if self.bias is not None:
             self.bias += gradient.sum(0, dtype=self.bias.dtype)
 

@@ -1,30 +1,38 @@
 """In which order the rows of the head are computed, so that no logits are kept and none are computed in vain.
 
 A divergence needs a noisy row's logits beside those of its teacher, the clean row that predicts the same token. Such
-pairs are put into one chunk; all other rows fill the chunks up. Made on the host, once per batch.
+pairs are put into one chunk, and so are the pairs of a block if the earlier slots decide what the later ones weigh; all
+other rows fill the chunks up. Made on the host, once per batch.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...kernels.row_losses import Chain, RowWeights
 from .batch import Batch
+from .kinds import LOSSES
 from .loss import Scales
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows `start .. stop` of the order: `pairs` students, their teachers, then single rows. The chunk's pairs are
-    `first .. first + pairs` of all."""
+    """Rows `start .. stop` of the order: `pairs` students, single rows, the students' teachers. The chunk's pairs are
+    `first .. first + pairs` of all, its chained blocks `block .. block + blocks`; the first `learning` rows have a
+    gradient."""
 
     start: int
     stop: int
     first: int
     pairs: int
+    learning: int
+    block: int = 0
+    blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,8 @@ class HeadPlan:
     place    [N] int64    where in the order each head row's own losses are
     target   [M] int64    token ids (0 for a row without one; its weights are 0)
     ce       [M] float64  weight of the row's cross entropy in the loss of the optimizer step
-    kl       [P] float64  weight of the pair's divergence
+    kl, tv   [P] float64  weights of the pair's divergences; None if no pair has one
+    chain    of the pairs, None if no signal depends on its block
     signal   [P] int64    into the Nd axis: the pair's diffusion signal
     """
 
@@ -43,42 +52,67 @@ class HeadPlan:
     place: Tensor
     target: Tensor
     ce: Tensor
-    kl: Tensor
+    kl: Tensor | None
+    tv: Tensor | None
+    chain: Chain | None
     signal: Tensor
     chunks: tuple[Chunk, ...]
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+    scales: Scales
 
     def to(self, device: torch.device | str) -> HeadPlan:
-        moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        if self.chain is not None:
+            moved["chain"] = Chain(*(tensor.to(device) for tensor in vars(self.chain).values()))
         return replace(self, **moved)
+
+    def in_dtype(self, dtype: torch.dtype) -> HeadPlan:
+        """With weights in the dtype of the losses."""
+        kl, tv = (None if weight is None else weight.to(dtype) for weight in (self.kl, self.tv))
+        chain = None if self.chain is None else replace(self.chain, length=self.chain.length.to(dtype))
+        return replace(self, ce=self.ce.to(dtype), kl=kl, tv=tv, chain=chain)
+
+    def weights(self, chunk: Chunk) -> RowWeights:
+        """Of the rows of one chunk."""
+        pairs = slice(chunk.first, chunk.first + chunk.pairs)
+        kl, tv = (None if weight is None else weight[pairs] for weight in (self.kl, self.tv))
+        chain = None
+        if self.chain is not None:
+            chain = self.chain.part(slice(chunk.block, chunk.block + chunk.blocks), pairs)
+        return RowWeights(self.ce[chunk.start : chunk.stop], chunk.pairs, kl, tv, chain, chunk.learning)
 
 
 def plan_head(batch: Batch, scales: Scales, chunk: int) -> HeadPlan:
-    """The plan of a batch on the host, at most `chunk` rows at a time (2 if that is less)."""
+    """The plan of a batch on the host, at most `chunk` rows at a time (a pair, or a chained block, if that is more)."""
     rows = len(batch.head_rows)
-    paired = batch.noisy_kl.clone()
+    codes = {name: batch.noisy_loss == number for number, name in enumerate(LOSSES)}
+    paired = ~codes["ce"]
     paired[batch.all_masked_index] = True  # their overlap with the teacher is measured
     signal = paired.nonzero().squeeze(1)
     student, teacher = batch.noisy_index[signal], batch.teacher_index[signal]
     again = _again(teacher)
-    alone = torch.ones(rows, dtype=torch.bool)
-    alone[student] = alone[teacher] = False
-    single = alone.nonzero().squeeze(1)
+    single, learning = _singles(batch, scales, student, teacher)
 
     target = torch.zeros(rows, dtype=torch.int64)
     target[batch.ar_index], target[batch.noisy_index] = batch.ar_target, batch.noisy_target
     weight = scales.diffusion * batch.noisy_weight.double()
     ce = torch.zeros(rows, dtype=torch.float64)
     ce[batch.ar_index] = scales.ar
-    ce[batch.noisy_index] = torch.where(batch.noisy_kl, 0.0, weight)
+    ce[batch.noisy_index] = torch.where(codes["ce"], weight, 0.0)
+    kl, tv, length = (
+        torch.where(codes[name], weight, 0.0)[signal] if name in batch.losses else None for name in ("kl", "tv", "el")
+    )
+    chain = _chain(batch, signal, length) if batch.chained else None
 
     chunks, order, repeated = [], [], []
-    for piece, pairs, singles in _cut(len(signal), len(single), max(2, chunk)):
-        order += [student[pairs], teacher[pairs], single[singles]]
-        repeated += [torch.zeros(piece.pairs, dtype=torch.bool), again[pairs],
-                     torch.zeros(singles.stop - singles.start, dtype=torch.bool)]  # fmt: skip
+    units = torch.arange(len(signal)) if chain is None else _units(chain.blocks, len(signal))
+    for piece, pairs, singles in _cut(units.tolist(), len(signal), len(single), max(2, chunk)):
+        order += [student[pairs], single[singles], teacher[pairs]]
+        repeated += [torch.zeros(piece.stop - piece.start - piece.pairs, dtype=torch.bool), again[pairs]]
+        taught = max(0, min(learning, singles.stop) - singles.start)
+        piece = replace(piece, learning=piece.stop - piece.start if scales.ar > 0 else piece.pairs + taught)
+        if chain is not None:
+            block, end = (int((chain.blocks[:, 0] < pair).sum()) for pair in (pairs.start, pairs.stop))
+            piece = replace(piece, block=block, blocks=end - block)
         chunks.append(piece)
     empty = torch.zeros(0, dtype=torch.int64)
     at, twice = torch.cat([empty, *order]), torch.cat([empty.bool(), *repeated])
@@ -86,14 +120,36 @@ def plan_head(batch: Batch, scales: Scales, chunk: int) -> HeadPlan:
     own = (~twice).nonzero().squeeze(1)
     place[at[own]] = own
     return HeadPlan(
-        order=at,
-        place=place,
-        target=target[at],
-        ce=ce[at].masked_fill(twice, 0.0),
-        kl=torch.where(batch.noisy_kl, weight, 0.0)[signal],
-        signal=signal,
-        chunks=tuple(chunks),
+        at, place, target[at], ce[at].masked_fill(twice, 0.0), kl, tv, chain, signal, tuple(chunks), scales
     )
+
+
+def _singles(batch: Batch, scales: Scales, student: Tensor, teacher: Tensor) -> tuple[Tensor, int]:
+    """(rows in no pair [S], how many of them learn); those that learn come first."""
+    alone = torch.ones(len(batch.head_rows), dtype=torch.bool)
+    alone[student] = alone[teacher] = False
+    learns = torch.full_like(alone, scales.ar > 0)
+    learns[batch.noisy_index] = True
+    parts = [(alone & chosen).nonzero().squeeze(1) for chosen in (learns, ~learns)]
+    return torch.cat(parts), len(parts[0])
+
+
+def _chain(batch: Batch, signal: Tensor, length: Tensor | None) -> Chain:
+    """The chain of the pairs; `signal` [P] into the Nd axis."""
+    pair = torch.full((len(batch.slot) + 1,), -1)
+    pair[signal] = torch.arange(len(signal))
+    blocks = pair[torch.where(batch.blocks < 0, len(batch.slot), batch.blocks)]
+    weight = torch.zeros(len(signal), dtype=torch.float64) if length is None else length
+    return Chain(blocks, weight, batch.until_fail[signal])
+
+
+def _units(blocks: Tensor, pairs: int) -> Tensor:
+    """First pair of everything that must stay together: the pairs of a block follow each other, all others stand alone.
+    """
+    starts = torch.ones(pairs, dtype=torch.bool)
+    later = blocks[:, 1:]
+    starts[later[later >= 0]] = False
+    return starts.nonzero().squeeze(1)
 
 
 def _again(teacher: Tensor) -> Tensor:
@@ -104,16 +160,19 @@ def _again(teacher: Tensor) -> Tensor:
     return result
 
 
-def _cut(pairs: int, singles: int, chunk: int) -> list[tuple[Chunk, slice, slice]]:
-    """Chunks of about equal size, pairs first, with their shares of the pairs and of the single rows."""
+def _cut(units: list[int], pairs: int, singles: int, chunk: int) -> list[tuple[Chunk, slice, slice]]:
+    """Chunks of about equal size, pairs first, with their shares of the pairs and of the single rows; no unit cut."""
+    bounds = [*units, pairs] if units else [0]
     left = 2 * pairs + singles
     size = max(2, -(-left // max(1, -(-left // chunk))))
     found: list[tuple[Chunk, slice, slice]] = []
     pair = single = start = 0
     while pair < pairs or single < singles:
-        taken = min(size // 2, pairs - pair)
-        more = min(size - 2 * taken, singles - single)
+        fits = bisect_right(bounds, pair + size // 2) - 1
+        end = max(bounds[fits], bounds[min(bisect_right(bounds, pair), len(bounds) - 1)])
+        taken = end - pair
+        more = max(0, min(size - 2 * taken, singles - single))
         stop = start + 2 * taken + more
-        found.append((Chunk(start, stop, pair, taken), slice(pair, pair + taken), slice(single, single + more)))
-        pair, single, start = pair + taken, single + more, stop
+        found.append((Chunk(start, stop, pair, taken, 0), slice(pair, end), slice(single, single + more)))
+        pair, single, start = end, single + more, stop
     return found

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ...kernels.row_losses import accepted, slot_weights
 from ...kernels.row_losses.reference import MINUS_INFINITY
 from ...recipe.sections import Objective
 from .batch import Batch
+from .kinds import LOSSES
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Metrics:
     ar_count, diffusion_count              float32 scalars
     slot_count, slot_correct, slot_overlap [B] float32 over the signals of fully masked blocks, by offset in the block:
                                            how many, argmax hits, and sum of 1 - TV against the clean distribution
+    block_count, block_length              float32 scalars over the fully masked blocks whose every slot has a target:
+                                           how many, and sum of their expected accepted lengths
     """
 
     ar_loss: Tensor
@@ -38,15 +42,17 @@ class Metrics:
     slot_count: Tensor
     slot_correct: Tensor
     slot_overlap: Tensor
+    block_count: Tensor
+    block_length: Tensor
 
     def __add__(self, other: Metrics) -> Metrics:
         return Metrics(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
 
-    def summary(self) -> dict[str, float | list[float | None]]:
-        """Means as plain numbers (the only host sync); a slot that no fully masked block supervised is None."""
+    def summary(self) -> dict[str, float | list[float | None] | None]:
+        """Means as plain numbers (the only host sync); what no fully masked block supervised is None."""
 
         def ratio(sums: Tensor, counts: Tensor) -> list[float | None]:
-            pairs = zip(sums.tolist(), counts.tolist(), strict=True)
+            pairs = zip(sums.reshape(-1).tolist(), counts.reshape(-1).tolist(), strict=True)
             return [value / count if count else None for value, count in pairs]
 
         return {
@@ -55,6 +61,7 @@ class Metrics:
             "diffusion_accuracy": float(self.diffusion_correct / self.diffusion_count.clamp_min(1)),
             "all_masked_accuracy": ratio(self.slot_correct, self.slot_count),
             "one_minus_tv": ratio(self.slot_overlap, self.slot_count),
+            "expected_accepted": ratio(self.block_length, self.block_count)[0],
         }
 
 
@@ -102,16 +109,16 @@ def loss(
 
     nll, divergence, correct = [], [], []
     for part, ids, teachers in zip(*(torch.split(values, chunk) for values in (logits, target, teacher)), strict=True):
-        arguments = (part, ids, fixed if batch.uses_kl else None, teachers, suppress)
-        a, b, hit = checkpoint(_row_losses, *arguments, use_reentrant=False, preserve_rng_state=False)
-        nll.append(a)
-        divergence.append(b)
+        arguments = (part, ids, fixed, teachers, suppress, "kl" in batch.losses, batch.compares)
+        *values, hit = checkpoint(_row_losses, *arguments, use_reentrant=False, preserve_rng_state=False)
+        nll.append(values[0])
+        divergence.append(torch.stack(values[1:]))
         correct.append(hit)
     cross_entropy = torch.cat(nll)
-    by_signal = torch.cat(divergence).index_select(0, batch.noisy_index)
-    ar, diffusion = _sums(batch, cross_entropy, by_signal)
+    by_signal, learned = torch.cat(divergence, 1).index_select(1, batch.noisy_index)
+    overlap = learned.detach() if batch.compares else _overlaps(fixed, batch, suppress, chunk)
+    ar, diffusion = sums(batch, cross_entropy, by_signal, learned if batch.compares else overlap)
     total = scales.ar * ar + scales.diffusion * diffusion
-    overlap = _overlaps(fixed, batch, suppress, chunk)
     return measured(total, batch, cross_entropy.detach(), torch.cat(correct), by_signal.detach(), overlap)
 
 
@@ -121,12 +128,14 @@ def measured(
     """A loss with its metrics, from what every row gave, detached.
 
     cross_entropy, hits  [N] by head row
-    divergence, overlap  [Nd] by diffusion signal; read where the batch says so (`noisy_kl`, `all_masked_index`)
+    divergence, overlap  [Nd] KL and 1 - TV by diffusion signal; read where `sums` does, and at `all_masked_index`
     """
-    ar, diffusion = _sums(batch, cross_entropy, divergence)
+    ar, diffusion = sums(batch, cross_entropy, divergence, overlap)
     correct = hits.index_select(0, batch.noisy_index)
     probe = batch.all_masked_index
     by_slot = F.one_hot(batch.slot[probe], batch.block_size).to(correct.dtype)  # deterministic, unlike index_add
+    whole = (batch.blocks >= 0).all(1).to(correct.dtype)
+    lengths = accepted(overlap, batch.blocks)[batch.blocks.clamp_min(0)].sum(1)
     metrics = Metrics(
         ar_loss=ar,
         ar_count=torch.full_like(ar, float(batch.ar_count)),
@@ -136,15 +145,23 @@ def measured(
         slot_count=by_slot.sum(0),
         slot_correct=correct[probe] @ by_slot,
         slot_overlap=overlap[probe] @ by_slot,
+        block_count=whole.sum(),
+        block_length=(lengths * whole).sum(),
     )
     return Losses(total, metrics)
 
 
-def _sums(batch: Batch, cross_entropy: Tensor, divergence: Tensor) -> tuple[Tensor, Tensor]:
-    """The AR sum over targets and the weighted diffusion sum over signals."""
+def sums(batch: Batch, cross_entropy: Tensor, divergence: Tensor, overlap: Tensor) -> tuple[Tensor, Tensor]:
+    """The AR sum over targets and the weighted diffusion sum over signals: [N], then [Nd] KL and 1 - TV."""
     signal = cross_entropy.index_select(0, batch.noisy_index)
-    if batch.uses_kl:
-        signal = torch.where(batch.noisy_kl, divergence, signal)
+    values = {"kl": divergence}
+    if batch.compares:
+        values |= {"tv": 1 - overlap, "el": -accepted(overlap, batch.blocks)}
+    for name in batch.losses:
+        if name in values:
+            signal = torch.where(batch.noisy_loss == LOSSES.index(name), values[name], signal)
+    if batch.weighs_slots:
+        signal = torch.where(batch.until_fail, signal * slot_weights(overlap, batch.blocks), signal)
     return cross_entropy.index_select(0, batch.ar_index).sum(), (signal * batch.noisy_weight).sum()
 
 
@@ -158,19 +175,24 @@ def _log_probabilities(logits: Tensor, suppress: int | None) -> Tensor:
 
 
 def _row_losses(
-    logits: Tensor, target: Tensor, fixed: Tensor | None, teacher: Tensor, suppress: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per row [n]: negative log likelihood, KL(teacher || row), argmax hit (0 or 1).
+    logits: Tensor, target: Tensor, fixed: Tensor, teacher: Tensor, suppress: int | None, diverges: bool, compares: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per row [n]: negative log likelihood, KL(teacher || row), 1 - TV, argmax hit (0 or 1).
 
-    `teacher` [n] are rows of `fixed` [N, V], the detached logits; without `fixed` the KL is zero.
+    `teacher` [n] are rows of `fixed` [N, V], the detached logits. KL is 0 unless it `diverges`, 1 - TV unless it
+    `compares`.
     """
     log_q = _log_probabilities(logits, suppress)
     nll = -log_q.gather(1, target[:, None]).squeeze(1)
     correct = (log_q.detach().argmax(1) == target).to(nll.dtype)
-    if fixed is None:
-        return nll, torch.zeros_like(nll), correct
-    log_p = _log_probabilities(fixed[teacher], suppress)
-    return nll, (log_p.exp() * (log_p - log_q)).sum(1), correct
+    divergence = overlap = torch.zeros_like(nll)
+    if diverges or compares:
+        log_p = _log_probabilities(fixed[teacher], suppress)
+        if diverges:
+            divergence = (log_p.exp() * (log_p - log_q)).sum(1)
+        if compares:
+            overlap = 1 - 0.5 * (log_p.exp() - log_q.exp()).abs().sum(1)
+    return nll, divergence, overlap, correct
 
 
 @torch.no_grad()

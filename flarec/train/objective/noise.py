@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...recipe.sections import Diffusion
+from .kinds import Kinds
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -31,11 +32,11 @@ def stratified_rates(count: int, generator: torch.Generator) -> Tensor:
 class Noise:
     """The draws for `n` blocks.
 
-    kind    [n] int64     index into `Diffusion.kinds`
+    kinds   of the blocks
     masked  [n, B] bool   masked positions of the first view; the second view masks the complement
     """
 
-    kind: Tensor
+    kinds: Kinds
     masked: Tensor
 
 
@@ -44,9 +45,10 @@ def draw_noise(count: int, diffusion: Diffusion, generator: torch.Generator) -> 
     kinds = diffusion.kinds
     # `searchsorted` on the cumulated probabilities; the last bound is left out so that rounding cannot exceed it.
     bounds = torch.tensor([probability for probability, _ in kinds], dtype=torch.float64).cumsum(0)[:-1]
-    kind = torch.searchsorted(bounds, torch.rand(count, generator=generator, dtype=torch.float64), right=True)
+    number = torch.searchsorted(bounds, torch.rand(count, generator=generator, dtype=torch.float64), right=True)
+    drawn = Kinds.of(diffusion, number)
     uniform = torch.rand(count, diffusion.block_size, generator=generator, dtype=torch.float64)
-    is_random = torch.tensor([chosen.mask == "random" for _, chosen in kinds])[kind]
+    is_random = drawn.random
     rate = torch.ones(count, dtype=torch.float64)
     rate[is_random] = stratified_rates(int(is_random.sum()), generator)
-    return Noise(kind, uniform < rate[:, None])
+    return Noise(drawn, uniform < rate[:, None])

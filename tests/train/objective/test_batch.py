@@ -16,6 +16,7 @@ from flarec.recipe import load_recipe
 from flarec.recipe.sections import BlockKind, Diffusion, SecondKind
 from flarec.train.data.document import PackedRow
 from flarec.train.objective.batch import Batch, build_batch, build_batches
+from flarec.train.objective.kinds import LOSSES
 from flarec.train.objective.noise import step_generator
 from tests.train.documents import MASK, make_document, packed_rows
 
@@ -41,13 +42,13 @@ class Signal(NamedTuple):
     slot: int
     target: int
     weight: float
-    kl: bool
+    loss: str
 
 
 def diffusions() -> st.SearchStrategy[Diffusion]:
     mask_and_views = st.sampled_from([("random", 1), ("random", 2), ("all", 1)])
     supervise = st.sampled_from(["masked-input", "masked-target", "masked-both"])
-    rest = st.tuples(supervise, st.sampled_from(["block_end", "causal"]), st.sampled_from(["ce", "kl"]))
+    rest = st.tuples(supervise, st.sampled_from(["block_end", "causal"]), st.sampled_from(["ce", "kl", "tv"]))
 
     def build(size: int, first: tuple, second: tuple, probability: float) -> Diffusion:
         (mask, views), (supervise, readout, loss) = first
@@ -108,11 +109,11 @@ def oracle_signals(rows: list[PackedRow], diffusion: Diffusion, copies: list[Cop
                 "masked-both": input_masked and target_hidden,
             }[kind.supervise]
             if counts:
-                raw.append((copy, slot, position, ids[position + 1], kind.loss == "kl"))
+                raw.append((copy, slot, position, ids[position + 1], kind.loss))
     number = Counter((copy.row, copy.document, position) for copy, _, position, _, _ in raw)
     return {
-        Signal(c.row, c.document, c.anchor, c.view, slot, target, 1 / number[c.row, c.document, position], kl)
-        for c, slot, position, target, kl in raw
+        Signal(c.row, c.document, c.anchor, c.view, slot, target, 1 / number[c.row, c.document, position], loss)
+        for c, slot, position, target, loss in raw
     }
 
 
@@ -126,9 +127,9 @@ def batch_signals(batch: Batch) -> list[Signal]:
         copy = by_place[row, int(layout.noisy_block[row, noisy])]
         offset = int(layout.noisy_position[row, noisy]) - copy.anchor
         assert offset == int(batch.slot[i])
-        weight, kl = float(batch.noisy_weight[i]), bool(batch.noisy_kl[i])
+        weight, loss = float(batch.noisy_weight[i]), LOSSES[int(batch.noisy_loss[i])]
         target = int(batch.noisy_target[i])
-        found.append(Signal(row, copy.document, copy.anchor, copy.view, offset, target, weight, kl))
+        found.append(Signal(row, copy.document, copy.anchor, copy.view, offset, target, weight, loss))
     return found
 
 
@@ -139,13 +140,18 @@ def test_signals_equal_the_oracle(rows: list[PackedRow], diffusion: Diffusion, s
     found, copies = batch_signals(batch), copies_of(batch)
     assert len(set(found)) == len(found)
     assert set(found) == oracle_signals(rows, diffusion, copies)
-    assert batch.uses_kl == any(signal.kl for signal in found)
+    assert set(batch.losses) == {signal.loss for signal in found}
     targets = {(s.row, s.document, s.anchor + s.slot) for s in found}
     assert batch.diffusion_count == len(targets)
     assert float(batch.noisy_weight.sum()) == pytest.approx(len(targets))
     probes = set(batch.all_masked_index.tolist())
     whole = {(c.row, c.document, c.anchor, c.view): set(c.ids) == {MASK} for c in copies}
     assert probes == {i for i, s in enumerate(found) if whole[s.row, s.document, s.anchor, s.view]}
+    blocks = [[i for i in block if i >= 0] for block in batch.blocks.tolist()]
+    assert all([found[i].slot for i in block] == list(range(len(block))) and block for block in blocks)
+    assert sorted(i for block in blocks for i in block) == sorted(probes)
+    assert all(len({found[i][:4] for i in block}) == 1 for block in blocks), "of one row, document, anchor and view"
+    assert len({found[block[0]][:4] for block in blocks}) == len(blocks)
 
 
 @given(packed_rows(), diffusions(), st.integers(0, 1000))
@@ -267,5 +273,5 @@ def test_moving_keeps_everything() -> None:
     batch = build_batch(rows, Diffusion(), MASK, step_generator(0, 0))
     moved = batch.to("meta")
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 11 and all(tensor.is_meta for tensor in [*tensors, *moved.layout.tensors()])
+    assert len(tensors) == 13 and all(tensor.is_meta for tensor in [*tensors, *moved.layout.tensors()])
     assert moved.ar_count == batch.ar_count

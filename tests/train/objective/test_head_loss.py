@@ -23,7 +23,7 @@ from flarec.train.objective.loss import Losses, Scales, loss
 from flarec.train.objective.noise import step_generator
 from tests.models import captured_float64
 from tests.train.documents import MASK, packed_rows
-from tests.train.objective.test_loss import ROWS
+from tests.train.objective.test_loss import CHOICES, ROWS
 from tests.train.small_run import recipe, small
 
 V, D = 64, 16
@@ -32,14 +32,12 @@ TAILS: dict[str, Tail | None] = {
     "scale": lambda x: x / 1.7,
     "softcap": lambda x: torch.tanh(x / 5.0) * 5.0,
 }
-RECIPES = {
-    "flare": [], "draft": [], "dual": [], "two views, KL": ["diffusion.loss=kl", "diffusion.supervise=masked-target"],
-}  # fmt: skip
+RECIPES = {**CHOICES, "two views, KL": ("flare", ["diffusion.loss=kl", "diffusion.supervise=masked-target"])}
 
 
 def batch_of(rows: list[PackedRow], name: str, seed: int) -> Batch:
-    chosen = load_recipe(name if name in ("flare", "draft", "dual") else "flare").override(RECIPES[name])
-    return build_batch(rows, chosen.diffusion, MASK, step_generator(seed, 0))
+    base, overrides = RECIPES[name]
+    return build_batch(rows, load_recipe(base).override(overrides).diffusion, MASK, step_generator(seed, 0))
 
 
 def inputs(batch: Batch, seed: int, bias: bool) -> list[Tensor | None]:
@@ -96,18 +94,63 @@ def test_the_plan_computes_every_row_and_puts_teachers_beside_their_students(
     own = torch.zeros(len(plan.order), dtype=torch.bool)
     own[plan.place] = True
     assert not plan.ce[~own].any(), "a repeated teacher counts once"
-    students, start, first = [], 0, 0
+    most = max(chunk, 2 * batch.block_size if batch.chained else 2)
+    students, start, first, blocks = [], 0, 0, []
     for part in plan.chunks:
-        assert (part.start, part.first) == (start, first) and part.stop - part.start <= max(2, chunk)
+        assert (part.start, part.first) == (start, first) and part.stop - part.start <= most
+        assert part.learning == part.stop - part.start
         start, first = part.stop, part.first + part.pairs
         for pair in range(part.pairs):
             signal = int(plan.signal[part.first + pair])
-            student, teacher = (int(plan.order[part.start + k * part.pairs + pair]) for k in (0, 1))
+            student, teacher = (int(plan.order[at + pair]) for at in (part.start, part.stop - part.pairs))
             assert student == int(batch.noisy_index[signal]) and teacher == int(batch.teacher_index[signal])
             students.append(signal)
-    assert (start, first) == (len(plan.order), len(plan.kl))
-    needed = set(batch.noisy_kl.nonzero().flatten().tolist()) | set(batch.all_masked_index.tolist())
+        chain = plan.weights(part).chain
+        for block in [] if chain is None else chain.blocks.tolist():
+            assert all(-1 <= pair < part.pairs for pair in block)
+            blocks.append([int(plan.signal[part.first + pair]) for pair in block if pair >= 0])
+    assert (start, first) == (len(plan.order), len(plan.signal))
+    needed = set((batch.noisy_loss > 0).nonzero().flatten().tolist()) | set(batch.all_masked_index.tolist())
     assert sorted(students) == sorted(needed)
+    wanted = [[signal for signal in block if signal >= 0] for block in batch.blocks.tolist()]
+    assert blocks == (wanted if batch.chained else [])
+
+
+class Products(TorchDispatchMode):
+    """Shapes of the results of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "mm" in str(func):
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("name", ["draft", "flare", "el", "dual, tv until fail"])
+@pytest.mark.parametrize("tail", sorted(TAILS))
+def test_a_frozen_head_and_clean_rows_without_a_loss_cost_nothing(name: str, tail: str) -> None:
+    """The same gradients as with a head that learns, from fewer products: none for the head, and one row for each
+    noisy signal."""
+    batch, scales = batch_of(ROWS, name, 0), Scales(0.0, 0.2)
+    hidden, weight, bias = inputs(batch, 0, True)
+    assert hidden is not None and weight is not None and bias is not None
+    plan = plan_head(batch, scales, 12)
+    learned = head_loss(hidden, weight, bias, TAILS[tail], batch, plan, suppress=MASK)
+    (expected,) = torch.autograd.grad(learned.total, hidden)
+    with Products() as seen:
+        found = head_loss(hidden, weight.detach(), bias.detach(), TAILS[tail], batch, plan, suppress=MASK)
+    assert torch.equal(found.total, learned.total)
+    (got,) = torch.autograd.grad(found.total, hidden)
+    assert torch.equal(got, expected)
+    noisy = torch.zeros(len(got), dtype=torch.bool)
+    noisy[batch.noisy_index] = True
+    assert bool(got[noisy].any(1).all()) and not got[~noisy].any()
+    backward = [shape[0] for shape in seen.shapes if shape[1] == D]
+    assert V not in backward and sum(backward) == len(batch.noisy_index)
 
 
 class Largest(TorchDispatchMode):

@@ -15,6 +15,7 @@ from flarec.recipe import load_recipe
 from flarec.recipe.sections import Diffusion, Objective
 from flarec.train.data.document import PackedRow
 from flarec.train.objective.batch import Batch, build_batch, build_batches
+from flarec.train.objective.kinds import LOSSES
 from flarec.train.objective.loss import Metrics, Scales, loss
 from flarec.train.objective.noise import step_generator
 from tests.train.documents import MASK, make_document, packed_rows
@@ -44,18 +45,49 @@ def oracle(logits: Tensor, batch: Batch, suppress: int | None) -> tuple[float, f
     diffusion = 0.0
     for n, weight in enumerate(batch.noisy_weight.tolist()):
         q = table[int(batch.noisy_index[n])]
-        if bool(batch.noisy_kl[n]):
-            p = table[int(batch.teacher_index[n])]
-            diffusion += weight * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+        p = table[int(batch.teacher_index[n])]
+        name = LOSSES[int(batch.noisy_loss[n])]
+        if name == "kl":
+            value = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+        elif name == "tv":
+            value = 1 - sum(map(min, p, q))
+        elif name == "el":
+            value = -math.prod([*before(n, table, batch), sum(map(min, p, q))])
         else:
-            diffusion -= weight * math.log(q[int(batch.noisy_target[n])])
+            value = -math.log(q[int(batch.noisy_target[n])])
+        slot = max(0.1, math.prod(before(n, table, batch))) if batch.until_fail[n] else 1.0
+        diffusion += weight * slot * value
     return ar, diffusion
+
+
+def before(n: int, table: list[list[float]], batch: Batch) -> list[float]:
+    """1 - TV of the slots before that of signal `n` in its block; a block's signals follow each other."""
+    earlier = range(n - int(batch.slot[n]), n)
+    assert [int(batch.slot[i]) for i in earlier] == list(range(int(batch.slot[n])))
+    pairs = ((table[int(batch.noisy_index[i])], table[int(batch.teacher_index[i])]) for i in earlier)
+    return [sum(map(min, q, p)) for q, p in pairs]
+
+
+CHOICES = {
+    "flare": ("flare", []), "draft": ("draft", []), "dual": ("dual", []),
+    "tv": ("draft", ["diffusion.loss=tv"]), "el": ("draft", ["diffusion.loss=el"]),
+    "kl until fail": ("draft", ["diffusion.slot_weights=accept-until-fail"]),
+    "ce until fail": ("draft", ["diffusion.loss=ce", "diffusion.slot_weights=accept-until-fail"]),
+    "tv until fail": ("draft", ["diffusion.loss=tv", "diffusion.slot_weights=accept-until-fail"]),
+    "dual, el": ("dual", ["diffusion.loss=tv", "diffusion.second.loss=el"]),
+    "dual, tv until fail": ("dual", ["diffusion.second.loss=tv", "diffusion.second.slot_weights=accept-until-fail"]),
+}  # fmt: skip
+
+
+def diffusion_of(choice: str, *more: str) -> Diffusion:
+    name, overrides = CHOICES[choice]
+    return load_recipe(name).override([*overrides, *more]).diffusion
 
 
 @settings(max_examples=25)
 @given(
     packed_rows(),
-    st.sampled_from(["flare", "draft", "dual"]),
+    st.sampled_from(sorted(CHOICES)),
     st.sampled_from(["masked-input", "masked-target"]),
     st.sampled_from([None, MASK]),
     st.integers(1, 40),
@@ -64,7 +96,7 @@ def oracle(logits: Tensor, batch: Batch, suppress: int | None) -> tuple[float, f
 def test_values_equal_the_oracle(
     rows: list[PackedRow], name: str, rule: str, suppress: int | None, chunk: int, seed: int
 ) -> None:
-    diffusion = load_recipe(name).override([f"diffusion.supervise={rule}"]).diffusion
+    diffusion = diffusion_of(name, f"diffusion.supervise={rule}")
     batch = build_batch(rows, diffusion, MASK, step_generator(seed, 0))
     logits = logits_for(batch, seed)
     ar, noisy = oracle(logits, batch, suppress)
@@ -91,7 +123,7 @@ def test_gradient(name: str) -> None:
             scale = 1.3 / 5 * batch.noisy_weight[n].double()
             hard = torch.zeros(V, dtype=torch.float64)
             hard[batch.noisy_target[n]] = 1
-            expected[i] = scale * (q[i] - (q[batch.teacher_index[n]] if batch.noisy_kl[n] else hard))
+            expected[i] = scale * (q[i] - (q[batch.teacher_index[n]] if LOSSES[batch.noisy_loss[n]] == "kl" else hard))
     assert logits.grad is not None
     torch.testing.assert_close(logits.grad, expected, rtol=1e-9, atol=1e-12)
     assert not logits.grad[:, MASK].any()
@@ -113,10 +145,10 @@ def test_kl_of_identical_distributions_is_zero_and_does_not_train_the_teacher() 
     torch.testing.assert_close(overlap, torch.ones_like(overlap))
 
 
-@pytest.mark.parametrize("name", ["flare", "draft", "dual"])
+@pytest.mark.parametrize("name", ["flare", "draft", "dual", "dual, el"])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_micro_batches_add_up(name: str, micro: int) -> None:
-    diffusion = load_recipe(name).override(["diffusion.supervise=masked-target"]).diffusion
+    diffusion = diffusion_of(name, "diffusion.supervise=masked-target")
     rows = [*ROWS, PackedRow((make_document([(2, 1)]),)), ROWS[0]]
     whole = build_batch(rows, diffusion, MASK, step_generator(5, 1))
     parts = build_batches(rows, diffusion, MASK, step_generator(5, 1), micro_rows=micro)
@@ -157,6 +189,13 @@ def test_metrics() -> None:
             for n in probes
         ]
         assert summary["one_minus_tv"][slot] == pytest.approx(1 - sum(distances) / len(probes))
+    lengths = []
+    for n in batch.all_masked_index.tolist():
+        if int(batch.slot[n]) == batch.block_size - 1:  # a block whose every slot has a target
+            overlap = sum(map(min, *(table[int(index[n])] for index in (batch.noisy_index, batch.teacher_index))))
+            chain = [*before(n, table, batch), overlap]
+            lengths.append(sum(math.prod(chain[: slot + 1]) for slot in range(len(chain))))
+    assert len(lengths) > 1 and summary["expected_accepted"] == pytest.approx(sum(lengths) / len(lengths))
 
 
 def test_slots_without_a_fully_masked_block_are_none() -> None:
@@ -165,6 +204,7 @@ def test_slots_without_a_fully_masked_block_are_none() -> None:
     assert (batch.ar_count, batch.diffusion_count) == (1, 0)
     found = loss(logits_for(batch), batch, suppress=None, scales=Scales.of([batch], Objective()))
     assert found.metrics.summary()["one_minus_tv"] == [None] * 4
+    assert found.metrics.summary()["expected_accepted"] is None
     assert float(found.metrics.diffusion_loss) == 0.0 and bool(torch.isfinite(found.total))
 
 

@@ -46,7 +46,7 @@ def test_kinds_follow_their_probability(probability: float) -> None:
     diffusion = load_recipe("dual").override([f"diffusion.second.probability={probability}"]).diffusion
     noise = draw_noise(20_000, diffusion, step_generator(0, 0))
     names = [kind.mask for _, kind in diffusion.kinds]
-    is_all = torch.tensor([names[kind] == "all" for kind in noise.kind.tolist()])
+    is_all = torch.tensor([names[kind] == "all" for kind in noise.kinds.number.tolist()])
     assert abs(float(is_all.double().mean()) - probability) < 0.01
     assert bool(noise.masked[is_all].all())
     rest = noise.masked[~is_all]
@@ -59,4 +59,4 @@ def test_kinds_follow_their_probability(probability: float) -> None:
 
 def test_no_blocks() -> None:
     noise = draw_noise(0, load_recipe("dual").diffusion, step_generator(0, 0))
-    assert noise.kind.shape == (0,) and noise.masked.shape == (0, 4)
+    assert noise.kinds.number.shape == (0,) and noise.masked.shape == (0, 4)
