@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from flarec.base.hashes import FileEntry
 from flarec.checkpoint.directory import describe_source, open_checkpoint
-from flarec.checkpoint.manifest import DecodeDefaults, FileEntry, Manifest, MaskToken, Source
+from flarec.checkpoint.manifest import DecodeDefaults, Manifest, MaskToken, Source
 from flarec.checkpoint.write import write_checkpoint
 from flarec.ir.pipeline import pipeline_text
 from flarec.passes import pipeline

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from ..base.hashes import sha256_of
 from ..errors import CheckpointError, UsageError, first_line
 from ..frontend.loading import is_wrapper, load_model, read_config
 from ..frontend.trust import check_weights, opened
@@ -25,7 +26,7 @@ from .card import licence_of
 from .carried import Carried
 from .location import resolve
 from .manifest import NAME as MANIFEST
-from .manifest import Manifest, Source, sha256_of
+from .manifest import Manifest, Source
 from .weights import EXTRA, weight_files
 
 GENERATION_CONFIG = "generation_config.json"

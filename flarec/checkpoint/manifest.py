@@ -6,7 +6,6 @@ other file is listed with size and hash, so that a truncated or edited directory
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from ..base.hashes import FileEntry
 from ..errors import CheckpointError, UsageError
 from ..layout import READOUTS
 
@@ -64,18 +64,6 @@ class DecodeDefaults:
     confidence_threshold: float = 0.9
     denoising_steps: int = 0
     drafts: str = "branches"
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """A file as it was written."""
-
-    bytes: int
-    sha256: str
-
-    @staticmethod
-    def of(path: Path) -> FileEntry:
-        return FileEntry(path.stat().st_size, sha256_of(path))
 
 
 @dataclass(frozen=True)
@@ -174,16 +162,12 @@ class Manifest:
         """Compare the directory with what was written. Raises `CheckpointError` naming the first file that differs."""
         for name, entry in self.files.items():
             path = directory / name
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing; the checkpoint is incomplete, copy it again")
-            size = path.stat().st_size
-            if size != entry.bytes:
-                what = "truncated" if size < entry.bytes else "changed"
-                raise CheckpointError(
-                    f"{path} is {what}: it has {size:,} bytes, {entry.bytes:,} were written; copy the checkpoint again"
-                )
-            if size <= HASHED_AT_OPEN and sha256_of(path) != entry.sha256:
-                raise CheckpointError(f"{path} was changed after it was written (its hash differs); copy it again")
+            try:
+                wrong = entry.difference(path, hashed=entry.bytes <= HASHED_AT_OPEN)
+            except OSError as error:
+                wrong = f"cannot be read ({error.strerror})"
+            if wrong:
+                raise CheckpointError(f"{path} {wrong}; the checkpoint is damaged, copy it again")
 
 
 def _config_values(directory: Path) -> dict[str, Any]:
@@ -196,16 +180,6 @@ def _config_values(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory / 'config.json'} is no table of values; copy the model again")
     text = table.get("text_config")
     return {**table, **(text if isinstance(text, dict) else {})}
-
-
-def sha256_of(*paths: Path) -> str:
-    """Hash of the contents of the files, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    return digest.hexdigest()
 
 
 def _finite(value: Any) -> Any:

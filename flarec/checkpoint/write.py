@@ -22,12 +22,13 @@ from torch import nn
 
 from .. import __version__
 from ..base.files import flush, flush_tree, unused
+from ..base.hashes import FileEntry
 from ..errors import CheckpointError, UsageError, first_line
 from .card import model_card
 from .carried import Carried
 from .directory import GENERATION_CONFIG
 from .manifest import NAME as MANIFEST
-from .manifest import FileEntry, Manifest
+from .manifest import Manifest
 from .weights import EXTRA, cast
 
 MAX_SHARD_SIZE = "50GB"

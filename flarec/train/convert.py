@@ -29,6 +29,7 @@ from .prepare import Run, prepare
 from .progress import Reporter, describe_evaluation
 from .router import describe as describe_router
 from .router import worst
+from .saves import check_values
 from .state import METRICS, StateDirectory
 
 READ_EVERY = {"cpu": (1, 0), "cuda": (10, 2)}
@@ -103,12 +104,13 @@ class _Conversion:
             self.directory.create(identity)
             return
         self.directory.check_identity(identity)
-        state = self.directory.latest()
+        state = self.directory.latest(self.reporter.note)
         if state is None:
             self.reporter.note(f"{self.directory.path} has no save yet: starting from the first step")
             return
-        self.trainer.load(state)
         values = state.values
+        check_values(values, self.run.recipe.optimizer.steps)
+        self.trainer.load(state)
         self.evaluations = {int(step): value for step, value in values["evaluations"].items()}
         self.totals, self.last, self.saved = values["totals"], values["last"], self.trainer.step
         self.reporter.note(f"continuing after step {self.trainer.step} of {self.run.recipe.optimizer.steps}")

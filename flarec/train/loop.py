@@ -22,7 +22,7 @@ from .objective.head_loss import losses_of
 from .objective.loss import Metrics
 from .precision import Weights
 from .router import ExpertLoad
-from .state import SavedState
+from .saves import SavedState, check_tensors
 
 NAMED_ROWS, NAMED_DOCUMENTS = 2, 8
 """How much of a batch an error names."""
@@ -189,9 +189,7 @@ class Trainer:
     def load(self, state: SavedState) -> None:
         """Continue from a save, bit for bit. Raises `CheckpointError` if it is not of this model or data."""
         masters = self.weights.masters
-        shapes = {name: master.shape for name, master in masters.items()}
-        if shapes != {name: tensor.shape for name, tensor in state.model.items()}:
-            raise CheckpointError("the training state belongs to another model; start again with --overwrite")
+        check_tensors(state, masters)
         self.feed.seek(state.values["rows"])
         for name, master in masters.items():
             master.copy_(state.model[name])

@@ -2,11 +2,11 @@
 
     run.json         the run's record: what it was started with (recipe, seed, data, source); a resumed run must agree
     metrics.jsonl    one line per step and evaluation
-    state-00000200/  model.safetensors, optimizer.safetensors, state.json
+    state-00000200/  a save (`flarec.train.saves`); the one before it is kept too, for the case that this one is damaged
     latest           the name of the last complete state directory
 
 A save writes a new directory, flushes it to the disk and only then renames `latest`, so that an interruption at any
-moment leaves a complete save behind.
+moment leaves a complete save behind. Every file of a save is compared with its hash before a run continues from it.
 
 Only a folder with a record that a run wrote is ever removed, and only the entries that a run writes: whatever else is
 found in it belongs to somebody.
@@ -19,36 +19,23 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from ..base.files import flush, flush_tree, replace_file
-from ..errors import CheckpointError, TrainingError, UsageError
+from ..errors import CheckpointError, TrainingError, UsageError, first_line
+from .saves import SavedState, read_save, write_save
 
-MODEL, OPTIMIZER, STATE, RUN, LATEST, METRICS = (
-    "model.safetensors", "optimizer.safetensors", "state.json", "run.json", "latest", "metrics.jsonl",
-)  # fmt: skip
+RUN, LATEST, METRICS = "run.json", "latest", "metrics.jsonl"
 RECORD, RECORD_VERSION = "flarec conversion run", 1
 _UNMARKED = {"recipe": dict, "seed": int, "kernels": str, "source": dict, "data": dict}
 """Keys and types of a record from before records had a name."""
-_SAVE = re.compile(r"state-\d{8,}")
+_SAVE = re.compile(r"state-[0-9]{8,18}")
 _OWN = re.compile(rf"{_SAVE.pattern}(\.writing)?|(run\.json|latest)(\.writing)?|metrics\.(jsonl|writing)")
 """Names of everything that a run writes."""
-
-
-@dataclass(frozen=True)
-class SavedState:
-    """Parameters and optimizer tensors by name, and plain values (step, data position, counters)."""
-
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    values: dict[str, Any]
 
 
 @contextlib.contextmanager
@@ -69,6 +56,7 @@ class StateDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._good: str | None = None  # the newest save that this process wrote, or read and found whole
 
     @property
     def metrics(self) -> Path:
@@ -135,34 +123,52 @@ class StateDirectory:
                 "with, or start again with --overwrite"
             )
 
-    def latest(self) -> SavedState | None:
-        """The last complete save, None if the run was interrupted before its first. Raises `CheckpointError`."""
-        name = self._latest_name()
-        if name is None:
-            return None
-        folder = self.path / name
+    def latest(self, note: Callable[[str], None] = lambda line: None) -> SavedState | None:
+        """The last save that is as it was written, None if the run was interrupted before its first.
+
+        note: gets a line if damaged saves are passed over. Raises `CheckpointError` if all are damaged.
+        """
+        names, problems = self._saves()
+        for name in names:
+            try:
+                state = read_save(self.path / name, _step_of(name))
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            if problems:
+                note(f"damaged: {'; '.join(problems[:3])}; continuing from the save before, {name}")
+            self._good = name
+            return state
+        if problems:
+            raise CheckpointError(f"no save can be used: {'; '.join(problems[:3])}; start again with --overwrite")
+        return None
+
+    def _saves(self) -> tuple[list[str], list[str]]:
+        """(names of saves to try: the one that `latest` names, then the others, newest first; what is wrong)."""
+        others = [path.name for path in self._own() if _SAVE.fullmatch(path.name) and path.is_dir()]
+        others.sort(key=_step_of, reverse=True)
+        path = self.path / LATEST
         try:
-            return SavedState(
-                load_file(folder / MODEL), load_file(folder / OPTIMIZER), self._read_json(folder / STATE)
-            )
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"the training state {folder} cannot be read ({error}); start again with --overwrite"
-            ) from error
+            name = path.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return others, []
+        except (OSError, UnicodeDecodeError) as error:
+            return others, [f"{path} cannot be read ({first_line(error)})"]
+        if not _SAVE.fullmatch(name):
+            return others, [f"{path} names no save of a run"]
+        return [name, *(other for other in others if other != name)], []
 
     def save(self, step: int, state: SavedState) -> None:
-        """Write a save for `step` and make it the latest; older saves are removed afterwards."""
+        """Write a save for `step` and make it the latest; all but this one and the one before are removed."""
         final = self.path / f"state-{step:08d}"
-        assert self._latest_name() != final.name, "a step is saved once; replacing the latest save would risk it"
+        before = self._good
+        assert before != final.name, "a step is saved once; replacing the latest save would risk it"
         temporary = final.with_suffix(".writing")
         try:
             with writing(temporary):
                 self._remove(temporary)
                 temporary.mkdir()
-                for name, tensors in ((MODEL, state.model), (OPTIMIZER, state.optimizer)):
-                    host = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-                    save_file(host, temporary / name)
-                (temporary / STATE).write_text(json.dumps(state.values), encoding="utf-8")
+                write_save(temporary, state)
                 flush_tree(temporary)
                 if final.exists():  # a run that was resumed at an older save passes this step again
                     shutil.rmtree(final)
@@ -172,25 +178,14 @@ class StateDirectory:
         except TrainingError:
             self._remove(temporary)
             raise
+        self._good = final.name
         for old in self._own():
-            if old.is_dir() and old.name != final.name:
+            if old.is_dir() and old.name not in (final.name, before):
                 self._remove(old)
 
     def _replace(self, name: str, text: str) -> None:
         """The file appears with its whole text, or stays as it was; what a kill leaves has a name of a run's own."""
         replace_file(self.path / name, text, self.path / f"{name}.writing")
-
-    def _latest_name(self) -> str | None:
-        path = self.path / LATEST
-        try:
-            name = path.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            return None
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); start again with --overwrite") from error
-        if not _SAVE.fullmatch(name):
-            raise CheckpointError(f"{path} names no save of a run; start again with --overwrite")
-        return name
 
     def remove(self) -> None:
         """Remove what a run wrote, its record last, and the folder unless something else is in it.
@@ -240,15 +235,9 @@ class StateDirectory:
         if folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder, ignore_errors=True)
 
-    @staticmethod
-    def _read_json(path: Path) -> dict[str, Any]:
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); start again with --overwrite") from error
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path} is no table of values; start again with --overwrite")
-        return values
+
+def _step_of(name: str) -> int:
+    return int(name.removeprefix("state-"))
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from flarec.base.hashes import FileEntry
 from flarec.checkpoint.card import licence_of, model_card
 from flarec.checkpoint.directory import describe_source, open_checkpoint
-from flarec.checkpoint.manifest import NAME, FileEntry, Manifest
+from flarec.checkpoint.manifest import NAME, Manifest
 from flarec.checkpoint.weights import stored_dtypes
 from flarec.checkpoint.write import write_checkpoint
 from flarec.errors import CheckpointError

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ...errors import CheckpointError
 from .document import Document, PackedRow
 from .sources import TokenSource
 from .stream import Mixture, Reference
@@ -52,7 +53,14 @@ class RowStream:
         """Plain JSON values; a stream that loads them continues exactly."""
         return {"mixture": self.mixture.state_dict(), "waiting": [list(ref) for ref in self._waiting]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved position. Raises `CheckpointError` if the data or the seed changed."""
-        self.mixture.load_state_dict(state["mixture"])
-        self._waiting = [Reference(*ref) for ref in state["waiting"]]
+    def load_state_dict(self, state: Any) -> None:
+        """Continue from a saved position. Raises `CheckpointError` if the data or the seed changed, and for a position
+        that these data do not have."""
+        table = state if isinstance(state, dict) else {}
+        self.mixture.load_state_dict(table.get("mixture"))
+        refs = table.get("waiting")
+        pairs = isinstance(refs, list) and all(isinstance(ref, list) and len(ref) == 2 for ref in refs)
+        waiting = [Reference(*ref) for ref in refs] if isinstance(refs, list) and pairs else None
+        if waiting is None or not all(ref.lies_in(self.mixture.sources) for ref in waiting):
+            raise CheckpointError("the training state names documents that are not in the data")
+        self._waiting = waiting

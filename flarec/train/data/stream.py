@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ...base.fields import LARGEST
 from ...errors import CheckpointError
 from .sources import TokenSource
 
@@ -17,6 +18,12 @@ class Reference(NamedTuple):
 
     source: int
     document: int
+
+
+    def lies_in(self, sources: Sequence[TokenSource]) -> bool:
+        """Whether there is such a document."""
+        known = _is_count(self.source) and _is_count(self.document) and self.source < len(sources)
+        return known and self.document < len(sources[self.source])
 
 
 class Mixture:
@@ -62,12 +69,25 @@ class Mixture:
             "drawn": list(self.drawn),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved position. Raises `CheckpointError` if data, weights or seed differ from the state's."""
-        if state["sources"] != self._fingerprints or state["seed"] != self.seed:
+    def load_state_dict(self, state: Any) -> None:
+        """Continue from a saved position. Raises `CheckpointError` if data, weights or seed differ from the state's,
+        and for a position that these data do not have."""
+        if not isinstance(state, dict):
+            raise CheckpointError("the training state states no position in the data")
+        if state.get("sources") != self._fingerprints or state.get("seed") != self.seed:
             raise CheckpointError(
                 "the data, its weights, its tokenisation or the seed changed since the training state was saved; "
                 "resume with the same ones or start again with --overwrite"
             )
-        self.epoch, self.position, self.drawn = list(state["epoch"]), list(state["position"]), list(state["drawn"])
+        numbers = [state.get(name) for name in ("epoch", "position", "drawn")]
+        for column in numbers:
+            if not isinstance(column, list) or len(column) != len(self.sources) or not all(map(_is_count, column)):
+                raise CheckpointError("the training state states an impossible position in the data")
+        if any(at > len(source) for at, source in zip(state["position"], self.sources, strict=True)):
+            raise CheckpointError("the training state states a position behind the end of the data")
+        self.epoch, self.position, self.drawn = map(list, numbers)
         self._order = [self._permutation(number) for number in range(len(self.sources))]
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST
