@@ -6,13 +6,17 @@ device and inode, so that no other spelling of a folder hides it. Folders count 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 def check_apart(outputs: Sequence[Path], inputs: Iterable[Path], option: str = "--out") -> None:
@@ -90,6 +94,37 @@ def unused(path: Path, purpose: str) -> Path:
         name = path.with_name(f".{path.name}.{purpose}-{secrets.token_hex(4)}")
         if not os.path.lexists(name):
             return name
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two paths of one file system change places, at no moment without one of them. False where the system or the
+    file system cannot do that; raises `OSError` for what else is in the way."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return False
+    if function(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+def is_mount(folder: Path) -> bool:
+    """Whether a file system begins there, or a folder of one was put there: such a folder cannot be renamed."""
+    if os.path.ismount(folder):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    real = os.fsencode(_real(folder))
+    return any(_unescaped(line.split(b" ")[4]) == real for line in lines if line.count(b" ") > 4)
+
+
+def _unescaped(name: bytes) -> bytes:
+    """The kernel writes blanks and the like in a path as octal numbers."""
+    return re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8) & 255]), name)
 
 
 def _bytes(data: str | bytes) -> bytes:

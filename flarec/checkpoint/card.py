@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .manifest import Manifest
+from .manifest import RUN_KEY, Manifest
 
 
 def licence_of(directory: Path) -> str | None:
@@ -25,6 +25,7 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None) -> str
 
     carried: for a multimodal checkpoint, what of it was converted and what was not.
     """
+    data = {key: value for key, value in manifest.data.items() if key != RUN_KEY}
     source, decode, mask = manifest.source, manifest.decode, manifest.mask
     front = [
         "library_name: transformers",
@@ -72,7 +73,7 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None) -> str
             "mask token": token,
         }),
         "## Training",
-        _table({"recipe": recipe, **manifest.data}),
+        _table({"recipe": recipe, **data}),
     ]  # fmt: skip
     if manifest.metrics:
         sections += ["## Measurements", _table(manifest.metrics)]

@@ -19,6 +19,8 @@ from ..layout import READOUTS
 
 NAME = "flarec.json"
 FORMAT_VERSION = 1
+RUN_KEY = "run"
+"""In `data`: a hash of all that decided the result of the conversion, so that the run is recognised."""
 HASHED_AT_OPEN = 256 << 20
 """Bytes up to which a file's hash is checked whenever a checkpoint is opened; larger ones are checked by size."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import platform
 import re
 import shutil
@@ -21,14 +20,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .. import __version__
-from ..base.files import flush, flush_tree, unused
+from ..base.files import flush_tree
 from ..base.hashes import FileEntry
+from ..base.lock import OutputLock, held
 from ..errors import CheckpointError, UsageError, first_line
 from .card import model_card
 from .carried import Carried
 from .directory import GENERATION_CONFIG
 from .manifest import NAME as MANIFEST
 from .manifest import Manifest
+from .own import check_destination
+from .place import Place, recover
 from .weights import EXTRA, cast
 
 MAX_SHARD_SIZE = "50GB"
@@ -45,48 +47,6 @@ def versions() -> dict[str, str]:
         "transformers": str(transformers.__version__),
         "python": platform.python_version(),
     }
-
-
-def check_destination(out: Path, overwrite: bool) -> None:
-    """Raises `CheckpointError` if a checkpoint cannot be written to `out`; writes nothing.
-
-    Only a checkpoint of flarec is ever replaced: a folder with a manifest, and with no other files than it lists.
-    """
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise CheckpointError(f"{out} exists and is not a directory; choose another output directory")
-    if not out.is_dir():
-        return
-    try:
-        reason = why_not_own(out) if any(out.iterdir()) else None
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be read ({error.strerror}); choose another output directory") from error
-    if reason is None:
-        return
-    if reason and overwrite:
-        raise CheckpointError(
-            f"{out} is not replaced by --overwrite: {reason}; move it away or choose another output directory"
-        )
-    if not overwrite:
-        hint = "" if reason else " or replace it with --overwrite"
-        raise CheckpointError(f"{out} is not empty; choose another output directory{hint}")
-
-
-def why_not_own(directory: Path) -> str:
-    """Why a directory is no checkpoint that flarec wrote, and nothing else; empty if it is one."""
-    path = directory / MANIFEST
-    try:
-        manifest = None if path.is_symlink() else Manifest.read(directory)
-    except CheckpointError as error:
-        return str(error)
-    if manifest is None:
-        return f"it is no checkpoint of flarec (no {MANIFEST})"
-    own = {MANIFEST, *manifest.files}
-    folders = {parent.as_posix() for name in own for parent in Path(name).parents}
-    for found in sorted(directory.rglob("*")):
-        name = found.relative_to(directory).as_posix()
-        if found.is_symlink() or name not in (folders if found.is_dir() else own):
-            return f"{name} in it was not written by flarec"
-    return ""
 
 
 def check_shard_size(size: str) -> None:
@@ -107,6 +67,7 @@ def write_checkpoint(
     carried: Carried | None = None,
     attachments: Mapping[str, Path] | None = None,
     overwrite: bool = False,
+    lock: OutputLock | None = None,
 ) -> Path:
     """Write a checkpoint to the directory `out`: it appears complete, or the disk is as it was before.
 
@@ -120,18 +81,19 @@ def write_checkpoint(
                     `model` as its text model, in the source's own files and dtypes
     attachments     further files to copy: name in the checkpoint -> file
     overwrite       replace a checkpoint that flarec wrote, after everything has been written
+    lock            on `out`, if the caller holds it
 
-    Returns `out`. Raises `CheckpointError` if `out` is in the way or cannot be written.
+    Returns `out`. Raises `CheckpointError` if `out` is in the way or cannot be written, `UsageError` if another
+    process is writing it.
     """
     out = Path(out)
-    check_destination(out, overwrite)
-    # a sibling, so that the rename stays on one file system
-    with _disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = unused(out, "writing")
-        partial.mkdir()
-    try:
-        with _disk_errors(out):
+    with _disk_errors(out), held(out, lock) as lock:
+        recover(out, lock)
+        check_destination(out, overwrite)
+        place = Place(out, lock)
+        partial = place.folder
+        try:
+            place.make()
             tokenizer.save_pretrained(str(partial))
             if carried is None:
                 _save_model(partial, model, dtype, max_shard_size)
@@ -154,11 +116,19 @@ def write_checkpoint(
             for name in names:  # safetensors writes files that nobody else may read
                 (partial / name).chmod((partial / MANIFEST).stat().st_mode)
             flush_tree(partial)  # before the rename: else a power cut could leave a name without contents
-            check_destination(out, overwrite)  # again: writing took its time
-            _move_into_place(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            check_destination(out, overwrite, building=partial)  # again: writing took its time
+            place.take()
+        finally:
+            place.clear()
     return out
+
+
+def clear_left_overs(out: Path, lock: OutputLock) -> None:
+    """Remove or finish what a killed process left of a checkpoint. Raises `CheckpointError` if that cannot be done."""
+    try:
+        recover(out, lock)
+    except OSError as error:
+        raise CheckpointError(f"what a killed run left of {out} cannot be removed ({error.strerror})") from error
 
 
 def _save_model(
@@ -209,21 +179,6 @@ def _save_extra(
 def _edit_json(path: Path, values: Mapping[str, Any]) -> None:
     table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     path.write_text(json.dumps({**table, **values}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _move_into_place(partial: Path, out: Path) -> None:
-    old = unused(out, "replaced")
-    if out.exists():
-        os.rename(out, old)
-    try:
-        os.rename(partial, out)
-    except OSError:
-        if old.exists():
-            os.rename(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    with contextlib.suppress(OSError):  # the checkpoint is in its place, whatever the disk says
-        flush(out.parent)
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def command(ctx: click.Context, /, dry_run: bool, **arguments: Any) -> None:
         run(options, reporter)
     except Interrupted as stop:
         click.echo(f"Interrupted: step {stop.step} is saved. Continue with\n  {resume_command(options)}", err=True)
-        sys.exit(130)
+        sys.exit(stop.exit_code)
 
 
 def resume_command(arguments: Arguments) -> str:

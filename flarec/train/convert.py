@@ -7,6 +7,9 @@ until the finished checkpoint appears as OUT in one rename.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +19,12 @@ import torch
 
 from ..base.fields import shows_fields
 from ..base.interrupts import Interrupts
+from ..base.lock import OutputLock, only_writer
 from ..checkpoint.directory import describe_source
-from ..checkpoint.manifest import DecodeDefaults, Manifest
+from ..checkpoint.manifest import RUN_KEY, DecodeDefaults, Manifest
 from ..checkpoint.weights import stored_dtypes
-from ..checkpoint.write import write_checkpoint
-from ..errors import CheckpointError, TrainingError
+from ..checkpoint.write import clear_left_overs, versions, write_checkpoint
+from ..errors import CheckpointError, TrainingError, UsageError
 from .arguments import Arguments, ConversionKeywords
 from .loop import Step
 from .metrics import MetricsLog
@@ -37,12 +41,16 @@ READ_EVERY = {"cpu": (1, 0), "cuda": (10, 2)}
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C: the running step was finished and the training state saved at `step`."""
+    """Ctrl-C or SIGTERM: the running step was finished and the training state saved at `step`.
 
-    def __init__(self, path: Path, step: int) -> None:
+    exit_code: what a shell reports for a process that such a signal ended.
+    """
+
+    def __init__(self, path: Path, step: int, number: int = signal.SIGINT) -> None:
         super().__init__(f"stopped after step {step}; the training state is in {path}, continue with --resume")
         self.path = path
         self.step = step
+        self.exit_code = 128 + number
 
 
 @shows_fields(Arguments)
@@ -56,7 +64,8 @@ def convert(
     """Convert a hybrid-attention model and return the checkpoint's directory. The arguments are those of `Arguments`.
 
     Raises `UsageError` and its kin for bad input, before anything is written; `TrainingError` if training cannot go on;
-    `Interrupted` (a `KeyboardInterrupt`) after Ctrl-C. A run that stopped continues with `resume=True`.
+    `Interrupted` (a `KeyboardInterrupt`) after Ctrl-C or SIGTERM. A run that stopped continues with `resume=True`; one
+    that is complete stays as it is.
     """
     values: dict[str, Any] = {"source": source, "data": data, **keywords}
     return run(Options(**values), reporter or Reporter())
@@ -69,8 +78,14 @@ def run(options: Options, reporter: Reporter) -> Path:
         reporter.note(str(source.stats))
     reporter.note(held_out_text(prepared))
     reporter.note(f"recipe:\n{prepared.recipe.to_toml()}".rstrip())
-    with reporter:
-        return _Conversion(prepared, reporter).finish()
+    out = prepared.options.output
+    with reporter, only_writer(out) as lock:
+        clear_left_overs(out, lock)
+        if prepared.options.resume and _is_complete(prepared):
+            reporter.note(f"{out} is complete: this run ended before, nothing is left to do")
+            return out
+        prepared.options.check_output(prepared.source.path, locked=True)  # again: nobody else comes in between now
+        return _Conversion(prepared, reporter, lock).finish()
 
 
 def held_out_text(run: Run) -> str:
@@ -81,11 +96,54 @@ def held_out_text(run: Run) -> str:
     return f"{text}, there are too few: nothing is measured (name other documents with --eval-data)"
 
 
+def identity_of(run: Run) -> dict[str, Any]:
+    """What decides the result: a resumed run must agree with it."""
+    source = describe_source(run.options.source)
+    return {
+        "recipe": run.recipe.to_dict(),
+        "seed": run.options.seed,
+        "kernels": run.options.kernels,
+        "precision": run.precision,
+        "source": {"name": source.name, "sha256": source.sha256},
+        "data": {
+            f"{number}: {Path(source.stats.source).name}": source.fingerprint()
+            for number, source in enumerate(run.sources, 1)
+        },
+    }
+
+
+def _name_of(identity: dict[str, Any]) -> str:
+    """How the manifest names the run that made a checkpoint."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _is_complete(run: Run) -> bool:
+    """Whether the run's checkpoint is in its place, whole, and this run will not make another; then its training state,
+    which a kill may have left, is removed."""
+    out, directory, identity = run.options.output, run.options.state_directory, identity_of(run)
+    try:
+        manifest = Manifest.read(out)
+        if manifest is None or manifest.data.get(RUN_KEY) != _name_of(identity) or manifest.versions != versions():
+            return False
+        manifest.check_files(out)
+    except CheckpointError:
+        return False
+    # with --overwrite, what stands there may be the result of the same run before
+    trained = directory.saved_step == run.recipe.optimizer.steps
+    if directory.in_use and run.options.overwrite and not trained:
+        return False
+    with contextlib.suppress(OSError, UsageError):  # another run's state stays
+        directory.check_identity(identity)
+        directory.remove()
+    return True
+
+
 class _Conversion:
     """A prepared run with its state directory."""
 
-    def __init__(self, run: Run, reporter: Reporter) -> None:
+    def __init__(self, run: Run, reporter: Reporter, lock: OutputLock) -> None:
         self.run = run
+        self.lock = lock
         self.reporter = reporter
         self.trainer = run.trainer
         self.directory: StateDirectory = run.options.state_directory
@@ -94,16 +152,17 @@ class _Conversion:
         self.last: dict[str, Any] = {}
         self.saved: int | None = None
         self.source = describe_source(run.options.source)
+        self.identity = identity_of(run)
         self._start()
-        self.log = MetricsLog(self.directory.metrics, resume_at=self.trainer.step)
+        # without a save everything comes again, the first evaluation too
+        self.log = MetricsLog(self.directory.metrics, resume_at=-1 if self.saved is None else self.trainer.step)
 
     def _start(self) -> None:
         """Make OUT.partial/, or continue from its last save."""
-        identity = self._identity()
         if not self.run.options.resume:
-            self.directory.create(identity)
+            self.directory.create(self.identity)
             return
-        self.directory.check_identity(identity)
+        self.directory.check_identity(self.identity)
         state = self.directory.latest(self.reporter.note)
         if state is None:
             self.reporter.note(f"{self.directory.path} has no save yet: starting from the first step")
@@ -114,21 +173,6 @@ class _Conversion:
         self.evaluations = {int(step): value for step, value in values["evaluations"].items()}
         self.totals, self.last, self.saved = values["totals"], values["last"], self.trainer.step
         self.reporter.note(f"continuing after step {self.trainer.step} of {self.run.recipe.optimizer.steps}")
-
-    def _identity(self) -> dict[str, Any]:
-        """What decides the result: a resumed run must agree with it."""
-        run = self.run
-        return {
-            "recipe": run.recipe.to_dict(),
-            "seed": run.options.seed,
-            "kernels": run.options.kernels,
-            "precision": run.precision,
-            "source": {"name": self.source.name, "sha256": self.source.sha256},
-            "data": {
-                f"{number}: {Path(source.stats.source).name}": source.fingerprint()
-                for number, source in enumerate(run.sources, 1)
-            },
-        }
 
     def finish(self) -> Path:
         """Train to the last step, write the checkpoint and remove OUT.partial/."""
@@ -171,7 +215,7 @@ class _Conversion:
             if trainer.step < steps:
                 self._read(pending, clock)
                 self._save()
-                raise Interrupted(self.directory.path, trainer.step)
+                raise Interrupted(self.directory.path, trainer.step, interrupts.signal)
 
     def _advance(self) -> Step:
         try:
@@ -234,6 +278,7 @@ class _Conversion:
                 carried=run.carried,
                 attachments={METRICS: self.directory.metrics},
                 overwrite=run.options.overwrite,
+                lock=self.lock,
             )
         except CheckpointError as error:  # a failure here is no wrong usage: the destination was checked before
             raise TrainingError(f"{error}; training is complete and kept, write it with --resume") from error
@@ -250,7 +295,7 @@ class _Conversion:
             for number, source in enumerate(run.sources, 1)
         }
         steps = {"steps": recipe.optimizer.steps, "seed": run.options.seed, "held_out_documents": run.held_documents,
-                 "precision": run.precision}  # fmt: skip
+                 "precision": run.precision, RUN_KEY: _name_of(self.identity)}  # fmt: skip
         return Manifest(
             source=self.source,
             mask=run.mask,

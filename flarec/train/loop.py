@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, TrainingError
+from ..errors import TrainingError
 from ..ir.program import Program
 from ..recipe import Recipe
 from .data.document import PackedRow

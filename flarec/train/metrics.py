@@ -19,15 +19,18 @@ class MetricsLog:
         with writing(path):
             kept = [line for line in read_metrics(path) if line["step"] <= resume_at] if path.exists() else []
             replace_file(path, "".join(_line(values) for values in kept), path.with_suffix(".writing"))
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+            # without a buffer: what a full disk refused would be tried again when the file is closed
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
 
     def write(self, values: Mapping[str, Any]) -> None:
+        data = _line(values).encode()
         with writing(self.path):
-            self._file.write(_line(values))
-            self._file.flush()
+            while data:
+                data = data[self._file.write(data) :]
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self.path):
+            self._file.close()
 
 
 def _line(values: Mapping[str, Any]) -> str:
@@ -36,11 +39,11 @@ def _line(values: Mapping[str, Any]) -> str:
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The complete lines of a log; an interruption can cut the last one short."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 values = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(values, dict) and isinstance(values.get("step"), int):
+            if isinstance(values, dict) and type(values.get("step")) is int:
                 yield values

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..base.files import check_apart
-from ..checkpoint.write import check_destination
+from ..base.lock import check_free
+from ..checkpoint.own import check_destination, is_own
 from ..errors import RecipeError, UsageError
 from ..recipe import Recipe, load_recipe
 from ..recipe.files import recipe_files
@@ -43,18 +44,21 @@ class Options(Arguments):
             )
         return recipe
 
-    def check_output(self, source: Path) -> None:
+    def check_output(self, source: Path, *, locked: bool = False) -> None:
         """Raise `UsageError` or `CheckpointError` if the output directory is in use, not wanted, or would cost files.
 
-        source: the directory that holds the source. Changes nothing.
+        source: the directory that holds the source. locked: this process holds the lock on the output. Changes nothing.
         """
         out, state = self.output, self.state_directory
         data = [parse_source(text).path for text in [*self.data, *self.eval_data]]
         inputs = [Path(self.source), source, *data, *recipe_files(self.recipe), *map(Path, self.plugins)]
         check_apart([out, state.path], inputs)
-        check_destination(out, self.overwrite)
-        if self.resume and not state.in_use:
-            raise UsageError(f"there is nothing to resume: {state.path} does not exist; start without --resume")
+        # what a killed run left is removed or finished once the lock is taken; a run to be resumed may be complete
+        later = not locked and (bool(check_free(out)) or (self.resume and is_own(out)))
+        if not later:
+            check_destination(out, self.overwrite)
+        if self.resume and not later and not state.in_use:
+            raise UsageError(f"there is nothing to resume: {state.path} holds no run; start without --resume")
         state.check_own(whole=not self.resume)
         if not self.resume and not self.overwrite and state.in_use:
             raise UsageError(

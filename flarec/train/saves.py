@@ -92,7 +92,8 @@ def check_values(values: Mapping[str, Any], steps: int) -> None:
     step, totals, last = values.get("step"), values.get("totals"), values.get("last")
     evaluations = values.get("evaluations")
     possible = (
-        _is_count(step, steps)
+        isinstance(step, int)
+        and _is_count(step, steps)
         and isinstance(totals, dict)
         and totals.keys() == {"clean_tokens", "noisy_tokens"}
         and all(_is_count(total, LARGEST) for total in totals.values())

@@ -25,7 +25,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..base.files import flush, flush_tree, replace_file
+from ..base.files import flush, flush_tree, is_mount, replace_file
 from ..errors import CheckpointError, TrainingError, UsageError, first_line
 from .saves import SavedState, read_save, write_save
 
@@ -36,6 +36,8 @@ _UNMARKED = {"recipe": dict, "seed": int, "kernels": str, "source": dict, "data"
 _SAVE = re.compile(r"state-[0-9]{8,18}")
 _OWN = re.compile(rf"{_SAVE.pattern}(\.writing)?|(run\.json|latest)(\.writing)?|metrics\.(jsonl|writing)")
 """Names of everything that a run writes."""
+_BEGINNING = b'{\n "format_version": '
+"""Of every record."""
 
 
 @contextlib.contextmanager
@@ -64,10 +66,12 @@ class StateDirectory:
 
     @property
     def in_use(self) -> bool:
-        """Whether there is something under the name, if only a link; an empty folder is as good as none."""
-        return os.path.lexists(self.path) and (
-            self.path.is_symlink() or not self.path.is_dir() or any(self.path.iterdir())
-        )
+        """Whether there is something under the name, if only a link; an empty folder is as good as none, and so is one
+        whose run was killed while it wrote its record."""
+        if self.path.is_symlink() or not self.path.is_dir():
+            return os.path.lexists(self.path)
+        found = list(self.path.iterdir())
+        return bool(found) and not (len(found) == 1 and _is_begun_record(found[0]))
 
     def check_own(self, *, whole: bool = True) -> None:
         """Raise `UsageError` if what is under the name is no run's folder: it is never touched.
@@ -93,6 +97,7 @@ class StateDirectory:
 
     def create(self, identity: Mapping[str, Any]) -> None:
         """Make the directory, empty; `identity` is what a resumed run is compared with. An earlier run's is replaced.
+        An empty one is written into: it may be a mount point.
 
         Raises `UsageError` if something else is in the way.
         """
@@ -188,19 +193,27 @@ class StateDirectory:
         replace_file(self.path / name, text, self.path / f"{name}.writing")
 
     def remove(self) -> None:
-        """Remove what a run wrote, its record last, and the folder unless something else is in it.
+        """Remove what a run wrote, its record last, and the folder unless something is in it or it is a mount point.
 
         Raises `OSError`.
         """
         if self.path.is_symlink() or not self.path.is_dir():
             return
-        for path in sorted(self._own(), key=lambda path: path.name == RUN):
+        for path in sorted(self._own(), key=lambda path: (path.name == RUN, path.name == LATEST)):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        if not any(self.path.iterdir()):
+        if not any(self.path.iterdir()) and not is_mount(self.path):
             self.path.rmdir()
+
+    @property
+    def saved_step(self) -> int | None:
+        """The step that `latest` names, None if it names none; the save itself is not looked at."""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            name = (self.path / LATEST).read_text(encoding="utf-8").strip()
+            return _step_of(name) if _SAVE.fullmatch(name) else None
+        return None
 
     def _own(self) -> list[Path]:
         """Entries that a run wrote. A link is none, whatever its name."""
@@ -234,6 +247,15 @@ class StateDirectory:
     def _remove(folder: Path) -> None:
         if folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_begun_record(path: Path) -> bool:
+    """Whether a file is the beginning of a run's record, under the name that it has while it is written."""
+    if path.name != f"{RUN}.writing" or path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        text = file.read(len(_BEGINNING))
+    return _BEGINNING.startswith(text)
 
 
 def _step_of(name: str) -> int:

@@ -44,6 +44,28 @@ def test_a_step_is_finished_and_a_second_interrupt_stops_it() -> None:
             signal.raise_signal(signal.SIGINT)
 
 
+def test_sigterm_finishes_the_step_however_often_it_comes() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupts(finish_step=True) as interrupts:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert (interrupts.requested, interrupts.signal) == (True, signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("finish_step", [False, True])
+def test_sigterm_is_left_alone_where_it_is_ignored_or_nothing_is_lost(finish_step: bool) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN if finish_step else signal.SIG_DFL)
+    try:
+        expected = signal.getsignal(signal.SIGTERM)
+        with Interrupts(finish_step=finish_step):
+            assert signal.getsignal(signal.SIGTERM) is expected
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_other_threads_leave_signals_alone() -> None:
     seen: list[object] = []
 

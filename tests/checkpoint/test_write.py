@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from flarec.checkpoint import write
+from flarec.checkpoint import place, write
 from flarec.checkpoint.card import model_card
 from flarec.checkpoint.directory import open_checkpoint
 from flarec.checkpoint.manifest import Manifest
-from flarec.checkpoint.write import check_destination, write_checkpoint
+from flarec.checkpoint.own import check_destination
+from flarec.checkpoint.write import write_checkpoint
 from flarec.errors import CheckpointError
 from tests.checkpoints import manifest_for, mask_vector, own_folder, tree
 from tests.models import tiny_checkpoint, tiny_model, tiny_tokenizer
@@ -108,9 +109,24 @@ def test_a_rename_that_fails_brings_the_old_one_back(
         real(old, new)
 
     monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(place, "exchange", lambda one, other: False)
     with pytest.raises(CheckpointError, match=r"cannot be written .*refused"):
         write_checkpoint(tmp_path / "out", **parts, overwrite=True)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_checkpoint_is_replaced(
+    exchanges: bool, parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one step where the system can do it, else in two."""
+    if not exchanges:
+        monkeypatch.setattr(place, "exchange", lambda one, other: False)
+    own_folder(tmp_path / "out", "precious")
+    write_checkpoint(tmp_path / "out", **parts, overwrite=True)
+    assert open_checkpoint(tmp_path / "out").manifest is not None
+    assert not (tmp_path / "out" / "precious").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_own_mistakes_are_not_dressed_up(
@@ -215,7 +231,7 @@ def test_names_beside_the_checkpoint_are_nobodys(
     names = [f".out.{purpose}-{token}" for purpose in ("writing", "replaced") for token in (os.getpid(), "00000000")]
     for name in names:
         (tmp_path / name).mkdir()
-    tokens = iter(["00000000", "11111111", "00000000", "22222222"])
+    tokens = iter(["lock", "00000000", "11111111", "00000000", "22222222"])
     monkeypatch.setattr(secrets, "token_hex", lambda _: next(tokens))
     own_folder(tmp_path / "out")
     write_checkpoint(tmp_path / "out", **parts, overwrite=True)

@@ -91,6 +91,11 @@ def test_every_damaged_pointer_leads_to_a_whole_save(directory: StateDirectory) 
             assert step == 6 and len(lines) == 1, damaged
 
 
+def link(save: Path) -> None:
+    (save / MODEL).unlink()
+    (save / MODEL).symlink_to(save)
+
+
 CHANGES: dict[str, Callable[[Path], Any]] = {
     "no folder": lambda save: shutil.rmtree(save),
     "no list": lambda save: (save / FILES).unlink(),
@@ -99,7 +104,7 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
     "a list that leads elsewhere": lambda save: edit(save / FILES, lambda table: table.update({"../x": table[MODEL]})),
     "a list of something else": lambda save: edit(save / FILES, lambda table: table.update({MODEL: [1]})),
     "a list with other types": lambda save: edit(save / FILES, lambda table: table[MODEL].update(bytes=True)),
-    "weights are a link to a folder": lambda save: ((save / MODEL).unlink(), (save / MODEL).symlink_to(save)),
+    "weights are a link to a folder": link,
     "another step": lambda save: rewrite(save, {**VALUES, "step": 7}),
     "no step": lambda save: rewrite(save, {}),
     "a step that is a word": lambda save: rewrite(save, {**VALUES, "step": "6"}),

@@ -12,6 +12,8 @@ from ...base.fields import LARGEST
 from ...errors import CheckpointError
 from .sources import TokenSource
 
+_COLUMNS = ("epoch", "position", "drawn")  # a number per source each
+
 
 class Reference(NamedTuple):
     """A document: source number and document index."""
@@ -79,13 +81,12 @@ class Mixture:
                 "the data, its weights, its tokenisation or the seed changed since the training state was saved; "
                 "resume with the same ones or start again with --overwrite"
             )
-        numbers = [state.get(name) for name in ("epoch", "position", "drawn")]
-        for column in numbers:
+        for column in (state.get(name) for name in _COLUMNS):
             if not isinstance(column, list) or len(column) != len(self.sources) or not all(map(_is_count, column)):
                 raise CheckpointError("the training state states an impossible position in the data")
         if any(at > len(source) for at, source in zip(state["position"], self.sources, strict=True)):
             raise CheckpointError("the training state states a position behind the end of the data")
-        self.epoch, self.position, self.drawn = map(list, numbers)
+        self.epoch, self.position, self.drawn = (list(state[name]) for name in _COLUMNS)
         self._order = [self._permutation(number) for number in range(len(self.sources))]
 
 
