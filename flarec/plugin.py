@@ -10,6 +10,8 @@ from .ir.program import Derivation, Program, layer_of, locate, module_of, target
 from .ir.spec import LENGTH, ROWS, TensorSpec
 from .layout import Layout
 from .ops import Form, Mixer, Site, Slot, mixer_of, register, sites
+from .ops.mixer import Derivation as FormDerivation
+from .ops.mixer import plain_layout
 from .passes.narrow_head import find_head
 from .passes.token_local import declare_token_local
 
@@ -19,6 +21,7 @@ __all__ = [
     "Claims",
     "Derivation",
     "Form",
+    "FormDerivation",
     "Layout",
     "Mixer",
     "Pass",
@@ -36,6 +39,7 @@ __all__ = [
     "locate",
     "mixer_of",
     "module_of",
+    "plain_layout",
     "register",
     "sites",
     "target_name",

@@ -49,7 +49,7 @@ DECODE: list[Pass] = [
 
 PIPELINES: dict[str, list[Pass]] = {"train": TRAIN, "decode": DECODE}
 OPTIONAL: tuple[type[Pass], ...] = (AdaptNoisyStream,)
-"""Passes that stand in a pipeline where a recipe asks for them (`pipeline`)."""
+"""Passes that stand in a pipeline where a caller gives them (`pipeline`)."""
 PASSES: dict[str, type[Pass]] = {step.name: type(step) for step in [*TRAIN, *DECODE]} | {p.name: p for p in OPTIONAL}
 GIVEN = frozenset({"captured"})
 """What holds before the first pass."""
@@ -122,6 +122,8 @@ def _with_foreign(
     for text in foreign:
         name, _, pin = text.partition(AFTER)
         step = parse_pass(name, known)
+        if step.name in PASSES:
+            raise UsageError(f"pass '{step.name}' is flarec's own and stands where it belongs; leave it out")
         if target in step.targets:
             waiting.append((step, pin.strip()))
     while waiting:

@@ -1,6 +1,6 @@
 """Make an environment that shares the packages of the running one and holds others on top of them.
 
-    .venv/bin/python tools/environment.py .venv-5.17 -c constraints-5.17.txt torch==2.13.0 transformers==5.17.0
+    .venv/bin/python tools/environment.py .venv-5.17.0 -c constraints-5.17.0.txt torch==2.13.0 transformers==5.17.0
 
 Only what differs is downloaded: pip sees the shared packages as installed, resolves against them, and puts a different
 version beside them, where Python finds it first. Everything after the folder is passed to `pip install`.

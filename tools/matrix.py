@@ -29,9 +29,9 @@ TESTS = ("tests/conformance", "tests/frontend/test_export.py")
 NEWEST = "newest"
 _FACTS = """
 import json, transformers
-from flarec import adapters, tiny_configs
-rows = [*adapters.FAMILIES, *adapters.PLAIN]
-lacks = [row for row in rows if not tiny_configs.available(row)]
+from flarec.frontend import families, tiny
+rows = [*families.FAMILIES, *families.PLAIN]
+lacks = [row for row in rows if not tiny.available(row)]
 print(json.dumps({"version": transformers.__version__, "families": rows, "lacks": lacks}))
 """
 

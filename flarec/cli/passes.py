@@ -50,11 +50,14 @@ def _print(table: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    passes = Table("pass", "requires", "provides", "invalidates", "from", title="passes", title_justify="left")
+    passes = Table(title="passes", title_justify="left")
+    passes.add_column("pass", no_wrap=True)  # `@after:` wants it whole
+    for column in ("options", "targets", "requires", "provides", "invalidates", "from"):
+        passes.add_column(column, overflow="fold")
     for row in table["passes"]:
         options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
-        claims = (", ".join(row[kind]) for kind in ("requires", "provides", "invalidates"))
-        passes.add_row(f"{row['name']}({options})", *claims, row["from"])
+        claims = (", ".join(row[kind]) for kind in ("targets", "requires", "provides", "invalidates"))
+        passes.add_row(row["name"], options, *claims, row["from"])
     console.print(passes, markup=False)
     properties = Table(
         "property", "provided by", "required by", "invalidated by", title="properties", title_justify="left"

@@ -86,7 +86,7 @@ class Pass(abc.ABC):
         return PassError(f"pass '{self.name}': {locate(node)}: {what}; {cure}")
 
     def text(self) -> str:
-        """`name(option=value, ...)`, options that differ from the default only; `parse` reads it back."""
+        """`name(option=value, ...)`, options that differ from the default only; `parse_pass` reads it back."""
         options = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"{self.name}({', '.join(options)})"
 

@@ -32,7 +32,10 @@ LAYER = re.compile(rf"(?:^|\.)(?:{'|'.join(LAYER_LISTS)})\.(\d+)(?:\.|$)")
 
 
 class Derivation(Protocol):
-    """Something computed from the layout once per batch and shared by all layers (a mask, a schedule, ...)."""
+    """Something computed from the layout once per batch and shared by all layers (a mask, a schedule, ...).
+
+    One whose sizes depend on the layout's numbers has `on_host = True`: it is made on the host and moved (`derive`).
+    """
 
     def build(self, layout: Layout, capacity: int | None) -> Any:
         """`capacity`: slots of the KV cache, None without a cache."""

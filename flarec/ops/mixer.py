@@ -267,5 +267,5 @@ def load(function: Function) -> Callable[..., Any]:
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Recurrent states are float32 at least: a bf16 state costs 1-48 % (docs/kernels.md)."""
+    """Recurrent states are float32 at least: what a bf16 state costs is in docs/kernels.md."""
     return torch.float64 if dtype == torch.float64 else torch.float32

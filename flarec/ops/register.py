@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 MIXERS: dict[str, Any] = {}
-"""Every op of the table (`flarec.ops.Mixer`) by name, for those that its declarations import."""
+"""Every op of the table (`flarec.ops.Mixer`) by name; kept here because `opaque` may not import the table."""
 
 
 def custom_op(name: str, body: Callable[..., Tensor], fake: Callable[..., Tensor]) -> torch._ops.OpOverload[..., Any]:

@@ -32,7 +32,7 @@ def verify(
     passes: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
 ) -> Iterator[Result]:
-    """Measure all invariants on a checkpoint or model directory (float32 on the CPU); results come one by one.
+    """Measure invariants 1 to 7 on a checkpoint or model directory (float32 on the CPU); results come one by one.
 
     Raises `CheckpointError` or `UsageError` for a directory that cannot be opened.
     """

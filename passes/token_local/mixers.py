@@ -18,7 +18,8 @@ from .values import Axes, Dim, Number, Opaque, Refusal, Tensor, check_size, hold
 
 TOKENS: dict[str, Dim] = {"B": (ROWS,), "L": (LENGTH,)}
 ONLY_MIXERS = (
-    "only token mixers read the layout, what is derived from it, and the caches; read position_ids or hidden states"
+    "only token mixers read the layout, what is derived from it, and the caches; read position_ids, noisy_rows or "
+    "hidden states"
 )
 
 

@@ -159,6 +159,8 @@ def test_what_is_no_python_file(name: str, tmp_path: Path) -> None:
         ("late(depth=3)", "cannot be read: .*depth"),
         ("late(3)", "options have names"),
         ("late(", "cannot be read"),
+        ("narrow-head()", "'narrow-head' is flarec's own"),
+        ("adapt-noisy-stream(rank=2)", "'adapt-noisy-stream' is flarec's own"),
         ("late@after:nope", "'late' cannot stand after 'nope': the pipeline has canonicalize, "),
     ],
 )

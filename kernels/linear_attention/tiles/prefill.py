@@ -30,7 +30,7 @@ def linear_attention_prefill(
     delta: bool,
     l2norm: bool,
 ) -> tuple[Tensor, ...]:
-    """As `triton_step.linear_attention_step`, with its arguments and results, for any number of clean slots.
+    """As `step.launch.linear_attention_step`, with its arguments and results, for any number of clean slots.
 
     clean_padding [B, Lc] bool: clean slots that hold no token; their pending rows are 0. Computes in float32 whatever
     the inputs are, because what it leaves pending becomes the state. Inputs are bfloat16, float16 or float32.

@@ -3,9 +3,9 @@
 The gradient of a log decay is value * gradient, rows growing and columns shrinking. Both ends of a pair use the same
 rounded factors of the pair's dense product, so that what cancels between them cancels exactly, at strong decay too.
 
-For chunks and tiles whose weights are direct products (`triton_channel`); `triton_channel_finish_digits` has the rest.
+For chunks and tiles whose weights are direct products (`weights`); `finish_digits` has the rest.
 A slice of channels is a program of its own, next to the others that read the same weights: in a loop over slices the
-compiler keeps an address for every load, and spills. Gradients are of the unit rows; `triton_channel_norm` goes on.
+compiler keeps an address for every load, and spills. Gradients are of the unit rows; `norm` goes on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Key-channel gates: `triton_channel_finish` for chunks and tiles that decay too much for one product.
+"""Key-channel gates: `finish` for chunks and tiles that decay too much for one product.
 
 Programs whose work those kernels do (`chunk_direct`, `tile_direct`) return at once. Noisy rows take two kernels here:
 what a tile reads from the clean stream, then what it reads inside its blocks.

@@ -1,5 +1,5 @@
 """Key-channel gates, backward on the side of the values: gradients of pair weights and decayed vectors, which
-`triton_channel_finish` takes back to q, k and g. Equations and names as in docs/kernels.md.
+`finish` takes back to q, k and g. Equations and names as in docs/kernels.md.
 
 Weights' gradients may stand in the weights' own memory: a program reads its weights before it writes.
 """

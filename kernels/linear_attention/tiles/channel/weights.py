@@ -6,7 +6,7 @@ docs/kernels.md).
 
 Weights are plain products of decayed with shrunk rows. That is exact in floating point as long as exp(-gam) is a
 normal number: while the decay of the chunk (for N and M: of every block of the tile) is at most SPAN bits in every
-channel, as `chunk_direct` and `tile_direct` say. `triton_channel_digits` replaces the weights of the others.
+channel, as `chunk_direct` and `tile_direct` say. `weights_digits` replaces the weights of the others.
 """
 
 from __future__ import annotations

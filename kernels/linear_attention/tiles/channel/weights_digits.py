@@ -1,7 +1,7 @@
 """Key-channel gates, forward: pair weights A, A_q, P, Pq, N, M of chunks and tiles that decay too much for one product.
 
-Programs whose weights `triton_channel` could form (`chunk_direct`, `tile_direct`) return at once. See
-`triton_channel_common` for how the others cut their pairs into dense products.
+Programs whose weights `weights` could form (`chunk_direct`, `tile_direct`) return at once. See
+`pairs` for how the others cut their pairs into dense products.
 """
 
 from __future__ import annotations
