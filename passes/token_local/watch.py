@@ -25,6 +25,7 @@ from . import aten
 from .call import MEMO, Call, bind, found, results, run_on_meta
 from .declared import OPS as DECLARED
 from .mixers import ONLY_MIXERS, counted, describe, result_of
+from .shapes import known_shapes
 from .values import Number, Opaque, Refusal, Refused, Tensor, check_one_token_per_element, plain, tensor
 
 REGIONS: dict[str, int] = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
@@ -200,7 +201,7 @@ def _known(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cure = f"write it with ops that are, {SEMANTIC}" if target.name().startswith("aten::") else DECLARE
         raise Refusal(f"uses {target}, which is not known to be token-local", cure)
     _check_operands(target, operands)
-    shapes, dtypes, kind = run_on_meta(target, operands)
+    shapes, dtypes, kind = known_shapes(target, operands) or run_on_meta(target, operands)
     try:
         axes = rule(Call(target, operands, shapes))
     except IndexError as error:

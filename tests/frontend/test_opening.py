@@ -22,9 +22,11 @@ from tests.frontend.test_cache import nodes
 from tests.models import captured, tiny_checkpoint
 
 CPU = torch.device("cpu")
-HEAVY = ("datasets", "matplotlib", "networkx", "pandas", "pyarrow", "transformers.modeling_utils")
-"""What a second `flarec generate` has no use for. torch's compiler and sympy come with torch's meta kernels, which the
-runner asks for the shapes of nodes after every pass."""
+HEAVY = (
+    "datasets", "matplotlib", "networkx", "pandas", "pyarrow", "sympy", "torch._dynamo", "transformers.modeling_utils",
+    "triton",
+)  # fmt: skip
+"""What a second `flarec generate` has no use for."""
 
 
 @pytest.fixture(autouse=True)
