@@ -7,6 +7,7 @@ tracer's objects stay behind: nodes keep plain metadata (see `flarec.ir.program`
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import time
@@ -121,6 +122,7 @@ def _export(model: nn.Module, family: Family) -> fx.GraphModule:
             refuse_custom_functions(model),
             modules_compiled_late(),
             traces_of_forwards(),
+            _no_memory_of_fake_results(),
         ):
             warnings.simplefilter("ignore")
             if "position_ids" not in inspect.signature(model.forward).parameters:
@@ -151,6 +153,15 @@ def _export(model: nn.Module, family: Family) -> fx.GraphModule:
         if isinstance(part, fx.GraphModule):
             ops.name_operands(part.graph)
     return graph_module(module, module.graph)  # without what else export hangs on to it
+
+
+@contextlib.contextmanager
+def _no_memory_of_fake_results() -> Iterator[None]:
+    """Where sizes are symbols, torch's cache of fake results takes a sixth longer than computing them again."""
+    import torch._dynamo.config as settings  # the compiler comes along, which opening a stored graph does not need
+
+    with settings.patch(fake_tensor_cache_enabled=False):
+        yield
 
 
 def _check_rotary_type(model: nn.Module) -> None:
