@@ -1,4 +1,4 @@
-"""The cache of a batch of requests, with the deferred commit of docs/kernels.md ("Decoding with the same equations").
+"""The cache of a batch of requests, with the deferred commit of docs/kernels.md ("Decode with the same equations").
 
 A step never stores a state per candidate row. It leaves its clean rows *pending*; the next step first commits the first
 `accepted[b]` of them, then works. So a rejected draft costs nothing to undo: keys and values beyond `length` are dead
@@ -76,12 +76,41 @@ class Cache:
             self.tensors[slot.name] = new
         self.capacity = capacity
 
-    def select(self, rows: Tensor) -> None:
-        """Keep the requests `rows` [n] int64 in that order; the others leave the batch."""
+    def select(self, rows: Tensor, capacity: int | None = None) -> None:
+        """Keep the requests `rows` [n] int64 in that order; the others leave the batch. capacity: positions that those
+        who stay need, if fewer than before."""
+        self.capacity = min(self.capacity, _round_up(capacity or self.capacity))
         for slot in self.slots:
-            self.tensors[slot.name] = self.tensors[slot.name].index_select(slot.batch_dim(), rows)
+            tensor = self.tensors[slot.name]
+            if slot.in_place:
+                tensor = tensor.narrow(slot.shape.index("capacity"), 0, self.capacity)
+            self.tensors[slot.name] = tensor.index_select(slot.batch_dim(), rows)
         self.accepted = self.accepted.index_select(0, rows)
         self.length = self.length.index_select(0, rows)
+
+    def join(self, other: Cache) -> None:
+        """Append the requests of `other`, a cache of the same program that is not used any more."""
+        self.reserve(other.capacity)
+        other.reserve(self.capacity)
+        for slot in self.slots:
+            pair = [self.tensors[slot.name], other.tensors[slot.name]]
+            axis = slot.pending_dim()
+            if axis is not None:
+                width = max(tensor.shape[axis] for tensor in pair)
+                pair = [_widened(tensor, axis, width) for tensor in pair]
+            self.tensors[slot.name] = torch.cat(pair, dim=slot.batch_dim())
+        self.accepted = torch.cat([self.accepted, other.accepted])
+        self.length = torch.cat([self.length, other.length])
+
+
+def _widened(tensor: Tensor, axis: int, width: int) -> Tensor:
+    """With zeros behind it along an axis: pending rows that are not accepted may hold anything finite."""
+    missing = width - tensor.shape[axis]
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[axis] = missing
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
 
 
 def _round_up(capacity: int) -> int:

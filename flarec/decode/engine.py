@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Unpack
-
-import torch
 
 from flarec.base.fields import shown, whole_number
 from flarec.base.generation import (
     MODES,
     GenerationKeywords,
     GenerationOptions,
-    Mode,
+    merged,
     per_prompt,
     takes_options,
     token_ids,
@@ -20,20 +18,27 @@ from flarec.base.generation import (
 from flarec.errors import GenerationError
 from flarec.layout import READOUTS
 
-from .batch import RequestBatch
-from .modes.ar_trust import decode_ar_trust
-from .modes.causal import decode_causal
-from .modes.diffusion_trust import decode_diffusion_trust
+from .modes.ar_trust import ARTrustMode
+from .modes.causal import CausalMode
+from .modes.diffusion_trust import DiffusionTrustMode
 from .plan import DecodeProgram
 from .request import Generation, OnTokens, Prompts, Request, StopCheck, Stopping
+from .rows import Mode
+from .scheduler import Lane, Scheduler
 from .stepper import BlockSpec
 
-PREFILL_CHUNK = 512  # clean rows of one prefill forward
-OF_A_BATCH = ("mode", "drafts", "threshold", "denoising_steps", "suppress")
+PREFILL_CHUNK = 512  # clean rows per request of one prefill forward
+SLOTS = 64
+OF_A_LANE = ("mode", "drafts", "threshold", "denoising_steps", "suppress")
+"""What requests that share a forward agree in."""
+OnEnd = Callable[[int, Generation], None]
 
 
 class Engine:
-    """Generation on a lowered decode program. Calls keep no state in it: threads may share one.
+    """Generation on a lowered decode program.
+
+    `generate` serves a list of prompts and keeps no state: threads may share an engine. `add`, `step` and `cancel`
+    serve requests that come and go, from one thread.
 
     program        runs forwards (`DecodeProgram`)
     mask_token_id  input id of a masked position; None for a model that was not converted
@@ -42,6 +47,7 @@ class Engine:
     eos_ids        ids that end a request, unless its options name others
     max_positions  context length: prompt and new tokens together
     suppress       ids that are never generated (the mask token), besides those of a request
+    slots          requests that run at the same time
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class Engine:
         eos_ids: Collection[int],
         max_positions: int,
         suppress: Collection[int] = (),
+        slots: int = SLOTS,
     ) -> None:
         if block_size is not None:
             block_size = whole_number("block_size", block_size, GenerationError, low=1, high=max_positions)
@@ -73,10 +80,12 @@ class Engine:
         self.eos_ids = frozenset(token_ids(eos_ids, "eos_ids"))
         self.max_positions = max_positions
         self.suppress: Collection[int] = frozenset(token_ids(suppress, "suppress"))
+        self.slots = whole_number("slots", slots, GenerationError, low=1)
         self._suppressed(())
+        self._serving = self._scheduler(self.slots, PREFILL_CHUNK)
+        self._added = 0
 
     @takes_options
-    @torch.no_grad()
     def generate(
         self,
         prompts: Prompts,
@@ -84,49 +93,104 @@ class Engine:
         *,
         stop_check: StopCheck | Sequence[StopCheck | None] | None = None,
         on_tokens: OnTokens | None = None,
+        on_end: OnEnd | None = None,
+        batch: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         **keywords: Unpack[GenerationKeywords],
     ) -> list[Generation]:
-        """Generate for all prompts as one batch; the result of a prompt does not depend on the others.
+        """Generate for all prompts; the result of a prompt does not depend on the others.
 
         prompts            token ids, at least one each: lists, arrays or tensors
-        options, keywords  one `GenerationOptions` for all or one per prompt; keywords are put over them. Those of one
-                           batch agree in mode, drafts, threshold, denoising_steps and suppress. Where one is None:
-                           causal, branches, 0.9, a step per position of a block, and the engine's `eos_ids`
+        options, keywords  one `GenerationOptions` for all or one per prompt; keywords are put over them. Where one is
+                           None: causal, branches, 0.9, a step per position of a block, and the engine's `eos_ids`
         stop_check         see `Stopping`; one for all or one per prompt (`TextStream.stop_check` finds text)
         on_tokens          called with (prompt index, new token ids) as tokens become final
-        prefill_chunk      clean rows of one prefill forward
+        on_end             called with (prompt index, generation) when a prompt has ended
+        batch              prompts that run at the same time (default: the engine's slots); more wait, the longest come
+                           first
+        prefill_chunk      clean rows per prompt of one prefill forward
 
         Raises `GenerationError` for arguments that cannot be served.
         """
         rows = len(prompts)
         each = [self._filled(item) for item in per_prompt(options, keywords, rows)]
-        if not rows:
-            return []
-        shared = _shared(each)
         checks = list(stop_check) if isinstance(stop_check, Sequence) else [stop_check] * rows
         if len(checks) != rows:
             raise GenerationError(f"{rows} prompts came with {len(checks)} stop checks; give one for all or one each")
         chunk = whole_number("prefill_chunk", prefill_chunk, GenerationError, low=1)
-        assert shared.mode is not None
-        blocks, suppress = self._blocks(shared.mode), self._suppressed(shared.suppress)
+        slots = self.slots if batch is None else whole_number("batch", batch, GenerationError, low=1)
         requests = [
             self._request(index, prompt, item, check, on_tokens)
             for index, (prompt, item, check) in enumerate(zip(prompts, each, checks, strict=True))
         ]
-        batch = RequestBatch(self.program, requests, each, suppress, blocks)
-        _decode(batch, chunk, shared)
-        return [request.generation(shared.mode) for request in requests]
+        scheduler = self._scheduler(slots, chunk)
+        for request in _in_order(requests, slots):
+            scheduler.add(request)
+        while scheduler.busy:
+            for request in scheduler.step():
+                generation = request.generation()
+                if on_end is not None:
+                    on_end(request.index, generation)
+        return [request.generation() for request in requests]
+
+    def add(
+        self,
+        prompt: Any,
+        options: GenerationOptions | None = None,
+        *,
+        stop_check: StopCheck | None = None,
+        on_tokens: OnTokens | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> Request:
+        """Take a request; it runs in the following steps, beside those that run already. Arguments as in `generate`;
+        on_tokens is told the `index` of the request, which counts them."""
+        filled = self._filled(merged(options, keywords))
+        request = self._request(self._added, prompt, filled, stop_check, on_tokens)
+        self._added += 1
+        self._serving.add(request)
+        return request
+
+    def step(self) -> list[Request]:
+        """One forward of everything that runs, and a chunk of a prompt. Returns the requests that ended
+        (`Request.generation` is what they produced); an empty list if there is nothing to do."""
+        return self._serving.step()
+
+    def cancel(self, request: Request) -> None:
+        """End a request where it is; its `generation` holds what it produced so far."""
+        if not request.finished:
+            request.end("cancelled")
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request that was added waits or runs."""
+        return self._serving.busy
+
+    def _scheduler(self, slots: int, chunk: int) -> Scheduler:
+        def key(request: Request) -> Hashable:
+            return tuple(getattr(request.options, name) for name in OF_A_LANE)
+
+        def lane(request: Request) -> Lane:
+            suppress = self._suppressed(request.options.suppress)
+            return Lane(self.program, self._mode(request.options), suppress, slots, chunk)
+
+        return Scheduler(lane, key)
+
+    def _mode(self, options: GenerationOptions) -> Mode:
+        """What decodes a request whose options are complete."""
+        assert options.drafts is not None and options.threshold is not None and options.denoising_steps is not None
+        if options.mode == "ar-trust":
+            return ARTrustMode(self._blocks("ar-trust"), options.drafts)
+        if options.mode == "diffusion-trust":
+            return DiffusionTrustMode(self._blocks("diffusion-trust"), options.threshold, options.denoising_steps)
+        return CausalMode()
 
     def _filled(self, options: GenerationOptions) -> GenerationOptions:
         steps = self.block_size or 1
         filled = options.filled(mode="causal", drafts="branches", threshold=0.9, denoising_steps=steps)
         return filled.filled(eos_ids=self.eos_ids)
 
-    def _blocks(self, mode: Mode) -> BlockSpec | None:
-        """The noisy blocks of a mode; None for causal decoding."""
-        if mode == "causal":
-            return None
+    def _blocks(self, mode: str) -> BlockSpec:
+        """The noisy blocks of a mode that has some."""
         if self.block_size is None or self.mask_token_id is None:
             raise GenerationError(f"this model is not converted and cannot decode in mode {mode!r}: run flarec convert")
         if mode not in self.readouts:
@@ -166,25 +230,13 @@ class Engine:
             raise GenerationError(f"prompt {index} contains id {shown(outside)}, outside the vocabulary of {vocab}")
         limit = min(options.max_new_tokens, self.max_positions - len(tokens))
         assert options.eos_ids is not None
-        return Request(index, tokens, limit, Stopping(options.eos_ids, check, on_tokens))
+        self._mode(options)
+        self._suppressed(options.suppress)
+        return Request(index, tokens, limit, Stopping(options.eos_ids, check, on_tokens), options)
 
 
-def _shared(options: Sequence[GenerationOptions]) -> GenerationOptions:
-    """The first of a batch's options, for what they must agree in."""
-    first = options[0]
-    for name in OF_A_BATCH:
-        values = {getattr(item, name) for item in options}
-        if len(values) > 1:
-            raise GenerationError(f"prompts of one batch differ in {name}; generate them in batches of their own")
-    return first
-
-
-def _decode(batch: RequestBatch, chunk: int, options: GenerationOptions) -> None:
-    """Run every request of the batch to its end."""
-    assert options.drafts is not None and options.threshold is not None and options.denoising_steps is not None
-    if options.mode == "causal":
-        decode_causal(batch, chunk)
-    elif options.mode == "ar-trust":
-        decode_ar_trust(batch, chunk, options.drafts)
-    else:
-        decode_diffusion_trust(batch, chunk, options.threshold, options.denoising_steps)
+def _in_order(requests: Sequence[Request], slots: int) -> list[Request]:
+    """The longest prompts first if some must wait: those that run together have about the same length."""
+    if len(requests) <= slots:
+        return list(requests)
+    return sorted(requests, key=lambda request: -len(request.prompt))

@@ -1,8 +1,8 @@
-"""The shape of one step: which clean rows and noisy blocks each request has, and which rows need logits.
+"""The shape of a mode's step: equal for all rows of the batch, so that a plan depends on it and on nothing else.
 
-Everything about a step except the numbers `cached` is known on the host before it runs: how many clean rows, and where
-blocks are anchored relative to the cache. A plan turns that into device tensors once; a step of the same shape then
-needs a handful of additions.
+What differs between requests and from step to step (tokens, anchors, cached lengths) comes in tensors. A row that has
+less to do than the shape holds computes the rest for nothing: a clean row that is not accepted leaves no trace, and
+what a block drafts need not be read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flarec.ir.slots import CacheSlot
-from flarec.layout import BLOCK_END, PADDING, READOUTS, Layout
+from flarec.layout import READOUTS, Layout
 
 from .cache import Cache
 
@@ -39,96 +39,68 @@ class DecodeProgram(Protocol):
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a step looks like, per request; hashable.
+    """What a step looks like; hashable.
 
-    counts      clean rows
-    anchors     anchors of its noisy blocks minus the clean tokens cached before the step
-    heads       how many of its LAST clean rows need logits
-    block_size  noisy rows per block
-    block_heads how many of the first rows of each block need logits
+    rows        requests
+    clean       clean rows of each, of which the last `heads` need logits
+    blocks      noisy blocks of each, of block_size rows, of which the first `block_heads` need logits
     readout     of every block
     """
 
-    counts: tuple[int, ...]
-    anchors: tuple[tuple[int, ...], ...]
-    heads: tuple[int, ...]
-    block_size: int
-    block_heads: int
-    readout: str
+    rows: int
+    clean: int
+    heads: int
+    blocks: int = 0
+    block_size: int = 1
+    block_heads: int = 0
+    readout: str = "causal"
+
+    @property
+    def length(self) -> int:
+        """Tokens per row of the lowered graph."""
+        return self.clean + self.blocks * self.block_size
 
 
 class StepPlan:
-    """Device tensors of a `StepShape`.
-
-    Logits come out as [N, V] with N = clean + noisy: first the clean rows, request by request, then the blocks' rows,
-    by request, block and offset.
-
-    clean_request, clean_slot [clean]    request and clean slot of every clean row with logits
-    noisy_request, noisy_ahead [noisy]   request and (position minus `cached`) of every noisy row with logits
-    first_block [requests]               index of the request's first block among all blocks
-    """
+    """Device tensors of a `StepShape`. head_rows [N] int64: clean rows with logits first, then those of the blocks."""
 
     def __init__(self, shape: StepShape, device: torch.device) -> None:
         self.shape = shape
-        rows, size = len(shape.counts), shape.block_size
-        self.clean_length = max(shape.counts, default=0)
-        blocks = max((len(anchors) for anchors in shape.anchors), default=0)
-        self.noisy_length = blocks * size
-        length = self.clean_length + self.noisy_length
-
-        def tensor(values: Sequence[object], *sizes: int) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64).reshape(sizes).to(device)
-
-        slots = range(self.clean_length)
-        has_clean = tensor([[slot < count for slot in slots] for count in shape.counts], rows, self.clean_length)
-        padded = [[*anchors, *[0] * (blocks - len(anchors))] for anchors in shape.anchors]
-        has_block = tensor([[b < len(anchors) for b in range(blocks)] for anchors in shape.anchors], rows, blocks)
-        self._has_clean, self._has_block = has_clean, has_block
-        self._slot = torch.arange(self.clean_length, device=device)
-        self._anchor = tensor(padded, rows, blocks)
+        rows, blocks, size = shape.rows, shape.blocks, shape.block_size
+        self._slot = torch.arange(shape.clean, device=device)
         self._offset = torch.arange(size, device=device)
-        block_index = torch.arange(blocks, device=device)[None, :, None].expand(rows, blocks, size)
-        self._clean_document = has_clean - 1
-        self._block_document = has_block - 1
-        self._noisy_block = torch.where(has_block[:, :, None] > 0, block_index, PADDING).reshape(rows, -1)
-        self._readout = has_block * READOUTS[shape.readout] + (1 - has_block) * BLOCK_END
+        index = torch.arange(blocks, device=device)
+        self._clean_document = torch.zeros(rows, shape.clean, dtype=torch.int64, device=device)
+        self._block_document = torch.zeros(rows, blocks, dtype=torch.int64, device=device)
+        self._noisy_block = index[:, None].expand(blocks, size).reshape(1, -1).repeat(rows, 1)
+        self._readout = torch.full((rows, blocks), READOUTS[shape.readout], dtype=torch.int64, device=device)
+        first = shape.length * torch.arange(rows, device=device)[:, None]
+        clean = first + self._slot[shape.clean - shape.heads :]
+        heads = shape.clean + size * index[:, None] + self._offset[: shape.block_heads]
+        self.head_rows = torch.cat([clean.reshape(-1), (first + heads.reshape(-1)).reshape(-1)])
 
-        clean = [
-            (row, slot)
-            for row, (count, heads) in enumerate(zip(shape.counts, shape.heads, strict=True))
-            for slot in range(count - heads, count)
-        ]
-        noisy = [
-            (row, block * size + offset, anchor + offset)
-            for row, anchors in enumerate(shape.anchors)
-            for block, anchor in enumerate(anchors)
-            for offset in range(shape.block_heads)
-        ]
-        self.clean_rows = len(clean)
-        self.clean_request = tensor([row for row, _ in clean], len(clean))
-        self.clean_slot = tensor([slot for _, slot in clean], len(clean))
-        self.noisy_request = tensor([row for row, _, _ in noisy], len(noisy))
-        self.noisy_ahead = tensor([ahead for _, _, ahead in noisy], len(noisy))
-        noisy_slot = tensor([slot for _, slot, _ in noisy], len(noisy))
-        clean_flat = self.clean_request * length + self.clean_slot
-        noisy_flat = self.noisy_request * length + self.clean_length + noisy_slot
-        self.head_rows = torch.cat([clean_flat, noisy_flat])
-        starts = [sum(len(anchors) for anchors in shape.anchors[:row]) for row in range(rows)]
-        self.first_block = tensor(starts, rows)
-        self.counts = tensor(list(shape.counts), rows)
-
-    def layout(self, cached: Tensor) -> Layout:
-        """The layout of this step for requests with `cached` [requests] int64 clean tokens in the cache."""
-        anchor = (self._anchor + cached[:, None]) * self._has_block
-        noisy = (anchor[:, :, None] + self._offset) * self._has_block[:, :, None]
+    def layout(self, cached: Tensor, anchors: Tensor) -> Layout:
+        """The layout of a step. cached [rows] = clean tokens in the cache, anchors [rows, blocks] = of the blocks,
+        minus `cached`; int64."""
+        anchor = cached[:, None] + anchors
         return Layout(
             clean_document=self._clean_document,
-            clean_position=(cached[:, None] + self._slot) * self._has_clean,
+            clean_position=cached[:, None] + self._slot,
             noisy_block=self._noisy_block,
-            noisy_position=noisy.reshape(noisy.shape[0], -1),
+            noisy_position=(anchor[:, :, None] + self._offset).reshape(anchor.shape[0], -1),
             block_document=self._block_document,
             block_anchor=anchor,
             block_view=self._block_document,
             block_readout=self._readout,
             cached=cached,
+        )
+
+    def split(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [N, V] of `head_rows` as [rows, heads, V] of clean rows and [rows, blocks, block_heads, V] of blocks.
+        """
+        shape, vocab = self.shape, logits.shape[1]
+        clean, noisy = logits.split([shape.rows * shape.heads, shape.rows * shape.blocks * shape.block_heads])
+        return (
+            clean.view(shape.rows, shape.heads, vocab),
+            noisy.view(shape.rows, shape.blocks, shape.block_heads, vocab),
         )

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
+from flarec.base.generation import GenerationOptions
 from flarec.errors import GenerationError
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -28,8 +29,8 @@ class Generation:
     forwards     forward passes this request took part in; a prefill in chunks counts as one
     accepted     ar-trust: accepted[a] = steps after the prefill in which a drafts were accepted (a step without drafts
                  accepts 0); diffusion-trust: accepted[c] = denoising steps that committed c tokens; causal: empty
-    seconds      wall time from the start of the batch to this request's last token
-    stop_reason  "eos", "stop" (the stop check) or "length"
+    seconds      wall time from when the request was given to its last token
+    stop_reason  "eos", "stop" (the stop check), "length" or "cancelled"
     """
 
     token_ids: list[int]
@@ -45,7 +46,7 @@ class Generation:
 
     @property
     def tokens_per_forward(self) -> float:
-        return self.new_tokens / self.forwards
+        return self.new_tokens / self.forwards if self.forwards else 0.0
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,24 @@ class Stopping:
     on_tokens: OnTokens | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
-    """A running request. `limit` >= 1 = largest number of new tokens, `index` = its place in the caller's list."""
+    """A request that waits, runs or has ended.
+
+    index    its place in the caller's list, or how many were added before it
+    limit    largest number of new tokens, >= 1
+    options  complete
+    ready    a note of its mode: drafts are there, or the block is full
+    failure  what ended it if an error did
+    """
 
     index: int
     prompt: list[int]
     limit: int
     stopping: Stopping
+    options: GenerationOptions
+    ready: bool = False
+    failure: Exception | None = None
     tokens: list[int] = field(default_factory=list)
     forwards: int = 0
     histogram: dict[int, int] = field(default_factory=dict)
@@ -84,6 +95,14 @@ class Request:
     @property
     def finished(self) -> bool:
         return self.stop_reason is not None
+
+    def fail(self, error: Exception) -> None:
+        self.failure = error
+        self.end("error")
+
+    def end(self, reason: str) -> None:
+        self.stop_reason = reason
+        self.seconds = time.perf_counter() - self.started
 
     def count(self, tokens: int) -> None:
         """One more step that accepted (or committed) `tokens` tokens."""
@@ -106,8 +125,7 @@ class Request:
             self.tokens.append(token)
             reason = self._reason()
             if reason is not None:
-                self.stop_reason = reason
-                self.seconds = time.perf_counter() - self.started
+                self.end(reason)
                 break
         new = self.tokens[start:]
         if new and self.stopping.on_tokens is not None:
@@ -127,7 +145,12 @@ class Request:
                 return "stop"
         return "length" if len(self.tokens) >= self.limit else None
 
-    def generation(self, mode: str) -> Generation:
-        assert self.stop_reason is not None
+    def generation(self) -> Generation:
+        """What it produced. Raises what ended it if an error did."""
+        if self.failure is not None:
+            raise self.failure
+        assert self.stop_reason is not None and self.options.mode is not None, "the request has not ended"
         accepted = [self.histogram.get(tokens, 0) for tokens in range(max(self.histogram, default=-1) + 1)]
-        return Generation(list(self.tokens), mode, self.forwards, accepted, self.seconds, self.stop_reason)
+        return Generation(
+            list(self.tokens), self.options.mode, self.forwards, accepted, self.seconds, self.stop_reason
+        )

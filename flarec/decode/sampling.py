@@ -54,6 +54,17 @@ class SamplingRows:
         picked = (self.temperature[rows], self.top_k[rows], self.top_p[rows], self.seed[rows])
         return SamplingRows(*picked, self.truncated, self.sampled)
 
+    def join(self, other: SamplingRows) -> SamplingRows:
+        """The rows of both."""
+        return SamplingRows(
+            torch.cat([self.temperature, other.temperature]),
+            torch.cat([self.top_k, other.top_k]),
+            torch.cat([self.top_p, other.top_p]),
+            torch.cat([self.seed, other.seed]),
+            self.truncated or other.truncated,
+            self.sampled or other.sampled,
+        )
+
 
 def _signed(value: int) -> int:
     """The int64 with the bits of an unsigned 64-bit number (torch multiplies int64 modulo 2^64)."""

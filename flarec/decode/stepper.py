@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .cache import Cache
-from .plan import DecodeProgram, StepPlan, StepShape
+from .pieces import PiecePlan, PieceShape
+from .plan import DecodeProgram
 
-MAX_PLANS = 256  # which requests of a batch commit together varies; the plans kept for reuse must not grow forever
+MAX_PLANS = 256  # the plans kept for reuse must not grow forever
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,14 @@ class Stepper:
         self.cache = cache
         self.blocks = blocks
         self.device = program.device
-        self._plans: dict[StepShape, StepPlan] = {}
+        self._pieces: dict[PieceShape, PiecePlan] = {}
 
     def plan(
         self, counts: Sequence[int], anchors: Sequence[Sequence[int]] | None = None, heads: Sequence[int] | None = None
-    ) -> StepPlan:
+    ) -> PiecePlan:
         """The plan of a step with these clean rows, relative anchors and clean rows with logits (default: all)."""
         blocks = self.blocks or NO_BLOCKS
-        shape = StepShape(
+        shape = PieceShape(
             counts=tuple(counts),
             anchors=tuple(tuple(row) for row in anchors) if anchors is not None else ((),) * len(counts),
             heads=tuple(heads) if heads is not None else tuple(counts),
@@ -61,11 +62,11 @@ class Stepper:
             block_heads=blocks.heads,
             readout=blocks.readout,
         )
-        if shape not in self._plans:
-            if len(self._plans) >= MAX_PLANS:
-                self._plans.clear()
-            self._plans[shape] = StepPlan(shape, self.device)
-        return self._plans[shape]
+        if shape not in self._pieces:
+            if len(self._pieces) >= MAX_PLANS:
+                self._pieces.clear()
+            self._pieces[shape] = PiecePlan(shape, self.device)
+        return self._pieces[shape]
 
     def clean(self, pieces: Sequence[Sequence[int]]) -> Tensor:
         """Input ids [requests, longest piece] int64 of the clean rows: each request's tokens, zeros behind them."""
@@ -73,18 +74,13 @@ class Stepper:
         rows = [[*piece, *[0] * (width - len(piece))] for piece in pieces]
         return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
-    def masked(self, plan: StepPlan) -> Tensor:
+    def masked(self, plan: PiecePlan) -> Tensor:
         """Input ids [requests, noisy slots] int64 of fully masked blocks."""
         blocks = self.blocks or NO_BLOCKS
         shape = (self.cache.batch, plan.noisy_length)
         return torch.full(shape, blocks.mask_token_id, dtype=torch.int64, device=self.device)
 
-    def run(self, plan: StepPlan, ids: Tensor, head_rows: Tensor | None = None) -> Tensor:
+    def run(self, plan: PiecePlan, ids: Tensor, head_rows: Tensor | None = None) -> Tensor:
         """One step. ids [requests, T] int64, clean rows first; logits [N, V] of `head_rows` [N] int64 (the plan's)."""
         wanted = plan.head_rows if head_rows is None else head_rows
         return self.program.step(ids, plan.layout(self.cache.length), wanted, self.cache)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep the requests `rows` [n] int64 in that order; the others leave."""
-        self.cache.select(rows)
-        self._plans.clear()  # made for the old number of requests

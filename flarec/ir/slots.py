@@ -31,6 +31,12 @@ class CacheSlot:
         """Whether a step writes it; every other slot comes back as an output."""
         return "capacity" in self.shape
 
+    def pending_dim(self) -> int | None:
+        """Index of the axis that grows by the clean rows of a step, if there is one."""
+        if "pending" in self.shape:
+            return self.shape.index("pending")
+        return len(self.shape) - 1 if self.kind == "conv" else None
+
     def batch_dim(self) -> int:
         """Index of the request axis."""
         return self.shape.index("batch")

@@ -153,14 +153,17 @@ def test_refused(arguments: dict, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "values"),
-    [("mode", ["causal", "ar-trust"]), ("drafts", ["branches", "single"]), ("threshold", [0.1, 0.2]),
-     ("denoising_steps", [1, 2]), ("suppress", [[1], [2]])],
+    [("mode", list(MODES)), ("drafts", ["branches", "single"]), ("threshold", [0.1, 0.9]),
+     ("denoising_steps", [1, 3]), ("suppress", [[1], [2]])],
 )  # fmt: skip
-def test_a_batch_agrees_in_how_it_steps(name: str, values: list) -> None:
-    engine, _ = make_engine(FakeModel(), 3)
-    each = [GenerationOptions(**{name: value}) for value in values]
-    with pytest.raises(GenerationError, match=f"prompts of one batch differ in {name}"):
-        engine.generate([[1], [2]], each)
+def test_prompts_may_differ_in_how_they_step(name: str, values: list) -> None:
+    engine, _ = make_engine(FakeModel(agreement=0.8), 3)
+    mode = {} if name == "mode" else {"mode": "ar-trust" if name == "drafts" else "diffusion-trust"}
+    each = [GenerationOptions(max_new_tokens=15, **{**mode, name: value}) for value in values]
+    together = engine.generate([[1, 2]] * len(each), each)
+    for options, result in zip(each, together, strict=True):
+        alone = engine.generate([[1, 2]], options)[0]
+        assert (result.token_ids, result.forwards, result.mode) == (alone.token_ids, alone.forwards, alone.mode)
 
 
 def test_eos_suppressed_ids_and_stop_checks_are_of_the_call() -> None:

@@ -13,61 +13,73 @@ from torch import Tensor
 
 from flarec.base.generation import DRAFTS
 
-from ..batch import RequestBatch, prefill
+from ..plan import StepShape
+from ..request import Request
+from ..rows import Rows
+from ..stepper import BlockSpec
 
 
-def decode_ar_trust(batch: RequestBatch, chunk: int, drafts: str) -> None:
-    """Run every request of the batch to its end.
+class ARTrustMode:
+    """State: pending [rows], drafts [rows, block size] and have [rows], how many of them are drafts.
 
     drafts = "branches": one block after every clean row, so whatever is accepted, the next block is there;
     "single": one block after the last draft, so a rejection costs a forward with one clean row.
+    `Request.ready`: it has drafts for the next step.
     """
-    assert batch.blocks is not None and drafts in DRAFTS
-    size = batch.blocks.size
-    logits, noisy_logits = prefill(batch, chunk)
-    requests = torch.arange(len(batch.requests), device=batch.device)
-    pending, _ = batch.choose(logits, requests, batch.cache.length)
-    draft = _draft(batch, noisy_logits, batch.cache.length)
-    for request, token in zip(batch.requests, pending.tolist(), strict=True):
-        request.emit([token])
-    drafted = [True] * len(batch.requests)  # which requests have drafts for the next step
-    while True:
-        stay = batch.retire()
-        if not batch.requests:
+
+    def __init__(self, blocks: BlockSpec, drafts: str) -> None:
+        assert drafts in DRAFTS
+        self.blocks = blocks
+        self.branches = drafts == "branches"
+
+    def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
+        token, _ = rows.choose(clean, rows.ahead(1))
+        self._keep(rows, token, noisy[:, 0], torch.ones_like(rows.cache.length, dtype=torch.bool))
+        return torch.cat([torch.full_like(token, -1), torch.ones_like(token), token], dim=1)
+
+    def shape(self, rows: Rows) -> StepShape:
+        size = self.blocks.size
+        clean = 1 + size if any(request.ready for request in rows.requests) else 1
+        return StepShape(
+            len(rows.requests), clean, clean, clean if self.branches else 1, size, size, self.blocks.readout
+        )
+
+    def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor]:
+        state, noisy = rows.state, shape.length - shape.clean
+        masked = torch.full((shape.rows, noisy), self.blocks.mask_token_id, device=rows.device)
+        ids = torch.cat([state["pending"][:, None], state["drafts"][:, : shape.clean - 1], masked], dim=1)
+        if not self.branches:
+            return ids, state["have"][:, None] + 1
+        return ids, torch.arange(1, shape.blocks + 1, device=rows.device).expand(shape.rows, -1)
+
+    def read(self, rows: Rows, shape: StepShape, clean: Tensor, noisy: Tensor) -> Tensor:
+        drafts, have, count = rows.state["drafts"], rows.state["have"], shape.clean - 1
+        choice, _ = rows.choose(clean, rows.ahead(count + 1) + 1)
+        right = (drafts[:, :count] == choice[:, :-1]) & (torch.arange(count, device=rows.device) < have[:, None])
+        accepted = right.long().cumprod(dim=1).sum(dim=1)
+        rows.accept(accepted + 1)
+        token = choice.gather(1, accepted[:, None])
+        if self.branches:  # the block anchored right after the accepted rows
+            place = accepted[:, None, None, None].expand(-1, 1, *noisy.shape[2:])
+            self._keep(rows, token, noisy.gather(1, place)[:, 0], accepted >= 0)
+        else:  # the only one, useless unless all drafts were accepted
+            self._keep(rows, token, noisy[:, 0], accepted == have)
+        return torch.cat([accepted[:, None], rows.state["have"][:, None], choice], dim=1)
+
+    def _keep(self, rows: Rows, token: Tensor, logits: Tensor, useful: Tensor) -> None:
+        """Note the next pending token [rows, 1], and the drafts of one block per row. logits [rows, size, V]."""
+        size = self.blocks.size
+        draft, _ = rows.choose(logits, rows.ahead(size) + 1)
+        # what cannot be chosen is a draft like any other: to be rejected
+        rows.state |= {
+            "pending": token[:, 0].clamp_min(0), "drafts": draft.clamp_min(0), "have": size * useful.long()
+        }  # fmt: skip
+
+    def report(self, request: Request, values: list[int]) -> None:
+        accepted, have, *tokens = values
+        request.ready = have > 0
+        if accepted < 0:  # the start
+            request.emit(tokens)
             return
-        if stay is not None:
-            pending, draft = pending[stay], draft[stay]
-            drafted = [drafted[row] for row in stay.tolist()]
-        counts = [1 + size if has else 1 for has in drafted]
-        anchors = [range(1, count + 1) if drafts == "branches" else [count] for count in counts]
-        plan = batch.plan(counts, anchors)
-        clean = torch.cat([pending[:, None], draft], dim=1)[:, : plan.clean_length]
-        clean_logits, noisy_logits = batch.forward(plan, clean, batch.masked(plan))
-
-        cached = batch.cache.length
-        choice, _ = batch.choose(clean_logits, plan.clean_request, cached[plan.clean_request] + plan.clean_slot + 1)
-        target = torch.full_like(clean, -1)  # -1 equals no draft: rows without a draft end the acceptance
-        target[plan.clean_request, plan.clean_slot] = choice
-        accepted = (clean[:, 1:] == target[:, :-1]).logical_and(target[:, 1:] != -1).cumprod(dim=1).sum(dim=1)
-        pending = target.gather(1, accepted[:, None]).squeeze(1)
-        batch.cache.accept(accepted + 1)
-
-        # the block anchored right after the accepted rows; "single" has but one, useless unless all were accepted
-        block = plan.first_block + accepted if drafts == "branches" else plan.first_block
-        noisy_logits = noisy_logits.reshape(-1, size, noisy_logits.shape[-1])
-        draft = _draft(batch, noisy_logits[block], batch.cache.length)
-        for row, (count, *tokens) in enumerate(torch.cat([accepted[:, None], target], dim=1).tolist()):
-            request = batch.requests[row]
-            request.forwards += 1
-            request.count(count)
-            request.emit(tokens[: count + 1])
-            drafted[row] = drafts == "branches" or count + 1 == counts[row]
-
-
-def _draft(batch: RequestBatch, logits: Tensor, anchor: Tensor) -> Tensor:
-    """Choose the drafts of one block per request. logits [requests, size, V], anchor [requests] -> [requests, size]."""
-    rows, size, vocab = logits.shape
-    requests = torch.arange(rows, device=batch.device).repeat_interleave(size)
-    positions = anchor[:, None] + torch.arange(1, size + 1, device=batch.device)
-    token, _ = batch.choose(logits.reshape(rows * size, vocab), requests, positions.reshape(-1))
-    return token.reshape(rows, size).clamp_min(0)  # what cannot be chosen is a draft like any other: to be rejected
+        request.count(accepted)
+        request.emit(tokens[: accepted + 1])

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from ..batch import RequestBatch, prefill
+from ..plan import StepShape
+from ..request import Request
+from ..rows import Rows
+from ..stepper import BlockSpec
 
 
-def decode_causal(batch: RequestBatch, chunk: int) -> None:
-    """Run every request of the batch to its end."""
-    logits, _ = prefill(batch, chunk)
-    while True:
-        requests = torch.arange(len(batch.requests), device=batch.device)
-        token, _ = batch.choose(logits, requests, batch.cache.length)
-        for request, new in zip(batch.requests, token.tolist(), strict=True):
-            request.emit([new])
-        stay = batch.retire()
-        if not batch.requests:
-            return
-        if stay is not None:
-            token = token[stay]
-        plan = batch.plan([1] * len(batch.requests))
-        logits, _ = batch.forward(plan, token[:, None], batch.masked(plan))
-        batch.cache.accept(plan.counts)
-        for request in batch.requests:
-            request.forwards += 1
+class CausalMode:
+    """State: token [rows], emitted and not yet in the cache."""
+
+    blocks: BlockSpec | None = None
+
+    def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
+        token, _ = rows.choose(clean, rows.ahead(1))
+        rows.state["token"] = token[:, 0].clamp_min(0)
+        return token
+
+    def shape(self, rows: Rows) -> StepShape:
+        return StepShape(len(rows.requests), clean=1, heads=1)
+
+    def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor]:
+        token = rows.state["token"]
+        return token[:, None], token.new_empty(shape.rows, 0)
+
+    def read(self, rows: Rows, shape: StepShape, clean: Tensor, noisy: Tensor) -> Tensor:
+        rows.accept(torch.ones_like(rows.cache.length))
+        return self.start(rows, clean, noisy)
+
+    def report(self, request: Request, values: list[int]) -> None:
+        request.emit(values)

@@ -10,86 +10,94 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..batch import RequestBatch, prefill
+from ..plan import StepShape
+from ..request import Request
+from ..rows import Rows
 from ..sampling import UNCHOSEN
+from ..stepper import BlockSpec
 
 
-def decode_diffusion_trust(batch: RequestBatch, chunk: int, threshold: float, steps: int) -> None:
-    """Run every request of the batch to its end.
+class DiffusionTrustMode:
+    """State: block [rows, size] (the mask token where masked), masked [rows, size] bool, steps [rows] done in this
+    block, first and confidence [rows] of its first position.
 
     threshold = confidence at which a position is committed, steps = denoising steps per block (the last commits all).
-    Requests may be at different stages of their blocks; one forward serves all.
+    Rows may be at different stages of their blocks; one forward serves all. `Request.ready`: its block is full.
     """
-    assert batch.blocks is not None
-    size, mask = batch.blocks.size, batch.blocks.mask_token_id
-    rows = len(batch.requests)
-    clean_logits, noisy_logits = prefill(batch, chunk)
-    block = torch.full((rows, size), mask, dtype=torch.int64, device=batch.device)
-    masked = torch.ones(rows, size, dtype=torch.bool, device=batch.device)
-    step = torch.zeros(rows, dtype=torch.int64, device=batch.device)
-    first, first_confidence = batch.choose(clean_logits, torch.arange(rows, device=batch.device), batch.cache.length)
-    while True:
-        token, confidence = _candidates(batch, noisy_logits, first, first_confidence)
-        commit = _commit(masked, confidence, threshold) | (masked & (step + 1 >= steps)[:, None])
-        block = torch.where(commit, token, block)
-        masked = masked & ~commit
-        step = step + 1
-        full = _report(batch, block.masked_fill(masked, -1), commit)
 
-        stay = batch.retire()
-        if not batch.requests:
-            return
-        if stay is not None:
-            block, masked, step = block[stay], masked[stay], step[stay]
-            first, first_confidence = first[stay], first_confidence[stay]
-            full = [full[row] for row in stay.tolist()]
-        counts = [size if done else 0 for done in full]
-        plan = batch.plan(counts, [[count] for count in counts], [int(done) for done in full])
-        clean = block[:, : plan.clean_length]
-        done = plan.counts > 0
-        block = torch.where(done[:, None], mask, block)
-        masked = masked | done[:, None]
-        step = torch.where(done, 0, step)
-        clean_logits, noisy_logits = batch.forward(plan, clean, block)
-        batch.cache.accept(plan.counts)
-        noisy_logits = noisy_logits.reshape(len(batch.requests), size - 1, noisy_logits.shape[-1])
-        if any(full):
-            anchor = batch.cache.length[plan.clean_request]
-            token, confidence = batch.choose(clean_logits, plan.clean_request, anchor)
-            first = first.index_copy(0, plan.clean_request, token)
-            first_confidence = first_confidence.index_copy(0, plan.clean_request, confidence)
-        for request in batch.requests:
-            request.forwards += 1
+    def __init__(self, blocks: BlockSpec, threshold: float, steps: int) -> None:
+        self.blocks = blocks
+        self.threshold = threshold
+        self.steps = steps
 
+    def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
+        count, size = len(rows.requests), self.blocks.size
+        first, confidence = rows.choose(clean, rows.ahead(1))
+        rows.state = {
+            "block": torch.full((count, size), self.blocks.mask_token_id, device=rows.device),
+            "masked": torch.ones(count, size, dtype=torch.bool, device=rows.device),
+            "steps": torch.zeros(count, dtype=torch.int64, device=rows.device),
+            "first": first[:, 0],
+            "confidence": confidence[:, 0],
+        }
+        return self._denoise(rows, noisy[:, 0])
 
-def _candidates(batch: RequestBatch, logits: Tensor, first: Tensor, first_confidence: Tensor) -> tuple[Tensor, Tensor]:
-    """Token and confidence for every position of the block. logits [requests, size - 1, V] -> [requests, size] each."""
-    rows, others, vocab = logits.shape
-    requests = torch.arange(rows, device=batch.device).repeat_interleave(others)
-    positions = batch.cache.length[:, None] + torch.arange(1, others + 1, device=batch.device)
-    token, confidence = batch.choose(logits.reshape(rows * others, vocab), requests, positions.reshape(-1))
-    token, confidence = token.reshape(rows, others), confidence.reshape(rows, others)
-    return torch.cat([first[:, None], token], dim=1), torch.cat([first_confidence[:, None], confidence], dim=1)
+    def shape(self, rows: Rows) -> StepShape:
+        size, full = self.blocks.size, any(request.ready for request in rows.requests)
+        return StepShape(
+            len(rows.requests), size if full else 0, int(full), 1, size, self.blocks.heads, self.blocks.readout
+        )
 
+    def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor]:
+        block, full = rows.state["block"], self._full(rows)
+        clean = block.where(full[:, None], 0)[:, : shape.clean]  # of a block that is not full nothing is committed
+        ids = torch.cat([clean, block.masked_fill(full[:, None], self.blocks.mask_token_id)], dim=1)
+        return ids, (full * shape.clean)[:, None]
 
-def _commit(masked: Tensor, confidence: Tensor, threshold: float) -> Tensor:
-    """Masked positions that reach the threshold, and the most confident one (ties: the lowest): [requests, size]."""
-    best = confidence.masked_fill(~masked, -1.0).argmax(dim=1, keepdim=True)
-    chosen = (confidence >= threshold).scatter(1, best, True)
-    return masked & chosen
+    def read(self, rows: Rows, shape: StepShape, clean: Tensor, noisy: Tensor) -> Tensor:
+        state, full = rows.state, self._full(rows)
+        rows.accept(full * shape.clean)
+        state["block"] = state["block"].masked_fill(full[:, None], self.blocks.mask_token_id)
+        state["masked"] = state["masked"] | full[:, None]
+        state["steps"] = state["steps"].masked_fill(full, 0)
+        if shape.heads:
+            first, confidence = rows.choose(clean, rows.ahead(1))
+            state["first"] = torch.where(full, first[:, 0], state["first"])
+            state["confidence"] = torch.where(full, confidence[:, 0], state["confidence"])
+        return self._denoise(rows, noisy[:, 0])
 
+    def _full(self, rows: Rows) -> Tensor:
+        """[rows] bool: blocks that the next step commits."""
+        return ~rows.state["masked"].any(dim=1)
 
-def _report(batch: RequestBatch, block: Tensor, commit: Tensor) -> list[bool]:
-    """Emit what became final, the tokens before the first masked position (-1). Returns whose block is full."""
-    full = []
-    values = torch.cat([commit.sum(dim=1, keepdim=True), block], dim=1).tolist()
-    for request, (count, *tokens) in zip(batch.requests, values, strict=True):
-        size = len(tokens)
+    def _denoise(self, rows: Rows, logits: Tensor) -> Tensor:
+        """Commit positions of the blocks. logits [rows, size - 1, V]. Returns their numbers, and the blocks with -1
+        where they are masked."""
+        state, count = rows.state, logits.shape[1]
+        token, confidence = rows.choose(logits, rows.ahead(count) + 1) if count else (None, None)
+        if token is None or confidence is None:
+            token, confidence = state["first"][:, None], state["confidence"][:, None]
+        else:
+            token = torch.cat([state["first"][:, None], token], dim=1)
+            confidence = torch.cat([state["confidence"][:, None], confidence], dim=1)
+        masked = state["masked"]
+        # those that reach the threshold, and the most confident one (ties: the lowest); the last step takes all
+        best = confidence.masked_fill(~masked, -1.0).argmax(dim=1, keepdim=True)
+        chosen = (confidence >= self.threshold).scatter(1, best, True)
+        commit = masked & (chosen | (state["steps"] + 1 >= self.steps)[:, None])
+        block = torch.where(commit, token, state["block"])
+        state["masked"] = masked & ~commit
+        state["steps"] = state["steps"] + 1
+        state["block"] = block.clamp_min(0)
+        return torch.cat([commit.sum(dim=1, keepdim=True), block.masked_fill(state["masked"], -1)], dim=1)
+
+    def report(self, request: Request, values: list[int]) -> None:
+        """Emit what became final: the tokens before the first masked position."""
+        count, *tokens = values
         if UNCHOSEN in tokens:  # also behind a masked position: it would be the input of the next step
             request.check(UNCHOSEN)
-        final = tokens.index(-1) if -1 in tokens else size
+        final = tokens.index(-1) if -1 in tokens else len(tokens)
         request.count(count)
+        request.ready = final == len(tokens)
         # earlier blocks are emitted in full, so the rest of the new tokens belong to this block
-        request.emit(tokens[len(request.tokens) % size : final])
-        full.append(final == size)
-    return full
+        request.emit(tokens[len(request.tokens) % len(tokens) : final])

@@ -1,0 +1,152 @@
+"""Requests that decode together: their cache, their sampling parameters, what their mode keeps, and a step of them.
+
+The number of rows changes between steps only: requests that ended leave (`retire`), requests that were prefilled
+elsewhere come in (`join`). What a row computes depends on no other row and on no place in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flarec.base.generation import GenerationOptions
+
+from .cache import Cache
+from .plan import DecodeProgram, StepPlan, StepShape
+from .request import Request
+from .sampling import SamplingRows, choose
+from .stepper import BlockSpec, Stepper
+
+
+class Mode(Protocol):
+    """A way to decode. It says what a step is and reads its logits; who runs it, and with whom, is not its business.
+
+    `start`, `inputs` and `read` compute with tensors alone, on the device, and keep what they need in `Rows.state`.
+    `shape` and `report` are on the host, which knows the requests. blocks: None for steps without noisy blocks.
+    """
+
+    @property
+    def blocks(self) -> BlockSpec | None: ...
+
+    def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
+        """After the prompts. clean [rows, 1, V] logits of their last rows, noisy [rows, 1, heads, V] of the block
+        behind each (no block: [rows, 0, 0, V]). Returns what `report` is given [rows, n] int64."""
+        ...
+
+    def shape(self, rows: Rows) -> StepShape:
+        """The next step's shape."""
+        ...
+
+    def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor]:
+        """Its ids [rows, T] int64, and the anchors of its blocks minus the cached tokens [rows, blocks] int64."""
+        ...
+
+    def read(self, rows: Rows, shape: StepShape, clean: Tensor, noisy: Tensor) -> Tensor:
+        """After it: accept clean rows (`Rows.accept`) and choose. clean [rows, heads, V], noisy [rows, blocks,
+        block_heads, V] logits. Returns what `report` is given [rows, n] int64."""
+        ...
+
+    def report(self, request: Request, values: list[int]) -> None:
+        """What `start` or `read` returned for this request."""
+        ...
+
+
+class Rows(Stepper):
+    """Requests in one mode. Row b of every tensor belongs to `requests[b]`.
+
+    state     what the mode keeps, by name: tensors with a row per request
+    sampling  parameters of each row
+    suppress  [n] int64 ids that are never chosen
+    plans     shared between the rows of a scheduler
+    """
+
+    def __init__(
+        self,
+        program: DecodeProgram,
+        mode: Mode,
+        requests: Sequence[Request],
+        options: Sequence[GenerationOptions],
+        suppress: Tensor,
+        plans: dict[StepShape, StepPlan] | None = None,
+    ) -> None:
+        self.requests = list(requests)
+        cache = Cache.allocate(program.cache_slots, len(requests), self.longest() + 1, program.device)
+        super().__init__(program, cache, mode.blocks)
+        self.mode = mode
+        self.sampling = SamplingRows.build(options, self.device)
+        self.suppress = suppress
+        self.state: dict[str, Tensor] = {}
+        self.plans = plans if plans is not None else {}
+
+    def longest(self) -> int:
+        return max(request.length for request in self.requests)
+
+    def choose(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """A token and its probability for logits [rows, n, V] and positions [rows, n]: [rows, n] each."""
+        rows, n, vocab = logits.shape
+        sampling = self.sampling
+        if n != 1:
+            sampling = sampling.take(torch.arange(rows, device=self.device).repeat_interleave(n))
+        token, probability = choose(logits.reshape(rows * n, vocab), sampling, positions.reshape(-1), self.suppress)
+        return token.view(rows, n), probability.view(rows, n)
+
+    def ahead(self, count: int) -> Tensor:
+        """[rows, count] int64: the positions of the next `count` tokens behind what is cached."""
+        return self.cache.length[:, None] + torch.arange(count, device=self.device)
+
+    def accept(self, rows: Tensor) -> None:
+        """Keep the first `rows[b]` clean rows of the step that just ran."""
+        self.cache.accept(rows)
+
+    def start(self, clean: Tensor, noisy: Tensor) -> None:
+        """The prompts are read: see `Mode.start`."""
+        self._report(self.mode.start(self, clean, noisy))
+
+    def step(self) -> None:
+        """One forward of every request, and what follows from it."""
+        shape = self.mode.shape(self)
+        self.cache.reserve(self.longest() + shape.clean)
+        self._report(self.compute(shape))
+
+    def compute(self, shape: StepShape) -> Tensor:
+        """The part of a step that is a function of tensors; returns what `Mode.report` is given [rows, n] int64."""
+        plan = self.plans.get(shape)
+        if plan is None:
+            plan = self.plans[shape] = StepPlan(shape, self.device)
+        ids, anchors = self.mode.inputs(self, shape)
+        layout = plan.layout(self.cache.length, anchors)
+        clean, noisy = plan.split(self.program.step(ids, layout, plan.head_rows, self.cache))
+        return self.mode.read(self, shape, clean, noisy)
+
+    def _report(self, values: Tensor) -> None:
+        """One wait for the device. A request whose report fails ends; the others go on."""
+        for request, row in zip(self.requests, values.tolist(), strict=True):
+            if request.finished:
+                continue
+            request.forwards += 1
+            try:
+                self.mode.report(request, row)
+            except Exception as error:
+                request.fail(error)
+
+    def retire(self) -> list[Request]:
+        """Let finished requests go; returns them."""
+        stay = [row for row, request in enumerate(self.requests) if not request.finished]
+        gone = [request for request in self.requests if request.finished]
+        if gone:
+            rows = torch.tensor(stay, dtype=torch.int64, device=self.device)
+            self.requests = [self.requests[row] for row in stay]
+            self.cache.select(rows, self.longest() + 1 if stay else None)
+            self.sampling = self.sampling.take(rows)
+            self.state = {name: tensor.index_select(0, rows) for name, tensor in self.state.items()}
+        return gone
+
+    def join(self, other: Rows) -> None:
+        """Take over the requests of `other`, in the same mode and as far as at least one step."""
+        self.requests += other.requests
+        self.cache.join(other.cache)
+        self.sampling = self.sampling.join(other.sampling)
+        self.state = {name: torch.cat([tensor, other.state[name]]) for name, tensor in self.state.items()}

@@ -1,0 +1,132 @@
+"""Continuous batching: requests wait, are prefilled in chunks beside those that run, join them, and leave.
+
+Requests in one mode with the same settings share a lane; lanes take turns. Which requests meet in a forward changes
+their speed and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+
+from .plan import DecodeProgram, StepPlan, StepShape
+from .prefill import Prefill
+from .request import Request
+from .rows import Mode, Rows
+
+PREFILL_ROWS = 8192
+"""Clean rows of one prefill forward, all requests together: bounds its memory."""
+CANCELLED = "cancelled"
+
+
+class Lane:
+    """The requests that step together, those whose prompts are being read, and those that wait."""
+
+    def __init__(self, program: DecodeProgram, mode: Mode, suppress: Sequence[int], slots: int, chunk: int) -> None:
+        self.program = program
+        self.mode = mode
+        self.suppress = torch.tensor(list(suppress), dtype=torch.int64, device=program.device)
+        self.slots = slots
+        self.chunk = chunk
+        self.waiting: deque[Request] = deque()
+        self.reading: Prefill | None = None
+        self.running: Rows | None = None
+        self._plans: dict[StepShape, StepPlan] = {}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.reading or self.running)
+
+    @torch.no_grad()
+    def step(self) -> list[Request]:
+        """One forward of the running requests, and one of a prefill (all of it if none run). Returns who ended."""
+        ended: list[Request] = []
+        self.running = self._left(self.running, ended)  # who was cancelled
+        fresh = self._admitted(ended)
+        if self.running is None:
+            self.running, fresh = fresh, None
+        for rows in (self.running, fresh):
+            if rows is not None:
+                rows.step()
+        self.running, fresh = self._left(self.running, ended), self._left(fresh, ended)
+        if self.running is None:
+            self.running = fresh
+        elif fresh is not None:
+            self.running.join(fresh)
+        return ended
+
+    def _admitted(self, ended: list[Request]) -> Rows | None:
+        """Requests whose prompts have just been read, if there are any."""
+        if self.reading is None:
+            group = self._group(self.slots - (len(self.running.requests) if self.running else 0))
+            if not group:
+                return None
+            options = [request.options for request in group]
+            rows = Rows(self.program, self.mode, group, options, self.suppress, self._plans)
+            self.reading = Prefill(rows, self.chunk)
+        if all(request.finished for request in self.reading.rows.requests):
+            self.reading = None
+            return None
+        while not (done := self.reading.advance()) and self.running is None:
+            pass
+        if not done:
+            return None
+        rows, self.reading = self.reading.rows, None
+        return self._left(rows, ended)
+
+    def _group(self, free: int) -> list[Request]:
+        """Who is read next: the one that waits longest, and others whose prompts take as many forwards."""
+        while self.waiting and self.waiting[0].finished:
+            self.waiting.popleft()
+        if not self.waiting or free < 1:
+            return []
+        chunks = Prefill.chunks(len(self.waiting[0].prompt), self.chunk)
+        widest = min(self.chunk, max(len(request.prompt) for request in self.waiting))
+        most = min(free, max(1, PREFILL_ROWS // widest))
+        group: list[Request] = []
+        rest: deque[Request] = deque()
+        for request in self.waiting:
+            same = Prefill.chunks(len(request.prompt), self.chunk) == chunks
+            (group if same and len(group) < most and not request.finished else rest).append(request)
+        self.waiting = rest
+        return group
+
+    @staticmethod
+    def _left(rows: Rows | None, ended: list[Request]) -> Rows | None:
+        """The rows without those that have ended; None if nobody is left."""
+        if rows is None:
+            return None
+        gone = [request for request in rows.requests if request.finished]
+        ended += [request for request in gone if request.stop_reason != CANCELLED]
+        if len(gone) == len(rows.requests):
+            return None
+        rows.retire()
+        return rows
+
+
+class Scheduler:
+    """Lanes by what their requests have in common. `lane` makes one; `slots` requests run in each at most."""
+
+    def __init__(self, lane: Callable[[Request], Lane], key: Callable[[Request], Hashable]) -> None:
+        self._lane = lane
+        self._key = key
+        self._lanes: dict[Hashable, Lane] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or runs."""
+        return any(lane.busy for lane in self._lanes.values())
+
+    def add(self, request: Request) -> None:
+        key = self._key(request)
+        if key not in self._lanes:
+            self._lanes[key] = self._lane(request)
+        self._lanes[key].waiting.append(request)
+
+    def step(self) -> list[Request]:
+        """One step of every lane. Returns the requests that ended by themselves."""
+        ended = [request for lane in list(self._lanes.values()) for request in lane.step()]
+        self._lanes = {key: lane for key, lane in self._lanes.items() if lane.busy}
+        return ended

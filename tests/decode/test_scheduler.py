@@ -1,0 +1,171 @@
+"""Requests that come and go: each gives what it gives alone, whoever its neighbours are."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from flarec.base.generation import GenerationOptions
+from flarec.decode.request import Request
+from flarec.errors import GenerationError
+from tests.decode.fake_model import FakeModel, FakeProgram
+from tests.decode.helpers import make_engine, random_options, random_prompts
+
+WAYS: list[dict[str, Any]] = [
+    {"mode": "causal"},
+    {"mode": "ar-trust", "drafts": "branches"},
+    {"mode": "ar-trust", "drafts": "single"},
+    {"mode": "diffusion-trust", "threshold": 0.5},
+]
+
+
+def told(request: Request) -> tuple[list[int], int, list[int], str]:
+    generation = request.generation()
+    return generation.token_ids, generation.forwards, generation.accepted, generation.stop_reason
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_output_equals_its_solo_run(seed: int) -> None:
+    """Random arrivals, modes, lengths, cancels, through few slots and prefills of several chunks."""
+    rng = random.Random(seed)
+    model = FakeModel(agreement=0.7, key=seed)
+    engine, _ = make_engine(model, 3, eos=[2])
+    engine.slots = 3
+    engine._serving = engine._scheduler(3, 4)
+    prompts = random_prompts(rng, model, 25, longest=14)
+    ways = [
+        replace(random_options(rng), max_new_tokens=rng.randint(1, 25), **rng.choice(WAYS[:3] if seed % 2 else WAYS))
+        for _ in prompts
+    ]
+    running: list[tuple[Request, int]] = []
+    cancelled, ended, waiting = set(), Counter[int](), list(range(len(prompts)))
+    while waiting or engine.busy:
+        for index in waiting[: rng.choice([0, 0, 1, 4])]:
+            running.append((engine.add(prompts[index], ways[index]), index))
+            waiting.remove(index)
+        alive = [pair for pair in running if not pair[0].finished]
+        if alive and rng.random() < 0.2:
+            request, index = rng.choice(alive)
+            engine.cancel(request)
+            cancelled.add(index)
+        ended.update(request.index for request in engine.step())
+    assert engine.step() == []
+    assert max(ended.values()) == 1 and len(ended) == len(prompts) - len(cancelled) and cancelled
+    for request, index in running:
+        alone = engine.generate([prompts[index]], ways[index])[0]
+        if index in cancelled:
+            assert request.generation().stop_reason == "cancelled"
+            assert request.tokens == alone.token_ids[: len(request.tokens)]
+        else:
+            assert told(request) == (alone.token_ids, alone.forwards, alone.accepted, alone.stop_reason)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_prompts_beside_running_requests(way: dict[str, Any]) -> None:
+    """A long prompt is read a chunk per step, and those that run go on meanwhile; then they share forwards."""
+    model = FakeModel(agreement=0.7)
+    engine, program = make_engine(model, 3)
+    engine._serving = engine._scheduler(4, 5)
+    first = engine.add([1, 2, 3], max_new_tokens=60, **way)
+    engine.step()
+    before = len(first.tokens)
+    second = engine.add([4] * 23, max_new_tokens=60, **way)
+    for _ in range(4):
+        program.calls.clear()
+        engine.step()
+        assert [len(call.clean) for call in program.calls] == [1, 1]  # a chunk, and the step
+        assert not second.tokens and len(first.tokens) > before - (way["mode"] == "diffusion-trust")
+        before = len(first.tokens)
+    engine.step()  # the last chunk: its first tokens, and its first step
+    program.calls.clear()
+    engine.step()
+    assert [len(call.clean) for call in program.calls] == [2]
+    assert second.forwards == 3
+
+
+def test_slots_bound_what_runs_and_the_longest_prompts_come_first() -> None:
+    model = FakeModel(agreement=0.7)
+    engine, program = make_engine(model, 3)
+    prompts = random_prompts(random.Random(3), model, 40, longest=30)
+    order: list[int] = []
+    together = engine.generate(
+        prompts, mode="ar-trust", max_new_tokens=12, batch=4, on_end=lambda index, generation: order.append(index)
+    )
+    assert max(len(call.clean) for call in program.calls) == 4
+    assert sorted(order) == list(range(40)) and order != sorted(order)
+    assert [item.token_ids for item in together] == [
+        engine.generate([prompt], mode="ar-trust", max_new_tokens=12)[0].token_ids for prompt in prompts
+    ]
+    early, late = order[:10], order[-10:]
+    assert sum(len(prompts[index]) for index in early) > sum(len(prompts[index]) for index in late)
+
+
+def test_a_prefill_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flarec.decode.scheduler.PREFILL_ROWS", 24)
+    engine, program = make_engine(FakeModel(), 3)
+    engine.generate([[1] * 8 for _ in range(10)] + [[1] * 40], max_new_tokens=3, prefill_chunk=10)
+    assert max(sum(len(row) for row in call.clean) for call in program.calls) <= 24
+
+
+def test_caches_shrink_with_the_requests() -> None:
+    """What is kept belongs to those that run."""
+    engine, _ = make_engine(FakeModel(agreement=0.7), 3)
+    lanes = engine._serving._lanes
+    long = engine.add([1] * 900, mode="ar-trust", max_new_tokens=2)
+    short = engine.add([1, 2], mode="ar-trust", max_new_tokens=90)
+    while not long.finished:
+        engine.step()
+    engine.step()
+    (lane,) = lanes.values() if lanes else engine._serving._lanes.values()
+    assert lane.running is not None and lane.running.cache.batch == 1 and lane.running.cache.capacity < 512
+    while engine.busy:
+        engine.step()
+    assert not engine._serving._lanes and short.finished
+
+
+def test_a_request_that_fails_leaves_the_others_alone() -> None:
+    model = FakeModel(agreement=0.9)
+    engine, program = make_engine(model, 3)
+    step = FakeProgram.step
+
+    def wrong(ids: torch.Tensor, layout: Any, rows: torch.Tensor, cache: Any) -> torch.Tensor:
+        logits = step(program, ids, layout, rows, cache)
+        if len(program.calls) == 4:
+            logits[rows // layout.length == 0, 2] = torch.nan
+        return logits
+
+    def fails(tokens: Sequence[int]) -> int | None:
+        raise RuntimeError("mine")
+
+    program.step = wrong  # type: ignore[method-assign, assignment]
+    requests = [engine.add([1, 2, 3], mode="ar-trust", max_new_tokens=40) for _ in range(2)]
+    requests.append(engine.add([5], mode="ar-trust", max_new_tokens=20, stop_check=fails))
+    seen: list[Request] = []
+    while engine.busy:
+        seen += engine.step()
+    assert set(seen) == set(requests)
+    with pytest.raises(GenerationError, match="logits of prompt 0 are not finite"):
+        requests[0].generation()
+    with pytest.raises(RuntimeError, match="mine"):
+        requests[2].generation()
+    alone = make_engine(model, 3)[0].generate([[1, 2, 3]], GenerationOptions(max_new_tokens=40))[0]
+    assert requests[1].generation().token_ids == alone.token_ids
+
+
+def test_refused_when_added() -> None:
+    engine, _ = make_engine(FakeModel(), 3)
+    with pytest.raises(GenerationError, match="empty"):
+        engine.add([])
+    with pytest.raises(GenerationError, match="outside the vocabulary"):
+        engine.add([99])
+    with pytest.raises(GenerationError, match="unknown mode"):
+        engine.add([1], mode="fast")
+    with pytest.raises(GenerationError, match="batch is 0"):
+        engine.generate([[1]], batch=0)
+    assert not engine.busy
