@@ -1,4 +1,4 @@
-"""The cache of a batch of requests, with the deferred commit of docs/kernels.md ("Decode with the same equations").
+"""The cache of a batch of requests, with the deferred commit of docs/kernels.md ("Decoding with the same equations").
 
 A step never stores a state per candidate row. It leaves its clean rows *pending*; the next step first commits the first
 `accepted[b]` of them, then works. So a rejected draft costs nothing to undo: keys and values beyond `length` are dead
