@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from ..base.fields import option_name
 from ..train.arguments import Arguments
-from .options import field_options
+from .options import field_options, resume_command
 
 ELSEWHERE = {"source", "debug"}
 """Fields that are no options of this command: its argument, and what every command has."""
@@ -26,6 +24,7 @@ OPTIONS = [item for item in fields(Arguments) if item.name not in ELSEWHERE]
 def command(ctx: click.Context, /, dry_run: bool, **arguments: Any) -> None:
     """Train SOURCE, a hybrid-attention causal language model (directory or hub id), into a dual-mode checkpoint."""
     # imported here so that `flarec convert --help` stays quick
+    from ..train.answers.step import AnswersInterrupted
     from ..train.convert import Interrupted, run
     from ..train.options import Options
     from ..train.plan import plan
@@ -40,20 +39,11 @@ def command(ctx: click.Context, /, dry_run: bool, **arguments: Any) -> None:
     try:
         run(options, reporter)
     except Interrupted as stop:
-        click.echo(f"Interrupted: step {stop.step} is saved. Continue with\n  {resume_command(options)}", err=True)
-        sys.exit(stop.exit_code)
+        _interrupted(f"step {stop.step} is saved", options, stop.exit_code)
+    except AnswersInterrupted as stop:
+        _interrupted(f"{stop.done} of {stop.total} answers are kept", options, stop.exit_code)
 
 
-def resume_command(arguments: Arguments) -> str:
-    """The command line that continues a run which was started with these arguments."""
-    words = ["flarec", "convert", arguments.source]
-    for item in OPTIONS:
-        value = True if item.name == "resume" else getattr(arguments, item.name)
-        if value == item.default:
-            continue
-        if isinstance(value, bool):
-            words.append(option_name(item))
-        else:
-            for part in value if isinstance(value, tuple) else (value,):
-                words += [option_name(item), str(part)]
-    return shlex.join(words)
+def _interrupted(kept: str, options: Arguments, code: int) -> NoReturn:
+    click.echo(f"Interrupted: {kept}. Continue with\n  {resume_command('convert', options, OPTIONS)}", err=True)
+    sys.exit(code)

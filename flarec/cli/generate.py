@@ -12,6 +12,7 @@ import click
 
 from flarec.base.generation import GenerationOptions
 from flarec.base.interrupts import Interrupts
+from flarec.base.prompts import read_prompts
 from flarec.errors import DataError, UsageError
 
 from .loading import open_model
@@ -19,8 +20,6 @@ from .options import foreign_options, generation_options, plugin_options, runtim
 
 if TYPE_CHECKING:
     from flarec.api import Output
-
-JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
 @click.command("generate")
@@ -82,7 +81,7 @@ def _prompts(prompt: str | None, file: Path | None) -> list[Any]:
     if (prompt is None) == (file is None):
         raise UsageError("give one PROMPT (- reads it from stdin) or --prompts FILE")
     if file is not None:
-        return list(_read_prompts(file))
+        return [prompt for _, prompt in read_prompts(file)]
     if prompt != "-":
         return [prompt]
     try:
@@ -90,36 +89,6 @@ def _prompts(prompt: str | None, file: Path | None) -> list[Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"stdin is not UTF-8 text ({error}); convert it") from None
     return [text.removesuffix("\n")]  # the newline with which shells end a line is not meant
-
-
-def _read_prompts(file: Path) -> Iterator[Any]:
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise DataError(f"--prompts {file}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"--prompts {file}: not UTF-8 text ({error}); convert it") from None
-    records = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()]
-    if not records:
-        raise DataError(f"--prompts {file}: no prompts; write one per line")
-    for number, line in records:
-        yield _parse(line, f"--prompts {file}, line {number}") if file.suffix in JSONL_SUFFIXES else line
-
-
-def _parse(line: str, where: str) -> Any:
-    """The prompt of a JSONL record: text, or messages up to the turn that the model writes."""
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error})") from None
-    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
-        return record["prompt"]
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages):
-        rest = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        if rest:
-            return rest
-    raise DataError(f'{where}: no "prompt" text and no "messages" list; give one of them')
 
 
 def _stats(outputs: list[Output], kernels: str) -> Iterator[str]:

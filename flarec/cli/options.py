@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import Field, fields
+import shlex
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, fields
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -38,14 +39,27 @@ def _option(item: Field[Any], hint: Any) -> Callable[[Callable[..., Any]], Calla
     if NoneType in get_args(hint):
         hint = next(kind for kind in get_args(hint) if kind is not NoneType)
     kind: Any = click.Choice(get_args(hint)) if get_origin(hint) is Literal else hint
+    kind = click.Path(path_type=Path) if kind is Path else kind
+    if item.default is MISSING:
+        return click.option(option_name(item), item.name, type=kind, required=True, **shown)
     return click.option(
-        option_name(item),
-        item.name,
-        type=click.Path(path_type=Path) if kind is Path else kind,
-        default=item.default,
-        show_default=item.default is not None,
-        **shown,
+        option_name(item), item.name, type=kind, default=item.default, show_default=item.default is not None, **shown
     )
+
+
+def resume_command(name: str, arguments: Any, options: Iterable[Field[Any]]) -> str:
+    """The command line that continues a run which was started with these arguments; they have the field `resume`."""
+    words = ["flarec", name, arguments.source]
+    for item in options:
+        value = True if item.name == "resume" else getattr(arguments, item.name)
+        if value == item.default:
+            continue
+        if isinstance(value, bool):
+            words.append(option_name(item))
+        else:
+            for part in value if isinstance(value, tuple) else (value,):
+                words += [option_name(item), str(part)]
+    return shlex.join(words)
 
 
 def kernels_option(default: str) -> Callable[..., Any]:

@@ -12,7 +12,11 @@ from types import NoneType
 from typing import Any, TypedDict, get_args
 
 from ..base.fields import LARGEST, TEXTS, allowed_values, field_types, is_number, key, plain, shown
+from ..base.generation import HOTTEST
 from ..errors import UsageError
+
+ANSWER_TOKENS = 512
+"""New tokens of an answer of the source, at most."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Arguments:
 
     source: str = key(MISSING, "A model directory or hub id.")
     data: TEXTS = key(
-        MISSING, "Training data: a JSONL or Parquet file or a datasets directory with messages, prompt and response, "
+        (), "Training data: a JSONL or Parquet file or a datasets directory with messages, prompt and response, "
         "or text. Repeat to mix several by weight.", metavar="PATH[:WEIGHT]",
     )  # fmt: skip
     recipe: str = key("flare", "A built-in recipe or a TOML file.", metavar="NAME|FILE")
@@ -60,11 +64,22 @@ class Arguments:
         (), "Add a plugin's pass at the latest place that its requirements allow; NAME(...)@after:OTHER pins it. "
         "Repeat for more. `flarec passes` lists them.", metavar="'NAME(OPTION=VALUE)'", option="--pass",
     )  # fmt: skip
+    prompts: Path | None = key(
+        None, "Let SOURCE answer these prompts first and train on the answers, kept beside DIR (see `flarec answers`).",
+        metavar="FILE",
+    )  # fmt: skip
+    chat: bool = key(False, "With --prompts: put each prompt into the chat template.")
+    samples: int = key(1, "With --prompts: answers per prompt.", low=1, high=LARGEST, metavar="N")
+    temperature: float = key(0.0, "With --prompts: of the answers; 0 is greedy.", low=0, high=HOTTEST, metavar="T")
+    answer_tokens: int = key(
+        ANSWER_TOKENS, "With --prompts: an answer without an end within so many tokens is dropped.",
+        low=1, high=LARGEST, metavar="N",
+    )  # fmt: skip
     debug: bool = key(False, "Check every property again after every pass.")
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value = _read(item.name, getattr(self, item.name), field_types(Arguments)[item.name], item.metadata)
+            value = read_value(item.name, getattr(self, item.name), field_types(Arguments)[item.name], item.metadata)
             object.__setattr__(self, item.name, value)
 
 
@@ -86,28 +101,33 @@ class ConversionKeywords(TypedDict, total=False):
     max_shard_size: str
     plugins: str | Path | Sequence[str | Path]
     passes: str | Sequence[str]
+    prompts: str | Path | None
+    chat: bool
+    samples: int
+    temperature: float
+    answer_tokens: int
     debug: bool
 
 
-def _read(name: str, value: Any, hint: Any, metadata: Any) -> Any:
-    """A value of a caller as the field's type."""
+def read_value(name: str, value: Any, hint: Any, metadata: Any) -> Any:
+    """A value of a caller as the field's type. Raises `UsageError` with the field, its value and what it takes."""
     if hint == TEXTS:
         items = [value] if isinstance(value, (str, Path)) or not isinstance(value, Iterable) else list(value)
         return tuple(_text(name, item) for item in items)
-    if hint is str:
-        return _text(name, value)
     if value is None and NoneType in get_args(hint):
         return None
-    if Path in get_args(hint):
+    if hint is str or str in get_args(hint):
+        return _text(name, value)
+    if hint is Path or Path in get_args(hint):
         return Path(_text(name, value))
     if hint is bool:
         if not isinstance(value, bool):
             raise UsageError(f"{name} is {shown(value)}; give True or False")
         return value
-    number = plain(value)
-    if not is_number(number, int, metadata):
-        raise UsageError(f"{name} is {shown(value)}; give {allowed_values(int, metadata)}")
-    return int(number)
+    kind, number = (float if hint is float else int), plain(value)
+    if not is_number(number, kind, metadata):
+        raise UsageError(f"{name} is {shown(value)}; give {allowed_values(kind, metadata)}")
+    return kind(number)
 
 
 def _text(name: str, value: Any) -> str:

@@ -25,6 +25,7 @@ from ..checkpoint.manifest import RUN_KEY, DecodeDefaults, Manifest
 from ..checkpoint.weights import stored_dtypes
 from ..checkpoint.write import clear_left_overs, versions, write_checkpoint
 from ..errors import CheckpointError, TrainingError, UsageError
+from .answers.step import with_answers
 from .arguments import Arguments, ConversionKeywords
 from .loop import Step
 from .metrics import MetricsLog
@@ -56,7 +57,7 @@ class Interrupted(KeyboardInterrupt):
 @shows_fields(Arguments)
 def convert(
     source: str | Path,
-    data: str | Path | Sequence[str | Path],
+    data: str | Path | Sequence[str | Path] = (),
     *,
     reporter: Reporter | None = None,
     **keywords: Unpack[ConversionKeywords],
@@ -73,6 +74,7 @@ def convert(
 
 def run(options: Options, reporter: Reporter) -> Path:
     """As `convert`."""
+    options = with_answers(options, reporter)
     prepared = prepare(options, reporter)
     for source in prepared.sources:
         reporter.note(str(source.stats))

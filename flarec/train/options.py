@@ -52,6 +52,7 @@ class Options(Arguments):
         out, state = self.output, self.state_directory
         data = [parse_source(text).path for text in [*self.data, *self.eval_data]]
         inputs = [Path(self.source), source, *data, *recipe_files(self.recipe), *map(Path, self.plugins)]
+        inputs += [self.prompts] if self.prompts else []
         check_apart([out, state.path], inputs)
         # what a killed run left is removed or finished once the lock is taken; a run to be resumed may be complete
         later = not locked and (bool(check_free(out)) or (self.resume and is_own(out)))

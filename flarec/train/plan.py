@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from .answers.step import with_answers
 from .objective.batch import build_batches
 from .objective.noise import step_generator
 from .options import Options
@@ -69,7 +70,7 @@ class Plan:
 
 def plan(options: Options, reporter: Reporter) -> Plan:
     """Prepare the run, measure one step in memory and return what was found."""
-    run = prepare(options, reporter)
+    run = prepare(with_answers(options, reporter, write=False), reporter)
     recipe, trainer = run.recipe, run.trainer
     reporter.note("measuring one step")
     position = trainer.rows.state_dict()

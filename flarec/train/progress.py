@@ -38,6 +38,9 @@ class Reporter:
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         """A held-out evaluation."""
 
+    def answers(self, done: int, total: int, text: str) -> None:
+        """`done` of `total` answers of the source are written."""
+
     def end(self) -> None:
         """Training is over, for whatever reason."""
 
@@ -91,6 +94,15 @@ class ConsoleReporter(Reporter):
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         self.note(f"held-out at step {step}: {describe_evaluation(values)}")
+
+    def answers(self, done: int, total: int, text: str) -> None:
+        if self._progress is None and self.console.is_terminal:
+            self.begin(done, total)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, text=text)
+        elif time.monotonic() - self._last >= PLAIN_SECONDS or done == total:
+            self._last = time.monotonic()
+            self.note(f"answer {done:,} of {total:,}: {text}")
 
     def end(self) -> None:
         if self._progress is not None:

@@ -120,7 +120,7 @@ class StateDirectory:
         """Raise `CheckpointError` naming what differs from the run that made this directory."""
         self.check_own(whole=False)
         stored = self._identity(self._table()) or {}
-        changed = _differences(stored, json.loads(json.dumps(identity)))
+        changed = differences(stored, json.loads(json.dumps(identity)))
         if changed:
             raise CheckpointError(
                 f"{self.path} belongs to another run: {'; '.join(changed[:3])}"
@@ -262,12 +262,13 @@ def _step_of(name: str) -> int:
     return int(name.removeprefix("state-"))
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two nested tables, in words."""
     found: list[str] = []
     for key in sorted(old.keys() | new.keys()):
         before, after, name = old.get(key), new.get(key), prefix + key
         if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{name}.")
+            found += differences(before, after, f"{name}.")
         elif before != after:
             found.append(f"{name} was {_short(before)} and is now {_short(after)}")
     return found

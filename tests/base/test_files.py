@@ -185,6 +185,7 @@ MAY_REMOVE = {
     "flarec/checkpoint/place.py": "folders that the lock names, and a checkpoint that `check_destination` knows",
     "flarec/checkpoint/write.py": "a folder in the one that it made",
     "flarec/base/lock.py": "a lock that this process holds",
+    "flarec/train/answers/log.py": "the answers of an earlier run, whose record has their hash",
     "flarec/frontend/cache.py": "files of the program cache, by name and first line",
 }
 """Modules that remove, replace or rename something, and what."""

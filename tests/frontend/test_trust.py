@@ -125,6 +125,7 @@ def run(*arguments: str) -> Result:
 DATA = ["--data", "data.jsonl"]
 ON_A_SOURCE = {
     "convert": ["convert", "model", *DATA, "--out", "out", "--max-length", "64"],
+    "answers": ["answers", "model", "--prompts", "data.jsonl", "--out", "answers.jsonl"],
     "inspect": ["inspect", "model"],
     "doctor": ["doctor", "model", "--quick"],
     "doctor of a file": ["doctor", "model/config.json", "--quick"],

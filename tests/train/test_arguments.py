@@ -16,18 +16,21 @@ import pytest
 
 from flarec.base.fields import TEXTS, option_name
 from flarec.checkpoint.write import MAX_SHARD_SIZE
-from flarec.cli.convert import ELSEWHERE, command, resume_command
+from flarec.cli.convert import ELSEWHERE, OPTIONS, command
+from flarec.cli.options import resume_command
 from flarec.errors import UsageError
 from flarec.train.arguments import Arguments, ConversionKeywords
 from flarec.train.convert import convert
 from flarec.train.options import Options
 
-REQUIRED = {"source", "data"}
+POSITIONAL = {"source", "data"}
 GIVEN: dict[str, Any] = {
     "source": "some/model", "data": ("a.jsonl:2", "b c.jsonl"), "recipe": "draft", "out": Path("out dir"),
     "overrides": ("optimizer.lr=1e-3", "save.every=2"), "steps": 5, "max_length": 64, "device": "cpu", "seed": 7,
     "resume": True, "overwrite": True, "skip_bad_lines": True, "eval_data": ("held.jsonl",), "kernels": "torch",
-    "max_shard_size": "5GB", "plugins": ("mine.py",), "passes": ("mine(depth=2)@after:canonicalize",), "debug": True,
+    "max_shard_size": "5GB", "plugins": ("mine.py",), "passes": ("mine(depth=2)@after:canonicalize",),
+    "prompts": Path("questions.txt"), "chat": True, "samples": 3, "temperature": 0.5, "answer_tokens": 99,
+    "debug": True,
 }  # fmt: skip
 """Every argument with another value than its default."""
 
@@ -50,7 +53,7 @@ def test_python_shows_every_argument() -> None:
     for item in fields(Arguments):
         default = inspect.Parameter.empty if item.default is MISSING else item.default
         assert shown[item.name].default == default, item.name
-    assert get_type_hints(ConversionKeywords).keys() == GIVEN.keys() - REQUIRED
+    assert get_type_hints(ConversionKeywords).keys() == GIVEN.keys() - POSITIONAL
 
 
 def test_the_command_line_has_every_argument() -> None:
@@ -69,10 +72,10 @@ def test_the_command_line_has_every_argument() -> None:
 
 def test_a_resumed_run_has_the_same_arguments() -> None:
     arguments = Options(**{**GIVEN, "resume": False, "debug": False})
-    words = shlex.split(resume_command(arguments))
+    words = shlex.split(resume_command("convert", arguments, OPTIONS))
     assert words[:3] == ["flarec", "convert", "some/model"]
     assert parsed(words[2:]) == {name: value for name, value in GIVEN.items() if name != "debug"}
-    assert resume_command(Options("m", ("d",))) == "flarec convert m --data d --resume"
+    assert resume_command("convert", Options("m", ("d",)), OPTIONS) == "flarec convert m --data d --resume"
 
 
 def test_values_of_callers() -> None:

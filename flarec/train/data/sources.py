@@ -109,7 +109,7 @@ def load_sources(
     any usable document, and for an empty list.
     """
     if not specs:
-        raise DataError("no data; give at least one --data PATH")
+        raise DataError("no data; give at least one --data PATH, or --prompts FILE for answers of the source")
     return [_load(spec, tokenizer, max_length, skip_bad_lines, end_ids) for spec in specs]
 
 

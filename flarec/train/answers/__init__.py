@@ -1,0 +1,1 @@
+"""Training data that the source writes itself: `flarec answers`, and `flarec convert --prompts`."""
