@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ir": {"layout", "slots"},
     "frontend": {"ops", "ir"},
     "passes": {"ops", "ir", "layout", "slots"},
-    "decode": {"layout", "slots", "base"},
+    "decode": {"layout", "slots", "base", "kernels.sampling"},
     "plugin": {"ir", "layout", "ops", "passes"},
     "train": {
         "ops", "ir", "layout", "recipe", "device", "decode", "recipes", "frontend", "passes", "checkpoint",

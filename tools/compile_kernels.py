@@ -28,12 +28,21 @@ from flarec.bench.problems import Conv, DecodeStep, Linear, Softmax, StreamSizes
 from flarec.bench.rows import ATTENTION, CONV, KDA, LAYER, MAMBA, STEP
 from flarec.kernels.linear_attention.tiles.schedule import TileSchedule, largest_chunk
 from flarec.kernels.linear_attention.tiles.train import two_stream
+from flarec.kernels.sampling import triton_choice
 from flarec.kernels.short_conv.triton_conv import ConvSchedule
 from flarec.kernels.softmax_attention import triton_attention
 from flarec.kernels.softmax_attention.attention_schedule import AttentionSchedule
 from tools.compiled_code import faults, nvdisasm
 
 SHORT = StreamSizes(rows=1, tokens=64)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Rows of logits that one token each is chosen from."""
+
+    dtype: torch.dtype = torch.bfloat16
+    vocab: int = 248320
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,12 @@ def compile_decode(problem: DecodeStep) -> None:
     decode.step(replace(problem, batch=1), torch.device("cpu"), 0)()
 
 
+def compile_sampling(problem: Sampling) -> None:
+    logits, out = torch.zeros(1, problem.vocab, dtype=problem.dtype), torch.zeros(problem.vocab, dtype=torch.bool)
+    one, word = torch.ones(1), torch.ones(1, dtype=torch.int64)
+    triton_choice.choose_rows(logits, one, 20 * word, one, word, word, out, True, True)
+
+
 OPS: dict[str, tuple[Callable[[Any], None], Any]] = {
     "linear": (compile_linear, LAYER),
     "kda": (compile_linear, KDA),
@@ -142,6 +157,7 @@ OPS: dict[str, tuple[Callable[[Any], None], Any]] = {
     "conv": (compile_conv, CONV),
     "attention": (compile_attention, ATTENTION),
     "decode": (compile_decode, STEP),
+    "sampling": (compile_sampling, Sampling()),
 }
 
 

@@ -8,7 +8,6 @@ decoding returns. T = 0 is the same formula. Contract: docs/semantics.md section
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor
 
 from flarec.base.generation import GenerationOptions
+from flarec.kernels import sampling as kernel
+from flarec.kernels.sampling import UNCHOSEN, mask_of
 
-UNCHOSEN = -2
-"""What `choose` gives for a row without a finite largest logit; no id, and not the -1 with which modes mark gaps."""
+__all__ = ["UNCHOSEN", "SamplingRows", "choose"]
 
 
 @dataclass(frozen=True)
@@ -66,95 +66,28 @@ class SamplingRows:
         )
 
 
-def _signed(value: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit number (torch multiplies int64 modulo 2^64)."""
-    return value - 2**64 if value >= 2**63 else value
-
-
-_STRIDE = _signed(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: consecutive counters land far apart
-_MULTIPLY = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))  # odd, about half their bits set
-UNIFORM_BITS = 40
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift right of int64 bits (torch's `>>` copies the sign)."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 64-bit words in which every input bit moves about half of the output bits (xorshift-multiply)."""
-    x = (x ^ _shift(x, 30)) * _MULTIPLY[0]
-    x = (x ^ _shift(x, 27)) * _MULTIPLY[1]
-    return x ^ _shift(x, 31)
-
-
-def to_unit(word: Tensor) -> Tensor:
-    """The upper `UNIFORM_BITS` bits of 64-bit words as float32 strictly inside (0, 1).
-
-    Small values keep full relative precision (2^-41 is the smallest): they decide the argmax over a large vocabulary.
-    """
-    odd = (_shift(word, 64 - UNIFORM_BITS) << 1) | 1
-    return (odd.to(torch.float32) * 2.0 ** -(UNIFORM_BITS + 1)).clamp_max(1 - 2.0**-24)
-
-
-def uniform(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
-    """Counter-based uniforms. seed [N], position [N], token [V] int64 -> [N, V] float32 strictly inside (0, 1).
-
-    Integer arithmetic and one correctly rounded conversion: the same bits on every device.
-    """
-    row = _mix(_mix(seed + _STRIDE) + position * _STRIDE)
-    return to_unit(_mix(row[:, None] + (token[None, :] + 1) * _STRIDE))
-
-
-def gumbel(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
-    """Standard Gumbel noise, a pure function. seed [N], position [N], token [V] int64 -> [N, V] float32, finite."""
-    return -torch.log(-torch.log1p(-uniform(seed, position, token)))
-
-
-def truncation(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Tokens that top-k, then top-p, keep. scaled [N, V] = logits / T, top_k [N], top_p [N] -> [N, V] bool.
-
-    Top-p works on the distribution that top-k left. The most probable token always stays; among equal logits the lower
-    id comes first.
-    """
-    ordered, order = scaled.sort(dim=1, descending=True, stable=True)
-    rank = torch.arange(scaled.shape[1], device=scaled.device)
-    keep = rank < top_k[:, None]
-    reached = ordered.masked_fill(~keep, -math.inf).softmax(dim=1).cumsum(dim=1)
-    before = torch.nn.functional.pad(reached[:, :-1], (1, 0))
-    # top_p = 1 keeps all: a rounded sum that reaches 1 early must not cut the tail off
-    # rank 0 stays even where a tiny top_p is 0 in float32
-    keep &= (before < top_p[:, None]) | (top_p[:, None] >= 1) | (rank == 0)
-    return torch.zeros_like(keep).scatter_(1, order, keep)
-
-
 def choose(
-    logits: Tensor, params: SamplingRows, positions: Tensor, suppress: Sequence[int] | Tensor = ()
+    logits: Tensor,
+    params: SamplingRows,
+    positions: Tensor,
+    suppress: Sequence[int] | Tensor | None = (),
+    *,
+    confidence: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Choose one token per row.
 
     logits [N, V] (any float dtype, computed in float32), params of N rows, positions [N] int64 = absolute document
-    position of the token that is being chosen, suppress = ids that are never chosen.
-    Returns token [N] int64 and its probability [N] float32 under the truncated softmax(logits / T) (T = 0: T = 1).
+    position of the token that is being chosen, suppress = ids that are never chosen, or a mask of them ([V] or [N, V]
+    bool). `flarec.kernels.sampling.choose` is the same for tensors.
+    Returns token [N] int64 and its probability [N] float32 under the truncated softmax(logits / T) (T = 0: T = 1), or 0
+    without `confidence`.
     Equal scores go to the lowest id. A row whose largest logit is not a finite float32 (NaN anywhere, infinity, or
     nothing left to choose) gives `UNCHOSEN` with probability 0.
     """
-    scores = logits.float()
-    if len(suppress):
-        ids = torch.as_tensor(suppress, dtype=torch.int64, device=logits.device)
-        scores = scores.index_fill(1, ids, -math.inf)
-    temperature = params.temperature[:, None]
-    largest = scores.amax(dim=1, keepdim=True)
-    # subtracting the maximum first keeps tiny temperatures finite
-    scaled = (scores - largest) / torch.where(temperature > 0, temperature, 1.0)
-    if params.truncated:
-        dropped = ~truncation(scaled, params.top_k, params.top_p)
-        scores, scaled = scores.masked_fill(dropped, -math.inf), scaled.masked_fill(dropped, -math.inf)
-    if params.sampled:
-        ids = torch.arange(logits.shape[1], device=logits.device)
-        # both terms are finite (`HOTTEST`), but for the -inf of what must not be chosen
-        scores = scores + temperature * gumbel(params.seed, positions, ids)
-    token = scores.argmax(dim=1)
-    probability = (scaled.gather(1, token[:, None]).squeeze(1) - scaled.logsumexp(dim=1)).exp()
-    valid = largest.squeeze(1).isfinite()
-    return torch.where(valid, token, UNCHOSEN), torch.where(valid, probability, 0.0)
+    if suppress is not None and not (isinstance(suppress, Tensor) and suppress.dtype == torch.bool):
+        suppress = mask_of(suppress, logits.shape[1], logits.device)
+    choice = kernel.choose(
+        logits, params.temperature, params.top_k, params.top_p, params.seed, positions, suppress,
+        truncated=params.truncated, sampled=params.sampled, confidence=confidence,
+    )  # fmt: skip
+    return choice.token, choice.probability

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from flarec.base.fields import LARGEST
 from flarec.base.generation import HOTTEST, GenerationOptions
-from flarec.decode.sampling import UNCHOSEN, SamplingRows, choose, gumbel, to_unit, truncation, uniform
+from flarec.decode.sampling import UNCHOSEN, SamplingRows, choose
+from flarec.kernels.sampling.arithmetic import gumbel, gumbel_of, to_unit, uniform, weights
+from flarec.kernels.sampling.torch_choice import kept_tokens
 from tests.decode import oracles
 
 WORDS = st.integers(0, 2**63 - 1)
@@ -45,7 +47,7 @@ def test_extreme_words_stay_inside_the_unit_interval() -> None:
     """The conversion of the largest and smallest words, which no search finds."""
     value = to_unit(torch.tensor([0, -1]))
     assert value[0] == 2.0**-41 and value[1] == 1 - 2.0**-24
-    assert torch.isfinite(-torch.log(-torch.log1p(-value))).all()
+    assert torch.isfinite(gumbel_of(value)).all()
 
 
 @pytest.mark.parametrize("axis", ["seed", "position", "token", "all"])
@@ -181,7 +183,8 @@ def test_temperature_zero_is_the_limit_and_tiny_temperatures_stay_finite() -> No
 def test_equal_logits_are_kept_by_id() -> None:
     """Few distinct values in a large vocabulary, where an unstable sort would show."""
     logits = torch.randint(0, 3, (4, 5000), generator=torch.Generator().manual_seed(3)).float()
-    keep = truncation(logits, torch.tensor([1, 700, 2500, 2**62]), torch.tensor([1.0, 1.0, 1.0, 1e-60]))
+    top_k, top_p = torch.tensor([1, 700, 2500, 2**62]), torch.tensor([1.0, 1.0, 1.0, 1e-60])
+    keep = kept_tokens(logits, weights(logits.amax(dim=1, keepdim=True) - logits), top_k, top_p)
     for row, kept in enumerate([1, 700, 2500, 1]):
         order = sorted((-value, token) for token, value in enumerate(logits[row].tolist()))
         assert set(keep[row].nonzero()[:, 0].tolist()) == {token for _, token in order[:kept]}

@@ -1,0 +1,99 @@
+"""The one entry for choosing tokens: a function of tensors that never waits for a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flarec.errors import UsageError
+
+UNCHOSEN = -2
+"""The token of a row without a finite largest logit; no id, and not the -1 with which decode modes mark gaps."""
+MOST_TOKENS = 2**20
+
+
+class Choice(NamedTuple):
+    """token [N] int64, `UNCHOSEN` where there is none; probability [N] float32 under the truncated softmax(logits / T)
+    (T = 0: T = 1), 0 where there is no choice or nobody asked; ok [N] bool, whether there is one."""
+
+    token: Tensor
+    probability: Tensor
+    ok: Tensor
+
+
+def mask_of(ids: Sequence[int] | Tensor, vocab: int, device: torch.device | str) -> Tensor | None:
+    """Ids that are never chosen as `choose` takes them: [vocab] bool, or None if there are none."""
+    if len(ids) == 0:
+        return None
+    index = torch.as_tensor(ids, dtype=torch.int64, device=device)
+    return torch.zeros(vocab, dtype=torch.bool, device=device).index_fill_(0, index, True)
+
+
+def choose(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    suppress: Tensor | None = None,
+    *,
+    truncated: bool = True,
+    sampled: bool = True,
+    confidence: bool = True,
+    implementation: str | None = None,
+) -> Choice:
+    """argmax(logits + T * Gumbel(seed, position, id)) of every row, over what top-k and then top-p keep.
+
+    logits [N, V] of any float dtype, computed in float32, V <= 2^20; temperature [N] float32 >= 0, top_k [N] int64 (V
+    or more: off), top_p [N] float32 (1 or more: off), seed and position [N] int64; suppress [V] or [N, V] bool: never
+    chosen, out before anything else. Equal scores go to the lowest id; a row whose largest other logit is not finite
+    has no choice. docs/semantics.md section 4.
+
+    The same bits on every device and by every implementation: "triton", "torch" or None for Triton where logits are on
+    a GPU. truncated, sampled: False if it is known that no row truncates, or that all temperatures are 0; that saves
+    PyTorch work and changes nothing. confidence: False where the probability is not read. Works inside CUDA graphs.
+    Raises `UsageError` for too large a vocabulary.
+    """
+    if logits.shape[1] > MOST_TOKENS:
+        raise UsageError(f"a vocabulary of {logits.shape[1]} tokens is too large to choose from; at most {MOST_TOKENS}")
+    implementation = implementation or ("triton" if logits.is_cuda else "torch")
+    operands = (logits, temperature, top_k, top_p, seed, position, suppress, truncated, sampled, confidence)
+    if torch.compiler.is_compiling():
+        token, probability, ok = choose_op(*operands, implementation)
+    else:
+        token, probability, ok = _rows(implementation)(*operands)
+    return Choice(torch.where(ok, token, UNCHOSEN), torch.where(ok, probability, 0.0), ok)
+
+
+def _rows(implementation: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    if implementation == "triton":
+        from .triton_choice import choose_rows
+
+        return choose_rows
+    from . import torch_choice
+
+    return torch_choice.choose_rows
+
+
+@torch.library.custom_op("flarec::choose", mutates_args=())
+def choose_op(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor,
+    suppress: Tensor | None, truncated: bool, sampled: bool, confidence: bool, implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`choose_rows` of an implementation, for tracers: one op, so that no compiler reorders its arithmetic."""
+    operands = (logits, temperature, top_k, top_p, seed, position, suppress, truncated, sampled, confidence)
+    return _rows(implementation)(*operands)
+
+
+@choose_op.register_fake
+def _(logits, *_):  # type: ignore[no-untyped-def]
+    rows = logits.shape[0]
+    return (
+        logits.new_empty(rows, dtype=torch.int64),
+        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.bool),
+    )
