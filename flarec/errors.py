@@ -55,6 +55,10 @@ class GenerationError(UsageError):
     """A generation request cannot be served (for example a prompt longer than the context)."""
 
 
+class FlarecWarning(UserWarning):
+    """Something that a user should know, although nothing stops: the command line prints it on one line."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error of a library says."""
     lines = str(error).strip().splitlines()

@@ -17,6 +17,8 @@ TEXTS = tuple[str, ...]
 """Type of a field that holds any number of texts."""
 LARGEST = 2**63 - 1
 """The largest int64: no whole number of a field is larger."""
+LARGEST_BLOCK = 4096
+"""Noisy positions of the largest block."""
 SHOWN = 60  # characters of a wrong value that an error repeats
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..base.hashes import sha256_of
-from ..errors import CheckpointError, UsageError, first_line
+from ..errors import CheckpointError, FlarecWarning, UsageError, first_line
 from ..frontend.loading import is_wrapper, load_model, read_config
 from ..frontend.trust import check_weights, opened
 from .card import licence_of
@@ -29,6 +30,7 @@ from .manifest import NAME as MANIFEST
 from .manifest import Manifest, Source
 from .weights import EXTRA, weight_files
 
+SCRIPT = "custom_generate/generate.py"
 GENERATION_CONFIG = "generation_config.json"
 NO_LIMIT = 1 << 20
 """Context of a model that states none."""
@@ -55,11 +57,24 @@ class Checkpoint:
         if not any((self.path / name).is_file() for name in TOKENIZER_FILES):
             raise CheckpointError(f"{self.path} has no tokenizer (tokenizer.json); save the model's tokenizer there")
         try:
-            return opened(AutoTokenizer, self.path)
+            tokenizer = opened(AutoTokenizer, self.path)
         except UsageError as error:
             raise CheckpointError(str(error)) from error
         except Exception as error:  # the Rust library raises bare exceptions
             raise CheckpointError(f"the tokenizer in {self.path} cannot be read: {first_line(error)}") from error
+        self._check_spare(tokenizer)
+        return tokenizer
+
+    def _check_spare(self, tokenizer: Any) -> None:
+        """Raise `CheckpointError` if the mask token is a word. Other programs add a token of its own for it."""
+        mask = self.manifest.mask if self.manifest is not None and not self.foreign else None
+        if mask is None or mask.token_id in getattr(tokenizer, "added_tokens_decoder", {}):
+            return
+        word = tokenizer.convert_ids_to_tokens(mask.token_id) if mask.token_id < len(tokenizer) else None
+        if word is not None:
+            raise CheckpointError(
+                f"the mask token {mask.token_id} is {word!r} of the tokenizer in {self.path}; copy the checkpoint again"
+            )
 
     def load_config(self) -> Any:
         """The transformers configuration; of a multimodal checkpoint the whole one."""
@@ -89,6 +104,10 @@ class Checkpoint:
     def check_mask(self, rows: int) -> None:
         """Raise `CheckpointError` for a mask token that is none of the embedding's rows."""
         mask = self.manifest.mask if self.manifest is not None else None
+        if mask is not None and mask.kind == "vector" and mask.token_id != rows:
+            raise CheckpointError(
+                f"the mask token {mask.token_id} of {self.path} is not the id behind its {rows} rows; copy it again"
+            )
         if mask is not None and mask.kind == "row" and mask.token_id >= rows:
             raise CheckpointError(
                 f"the mask token {mask.token_id} is no row of the vocabulary in {self.path}, which has {rows}; "
@@ -150,11 +169,14 @@ def context_of(config: Any, tokenizer: Any) -> int:
     return int(stated)
 
 
-def open_checkpoint(path: str | Path, *, mask_token_id: int | None = None, block_size: int | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, *, mask_token_id: int | None = None, block_size: int | None = None, whole: bool = False
+) -> Checkpoint:
     """Check a checkpoint, or a source model, before anything is loaded from it.
 
     path: a directory or a hub id. mask_token_id, block_size: for a dual-mode checkpoint that another program wrote and
-    whose config.json does not state them (`Manifest.stated`).
+    whose config.json does not state them (`Manifest.stated`). whole: compare all files with their hashes, weights
+    of any size too.
 
     Raises `CheckpointError` if there is no such directory, if it holds no model, and for a checkpoint with a manifest
     that is foreign, damaged or of a newer format, or with a missing or changed file; `UsageError` for the numbers.
@@ -166,12 +188,29 @@ def open_checkpoint(path: str | Path, *, mask_token_id: int | None = None, block
         )
     manifest = Manifest.read(directory)
     if manifest is None:
+        if whole:
+            raise CheckpointError(f"{directory} has no {MANIFEST}, which says what its files were: nothing to check")
         stated = Manifest.stated(directory, mask_token_id, block_size)
+        if stated is None and _was_converted(directory):
+            warnings.warn(
+                f"{directory} was converted by flarec but has no {MANIFEST}: it decodes causally only; copy it again",
+                FlarecWarning,
+                stacklevel=3,
+            )
         return Checkpoint(directory, stated, foreign=stated is not None)
     if mask_token_id is not None or block_size is not None:
         raise UsageError(f"{directory / MANIFEST} states the mask token and the block size; leave them out")
-    manifest.check_files(directory)
+    manifest.check_files(directory, whole=whole)
     return Checkpoint(directory, manifest)
+
+
+def _was_converted(directory: Path) -> bool:
+    """Whether a directory without a manifest has other files that only a conversion writes."""
+    try:
+        script = (directory / SCRIPT).read_bytes() if (directory / SCRIPT).is_file() else b""
+    except OSError:
+        script = b""
+    return b"flarec" in script or (directory / EXTRA).is_file()
 
 
 def describe_source(path: str | Path) -> Source:

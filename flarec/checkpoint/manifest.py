@@ -6,6 +6,7 @@ other file is listed with size and hash, so that a truncated or edited directory
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -15,10 +16,15 @@ from typing import Any, Literal
 
 from ..base.hashes import FileEntry
 from ..errors import CheckpointError, UsageError
-from ..layout import READOUTS
+from .schema import problem
 
 NAME = "flarec.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no hash of its own."""
+SELF = "sha256"
+"""Key of the hash of all other keys and values."""
+FREE = ("README.md", "metrics.jsonl")
+"""Files that anybody may edit or remove: the model card and the log. Nothing is decided by them."""
 RUN_KEY = "run"
 """In `data`: a hash of all that decided the result of the conversion, so that the run is recognised."""
 HASHED_AT_OPEN = 256 << 20
@@ -98,16 +104,19 @@ class Manifest:
         order = ["format_version", *(item.name for item in fields(self) if item.name != "format_version")]
         if not self.plugins:  # versions that do not know the key open a checkpoint without plugins
             order.remove("plugins")
-        return json.dumps({name: table[name] for name in order}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        values = {name: table[name] for name in order}
+        if self.format_version >= 2:
+            values[SELF] = _hash_of(values)
+        return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @staticmethod
     def from_json(text: str, where: str = NAME) -> Manifest:
         """The inverse of `to_json`. Raises `CheckpointError` for text that is not a manifest this version can read."""
         try:
             table = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also a number with too many digits
             raise CheckpointError(f"{where} is not JSON ({error}); the checkpoint is damaged, copy it again") from None
-        if not isinstance(table, dict) or not isinstance(table.get("format_version"), int):
+        if not isinstance(table, dict) or type(table.get("format_version")) is not int or table["format_version"] < 1:
             raise CheckpointError(f"{where} is not a manifest of flarec (no format_version); give another directory")
         version = table["format_version"]
         if version > FORMAT_VERSION:
@@ -115,11 +124,19 @@ class Manifest:
                 f"{where} has format version {version}, made by a newer flarec: upgrade flarec "
                 f"(this one reads up to version {FORMAT_VERSION})"
             )
+        wrong = problem(table)
         try:
+            stated = table.pop(SELF, None)
             manifest = _read(table)
-            _check(manifest)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{where} is not a manifest of flarec ({_reason(error)}); copy it again") from None
+            wrong = wrong or _reason(error)
+        if wrong:
+            raise CheckpointError(f"{where} is not a manifest of flarec ({wrong}); copy it again")
+        if version >= 2 and stated != _hash_of(table):
+            raise CheckpointError(
+                f"{where} was changed after it was written (its hash differs); copy it again, or put format_version 1 "
+                f'and take "{SELF}" out to use it as it is'
+            )
         return manifest
 
     @staticmethod
@@ -160,12 +177,17 @@ class Manifest:
         readouts = {"ar-trust": "block_end", "diffusion-trust": "block_end"}
         return Manifest(Source(directory.resolve().name), MaskToken("row", mask), DecodeDefaults(size, readouts))
 
-    def check_files(self, directory: Path) -> None:
-        """Compare the directory with what was written. Raises `CheckpointError` naming the first file that differs."""
+    def check_files(self, directory: Path, *, whole: bool = False) -> None:
+        """Compare the directory with what was written. Raises `CheckpointError` naming the first file that differs.
+
+        whole: read files of every size, not only those up to `HASHED_AT_OPEN`. The card and the log are free to edit.
+        """
         for name, entry in self.files.items():
+            if name in FREE:
+                continue
             path = directory / name
             try:
-                wrong = entry.difference(path, hashed=entry.bytes <= HASHED_AT_OPEN)
+                wrong = entry.difference(path, hashed=whole or entry.bytes <= HASHED_AT_OPEN)
             except OSError as error:
                 wrong = f"cannot be read ({error.strerror})"
             if wrong:
@@ -203,18 +225,9 @@ def _read(table: Mapping[str, Any]) -> Manifest:
     return Manifest(**values)
 
 
-def _check(manifest: Manifest) -> None:
-    """Values that decide what happens must make sense; the rest is for readers."""
-    mask, decode = manifest.mask, manifest.decode
-    if mask.kind not in ("row", "vector") or not isinstance(mask.token_id, int) or mask.token_id < 0:
-        raise ValueError(f"mask {asdict(mask)} is unknown")
-    if not isinstance(decode.block_size, int) or decode.block_size < 1:
-        raise ValueError(f"block size {decode.block_size!r} is not a positive whole number")
-    if not isinstance(decode.readouts, dict) or any(readout not in READOUTS for readout in decode.readouts.values()):
-        raise ValueError(f"readouts {decode.readouts!r} are unknown")
-    for name in manifest.files:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"file name {name!r} leaves the directory")
+def _hash_of(table: Mapping[str, Any]) -> str:
+    """Of keys and values, however they are laid out."""
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 
 def _reason(error: Exception) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from typing import Any, NoReturn
 
 import click
 
 from flarec import __version__
-from flarec.errors import FlarecError
+from flarec.errors import FlarecError, FlarecWarning
 
 COMMANDS: dict[str, str] = {
     "convert": "Train a source model into a dual-mode checkpoint.",
@@ -63,7 +64,15 @@ class LazyGroup(click.Group):
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", FlarecWarning)
+                show = warnings.showwarning
+                warnings.showwarning = lambda text, kind, *place, **more: (
+                    click.echo(f"Warning: {text}", err=True)
+                    if issubclass(kind, FlarecWarning)
+                    else show(text, kind, *place, **more)
+                )
+                return super().invoke(ctx)
         except FlarecError as error:
             if ctx.meta.get(DEBUG):
                 raise

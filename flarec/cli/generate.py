@@ -15,7 +15,7 @@ from flarec.base.interrupts import Interrupts
 from flarec.base.prompts import read_prompts
 from flarec.errors import DataError, UsageError
 
-from .loading import open_model
+from .loading import check_files, open_model
 from .options import foreign_options, generation_options, plugin_options, runtime_options
 
 if TYPE_CHECKING:
@@ -37,12 +37,13 @@ if TYPE_CHECKING:
 @runtime_options
 @foreign_options
 @plugin_options
+@click.option("--check", is_flag=True, help="Compare every file of CKPT with its hash first, weights of any size too.")
 @click.option("--stats", is_flag=True, help="Print tokens, forward passes and time on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array on stdout, an object per prompt, in order.")
 def command(
     checkpoint: str, prompt: str | None, prompts_file: Path | None, chat: bool, device: str, dtype: str | None,
     kernels: str, mask_token_id: int | None, block_size: int | None, plugins: tuple[str, ...],
-    passes: tuple[str, ...], stats: bool, as_json: bool, **keywords: Any,
+    passes: tuple[str, ...], check: bool, stats: bool, as_json: bool, **keywords: Any,
 ) -> None:  # fmt: skip
     """Generate text with a converted checkpoint CKPT, or causally with any supported model.
 
@@ -50,6 +51,8 @@ def command(
     """
     prompts = _prompts(prompt, prompts_file)
     options = GenerationOptions(**keywords)
+    if check:
+        check_files(checkpoint)
     model = open_model(
         checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
         passes=passes, plugins=plugins,

@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from flarec.api import Model
 
 
+def check_files(checkpoint: str) -> None:
+    """Raise `CheckpointError` unless all files of a checkpoint are as they were written."""
+    from flarec.checkpoint.directory import open_checkpoint
+
+    open_checkpoint(checkpoint, whole=True)
+
+
 def open_model(
     checkpoint: str,
     *,

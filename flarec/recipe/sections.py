@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import tomli_w
 
-from ..base.fields import allowed_values, key
+from ..base.fields import LARGEST_BLOCK, allowed_values, key
 from ..errors import RecipeError
 from .keys import coerce, parse_value, plain_values, types_of
 
@@ -113,7 +113,10 @@ class SecondKind(BlockKind):
 class Diffusion(BlockKind):
     """The noisy blocks of training: their size, their kind, and an optional second kind."""
 
-    block_size: int = key(4, "noisy positions per block; the publication leaves it open, 4 is our choice", low=1)
+    block_size: int = key(
+        4, "noisy positions per block; the publication leaves it open, 4 is our choice", low=1,
+        high=LARGEST_BLOCK,
+    )
     second: SecondKind = field(default_factory=SecondKind)
 
     @property

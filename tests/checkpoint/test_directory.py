@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from flarec.base.hashes import FileEntry
 from flarec.checkpoint.card import licence_of, model_card
 from flarec.checkpoint.directory import describe_source, open_checkpoint
 from flarec.checkpoint.manifest import NAME, Manifest
+from flarec.checkpoint.own import check_destination
 from flarec.checkpoint.weights import stored_dtypes
 from flarec.checkpoint.write import write_checkpoint
-from flarec.errors import CheckpointError
+from flarec.errors import CheckpointError, FlarecWarning
 from flarec.passes.embed_mask import PARAMETER
 from tests.checkpoints import MASK_ROW, converted, manifest_for, mask_vector
 from tests.models import FAMILIES, VOCABULARY, tiny_checkpoint, tiny_model, tiny_tokenizer
@@ -210,7 +212,10 @@ def _edit(path: Path, **values: Any) -> None:
         ('{"name": "something else"}', "not a manifest of flarec"),
         ('{"format_version": "one"}', "not a manifest of flarec"),
         ('{"format_version": 1}', "no key 'source'"),
-        ('{"format_version": 2}', "made by a newer flarec: upgrade"),
+        ('{"format_version": 3}', "made by a newer flarec: upgrade"),
+        ('{"format_version": true}', "not a manifest of flarec"),
+        ('{"format_version": 0}', "not a manifest of flarec"),
+        ('{"format_version": ' + "9" * 5000 + "}", "not JSON"),
     ],
 )
 def test_a_foreign_manifest(copy: Path, contents: str, message: str) -> None:
@@ -231,6 +236,35 @@ def test_a_foreign_manifest(copy: Path, contents: str, message: str) -> None:
         {"decode": {"block_size": 4, "readouts": {"ar-trust": "sideways"}}},
         {"files": {"../elsewhere": {"bytes": 1, "sha256": ""}}},
         {"files": []},
+        {"files": {"x": {"bytes": -1, "sha256": "0" * 64}}},
+        {"files": {"x": {"bytes": 1, "sha256": "0"}}},
+        {"files": {"/x": {"bytes": 1, "sha256": "0" * 64}}},
+        {"files": {"": {"bytes": 1, "sha256": "0" * 64}}},
+        {"files": {"x\0": {"bytes": 1, "sha256": "0" * 64}}},
+        {"files": {"x": {"bytes": True, "sha256": "0" * 64}}},
+        {"files": {"x": 3}},
+        {"source": {"name": 3}},
+        {"source": {"name": "x", "sha256": "short"}},
+        {"source": []},
+        {"mask": {"kind": "row", "token_id": True}},
+        {"mask": {"kind": "row", "token_id": 3.0}},
+        {"mask": {"kind": "row", "token_id": 2**31}},
+        {"mask": {"kind": ["row"], "token_id": 3}},
+        {"decode": {"block_size": True, "readouts": {}}},
+        {"decode": {"block_size": 10**9, "readouts": {}}},
+        {"decode": {"block_size": 4, "readouts": {"sideways": "causal"}}},
+        {"decode": {"block_size": 4, "readouts": {"ar-trust": ["causal"]}}},
+        {"decode": {"block_size": 4, "readouts": {}, "confidence_threshold": 1.5}},
+        {"decode": {"block_size": 4, "readouts": {}, "confidence_threshold": "high"}},
+        {"decode": {"block_size": 4, "readouts": {}, "denoising_steps": -1}},
+        {"decode": {"block_size": 4, "readouts": {}, "drafts": "many"}},
+        {"pipelines": {"decode": 3}},
+        {"pipelines": "canonicalize()"},
+        {"versions": {"torch": 2}},
+        {"plugins": {"mine": None}},
+        {"recipe": []},
+        {"data": 1},
+        {"metrics": None},
     ],
 )
 def test_a_manifest_with_values_that_make_no_sense(copy: Path, values: dict[str, Any]) -> None:
@@ -243,6 +277,73 @@ def test_a_manifest_that_is_not_text(copy: Path) -> None:
     (copy / NAME).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CheckpointError, match="cannot be read"):
         open_checkpoint(copy)
+
+
+def test_any_other_value_is_noticed_too(copy: Path) -> None:
+    """Values within their bounds: the manifest has a hash of its own, and says how it is used as it is."""
+    table = json.loads((copy / NAME).read_text())
+    table["decode"]["confidence_threshold"] = 0.8
+    (copy / NAME).write_text(json.dumps(table))
+    with pytest.raises(CheckpointError, match=r"was changed after it was written .*put format_version 1 and take"):
+        open_checkpoint(copy)
+    del table["sha256"]
+    with pytest.raises(CheckpointError, match="was changed after it was written"):
+        open_checkpoint(copy)
+    (copy / NAME).write_text(json.dumps({**table, "format_version": 1}))
+    manifest = open_checkpoint(copy).manifest
+    assert manifest is not None and manifest.decode.confidence_threshold == 0.8
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_every_flipped_byte_and_every_truncation_of_the_manifest(pair: tuple[Path, Path]) -> None:
+    """Or nothing is changed by it: white space."""
+    data = (pair[1] / NAME).read_bytes()
+    original = Manifest.from_json(data.decode())
+    for place in range(len(data)):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << place % 7
+        for damaged in (bytes(flipped), *([data[:place]] if place % 50 == 0 else [])):
+            try:
+                manifest = Manifest.from_json(damaged.decode(errors="replace"))
+            except CheckpointError:
+                continue
+            assert manifest == original, damaged[place - 20 : place + 20]
+
+
+def test_the_mask_token_is_no_word(copy: Path) -> None:
+    manifest = Manifest.read(copy)
+    assert manifest is not None
+    wrong = dataclasses.replace(manifest, mask=dataclasses.replace(manifest.mask, token_id=17))
+    (copy / NAME).write_text(wrong.to_json())
+    with pytest.raises(CheckpointError, match=r"the mask token 17 is '.*' of the tokenizer"):
+        open_checkpoint(copy).load_tokenizer()
+
+
+def test_a_deleted_manifest_is_missed(copy: Path, pair: tuple[Path, Path]) -> None:
+    """The model still decodes causally, and somebody may want that; a source model is none of these."""
+    (copy / NAME).unlink()
+    with pytest.warns(FlarecWarning, match=r"has no flarec.json: it decodes causally only; copy it again"):
+        assert open_checkpoint(copy).manifest is None
+    (copy / "custom_generate" / "generate.py").unlink()
+    save_file({"x": torch.zeros(1)}, copy / "flarec.safetensors")
+    with pytest.warns(FlarecWarning, match=r"has no flarec.json"):
+        open_checkpoint(copy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_checkpoint(pair[0])
+
+
+@pytest.mark.parametrize("name", ["README.md", "custom"])
+def test_card_and_log_are_free_to_edit(copy: Path, parts: dict[str, Any], name: str, tmp_path: Path) -> None:
+    if name == "custom":
+        (tmp_path / "m").write_text("{}")
+        copy, name = tmp_path / "other", "metrics.jsonl"
+        write_checkpoint(copy, **parts, attachments={name: tmp_path / "m"})
+    (copy / name).write_text("mine")
+    assert open_checkpoint(copy, whole=True).manifest is not None
+    (copy / name).unlink()
+    assert open_checkpoint(copy, whole=True).manifest is not None
+    check_destination(copy, overwrite=True)
 
 
 # --- damage
@@ -277,9 +378,9 @@ def test_a_missing_file_is_named(copy: Path) -> None:
 
 def test_a_manifest_without_the_script(copy: Path) -> None:
     """As an older or another program's may be: the script is then a further file, which flarec never runs."""
-    files = json.loads((copy / NAME).read_text())["files"]
-    assert files.pop("custom_generate/generate.py")["sha256"]
-    _edit(copy / NAME, files=files)
+    manifest = Manifest.read(copy)
+    assert manifest is not None and manifest.files.pop("custom_generate/generate.py").sha256
+    (copy / NAME).write_text(manifest.to_json())
     assert open_checkpoint(copy).manifest is not None
     (copy / "custom_generate" / "generate.py").write_text("raise SystemExit")
     assert open_checkpoint(copy).load_tokenizer() is not None
@@ -292,6 +393,8 @@ def test_large_files_are_checked_by_size(copy: Path, monkeypatch: pytest.MonkeyP
     path.write_bytes(data)
     monkeypatch.setattr("flarec.checkpoint.manifest.HASHED_AT_OPEN", len(data) - 1)
     assert open_checkpoint(copy).manifest is not None
+    with pytest.raises(CheckpointError, match=r"model.safetensors was changed after it was written"):
+        open_checkpoint(copy, whole=True)
     path.write_bytes(data + b"\0")
     with pytest.raises(CheckpointError, match=r"model.safetensors is changed"):
         open_checkpoint(copy)

@@ -133,7 +133,7 @@ def test_the_released_vocabulary(tmp_path: Path) -> None:
     ],
 )
 def test_values_that_cannot_be_used(
-    stated: dict[str, Any], given: dict[str, int], message: str, tmp_path: Path
+    stated: dict[str, Any], given: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_5_text", **stated}))
     with pytest.raises(UsageError, match=message):

@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from flarec import api
 from flarec.cli import main
 from tests.checkpoints import converted
+from tests.cli.conversions import flarec
 from tests.models import tiny_checkpoint
 
 KEYS = [
@@ -262,3 +263,30 @@ def test_text_streams_and_ctrl_c_ends_with_130(paths: tuple[Path, Path]) -> None
     assert running.returncode == 130
     assert len(first + rest) < 600, "900 tokens are some 970 characters, those before the pause some 220"
     assert "Traceback" not in errors
+
+
+def test_a_checkpoint_is_checked_whole_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are too large to be hashed whenever they are opened; `verify` always reads them."""
+    source, out = converted(tmp_path)
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (out / "model.safetensors").write_bytes(data)
+    monkeypatch.setattr("flarec.checkpoint.manifest.HASHED_AT_OPEN", len(data) - 1)
+    for command in (["generate", out, "red", "--check"], ["verify", out]):
+        result = flarec(*command)
+        assert result.exit_code == 2, result.output
+        assert "model.safetensors was changed after it was written" in result.stderr
+    result = flarec("generate", source, "red", "--check")
+    assert (result.exit_code, "has no flarec.json" in result.stderr) == (2, True)
+
+
+def test_a_deleted_manifest_is_one_line(tmp_path: Path) -> None:
+    _, out = converted(tmp_path)
+    (out / "flarec.json").unlink()
+    result = flarec("generate", out, "red", "--max-new-tokens", "2", "--stats")
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.stderr.splitlines() if "flarec.json" in line]
+    assert lines == [
+        f"Warning: {out} was converted by flarec but has no flarec.json: it decodes causally only; copy it again"
+    ]
+    assert "causal, 2 tokens" in result.stderr
