@@ -165,7 +165,7 @@ def test_decode_steps_are_those_of_transformers(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_views_share_a_row(family: str) -> None:
+def test_views_and_grids_share_a_row(family: str) -> None:
     result = views_share_a_row(subject(family, float64=True), cases=4)
     assert result.passed, result
     assert result.bound < 1e-9

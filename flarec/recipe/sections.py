@@ -10,7 +10,7 @@ import difflib
 import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import tomli_w
@@ -18,6 +18,7 @@ import tomli_w
 from ..base.fields import LARGEST_BLOCK, allowed_values, key
 from ..errors import RecipeError
 from .keys import coerce, parse_value, plain_values, types_of
+from .phases import phases, value_at
 
 Readout = Literal["block_end", "causal"]
 Loss = Literal["ce", "kl", "tv", "el"]
@@ -66,6 +67,9 @@ class BlockKind(Section):
         "accept-until-fail: a slot's loss weighs as much as all earlier slots of its block are likely to be accepted, "
         "at least 0.1",
     )
+    earlier_losses: tuple[str, ...] = key(
+        (), 'losses before `loss`, each up to a fraction of the steps: ["kl:0.5"] is KL for the first half of the run'
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,16 +83,33 @@ class BlockKind(Section):
 
     def _check_chain(self) -> None:
         """What depends on the earlier slots of a block needs blocks as decoding drafts them."""
-        reason = 'loss = "el"' if self.loss == "el" else f'slot_weights = "{self.slot_weights}"'
-        if self.mask == "random" and (self.loss == "el" or self.slot_weights != "uniform"):
+        losses = {self.loss, *(loss for loss, _ in self._losses())}
+        reason = 'loss "el"' if "el" in losses else f'slot_weights = "{self.slot_weights}"'
+        if self.mask == "random" and ("el" in losses or self.slot_weights != "uniform"):
             raise RecipeError(
-                f'{self.path}.{reason} needs {self.path}.mask = "all": slots are accepted one after the other only '
+                f'{self.path}: {reason} needs {self.path}.mask = "all": slots are accepted one after the other only '
                 "where all are drafted"
             )
-        if self.loss == "el" and self.slot_weights != "uniform":
+        if losses == {"el"} and self.slot_weights != "uniform":
             raise RecipeError(
                 f'{self.path}.loss = "el" weighs the slots by itself; set {self.path}.slot_weights = "uniform"'
             )
+
+    def _losses(self) -> list[tuple[Loss, float]]:
+        path = f"{self.path}.earlier_losses"
+
+        def read(text: str) -> Loss:
+            loss: Loss = coerce(path, text, Loss, {})
+            return loss
+
+        return phases(path, self.earlier_losses, read)
+
+    def _now(self, step: int, steps: int) -> dict[str, Any]:
+        """The keys that a phase decides."""
+        loss = value_at(self._losses(), self.loss, step, steps)
+        return {
+            "loss": loss, "earlier_losses": (), "slot_weights": "uniform" if loss == "el" else self.slot_weights,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,6 +128,7 @@ class SecondKind(BlockKind):
     readout: Literal["block_end", "causal"] = key("causal", "as diffusion.readout, for the second kind")
     loss: Loss = key("kl", "as diffusion.loss, for the second kind")
     slot_weights: SlotWeights = key("uniform", "as diffusion.slot_weights, for the second kind")
+    earlier_losses: tuple[str, ...] = key((), "as diffusion.earlier_losses, for the second kind")
 
 
 @dataclass(frozen=True)
@@ -117,7 +139,45 @@ class Diffusion(BlockKind):
         4, "noisy positions per block; the publication leaves it open, 4 is our choice", low=1,
         high=LARGEST_BLOCK,
     )
+    earlier_block_sizes: tuple[str, ...] = key(
+        (),
+        "block sizes before `block_size`, each up to a fraction of the steps: "
+        '["1:0.25", "2:0.5"] starts with blocks of 1 for a quarter of the run',
+    )
+    grids: int = key(1, "block grids over each response, shifted against each other, with one clean stream", low=1)
+    grid_offset: Literal["first", "random"] = key(
+        "first",
+        "first: the first grid starts at the first loss token; random: all grids of a response start up to "
+        "block_size - 1 positions later, drawn anew for every step",
+    )
     second: SecondKind = field(default_factory=SecondKind)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._block_sizes()
+        if self.grids > self.block_size:
+            raise RecipeError(
+                f"{self.path}.grids = {self.grids}, but blocks of {self.block_size} can start at {self.block_size} "
+                f"places only; lower it, or raise {self.path}.block_size"
+            )
+
+    def _block_sizes(self) -> list[tuple[int, float]]:
+        path, metadata = f"{self.path}.earlier_block_sizes", type(self).__dataclass_fields__["block_size"].metadata
+
+        def read(text: str) -> int:
+            size: int = coerce(path, parse_value(path, text, int), int, metadata)
+            return size
+
+        return phases(path, self.earlier_block_sizes, read)
+
+    def at(self, step: int, steps: int) -> Diffusion:
+        """What holds in optimizer step `step`, counted from 0, of `steps`: without phases."""
+        size = value_at(self._block_sizes(), self.block_size, step, steps)
+        second = replace(self.second, **self.second._now(step, steps))
+        return replace(
+            self, **self._now(step, steps), block_size=size, earlier_block_sizes=(), grids=min(self.grids, size),
+            second=second,
+        )  # fmt: skip
 
     @property
     def kinds(self) -> tuple[tuple[float, BlockKind], ...]:
@@ -256,6 +316,10 @@ class Recipe(Section):
             if readout not in trained:
                 key = f"decode.{mode.replace('-', '_')}_readout"
                 raise RecipeError(f'{key} = "{readout}", but no kind of block trains that readout; set {key} = "auto"')
+
+    def diffusion_at(self, step: int) -> Diffusion:
+        """The noisy blocks of optimizer step `step`, counted from 0."""
+        return self.diffusion.at(step, self.optimizer.steps)
 
     def readouts(self) -> dict[str, Readout]:
         """The readout of each decoding mode ("ar-trust", "diffusion-trust"), with `auto` resolved."""

@@ -105,7 +105,7 @@ class Feed:
         options = self.recipe.optimizer
         rows = self.rows.rows(options.batch_rows)
         batches = build_batches(
-            rows, self.recipe.diffusion, self.mask_token_id, step_generator(self.seed, step),
+            rows, self.recipe.diffusion_at(step), self.mask_token_id, step_generator(self.seed, step),
             micro_rows=options.micro_rows, noisy=self.recipe.objective.diffusion_weight > 0,
         )  # fmt: skip
         return StepInput(rows, batches, None, self.rows.state_dict())

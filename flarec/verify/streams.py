@@ -92,7 +92,8 @@ class _FromEmbeddings(fx.Interpreter):
 
 
 def views_share_a_row(subject: Subject, cases: int = 2) -> Result:
-    """Invariant 7: two views in one row give the losses and gradients of two rows with one view each."""
+    """Invariant 7: two views and a shifted grid in one row give the losses and gradients of three rows with one each.
+    """
     rng = random.Random(subject.seed + 7)
     comparison = Comparison()
     for _ in range(cases):
@@ -100,17 +101,20 @@ def views_share_a_row(subject: Subject, cases: int = 2) -> Result:
         prompt, response = rng.randint(1, 4), rng.randint(3, 7)
         length = prompt + response
         anchors = range(prompt, length, size)
-        views = [[Block(0, anchor, size, view, readout) for anchor in anchors] for view in (0, 1)]
+        views = [
+            [Block(0, anchor + shift, size, view, readout) for anchor in anchors]
+            for view, shift in enumerate((0, 0, 1))
+        ]
         clean = random_tokens(rng, subject, length)
         noisy = [[rng.choice([subject.mask_token_id, *clean]) for _ in range(len(anchors) * size)] for _ in views]
         targets = torch.tensor([random_tokens(rng, subject, len(anchors) * size) for _ in views])
-        together = build_layout([[length]], [[*views[0], *views[1]]])
-        apart = build_layout([[length]] * 2, views)
-        one = _losses_and_gradients(subject.train, torch.tensor([clean + noisy[0] + noisy[1]]), together, targets)
-        two = _losses_and_gradients(subject.train, torch.tensor([clean + noisy[0], clean + noisy[1]]), apart, targets)
-        for a, b in zip(one, two, strict=True):
+        together = build_layout([[length]], [[block for view in views for block in view]])
+        apart = build_layout([[length]] * len(views), views)
+        one = _losses_and_gradients(subject.train, torch.tensor([sum(noisy, clean)]), together, targets)
+        each = _losses_and_gradients(subject.train, torch.tensor([clean + ids for ids in noisy]), apart, targets)
+        for a, b in zip(one, each, strict=True):
             comparison.add(a, b)
-    return comparison.result(7, "two views share a row", f"losses and all gradients, {cases} documents")
+    return comparison.result(7, "views and grids share a row", f"losses and all gradients, {cases} documents")
 
 
 def _losses_and_gradients(program: Program, ids: Tensor, layout: Layout, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,8 +97,16 @@ def test_overrides_survive_toml(values: dict[str, object]) -> None:
         ("diffusion.second.probability=1.5", ["diffusion.second.probability = 1.5", "at most 1"]),
         ("diffusion.mask=all", ["diffusion.views = 1"]),
         ("diffusion.loss=l1", ["diffusion.loss = 'l1'", "ce or kl or tv or el"]),
-        ("diffusion.loss=el", ['diffusion.loss = "el" needs diffusion.mask = "all"']),
-        ("diffusion.slot_weights=accept-until-fail", ["diffusion.slot_weights", 'needs diffusion.mask = "all"']),
+        ("diffusion.loss=el", ['diffusion: loss "el" needs diffusion.mask = "all"']),
+        ('diffusion.earlier_losses=["el:0.5"]', ['diffusion: loss "el" needs diffusion.mask = "all"']),
+        ('diffusion.earlier_losses=["kl"]', ["diffusion.earlier_losses holds 'kl'", "VALUE:FRACTION"]),
+        ('diffusion.earlier_losses=["kl:0.5", "ce:0.5"]', ["holds 'ce:0.5'", "fractions that rise"]),
+        ("diffusion.earlier_losses=kl:1", ["holds 'kl:1'", "between 0 and 1"]),
+        ("diffusion.earlier_losses=l1:0.5", ["diffusion.earlier_losses = 'l1'", "ce or kl"]),
+        ("diffusion.earlier_block_sizes=0:0.5", ["diffusion.earlier_block_sizes = 0", "at least 1"]),
+        ("diffusion.earlier_block_sizes=two:0.5", ["diffusion.earlier_block_sizes = 'two'", "a whole number"]),
+        ("diffusion.grids=5", ["diffusion.grids = 5", "blocks of 4 can start at 4 places"]),
+        ("diffusion.slot_weights=accept-until-fail", ["diffusion: slot_weights", 'needs diffusion.mask = "all"']),
         ("optimizer.lr=0", ["optimizer.lr = 0", "above 0"]),
         ("optimizer.lr=nan", ["optimizer.lr = nan"]),
         ("optimizer.betas=0.9", ["optimizer.betas", "2 numbers"]),
@@ -118,6 +126,29 @@ def test_bad_overrides_say_what_is_wrong(assignment: str, words: list[str]) -> N
 def test_expected_length_weighs_slots_by_itself() -> None:
     with pytest.raises(RecipeError, match=r'diffusion\.second\.loss = "el" weighs the slots by itself'):
         load_recipe("dual").override(["diffusion.second.loss=el", "diffusion.second.slot_weights=accept-until-fail"])
+
+
+def test_phases_are_a_function_of_the_step() -> None:
+    recipe = load_recipe("dual").override([
+        "optimizer.steps=30", "diffusion.block_size=4", 'diffusion.earlier_block_sizes=["1:0.1", "2:0.5"]',
+        "diffusion.grids=3", "diffusion.second.loss=el", 'diffusion.second.earlier_losses=["ce:0.1", "kl:0.7"]',
+    ])  # fmt: skip
+    found = [recipe.diffusion_at(step) for step in range(30)]
+    assert [d.block_size for d in found] == [1] * 3 + [2] * 12 + [4] * 15
+    assert [d.grids for d in found] == [1] * 3 + [2] * 12 + [3] * 15
+    assert [d.second.loss for d in found] == ["ce"] * 3 + ["kl"] * 18 + ["el"] * 9
+    assert {d.loss for d in found} == {"ce"}
+    assert all(not (d.earlier_block_sizes or d.earlier_losses or d.second.earlier_losses) for d in found)
+    assert found[29] == recipe.diffusion.at(29, 30) and recipe_from_toml(recipe.to_toml()) == recipe
+
+
+def test_slot_weights_hold_for_the_losses_that_are_not_the_expected_length() -> None:
+    recipe = load_recipe("draft").override([
+        "optimizer.steps=2", "diffusion.slot_weights=accept-until-fail", "diffusion.loss=el",
+        "diffusion.earlier_losses=kl:0.5",
+    ])  # fmt: skip
+    found = [(d.loss, d.slot_weights) for d in map(recipe.diffusion_at, range(2))]
+    assert found == [("kl", "accept-until-fail"), ("el", "uniform")]
 
 
 def test_values_are_checked_when_built_in_python() -> None:

@@ -32,11 +32,22 @@ def log(made: Trainer, steps: int) -> list[dict[str, object]]:
     return [made.advance().read(tiny_tokenizer()) for _ in range(steps)]
 
 
-def test_steps_are_the_same_and_resume_bit_for_bit(tmp_path: Path) -> None:
-    chosen = recipe("dual", "optimizer.steps=6")
+PHASES = [
+    "diffusion.loss=el", "diffusion.earlier_losses=kl:0.4", "diffusion.grids=2", "diffusion.grid_offset=random",
+    'diffusion.earlier_block_sizes=["1:0.2", "2:0.6"]',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "overrides"), [("dual", []), ("draft", PHASES)])
+def test_steps_are_the_same_and_resume_bit_for_bit(name: str, overrides: list[str], tmp_path: Path) -> None:
+    chosen = recipe(name, "optimizer.steps=6", *overrides)
     plain = trainer(chosen, ahead=False)
     expected = log(plain, 6)
     weights = {name: value.clone() for name, value in plain.state().model.items()}
+    if overrides:
+        sizes = [len(line["one_minus_tv"]) for line in expected]  # type: ignore[arg-type]
+        assert sizes == [1, 1, 2, 2, 3, 3]
+        assert [line["diffusion_loss"] < 0 for line in expected] == [False] * 3 + [True] * 3  # type: ignore[operator]
 
     first = trainer(chosen, ahead=True)
     assert log(first, 3) == expected[:3]

@@ -7,7 +7,7 @@ Contract: docs/semantics.md sections 1 and 3. A response of R tokens at document
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from ...errors import DataError
 from ...layout import BLOCK_END, PADDING, Layout
 from ...recipe.sections import Diffusion
 from ..data.document import PackedRow
-from .kinds import COMPARING, Kinds
+from .grid import Copies, Grid, lay_grids
+from .kinds import COMPARING
 from .noise import Noise, draw_noise
 
 
@@ -86,51 +87,6 @@ class Batch:
         return Batch(**values)
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """The blocks of the responses before noise, all [n] int64: where they are, and what their response allows."""
-
-    row: Tensor
-    document: Tensor
-    offset: Tensor  # clean slot of the document's first token
-    anchor: Tensor
-    end: Tensor  # document position after the response
-
-    def select(self, keep: Tensor) -> _Grid:
-        return _Grid(*(getattr(self, item.name)[keep] for item in fields(self)))
-
-
-@dataclass(frozen=True)
-class _Copies:
-    """The noisy blocks: each block of the grid once per view, ordered by row, view and position; tensors [n] int64."""
-
-    cell: Tensor  # the block of the grid
-    view: Tensor
-    at: _Grid  # where the block is
-    kinds: Kinds
-    index: Tensor  # block index inside the row
-    rows: int
-    most: int  # blocks of a row
-
-    @staticmethod
-    def of(grid: _Grid, noise: Noise, rows: int) -> _Copies:
-        views = noise.kinds.views
-        cell = torch.cat([torch.arange(len(views)), (views == 2).nonzero().squeeze(1)])
-        view = (torch.arange(len(cell)) >= len(views)).long()
-        order = (grid.row[cell] * 2 + view).argsort(stable=True)
-        cell, view = cell[order], view[order]
-        at = grid.select(cell)
-        per_row = torch.bincount(at.row, minlength=rows)
-        index = torch.arange(len(cell)) - (per_row.cumsum(0) - per_row)[at.row]
-        return _Copies(cell, view, at, noise.kinds[cell], index, rows, int(per_row.max()))
-
-    def spread(self, values: Tensor, fill: int) -> Tensor:
-        """Per-copy values [n, ...] on the block axis [rows, blocks, ...]."""
-        out = torch.full((self.rows, self.most, *values.shape[1:]), fill, dtype=torch.int64)
-        out[self.at.row, self.index] = values
-        return out
-
-
 def build_batch(
     rows: Sequence[PackedRow],
     diffusion: Diffusion,
@@ -155,36 +111,23 @@ def build_batches(
 ) -> list[Batch]:
     """The forward passes of one optimizer step, `micro_rows` rows each (None: all in one).
 
-    Noise is drawn and stratified over all rows together, so the micro batch size does not change it. Clean rows are
-    padded to `clean_length` (None: to the longest row). noisy: False for the clean streams alone. Raises `DataError` if
-    the data contains the mask token.
+    Grids and noise are drawn, and noise stratified, over all rows together, so the micro batch size does not change
+    them. Clean rows are padded to `clean_length` (None: to the longest row). noisy: False for the clean streams alone.
+    Raises `DataError` if the data contains the mask token.
     """
     assert rows, "no rows"
     micro_rows = micro_rows or len(rows)
-    grid = _grid(rows if noisy else [], diffusion.block_size)
+    grid = lay_grids(rows if noisy else [], diffusion, generator)
     noise = draw_noise(len(grid.row), diffusion, generator)
     batches = []
     for start in range(0, len(rows), micro_rows):
         part = rows[start : start + micro_rows]
         keep = ((grid.row >= start) & (grid.row < start + len(part))).nonzero().squeeze(1)
         cells = grid.select(keep)
-        local = _Grid(cells.row - start, cells.document, cells.offset, cells.anchor, cells.end)
+        local = replace(cells, row=cells.row - start)
         drawn = Noise(noise.kinds[keep], noise.masked[keep])
         batches.append(_build(part, local, drawn, mask_token_id, clean_length))
     return batches
-
-
-def _grid(rows: Sequence[PackedRow], block_size: int) -> _Grid:
-    """Blocks start at the first loss token of each response and follow each other to its end."""
-    cells: list[tuple[int, int, int, int, int]] = []
-    for row, packed in enumerate(rows):
-        offset = 0
-        for index, document in enumerate(packed.documents):
-            for start, end in document.responses:
-                cells += [(row, index, offset, anchor, end) for anchor in range(start, end, block_size)]
-            offset += len(document)
-    columns = torch.tensor(cells, dtype=torch.int64).reshape(-1, 5)
-    return _Grid(*columns.unbind(1))
 
 
 def _clean(rows: Sequence[PackedRow], length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -207,7 +150,7 @@ def _clean(rows: Sequence[PackedRow], length: int) -> tuple[Tensor, Tensor, Tens
 
 def _build(
     rows: Sequence[PackedRow],
-    grid: _Grid,
+    grid: Grid,
     noise: Noise,
     mask_token_id: int,
     clean_length: int | None,
@@ -220,7 +163,7 @@ def _build(
     if bool((ids[documents != PADDING] == mask_token_id).any()):
         raise DataError(f"the data contains the mask token (id {mask_token_id}); clean the data or choose another")
 
-    copies = _Copies.of(grid, noise, len(rows))
+    copies = Copies.of(grid, noise, len(rows))
     cell, at = copies.cell, copies.at
     position = at.anchor[:, None] + torch.arange(size)  # [copies, B]
     inside = position < at.end[:, None]
@@ -272,7 +215,7 @@ def _blocks(masked: Tensor, signal: Tensor) -> Tensor:
     return number[masked.all(1) & signal.any(1)]
 
 
-def _layout(documents: Tensor, positions: Tensor, copies: _Copies, position: Tensor) -> Layout:
+def _layout(documents: Tensor, positions: Tensor, copies: Copies, position: Tensor) -> Layout:
     """documents, positions [rows, Lc] of the clean stream; position [copies, B] in the document."""
     size = position.shape[1]
     return Layout(
@@ -282,7 +225,7 @@ def _layout(documents: Tensor, positions: Tensor, copies: _Copies, position: Ten
         noisy_position=copies.spread(position, 0).flatten(1),
         block_document=copies.spread(copies.at.document, PADDING),
         block_anchor=copies.spread(copies.at.anchor, 0),
-        block_view=copies.spread(copies.view, PADDING),
+        block_view=copies.spread(2 * copies.at.grid + copies.view, PADDING),
         block_readout=copies.spread(copies.kinds.readout, BLOCK_END),
         cached=torch.zeros(copies.rows, dtype=torch.int64),
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -59,8 +61,12 @@ def diffusions() -> st.SearchStrategy[Diffusion]:
         two = {"mask": mask, "views": views, "supervise": supervise, "readout": readout, "loss": loss}
         return Diffusion(block_size=size, **one, second=SecondKind(**two, probability=probability))
 
+    def gridded(diffusion: Diffusion, grids: int, offset: Any) -> Diffusion:
+        return replace(diffusion, grids=min(grids, diffusion.block_size), grid_offset=offset)
+
     kind = st.tuples(mask_and_views, rest)
-    return st.builds(build, st.integers(1, 6), kind, kind, st.sampled_from([0.0, 0.5, 1.0]))
+    plain = st.builds(build, st.integers(1, 6), kind, kind, st.sampled_from([0.0, 0.5, 1.0]))
+    return st.builds(gridded, plain, st.integers(1, 3), st.sampled_from(["first", "random"]))
 
 
 def copies_of(batch: Batch) -> list[Copy]:
@@ -110,9 +116,9 @@ def oracle_signals(rows: list[PackedRow], diffusion: Diffusion, copies: list[Cop
             }[kind.supervise]
             if counts:
                 raw.append((copy, slot, position, ids[position + 1], kind.loss))
-    number = Counter((copy.row, copy.document, position) for copy, _, position, _, _ in raw)
+    number = Counter((copy.row, copy.document, copy.view // 2, position) for copy, _, position, _, _ in raw)
     return {
-        Signal(c.row, c.document, c.anchor, c.view, slot, target, 1 / number[c.row, c.document, position], loss)
+        Signal(*c[:1], *c[2:5], slot, target, 1 / number[c.row, c.document, c.view // 2, position], loss)
         for c, slot, position, target, loss in raw
     }
 
@@ -141,7 +147,7 @@ def test_signals_equal_the_oracle(rows: list[PackedRow], diffusion: Diffusion, s
     assert len(set(found)) == len(found)
     assert set(found) == oracle_signals(rows, diffusion, copies)
     assert set(batch.losses) == {signal.loss for signal in found}
-    targets = {(s.row, s.document, s.anchor + s.slot) for s in found}
+    targets = {(s.row, s.document, s.view // 2, s.anchor + s.slot) for s in found}
     assert batch.diffusion_count == len(targets)
     assert float(batch.noisy_weight.sum()) == pytest.approx(len(targets))
     probes = set(batch.all_masked_index.tolist())
@@ -154,6 +160,15 @@ def test_signals_equal_the_oracle(rows: list[PackedRow], diffusion: Diffusion, s
     assert len({found[block[0]][:4] for block in blocks}) == len(blocks)
 
 
+def grids_of(diffusion: Diffusion, span: tuple[int, int], shift: int) -> set[tuple[int, int]]:
+    """(grid, anchor) of every block of a response, by section 1."""
+    size, found = diffusion.block_size, set()
+    for grid in range(diffusion.grids):
+        begin = (math.floor(grid * size / diffusion.grids) + shift) % size
+        found |= {(grid, anchor) for anchor in range(*span) if (anchor - span[0]) % size == begin}
+    return found
+
+
 @given(packed_rows(), diffusions(), st.integers(0, 1000))
 def test_grid_and_views(rows: list[PackedRow], diffusion: Diffusion, seed: int) -> None:
     batch = build_batch(rows, diffusion, MASK, step_generator(seed, 0))
@@ -164,12 +179,15 @@ def test_grid_and_views(rows: list[PackedRow], diffusion: Diffusion, seed: int) 
     assert len(found) == len(copies)
     for row, packed in enumerate(rows):
         for number, document in enumerate(packed.documents):
-            anchors = {a for start, end in document.responses for a in range(start, end, size)}
-            assert {c.anchor for c in copies if (c.row, c.document) == (row, number)} == anchors
+            for span in document.responses:
+                mine = [c for c in copies if (c.row, c.document) == (row, number) and span[0] <= c.anchor < span[1]]
+                laid = {(c.view // 2, c.anchor) for c in mine}
+                shifts = range(size if diffusion.grid_offset == "random" else 1)
+                assert any(laid == grids_of(diffusion, span, shift) for shift in shifts)
     for copy in copies:
         kind, (_, end) = kind_of(diffusion, copy), response_of(rows, copy)
         ids = rows[copy.row].documents[copy.document].ids.tolist()
-        twin = found.get((copy.row, copy.document, copy.anchor, 1 - copy.view))
+        twin = found.get((copy.row, copy.document, copy.anchor, copy.view ^ 1))
         assert (twin is not None) == (kind.views == 2)
         for slot, position in enumerate(copy.positions):
             seen = copy.ids[slot]
@@ -260,6 +278,18 @@ def test_the_worked_case() -> None:
     assert (batch.head_rows[batch.noisy_index]).tolist() == [9, 10, 11, 12, 13]
     assert (batch.head_rows[batch.teacher_index]).tolist() == [3, 4, 5, 6, 7]
     assert batch.noisy_target.tolist() == rows[0].documents[0].ids[4:9].tolist()
+
+
+def test_random_offsets_start_everywhere_and_depend_on_the_step_alone() -> None:
+    rows = [PackedRow((make_document([(3, 20)] * 8),))]
+    diffusion = load_recipe("draft").override(["diffusion.grid_offset=random", "diffusion.grids=2"]).diffusion
+
+    def anchors(step: int) -> list[int]:
+        return build_batch(rows, diffusion, MASK, step_generator(0, step)).layout.block_anchor[0].tolist()
+
+    assert anchors(0) == anchors(0) != anchors(1)
+    starts = {min(a for a in anchors(step) if a >= 3) for step in range(20)}
+    assert starts == {3, 4}, "two grids, two apart: the first block starts at one of two places"
 
 
 def test_data_with_the_mask_token_is_refused() -> None:
