@@ -15,6 +15,7 @@ from flarec.frontend.export import capture
 from flarec.inspect import summarize
 from flarec.passes import lower
 from flarec.recipe import Recipe
+from flarec.train.adapter import adapter_of
 from flarec.train.precision import DTYPES, resolve_precision
 
 from .estimates import estimated
@@ -70,10 +71,11 @@ def diagnose(
             start = time.perf_counter()
             captured = capture(model)
             report = replace(report, capture_seconds=time.perf_counter() - start)
-            train = lower(captured, "train")
+            adapter = adapter_of(recipe)
+            train = lower(captured, "train", mask_vector=adapter is not None, adapter=adapter)
             serve_dtype = _serving_dtype(location, dtype, device)
             served = captured if serve_dtype == train_dtype else capture(open_meta(location, serve_dtype))
-            decode = lower(served, "decode")
+            decode = lower(served, "decode", mask_vector=adapter is not None, adapter=adapter)
         except NOT_CONVERTED as error:
             return replace(report, reason=str(error))
     report = replace(

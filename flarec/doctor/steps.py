@@ -13,6 +13,7 @@ from flarec.decode import BlockSpec, Cache, Stepper
 from flarec.decode.engine import PREFILL_CHUNK
 from flarec.ir.program import Program
 from flarec.ir.slots import CacheSlot
+from flarec.passes.embed_mask import PARAMETER
 from flarec.recipe import Recipe
 from flarec.train.data.packing import RowStream
 from flarec.train.data.sources import DataStats, TokenSource
@@ -61,7 +62,8 @@ def simulate_training(program: Program, recipe: Recipe, *, length: int, batch: i
     the optimizer has its moments. Raises `CaptureError` for a program whose shapes depend on computed numbers.
     """
     recipe = recipe.override([f"optimizer.batch_rows={batch}", f"optimizer.micro_rows={batch}"])
-    mask = MaskToken("row", program.vocab_size - 1)
+    vector = PARAMETER in program.extra
+    mask = MaskToken("vector", program.vocab_size) if vector else MaskToken("row", program.vocab_size - 1)
     rows = full_rows(length, batch, recipe)
     batches = build_batches(rows.rows(batch), recipe.diffusion, mask.token_id, step_generator(0, 0))
     with Simulation() as simulation:

@@ -201,6 +201,22 @@ class Objective(Section):
 
 
 @dataclass(frozen=True)
+class Adapter(Section):
+    """A low-rank adapter on noisy rows alone instead of full fine-tuning (docs/semantics.md section 6)."""
+
+    path: ClassVar[str] = "adapter"
+    rank: int = key(
+        0, "rank of the adapter that noisy rows go through, over a frozen model; 0 trains the model itself", low=0
+    )
+    alpha: float = key(64.0, "the adapter's result is scaled by alpha / rank", above=0)
+    targets: str = key(
+        "all-linear",
+        "linear layers with an adapter: all-linear (of decoder layers, without routers and head), names of modules "
+        "joined by + (q_proj+v_proj), or a regular expression for whole names",
+    )
+
+
+@dataclass(frozen=True)
 class Optimizer(Section):
     """AdamW, its schedule and its numbers; `lr`, warmup, schedule, decay and clip defaults are the published ones."""
 
@@ -303,6 +319,7 @@ class Recipe(Section):
     )
     diffusion: Diffusion = field(default_factory=Diffusion)
     objective: Objective = field(default_factory=Objective)
+    adapter: Adapter = field(default_factory=Adapter)
     optimizer: Optimizer = field(default_factory=Optimizer)
     data: Data = field(default_factory=Data)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -311,6 +328,7 @@ class Recipe(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_adapter()
         trained = {kind.readout for _, kind in self.diffusion.kinds}
         for mode, readout in self.readouts().items():
             if readout not in trained:
@@ -320,6 +338,29 @@ class Recipe(Section):
     def diffusion_at(self, step: int) -> Diffusion:
         """The noisy blocks of optimizer step `step`, counted from 0."""
         return self.diffusion.at(step, self.optimizer.steps)
+
+    def _check_adapter(self) -> None:
+        """An adapter cannot change the clean stream, and nothing else of the model is trained."""
+        rank = self.adapter.rank
+        if rank and self.objective.ar_weight:
+            raise RecipeError(
+                f"adapter.rank = {rank} keeps the clean stream as it is, so its loss has no gradient; set "
+                "objective.ar_weight = 0"
+            )
+        if rank and not self.objective.diffusion_weight:
+            raise RecipeError(
+                f"adapter.rank = {rank} trains noisy rows, and objective.diffusion_weight = 0 leaves them out; set it "
+                "to 1"
+            )
+        if rank and self.mask_token == "row":
+            raise RecipeError(
+                f'adapter.rank = {rank} keeps every row of the embedding as it is; set mask_token = "vector" or "auto"'
+            )
+
+    @property
+    def mask_choice(self) -> Literal["auto", "row", "vector"]:
+        """`mask_token`, where a frozen model leaves a choice: the vector is no row of the embedding."""
+        return "vector" if self.adapter.rank else self.mask_token
 
     def readouts(self) -> dict[str, Readout]:
         """The readout of each decoding mode ("ar-trust", "diffusion-trust"), with `auto` resolved."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import TrainingError
 from ..ir.program import Program
 from ..recipe import Recipe
+from .adapter import choose_trained
 from .data.document import PackedRow
 from .data.packing import RowStream
 from .feed import Feed, MicroBatch, moved
@@ -92,7 +93,7 @@ class Step:
 class Trainer:
     """Takes optimizer steps. Everything random is a function of (seed, step) and of the position in `rows`.
 
-    program: lowered with the "train" pipeline, in float32 or bfloat16; rows: an endless stream of packed rows; exact:
+    program: lowered with the "train" pipeline, in float32 or bfloat16; with `recipe.adapter` its model is frozen; rows: an endless stream of packed rows; exact:
     float32 values of parameters that a bfloat16 program holds rounded, where they are known (`Weights`).
     """
 
@@ -111,7 +112,7 @@ class Trainer:
         self.rows = rows
         self.feed = Feed(program, recipe, mask.token_id, rows, seed)
         self.step = 0
-        self.weights = Weights(program.parameters(), exact)
+        self.weights = Weights(choose_trained(program, recipe), exact)
         options = recipe.optimizer
         self.optimizer = torch.optim.AdamW(
             self.weights.masters.values(),
@@ -124,8 +125,14 @@ class Trainer:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What the program computes with; the optimizer changes `weights.masters`."""
+        """What is trained, as the program computes with it; the optimizer changes `weights.masters`."""
         return self.weights.parameters
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of parameters, trained or not, masters, gradients and AdamW's two moments."""
+        frozen = [value for name, value in self.program.parameters().items() if name not in self.parameters]
+        return self.weights.bytes + sum(value.nbytes for value in frozen)
 
     def advance(self) -> Step:
         """One optimizer step, without waiting for the device."""

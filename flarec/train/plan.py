@@ -23,7 +23,7 @@ class Plan:
     """What a run would do.
 
     parameters        trained parameters
-    weight_bytes      of weights (with their float32 masters), gradients and moments
+    weight_bytes      of weights (trained ones with their float32 masters), gradients and moments
     activation_bytes  measured on one micro batch: what autograd keeps for the backward pass (CPU), or everything that
                       was allocated above weights and gradients (CUDA)
     step_seconds      measured, one optimizer step
@@ -88,7 +88,7 @@ def plan(options: Options, reporter: Reporter) -> Plan:
     seconds = time.perf_counter() - start
     drawn = sum(row.length for row in rows) * recipe.optimizer.steps
     count = sum(parameter.numel() for parameter in trainer.parameters.values())
-    return Plan(run, count, trainer.weights.bytes, activations, seconds, drawn / run.tokens)
+    return Plan(run, count, trainer.weight_bytes, activations, seconds, drawn / run.tokens)
 
 
 def _activation_bytes(run: Run, step: Callable[[], object]) -> int:
@@ -100,7 +100,7 @@ def _activation_bytes(run: Run, step: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    weights = {parameter.untyped_storage().data_ptr() for parameter in run.trainer.parameters.values()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in run.trainer.program.parameters().values()}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

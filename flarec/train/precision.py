@@ -74,7 +74,7 @@ def _is_widened(parameter: fx.Node) -> bool:
 
 
 class Weights:
-    """The parameters of a program and their masters, which the optimizer changes.
+    """The trained parameters of a program and their masters, which the optimizer changes.
 
     parameters  what the graph reads
     masters     by the same names: float32 for a 16-bit parameter, any other parameter itself

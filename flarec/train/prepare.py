@@ -21,6 +21,7 @@ from ..passes.lower_mixers import IMPLEMENTATIONS
 from ..passes.plugins import load_plugins
 from ..passes.split_head import SplitHead, head_refusal
 from ..recipe import Recipe
+from .adapter import adapter_of, start_adapter
 from .data.document import Document
 from .data.packing import RowStream
 from .data.sources import TokenSource, hold_out, load_sources, parse_source
@@ -99,6 +100,7 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     keep_float32(captured, exact)
     if source.manifest is None or mask.kind == "vector":
         initialise_mask_token(mask, model, captured, tokenizer, exact)
+    start_adapter(captured, recipe, options.seed, reporter.note)
     steps = _pipelines(captured, mask, options, recipe, reporter)
     train, decode = (lower(captured, target, steps=chosen, debug=options.debug) for target, chosen in steps.items())
     rows = RowStream(
@@ -120,7 +122,8 @@ def _pipelines(
     vector = mask.kind == "vector"
     steps = {
         target: pipeline(
-            target, mask_vector=vector, kernels=options.kernels, foreign=recipe.passes, plugins=options.plugins
+            target, mask_vector=vector, kernels=options.kernels, adapter=adapter_of(recipe), foreign=recipe.passes,
+            plugins=options.plugins,
         )
         for target in ("train", "decode")
     }
@@ -162,8 +165,8 @@ def _open_source(location: str) -> Checkpoint:
 
 def _mask_token(source: Checkpoint, recipe: Recipe, tokenizer: Any, reporter: Reporter) -> MaskToken:
     """The recipe's choice; a dual-mode checkpoint of another program goes on with the trained row that it has."""
-    if source.manifest is None or recipe.mask_token == "vector":
-        return choose_mask_token(recipe.mask_token, source.load_config(), tokenizer)
+    if source.manifest is None or recipe.mask_choice == "vector":
+        return choose_mask_token(recipe.mask_choice, source.load_config(), tokenizer)
     mask, size = source.manifest.mask, source.manifest.decode.block_size
     reporter.note(
         f"the source is a dual-mode checkpoint already (mask token {mask.token_id}, blocks of {size}): training goes "

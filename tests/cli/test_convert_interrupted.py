@@ -40,10 +40,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def arguments(out: str, precision: str) -> list[str]:
+def arguments(out: str, precision: str, rank: int) -> list[str]:
+    trained = ["--set", f"adapter.rank={rank}", "--set", "objective.ar_weight=0"] if rank else []
     return ["convert", "qwen3_5_text", "--data", "data.jsonl", "--recipe", "dual", "--out", out, *QUICK,
             "--steps", str(STEPS), "--set", "save.every=1", "--set", "evaluation.every=10",
-            "--set", f"optimizer.precision={precision}"]  # fmt: skip
+            "--set", f"optimizer.precision={precision}", *trained]  # fmt: skip
 
 
 def saved_step(place: Path) -> int:
@@ -74,12 +75,13 @@ def stop_after(place: Path, command: list[str], step: int, signal_number: signal
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_interrupted_twice_and_resumed_equals_uninterrupted(place: Path, precision: str) -> None:
-    whole = flarec(*arguments("whole", precision))
+@pytest.mark.parametrize(("precision", "rank"), [("float32", 0), ("bf16", 0), ("float32", 4)])
+def test_interrupted_twice_and_resumed_equals_uninterrupted(place: Path, precision: str, rank: int) -> None:
+    """Full fine-tuning, and an adapter over a frozen model."""
+    whole = flarec(*arguments("whole", precision, rank))
     assert whole.exit_code == 0, whole.output
 
-    code, errors = stop_after(place, arguments("out", precision), 3, signal.SIGINT)
+    code, errors = stop_after(place, arguments("out", precision, rank), 3, signal.SIGINT)
     assert code == 130, errors
     assert "Traceback" not in errors
     interrupted_at = saved_step(place)
@@ -97,7 +99,9 @@ def test_interrupted_twice_and_resumed_equals_uninterrupted(place: Path, precisi
 
     resumed = flarec(*command[1:])
     assert resumed.exit_code == 0, resumed.output
-    for name in ("model.safetensors", "tokenizer.json", "config.json", "generation_config.json"):
+    weights = [path.relative_to(place / "whole") for path in (place / "whole").rglob("*.safetensors")]
+    assert len(weights) > bool(rank)
+    for name in (*weights, "tokenizer.json", "config.json", "generation_config.json"):
         assert (place / "out" / name).read_bytes() == (place / "whole" / name).read_bytes(), name
     timing = ("seconds", "tokens_per_second")
     logs = [

@@ -12,6 +12,7 @@ from flarec.frontend.export import capture
 from flarec.ir.program import Program
 from flarec.passes import lower
 from flarec.recipe import Recipe, load_recipe
+from flarec.train.adapter import adapter_of, start_adapter
 from flarec.train.data.packing import RowStream
 from flarec.train.data.sources import DataStats, TokenSource
 from flarec.train.loop import Trainer
@@ -28,6 +29,11 @@ def recipe(name: str = "dual", *overrides: str) -> Recipe:
     return load_recipe(name).override([*SMALL, *overrides])
 
 
+def adapter_recipe(*overrides: str) -> Recipe:
+    """All-masked causal blocks through an adapter of rank 4 over a frozen model."""
+    return recipe("draft", "adapter.rank=4", "adapter.alpha=8", "objective.ar_weight=0", *overrides)
+
+
 def source(documents: int = 4, seed: int = 0) -> TokenSource:
     """Documents of 10 to 23 random tokens; all but the first four of each are its response."""
     generator = np.random.default_rng(seed)
@@ -41,10 +47,15 @@ def source(documents: int = 4, seed: int = 0) -> TokenSource:
 
 class Small:
     """A model, its captured and its training program, and the parameters that it starts with. In bfloat16 the model is
-    as transformers loads it: buffers stay as they are."""
+    as transformers loads it: buffers stay as they are. chosen: a recipe whose adapter is in the program."""
 
     def __init__(
-        self, family: str, choice: str = "auto", dtype: torch.dtype = torch.float32, **overrides: Any
+        self,
+        family: str,
+        choice: str = "auto",
+        dtype: torch.dtype = torch.float32,
+        chosen: Recipe | None = None,
+        **overrides: Any,
     ) -> None:
         self.model = tiny_model(family, **overrides)
         for parameter in self.model.parameters():
@@ -52,7 +63,11 @@ class Small:
         self.captured = capture(self.model)
         self.mask: MaskToken = choose_mask_token(choice, self.model.config, tiny_tokenizer())
         initialise_mask_token(self.mask, self.model, self.captured, tiny_tokenizer())
-        self.program: Program = lower(self.captured, "train", mask_vector=self.mask.kind == "vector")
+        adapter = adapter_of(chosen) if chosen is not None else None
+        if chosen is not None:
+            start_adapter(self.captured, chosen, 0, lambda text: None)
+        vector = self.mask.kind == "vector"
+        self.program: Program = lower(self.captured, "train", mask_vector=vector, adapter=adapter)
         self.start = {name: value.detach().clone() for name, value in self.program.parameters().items()}
 
     def trainer(self, chosen: Recipe, *, seed: int = 0, data: TokenSource | None = None) -> Trainer:
@@ -66,6 +81,8 @@ class Small:
 
 
 @functools.cache
-def small(family: str, choice: str = "auto", dtype: torch.dtype = torch.float32) -> Small:
+def small(
+    family: str, choice: str = "auto", dtype: torch.dtype = torch.float32, chosen: Recipe | None = None
+) -> Small:
     """Made once per session; `trainer` resets it."""
-    return Small(family, choice, dtype)
+    return Small(family, choice, dtype, chosen)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from flarec.errors import CheckpointError, TrainingError, UsageError
+from flarec.recipe import Recipe
 from flarec.train.loop import Trainer
 from flarec.train.metrics import MetricsLog, read_metrics
 from flarec.train.saves import SavedState
 from flarec.train.state import StateDirectory
 from tests.models import tiny_tokenizer
-from tests.train.small_run import recipe, small, source
+from tests.train.small_run import Small, adapter_recipe, recipe, small, source
 
 
 @contextlib.contextmanager
@@ -51,8 +52,20 @@ def run(trainer: Trainer, steps: int) -> list[dict[str, object]]:
 )
 @pytest.mark.parametrize("stop", [0, 1, 4])
 def test_a_resumed_run_equals_an_uninterrupted_one(choice: str, dtype: torch.dtype, stop: int, tmp_path: Path) -> None:
+    resumed_equals_uninterrupted(
+        small("qwen3_5_text", choice, dtype), recipe("dual", "optimizer.warmup_steps=5"), stop, tmp_path
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_adapter_equals_an_uninterrupted_one(dtype: torch.dtype, tmp_path: Path) -> None:
+    chosen = adapter_recipe("optimizer.warmup_steps=5")
+    resumed_equals_uninterrupted(small("qwen3_5_text", "vector", dtype, chosen), chosen, 4, tmp_path)
+
+
+def resumed_equals_uninterrupted(set_up: Small, chosen: Recipe, stop: int, tmp_path: Path) -> None:
     """Weights, moments, data order and noise; steps 5 to 7 start the second epoch of the data."""
-    set_up, chosen, steps = small("qwen3_5_text", choice, dtype), recipe("dual", "optimizer.warmup_steps=5"), 7
+    steps = 7
     whole = set_up.trainer(chosen)
     log = run(whole, steps)
     expected = everything(whole)
