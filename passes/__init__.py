@@ -22,6 +22,7 @@ from .plugins import Known, known_passes
 from .rewrite_masks import RewriteMasks
 from .schedule_states import ScheduleStates
 from .split_head import SplitHead
+from .split_streams import SplitStreams
 from .thread_cache import ThreadCache
 
 TRAIN: list[Pass] = [
@@ -48,7 +49,7 @@ DECODE: list[Pass] = [
 ]
 
 PIPELINES: dict[str, list[Pass]] = {"train": TRAIN, "decode": DECODE}
-OPTIONAL: tuple[type[Pass], ...] = (AdaptNoisyStream,)
+OPTIONAL: tuple[type[Pass], ...] = (AdaptNoisyStream, SplitStreams)
 """Passes that stand in a pipeline where a caller gives them (`pipeline`)."""
 PASSES: dict[str, type[Pass]] = {step.name: type(step) for step in [*TRAIN, *DECODE]} | {p.name: p for p in OPTIONAL}
 GIVEN = frozenset({"captured"})
@@ -81,7 +82,8 @@ def pipeline(
 ) -> list[Pass]:
     """The pipeline `target` ("train" or "decode") with its run-dependent options filled in.
 
-    adapter: stands behind embed-mask; without one noisy rows run through the model's own weights. stored: the text of
+    adapter: stands behind embed-mask, and split-streams before lower-mixers in training; without one noisy rows run
+    through the model's own weights. stored: the text of
     a checkpoint's manifest instead of the literal list; the implementation of mixers and losses is then replaced by
     `kernels`, nothing else. foreign: passes of others as text, `name(option=value)`; each goes to the latest place
     before lower-mixers that its requirements allow, or with `@after:NAME` behind that pass. plugins: files that define
@@ -104,6 +106,8 @@ def pipeline(
             if adapter is not None:
                 filled.append(adapter)
         elif isinstance(step, (LowerMixers, SplitHead)):
+            if adapter is not None and target == "train" and isinstance(step, LowerMixers):
+                filled.append(SplitStreams())
             filled.append(replace(step, implementation=kernels))
         else:
             filled.append(step)
@@ -131,7 +135,9 @@ def _with_foreign(
         for item in list(waiting):
             step, pin = item
             try:
-                index = _after(steps, step, pin) if pin else place(steps, step, GIVEN, LowerMixers.name)
+                split = any(isinstance(other, SplitStreams) for other in steps)
+                last = SplitStreams.name if split else LowerMixers.name
+                index = _after(steps, step, pin) if pin else place(steps, step, GIVEN, last)
                 trial = [*steps[:index], step, *steps[index:]]
                 check_order(trial, GIVEN)
             except PassError as error:

@@ -13,6 +13,7 @@ from flarec.errors import PropertyError
 from flarec.ir.pipeline import Claims, Pass
 from flarec.ir.program import Program, layer_of, locate
 from flarec.layout import Layout
+from flarec.ops.streams import join_rows
 
 OUTPUT = "experts."
 """Prefix of the outputs: `experts.LAYER`, numbered (`experts.LAYER.2`) if a layer has several."""
@@ -74,7 +75,8 @@ def check_experts_counted(program: Program) -> None:
         if mixer is not ops.MOE_EXPERTS:
             continue
         index = node.kwargs["index"]
-        counts = [user for user in index.users if user.target is ops.count_experts]  # type: ignore[union-attr]
+        readers = [index, *(user for user in index.users if user.target is join_rows)]  # type: ignore[union-attr]
+        counts = [user for reader in readers for user in reader.users if user.target is ops.count_experts]  # type: ignore[union-attr]
         if not any(user in outputs for user in counts):
             raise PropertyError(f"{locate(node)} chooses experts that no output counts")
         if type(program.derivations.get(TokenStreams.name)) is not TokenStreams:

@@ -76,7 +76,8 @@ class LowerMixers(Pass):
         node.kwargs = operands
         for name in form.in_place:
             _read_in_place(program, node, name)
-        node.target = mixer.call(implementation, site.step)
+        frozen = isinstance(node.target, ops.Call) and node.target.frozen_clean
+        node.target = mixer.call(implementation, site.step, frozen)
 
 
 def check_triton(device: torch.device) -> None:

@@ -16,6 +16,7 @@ from .count_experts import check_experts_counted
 from .duplicate_streams import PositionIds
 from .embed_mask import PARAMETER
 from .split_head import check_head_split
+from .split_streams import check_streams_split
 from .token_local import Watch
 
 ATEN = torch.ops.aten
@@ -104,6 +105,7 @@ CHECKERS: dict[str, Checker] = {
     "mask-embedded": check_mask_embedded,
     "noisy-adapted": check_noisy_adapted,
     "experts-counted": check_experts_counted,
+    "streams-split": check_streams_split,
     "cached": check_cached,
     "lowered": check_lowered,
 }

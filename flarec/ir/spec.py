@@ -1,7 +1,8 @@
 """What a program remembers about a tensor: sizes and dtype as plain data, without the tracer's symbols behind them.
 
-A size that depends on the input is text: an expression over `rows`, `length` (tokens per row) and `head_rows` (gathered
-for the head), such as "length" or "2*length*rows". Two sizes of one program are equal if their text is.
+A size that depends on the input is text: an expression over `rows`, `length` (tokens per row; `clean` and `noisy` of
+one stream) and `head_rows` (gathered for the head), such as "length" or "2*length*rows". Two sizes of one program are
+equal if their text is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 
 ROWS, LENGTH, HEAD_ROWS = "rows", "length", "head_rows"
+CLEAN, NOISY = "clean", "noisy"
+"""Tokens of one stream per row, where the streams are computed apart."""
 Size = int | str
 
 

@@ -70,6 +70,7 @@ GATED_RECURRENCE = Mixer(
             step="flarec.kernels.diagonal.gated_recurrence.torch_walk:step",
             reads=lambda site: RowScan(),
             opaque=("train", "step"),
+            frozen=True,
         ),
     },
 )

@@ -73,6 +73,7 @@ GENERALIZED_DELTA_RULE = Mixer(
             step="flarec.kernels.generalized_delta_rule.torch_chunk:step",
             reads=lambda site: DeltaChunks(),
             opaque=("train", "step"),
+            frozen=True,
         ),
     },
 )

@@ -174,6 +174,7 @@ LINEAR_ATTENTION = Mixer(
             step="flarec.kernels.linear_attention.panels.decode:step",
             reads=lambda site: Schedule(site.chunk_size),
             opaque=("train", "step"),
+            frozen=True,
         ),
         "triton": Form(
             train="flarec.kernels.linear_attention.tiles.train:two_stream",

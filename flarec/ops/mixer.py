@@ -116,6 +116,9 @@ class Form:
     opaque    which of the functions a compiled or exported graph calls as one op (`flarec.ops.opaque`), because
               tracers cannot or should not look inside: Python loops over a schedule, matrices of computed sizes
     in_place  operands that are read where they lie: a copy into another memory order before them is left out
+    frozen    whether `train` takes `frozen_clean`, the number of clean slots per row: then it computes the gradients of
+              noisy tokens alone, and keeps of the clean stream nothing but what noisy tokens read. Other forms compute
+              all gradients, and those of clean tokens are dropped
     """
 
     train: Function
@@ -125,6 +128,7 @@ class Form:
     omits: tuple[str, ...] = ()
     opaque: tuple[Literal["train", "step"], ...] = ()
     in_place: tuple[str, ...] = ()
+    frozen: bool = False
 
 
 def _no_slots(site: Site) -> tuple[Slot, ...]:
@@ -202,21 +206,27 @@ class Mixer:
         form = self.forms.get(wanted)
         return wanted if form is not None and (not step or form.step is not None) else TORCH
 
-    def call(self, implementation: str, step: bool = False) -> Call:
-        """The target of a graph's node; imports what it calls."""
+    def call(self, implementation: str, step: bool = False, frozen_clean: bool = False) -> Call:
+        """The target of a graph's node; imports what it calls. frozen_clean: clean tokens take no gradient."""
+        takes = False
         if implementation == REFERENCE:
             function, omits, opaque = self.cached if step else self.streams, (), True
         else:
             form = self.forms[implementation]
             function, omits = form.step if step else form.train, form.omits  # type: ignore[assignment]
             opaque = ("step" if step else "train") in form.opaque
+            takes = form.frozen
         assert function is not None, f"{self.name} has no {implementation} form of a {'step' if step else 'row'}"
-        return Call(self, implementation, step, load(function), omits, opaque)
+        return Call(self, implementation, step, load(function), omits, opaque, frozen_clean, takes)
 
 
 @dataclass(frozen=True, repr=False)
 class Call:
-    """What a mixer's node calls once it knows the layout. Two are equal if op, implementation and use are."""
+    """What a mixer's node calls once it knows the layout. Two are equal if op, implementation and use are.
+
+    frozen_clean: clean tokens take no gradient, and the call has their positions [rows, Lc] as one more operand,
+    `clean_positions`; takes_frozen: whether the function makes use of that.
+    """
 
     mixer: Mixer
     implementation: str
@@ -224,6 +234,8 @@ class Call:
     function: Callable[..., Any] = field(compare=False)
     omits: tuple[str, ...] = field(compare=False, default=())
     opaque: bool = field(compare=False, default=False)
+    frozen_clean: bool = False
+    takes_frozen: bool = field(compare=False, default=False)
 
     @property
     def label(self) -> str:
@@ -253,7 +265,14 @@ class Call:
                 )
             given = {name: operand for name, operand in operands.items() if operand is not None}
             absent = tuple(name for name in operands if name not in given)
-            return call_opaque(self.mixer.name, self.implementation, self.step, given, absent)
+            return call_opaque(self.mixer.name, self.implementation, self.step, self.frozen_clean, given, absent)
+        return self.run(operands)
+
+    def run(self, operands: dict[str, Any]) -> Any:
+        """Call the function with the operands that it takes."""
+        if self.frozen_clean:
+            clean = operands.pop("clean_positions").shape[1]
+            operands |= {"frozen_clean": clean} if self.takes_frozen else {}
         return self.function(**operands)
 
 

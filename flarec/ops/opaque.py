@@ -27,26 +27,26 @@ TENSOR, NUMBER, PLAIN = "tensor", "number", "plain"
 
 @torch._dynamo.nonstrict_trace
 def call_opaque(
-    mixer: str, implementation: str, step: bool, operands: dict[str, Any], absent: tuple[str, ...]
+    mixer: str, implementation: str, step: bool, frozen_clean: bool, operands: dict[str, Any], absent: tuple[str, ...]
 ) -> Any:
     """The call of a mixer with these operands as an op; Dynamo leaves it alone, AOTAutograd comes in.
 
     operands are those that are not None, absent the names of the others.
     """
     operands = operands | dict.fromkeys(absent)
-    results = _forward(*pack(mixer, implementation, step, operands))
+    results = _forward(*pack(mixer, implementation, step, operands, frozen_clean))
     return tuple(results) if len(results) > 1 else results[0]
 
 
 def pack(
-    mixer: str, implementation: str, step: bool, operands: dict[str, Any]
+    mixer: str, implementation: str, step: bool, operands: dict[str, Any], frozen_clean: bool = False
 ) -> tuple[str, list[Tensor], list[int]]:
     """Arguments of the op for a call: what it is as text, its operands' tensors, and their integers."""
     leaves, structure = _pytree.tree_flatten(operands)
     kinds = [TENSOR if isinstance(x, Tensor) else NUMBER if _is_number(x) else PLAIN for x in leaves]
     of_kind = {kind: [x for x, k in zip(leaves, kinds, strict=True) if k == kind] for kind in (TENSOR, NUMBER, PLAIN)}
     table = {
-        "call": [mixer, implementation, step],
+        "call": [mixer, implementation, step, frozen_clean],
         "structure": _pytree.treespec_dumps(structure),
         "kinds": kinds,
         "plain": of_kind[PLAIN],
@@ -72,9 +72,9 @@ class _Opaque:
     @functools.lru_cache(maxsize=4096)
     def read(text: str) -> _Opaque:
         table = json.loads(text)
-        name, implementation, step = table["call"]
+        name, *use = table["call"]
         return _Opaque(
-            MIXERS[name].call(implementation, step),
+            MIXERS[name].call(*use),
             _pytree.treespec_loads(table["structure"]),
             tuple(table["kinds"]),
             tuple(table["plain"]),
@@ -86,7 +86,7 @@ class _Opaque:
         return operands
 
     def run(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> list[Tensor]:
-        results = self.called.function(**self.operands(tensors, numbers))
+        results = self.called.run(self.operands(tensors, numbers))
         return list(results) if isinstance(results, tuple) else [results]
 
 

@@ -73,6 +73,7 @@ SELECTIVE_SCAN = Mixer(
             step="flarec.kernels.diagonal.selective_scan.torch_scan:step",
             reads=lambda site: Scan(),
             opaque=("train", "step"),
+            frozen=True,
         ),
     },
 )

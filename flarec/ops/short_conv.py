@@ -103,6 +103,7 @@ SHORT_CONV = Mixer(
             train="flarec.kernels.short_conv.torch_gather:two_stream",
             step="flarec.kernels.short_conv.torch_gather:step",
             reads=lambda site: ConvWindows(site.size("weight", 1)),
+            frozen=True,
         ),
         "triton": Form(
             train="flarec.kernels.short_conv.triton_conv:two_stream",

@@ -116,6 +116,7 @@ SOFTMAX_ATTENTION = Mixer(
             step="flarec.kernels.softmax_attention.torch_sdpa:cached",
             reads=lambda site: SoftmaxMask(site["window"]),
             omits=("window",),
+            frozen=True,
         ),
         "triton": Form(
             train="flarec.kernels.softmax_attention.triton_attention:two_stream",

@@ -93,8 +93,9 @@ class Step:
 class Trainer:
     """Takes optimizer steps. Everything random is a function of (seed, step) and of the position in `rows`.
 
-    program: lowered with the "train" pipeline, in float32 or bfloat16; with `recipe.adapter` its model is frozen; rows: an endless stream of packed rows; exact:
-    float32 values of parameters that a bfloat16 program holds rounded, where they are known (`Weights`).
+    program: lowered with the "train" pipeline, in float32 or bfloat16; with `recipe.adapter` its model is frozen. rows:
+    an endless stream of packed rows. exact: float32 values of parameters that a bfloat16 program holds rounded, where
+    they are known (`Weights`).
     """
 
     def __init__(

@@ -56,12 +56,14 @@ def two_stream(
     *,
     scale: float,
     initial_state: Tensor | None = None,
+    frozen_clean: int | None = None,
 ) -> Tensor:
     """Output [B, T, H, V] in q's dtype; the same arguments and meaning as `reference`, with its layout's schedule.
 
-    Differentiable in all tensors. Padding slots are never read and output 0; their gradients are 0.
+    Differentiable in all tensors. Padding slots are never read and output 0; their gradients are 0. frozen_clean (clean
+    slots per row): clean tokens take no gradient.
     """
-    return _run(q, k, v, g, a, b, schedule, scale, initial_state)[0]
+    return _run(q, k, v, g, a, b, schedule, scale, initial_state, frozen=frozen_clean is not None)[0]
 
 
 @torch.no_grad()
@@ -111,11 +113,31 @@ def _run(
     schedule: DeltaSchedule,
     scale: float,
     initial_state: Tensor | None,
+    frozen: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(output [B, T, H, V] in q's dtype, u of the clean slots [B, Lc, H, V])."""
     dtype = compute_dtype(q, k, v, g, a, b)
-    rows, chunks, size = schedule.chunk_token.shape
     operands = (scale * q.to(dtype), *(x.to(dtype) for x in (k, v, g, a, b)))
+    state = None if initial_state is None else initial_state.to(dtype)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        clean, u, entry, out_clean = _clean(operands, schedule, state)
+    parts, places = [out_clean], [schedule.chunk_token.reshape(-1)]
+    if schedule.block_token.shape[0]:
+        parts.append(_blocks(operands, schedule, clean, u, entry))
+        places.append(schedule.block_token.reshape(-1))
+    tokens = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])  # [tokens, H, V]
+    flat = tokens.new_zeros(schedule.rows * schedule.length + 1, *tokens.shape[1:])
+    out = flat.index_copy(0, torch.cat(places), tokens)[:-1].unflatten(0, (schedule.rows, schedule.length))
+    rows, chunks, size = schedule.chunk_token.shape
+    of_slots = u.transpose(1, 2).reshape(rows, chunks * size, *u.shape[1:2], u.shape[3])
+    return out.to(q.dtype), of_slots[:, : schedule.clean_length]
+
+
+def _clean(
+    operands: tuple[Tensor, ...], schedule: DeltaSchedule, initial_state: Tensor | None
+) -> tuple[Rows, Tensor, Tensor, Tensor]:
+    """Of the clean chunks [B * N, H, ...]: their rows, u [C, V], the states before them [K, V], outputs [C, V]."""
+    rows, chunks, size = schedule.chunk_token.shape
     clean = _gather(operands, schedule.chunk_token.view(rows * chunks, size))
     document, before = schedule.chunk_document.flatten(0, 1), schedule.chunk_before.flatten()
     same = (document[:, :, None] == document[:, None]) & (document != PADDING)[:, None]
@@ -127,7 +149,7 @@ def _run(
     kept = goes_on[:, -1, None, None, None] * clean.g.sum(2).exp()[..., None]
     transition = torch.diag_embed(kept[..., 0]) + (last * clean.b).mT @ solved.w
     bias = (last * clean.b).mT @ solved.u0 + (last * clean.k).mT @ clean.v
-    state = clean.k.new_zeros(rows, *bias.shape[1:]) if initial_state is None else initial_state.to(dtype)
+    state = clean.k.new_zeros(rows, *bias.shape[1:]) if initial_state is None else initial_state
     states = []
     for number in range(chunks):
         states.append(state)
@@ -136,16 +158,7 @@ def _run(
     entry = torch.stack(states, dim=1).flatten(0, 1)  # [B * N, H, K, V]
 
     u = solved.u0 + solved.w @ entry
-    out_clean = _outputs(clean, solved, u, entry, goes_on)
-    parts, places = [out_clean], [schedule.chunk_token.reshape(-1)]
-    if schedule.block_token.shape[0]:
-        parts.append(_blocks(operands, schedule, clean, u, entry))
-        places.append(schedule.block_token.reshape(-1))
-    tokens = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])  # [tokens, H, V]
-    flat = tokens.new_zeros(schedule.rows * schedule.length + 1, *tokens.shape[1:])
-    out = flat.index_copy(0, torch.cat(places), tokens)[:-1].unflatten(0, (schedule.rows, schedule.length))
-    of_slots = u.transpose(1, 2).reshape(rows, chunks * size, *u.shape[1:2], u.shape[3])
-    return out.to(q.dtype), of_slots[:, : schedule.clean_length]
+    return clean, u, entry, _outputs(clean, solved, u, entry, goes_on)
 
 
 def _gather(operands: tuple[Tensor, ...], token: Tensor) -> Rows:

@@ -18,13 +18,28 @@ def two_stream(
     *,
     activation: str | None,
     window: Tensor | None = None,
+    frozen_clean: int | None = None,
 ) -> Tensor:
     """Convolution output [B, C, T] in x's dtype, laid out token-major in memory (`y.transpose(1, 2)` is contiguous).
 
     x [B, C, T], weight [C, W], bias [C] or None, windows [B, T, W] from `conv_windows`, window [B, C, W-1] as in
     `reference` (None: zeros). Padding slots output 0 and are never read. Computes in float32 (float64 for float64
-    inputs).
+    inputs). frozen_clean (clean slots per row): clean tokens take no gradient.
     """
+    if frozen_clean is not None and frozen_clean < x.shape[2]:
+        clean = slice(None, frozen_clean)
+        with torch.no_grad():
+            first = _convolve(x, weight, bias, windows[:, clean], activation, window)
+        apart = torch.cat([x[:, :, clean].detach(), x[:, :, frozen_clean:]], dim=2)
+        second = _convolve(apart, weight, bias, windows[:, frozen_clean:], activation, window)
+        return torch.cat([first, second], dim=1).transpose(1, 2)
+    return _convolve(x, weight, bias, windows, activation, window).transpose(1, 2)
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, activation: str | None, window: Tensor | None
+) -> Tensor:
+    """[B, t, C] of the tokens that windows [B, t, W] belong to."""
     batch, channels, length = x.shape
     width = weight.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -40,7 +55,7 @@ def two_stream(
         out = out + rows.index_select(0, index[:, :, lag].reshape(-1)) * taps[width - 1 - lag]
     padding = (windows[:, :, 0] == width - 1 + length).reshape(-1, 1)  # a real token reads itself at lag 0
     out = apply_activation(out, activation).masked_fill(padding, 0)
-    return out.reshape(batch, length, channels).to(x.dtype).transpose(1, 2)
+    return out.reshape(batch, windows.shape[1], channels).to(x.dtype)
 
 
 def next_buffer(x: Tensor, window: Tensor, clean_length: int) -> Tensor:

@@ -18,19 +18,38 @@ def two_stream(
     scale: float,
     softcap: float | None = None,
     real: Tensor | None = None,
+    frozen_clean: int | None = None,
 ) -> Tensor:
     """Attention output [B, T, H, Dv] in q's dtype. q [B, H, T, Dqk], k [B, Hkv, S, Dqk], v [B, Hkv, S, Dv], mask [B,
     T, S].
 
     `mask` comes from `visibility`. `real` [B, T] bool (`layout.token_document() >= 0`, S = T) zeroes q, k and v on
     padding slots first and the output there last; without it padding must hold finite numbers (0 * NaN is NaN in
-    every softmax kernel), and its output is finite but meaningless.
+    every softmax kernel), and its output is finite but meaningless. `frozen_clean` (clean slots per row, S = T): only
+    noisy queries, keys and values take a gradient.
     """
     if real is not None:
         padding = ~real[:, None, :, None]
         q, k, v = q.masked_fill(padding, 0), k.masked_fill(padding, 0), v.masked_fill(padding, 0)
-    out = _attend(q, k, v, mask, scale, softcap).transpose(1, 2)
+    if frozen_clean is None:
+        out = _attend(q, k, v, mask, scale, softcap).transpose(1, 2)
+    else:
+        out = _attend_apart(q, k, v, mask, scale, softcap, frozen_clean)
     return out if real is None else out.masked_fill(~real[:, :, None, None], 0)
+
+
+def _attend_apart(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, clean: int
+) -> Tensor:
+    """[B, T, H, Dv] with clean queries apart: they read clean keys alone, and nothing is kept for their backward."""
+    old = slice(None, clean)
+    with torch.no_grad():
+        first = _attend(q[:, :, old], k[:, :, old], v[:, :, old], mask[:, old, old], scale, softcap)
+    if clean == mask.shape[1]:
+        return first.transpose(1, 2)
+    keys, values = (torch.cat([x[:, :, old].detach(), x[:, :, clean:]], dim=2) for x in (k, v))
+    second = _attend(q[:, :, clean:], keys, values, mask[:, clean:], scale, softcap)
+    return torch.cat([first, second], dim=2).transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flarec.ir.spec import LENGTH, ROWS, TensorSpec
+from flarec.ir.spec import CLEAN, LENGTH, ROWS, TensorSpec
 from flarec.ops import REFERENCE, STREAMS, Call, Form, Mixer, Site, Slot
 
 from .call import run_on_meta
@@ -59,7 +59,7 @@ def _none(others: dict[str, Any]) -> tuple[Opaque, ...]:
 
 def _check_call(target: Call, mixer: Mixer, operands: dict[str, Any], others: dict[str, Any]) -> tuple[Opaque, ...]:
     """Function, derivation and caches are those of the declaration; returns what the step leaves in the caches."""
-    declared = mixer.call(target.implementation, target.step)
+    declared = mixer.call(target.implementation, target.step, target.frozen_clean)
     if target.function is not declared.function or target.omits != declared.omits:
         raise Refusal(f"calls another function than '{mixer.name}' declares", "take the target from Mixer.call")
     form = mixer.forms[target.implementation] if target.implementation != REFERENCE else None
@@ -74,6 +74,8 @@ def _check_call(target: Call, mixer: Mixer, operands: dict[str, Any], others: di
     if returned:
         _check_opaque("accepted", rest.pop("accepted", None), "accepted")
     caches = {slot.operand: _check_cache(slot, rest.pop(slot.operand, None)) for slot in slots}
+    if target.frozen_clean and getattr(rest.pop("clean_positions", None), "axes", None) != ((ROWS,), (CLEAN,)):
+        raise Refusal("reads something else than the clean positions as 'clean_positions'", ONLY_MIXERS)
     _none(rest)
     return tuple(_next(caches[slot.operand], slot) for slot in returned)
 

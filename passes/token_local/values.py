@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from flarec.ir.spec import HEAD_ROWS, LENGTH, ROWS, Size, TensorSpec
+from flarec.ir.spec import CLEAN, HEAD_ROWS, LENGTH, NOISY, ROWS, Size, TensorSpec
 
 Factor = int | str
 Dim = tuple[Factor, ...]
@@ -26,10 +26,12 @@ Pair = tuple[int, int]
 """A size under both hints."""
 
 HINTS: tuple[dict[str, int], dict[str, int]] = (
-    {ROWS: 10007, LENGTH: 20011, HEAD_ROWS: 30011},
-    {ROWS: 10009, LENGTH: 20021, HEAD_ROWS: 30013},
+    {ROWS: 10007, LENGTH: 20011, HEAD_ROWS: 30011, CLEAN: 40009, NOISY: 50021},
+    {ROWS: 10009, LENGTH: 20021, HEAD_ROWS: 30013, CLEAN: 40013, NOISY: 50023},
 )
-PRODUCTS: tuple[tuple[str, ...], ...] = ((), (ROWS,), (LENGTH,), (HEAD_ROWS,), (ROWS, LENGTH))
+PRODUCTS: tuple[tuple[str, ...], ...] = (
+    (), (ROWS,), (LENGTH,), (HEAD_ROWS,), (CLEAN,), (NOISY,), (ROWS, LENGTH), (ROWS, CLEAN), (ROWS, NOISY),
+)  # fmt: skip
 """Names that one dimension may be made of."""
 
 
@@ -201,5 +203,5 @@ _REGROUPED = "regroups tokens: a new dimension would hold parts of several"
 def check_one_token_per_element(axes: Axes) -> None:
     """No dimension of tokens twice: a tensor over pairs of tokens holds what one token has to do with another."""
     names = [factor for dim in axes for factor in dim if isinstance(factor, str)]
-    if len(set(names)) < len(names) or (HEAD_ROWS in names and len(names) > 1):
+    if len(set(names)) < len(names) or (HEAD_ROWS in names and len(names) > 1) or len({*names} - {ROWS}) > 1:
         raise Refusal("makes a tensor over pairs of tokens")

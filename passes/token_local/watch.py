@@ -17,15 +17,17 @@ from torch import fx
 from flarec import ops
 from flarec.errors import PropertyError
 from flarec.ir.program import Program, locate, placeholder_name, source_line
-from flarec.ir.spec import HEAD_ROWS, LENGTH, ROWS, TensorSpec
+from flarec.ir.spec import CLEAN, HEAD_ROWS, LENGTH, NOISY, ROWS, TensorSpec
 
 from ..adapt_noisy_stream import NoisyRows
 from ..duplicate_streams import PositionIds
+from ..split_streams import StreamPositions
 from . import aten
 from .call import MEMO, Call, bind, found, results, run_on_meta
 from .declared import OPS as DECLARED
 from .mixers import ONLY_MIXERS, counted, describe, result_of
 from .shapes import known_shapes
+from .streams import STREAMS
 from .values import Number, Opaque, Refusal, Refused, Tensor, check_one_token_per_element, plain, tensor
 
 REGIONS: dict[str, int] = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
@@ -182,6 +184,8 @@ def _known(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     mixer = ops.mixer_of(target)
     if mixer is not None:
         return result_of(target, mixer, args, kwargs)
+    if target in STREAMS:
+        return STREAMS[target](*args, **dict(kwargs))
     if target is ops.count_experts:
         return counted(args, kwargs)
     if not isinstance(target, torch._ops.OpOverload):
@@ -280,6 +284,9 @@ def _inputs(program: Program) -> dict[str, Any]:
     for name, derivation in program.derivations.items():
         if type(derivation) is NoisyRows:
             known[name] = tensor(((ROWS,), (LENGTH,), ()), torch.bool)
+        elif type(derivation) is StreamPositions:
+            stream = CLEAN if derivation.stream == CLEAN else NOISY
+            known[name] = tensor(((ROWS,), (stream,)), torch.int64)
         elif name != "position_ids" or type(derivation) is not PositionIds:
             known[name] = Opaque("derived", name, derivation)
     for slot in program.cache_slots:

@@ -58,7 +58,9 @@ def float64(family: str) -> Program:
 
 
 def with_logits(program: Program, adapter: AdaptNoisyStream | None = ADAPTER, target: str = "train") -> Program:
-    steps = [step for step in pipeline(target, adapter=adapter) if step.name != "split-head"]
+    """Without the passes that training has behind it."""
+    left_out = ("split-head", "split-streams")
+    steps = [step for step in pipeline(target, adapter=adapter) if step.name not in left_out]
     return lower(program, target, steps=steps, debug=True)
 
 

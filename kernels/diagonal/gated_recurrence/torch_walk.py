@@ -23,17 +23,26 @@ from .reference import compute_dtype
 NEUTRAL = (0.0, 1.0)  # x and a of a token that changes nothing
 
 
-def two_stream(x: Tensor, a: Tensor, schedule: ScanSchedule, *, initial_state: Tensor | None = None) -> Tensor:
+def two_stream(
+    x: Tensor,
+    a: Tensor,
+    schedule: ScanSchedule,
+    *,
+    initial_state: Tensor | None = None,
+    frozen_clean: int | None = None,
+) -> Tensor:
     """Output [B, T, C] in x's dtype; the same arguments and meaning as `reference`, with its layout's schedule, which
     must be one chunk (`chunk_size=None`).
 
     Differentiable (once) in x, a and initial_state. Padding slots are never read and output 0; their gradients are 0.
+    frozen_clean (clean slots per row): gradients of clean tokens are 0.
     """
     assert schedule.chunks == 1, "a gated recurrence walks the row in one chunk"
     dtype = compute_dtype(x, a)
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], x.shape[2], dtype=dtype)
-    out: Tensor = _TwoStream.apply(x.to(dtype), a.to(dtype), initial_state.to(dtype), schedule)  # type: ignore[no-untyped-call]
+    inputs = x.to(dtype), a.to(dtype), initial_state.to(dtype)
+    out: Tensor = _TwoStream.apply(*inputs, schedule, frozen_clean is not None)  # type: ignore[no-untyped-call]
     return out.to(x.dtype)
 
 
@@ -93,7 +102,7 @@ class _TwoStream(torch.autograd.Function):
     """Inputs in one dtype; state [B, C]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, initial_state: Tensor, schedule: ScanSchedule) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor, initial_state: Tensor, schedule: ScanSchedule, frozen: bool) -> Tensor:
         streams = Streams((x, a), schedule)
         clean_x, clean_a = _clean(streams)
         states = walk(clean_x, clean_a, initial_state)
@@ -104,7 +113,7 @@ class _TwoStream(torch.autograd.Function):
             block = walk(block_x, block_a, _first(streams, panel, states))
             streams.put_panel(out, panel, block[1:] if panel.causal else block[-1].expand_as(block[1:]))
         ctx.save_for_backward(x, a, states)
-        ctx.schedule = schedule
+        ctx.schedule, ctx.frozen = schedule, frozen
         return streams.tokens(out)
 
     @staticmethod
@@ -114,7 +123,8 @@ class _TwoStream(torch.autograd.Function):
         streams, given = Streams((x, a), schedule), Streams((grad_out,), schedule)
         grad_x, grad_a = streams.empty(x.shape[2]), streams.empty(x.shape[2])
         grad_states = torch.zeros_like(states)
-        (grad_states[1:],) = given.chunk(0)
+        if not ctx.frozen:
+            (grad_states[1:],) = given.chunk(0)
         for panel in schedule.panels[0]:
             block_x, block_a = streams.panel(panel, fills=NEUTRAL)
             block = walk(block_x, block_a, _first(streams, panel, states))
@@ -127,8 +137,10 @@ class _TwoStream(torch.autograd.Function):
             walk_back(grad_block, block_a)
             streams.put_panel(grad_x, panel, grad_block[1:])
             streams.put_panel(grad_a, panel, grad_block[1:] * block[:-1])
-            if not panel.fresh:
+            if not (panel.fresh or ctx.frozen):
                 grad_states.flatten(0, 1).index_add_(0, streams.entries(panel), grad_block[0])
+        if ctx.frozen:
+            return streams.tokens(grad_x), streams.tokens(grad_a), None, None, None
         _, clean_a = _clean(streams)
         walk_back(grad_states, clean_a)
         grad_decay = grad_states[1:] * states[:-1]
@@ -137,7 +149,7 @@ class _TwoStream(torch.autograd.Function):
             grad_decay[resets] = 0
         streams.put_chunk(grad_x, 0, grad_states[1:])
         streams.put_chunk(grad_a, 0, grad_decay)
-        return streams.tokens(grad_x), streams.tokens(grad_a), grad_states[0], None
+        return streams.tokens(grad_x), streams.tokens(grad_a), grad_states[0], None, None
 
 
 def _clean(streams: Streams) -> tuple[Tensor, Tensor]:

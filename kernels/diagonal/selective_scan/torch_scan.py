@@ -33,17 +33,19 @@ def two_stream(
     schedule: ScanSchedule,
     *,
     initial_state: Tensor | None = None,
+    frozen_clean: int | None = None,
 ) -> Tensor:
     """Output [B, T, C] in x's dtype; the same arguments and meaning as `reference`, with its layout's schedule.
 
     Differentiable (once) in x, dt, a, b, c and initial_state. Padding slots are never read and output 0; their
-    gradients are 0.
+    gradients are 0. frozen_clean (clean slots per row): gradients are those through noisy tokens; the states that
+    blocks start from are computed again, not kept.
     """
     dtype = compute_dtype(x, dt, a, b, c)
     operands = (operand.to(dtype) for operand in (x, dt, a, b, c))
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], *a.shape, dtype=dtype)
-    out: Tensor = _TwoStream.apply(*operands, initial_state.to(dtype), schedule)  # type: ignore[no-untyped-call]
+    out: Tensor = _TwoStream.apply(*operands, initial_state.to(dtype), schedule, frozen_clean is not None)  # type: ignore[no-untyped-call]
     return out.to(x.dtype)
 
 
@@ -98,6 +100,7 @@ class _TwoStream(torch.autograd.Function):
         c: Tensor,
         initial_state: Tensor,
         schedule: ScanSchedule,
+        frozen: bool,
     ) -> Tensor:
         streams = Streams((x, dt, b, c), schedule)
         decays = a.t().contiguous()
@@ -115,7 +118,7 @@ class _TwoStream(torch.autograd.Function):
                 streams.put_panel(out, panel, read(block.states, mine.c))
             state = walked.states[-1]
         ctx.save_for_backward(x, dt, a, b, c, entry)
-        ctx.schedule = schedule
+        ctx.schedule, ctx.frozen = schedule, frozen
         return streams.tokens(out)
 
     @staticmethod
@@ -129,26 +132,31 @@ class _TwoStream(torch.autograd.Function):
         grad_decays = torch.zeros_like(decays)
         grad_state = torch.zeros_like(entry[0])
         for chunk in reversed(range(schedule.chunks)):
+            if ctx.frozen and not schedule.panels[chunk]:
+                continue
             tokens = Tokens(*streams.chunk(chunk))
             walked = walk.forward(tokens, decays, entry[chunk], streams.resets(chunk))
-            (grad_y,) = given.chunk(chunk)
-            grad_states, grad_c = walk.read_back(grad_y, walked.states, tokens.c)
-            grad_states[-1] += grad_state
+            if not ctx.frozen:
+                (grad_y,) = given.chunk(chunk)
+                grad_states, grad_c = walk.read_back(grad_y, walked.states, tokens.c)
+                grad_states[-1] += grad_state
             for panel in schedule.panels[chunk]:
                 (grad_y,) = given.panel(panel)
                 found, panel_c = _panel_back(streams, panel, decays, walked, grad_y)
                 grad_decays += found.a
-                if not panel.fresh:
+                if not (panel.fresh or ctx.frozen):
                     grad_states.flatten(0, 1).index_add_(0, streams.entries(panel), found.first)
                 for flat, part in zip(grads, (found.x, found.dt, found.b, panel_c), strict=True):
                     streams.put_panel(flat, panel, part)
+            if ctx.frozen:
+                continue
             found = walk.backward(grad_states, tokens, decays, walked)
             grad_decays += found.a
             grad_state = found.first
             for flat, part in zip(grads, (found.x, found.dt, found.b, grad_c), strict=True):
                 streams.put_chunk(flat, chunk, part)
         grad_x, grad_dt, grad_b, grad_c = (streams.tokens(flat) for flat in grads)
-        return grad_x, grad_dt, grad_decays.t(), grad_b, grad_c, grad_state.mT, None
+        return grad_x, grad_dt, grad_decays.t(), grad_b, grad_c, grad_state.mT, None, None
 
 
 def _walk_panel(streams: Streams, panel: Panel, decays: Tensor, clean: Walk) -> tuple[Tokens, Walk]:

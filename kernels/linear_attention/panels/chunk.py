@@ -10,7 +10,16 @@ from torch import Tensor
 from ..reference import l2_normalise
 from . import clean as clean_chunks
 from . import noisy as noisy_panels
-from .rows import Gathered, gather, scatter, split_rows, undo_normalise
+from .rows import (
+    Gathered,
+    Rows,
+    gather,
+    scatter,
+    scatter_noisy,
+    split_rows,
+    take_noisy,
+    undo_normalise,
+)
 from .schedule import StateSchedule
 
 
@@ -26,15 +35,18 @@ def two_stream(
     delta: bool,
     l2norm: bool,
     initial_state: Tensor | None = None,
+    frozen_clean: int | None = None,
 ) -> Tensor:
     """Output [B, T, H, V] in q's dtype; the same arguments and meaning as `reference`, with its layout's schedule.
 
     Differentiable (once) in q, k, v, g, beta and initial_state. Padding slots are never read and output 0; their
-    gradients are 0. Log decays must be finite.
+    gradients are 0. Log decays must be finite. frozen_clean (clean slots per row): gradients of clean tokens are 0;
+    of the clean stream, only the keys, values and states that noisy rows read are kept.
     """
     dtype = _compute_dtype(q, v, initial_state)
     inputs = (_cast(x, dtype) for x in (q, k, v, g, beta, initial_state))
-    out: Tensor = _TwoStream.apply(*inputs, schedule, scale, delta, l2norm)  # type: ignore[no-untyped-call]
+    function = _FrozenClean if frozen_clean is not None else _TwoStream
+    out: Tensor = function.apply(*inputs, schedule, scale, delta, l2norm)  # type: ignore[no-untyped-call]
     return out.to(q.dtype)
 
 
@@ -156,3 +168,52 @@ class _TwoStream(torch.autograd.Function):
             grad_state = starts.new_zeros(ctx.rows_of_state, *starts.shape[1:])
             grad_state.index_copy_(0, schedule.first_row, starts.index_select(0, schedule.first_chunk))
         return grad_q, grad_k, grad_v, grad_g, grad_beta, grad_state, None, None, None, None
+
+
+class _FrozenClean(torch.autograd.Function):
+    """As `_TwoStream`, with a backward over noisy panels alone."""
+
+    @staticmethod
+    def forward(  # ctx is torch's own untyped object
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        beta: Tensor,
+        initial_state: Tensor | None,
+        schedule: StateSchedule,
+        scale: float,
+        delta: bool,
+        l2norm: bool,
+    ) -> Tensor:
+        rows = gather(q, k, v, g, beta, schedule, l2norm=l2norm)
+        clean_out, noisy_out, _, panels = _forward(rows, schedule, scale, delta, initial_state)
+        own = rows.noisy  # copies: views would keep the clean rows alive
+        kept = Rows(*(x.clone() for x in (own.q, own.k, own.v, own.g, own.beta)))
+        norms = tuple(
+            None if x is None else split_rows(x, schedule, v.shape[2])[1].clone() for x in (rows.q_norm, rows.k_norm)
+        )
+        ctx.saved = (kept, norms, panels, schedule, scale)
+        ctx.key_heads = k.shape[2]
+        ctx.gate_dims = 0 if g is None else g.ndim
+        return scatter(clean_out, noisy_out, schedule)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        rows, (q_norm, k_norm), panels, schedule, scale = ctx.saved
+        found = rows  # of no rows
+        if panels is not None:
+            grad = take_noisy(grad_out, schedule)
+            found, _ = noisy_panels.backward(grad, rows, panels, schedule, scale=scale, frozen=True)
+
+        def raw(grad: Tensor, unit: Tensor, norm: Tensor | None) -> Tensor:
+            grad = grad if norm is None else undo_normalise(grad, unit, norm)
+            return scatter_noisy(grad, schedule, ctx.key_heads)
+
+        grad_g = scatter_noisy(found.g, schedule) if ctx.gate_dims else None
+        return (
+            raw(found.q, rows.q, q_norm), raw(found.k, rows.k, k_norm), scatter_noisy(found.v, schedule),
+            grad_g.squeeze(-1) if grad_g is not None and ctx.gate_dims == 3 else grad_g,
+            scatter_noisy(found.beta, schedule).squeeze(-1), None, None, None, None, None,
+        )  # fmt: skip

@@ -143,9 +143,10 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor, rows: Rows, panels: NoisyPanels, schedule: StateSchedule, *, scale: float
-) -> tuple[Rows, FromNoisy]:
-    """Gradients of the noisy rows, and their contributions to the gradients of the clean chunks."""
+    grad_out: Tensor, rows: Rows, panels: NoisyPanels, schedule: StateSchedule, *, scale: float, frozen: bool = False
+) -> tuple[Rows, FromNoisy | None]:
+    """Gradients of the noisy rows, and their contributions to the gradients of the clean chunks (not if these are
+    frozen)."""
     delta = panels.inverse is not None
     index = _indices(schedule, rows.v.dtype, delta)
     beta = _by_tile(rows.beta, schedule)
@@ -168,14 +169,13 @@ def backward(
     # through the clean state at the anchor
     flat_grad = grad_read.flatten(2, 4)
     places = panels.vectors.shape[:-1]
-    grad_vectors, grad_key = panels.clean_decay.backward(
-        (flat_grad @ panels.corrected.mT).view(*places, -1), panels.vectors, panels.key
-    )
-    grad_corrected = panels.clean_weights.flatten(2, 4).mT @ flat_grad
-    grad_states = (panels.vectors * panels.anchored).flatten(2, 4).mT @ flat_grad
+    grad_clean_weights = (flat_grad @ panels.corrected.mT).view(*places, -1)
+    if frozen:
+        grad_vectors = panels.clean_decay.backward_rows(grad_clean_weights, panels.vectors, panels.key)
+    else:
+        grad_vectors, grad_key = panels.clean_decay.backward(grad_clean_weights, panels.vectors, panels.key)
     grad_vectors.addcmul_((flat_grad @ panels.states.mT).view(*places, -1), panels.anchored)
     through_anchor = log_gradient(panels.vectors, grad_vectors, rows.g)  # gradient of c + t (key) and c + e (query)
-    grad_c = through_anchor.sum(dim=3).flatten(2, 3)
 
     # inside the block: rows grow with t (key) or e (query), columns shrink with t
     by_row, by_col = panels.tile_decay.backward(grad_weights, panels.undecayed, _by_tile(rows.k, schedule))
@@ -190,7 +190,15 @@ def backward(
         grad_t += grad_logs[:, :, :, 0].flatten(2, 3)
         grad_k = by_col + grad_rows[:, :, :, 0].flatten(2, 3)
 
+    grad_g = _gate_gradient(grad_t, grad_e, index, schedule)
+    found = Rows(grad_q, grad_k, grad_v.flatten(2, 3), grad_g, grad_beta.flatten(2, 3))
+    if frozen:
+        return found, None
+
+    grad_corrected = panels.clean_weights.flatten(2, 4).mT @ flat_grad
+    grad_states = (panels.vectors * panels.anchored).flatten(2, 4).mT @ flat_grad
     # columns are shared with the clean backward, which subtracts k * grad_k itself; here only the anchors' part
+    grad_c = through_anchor.sum(dim=3).flatten(2, 3)
     grad_gam = grad_c.new_zeros(*grad_key.shape[:3], grad_c.shape[3])
     grad_c = grad_c.masked_fill(index.at_start, 0)
     grad_gam.scatter_add_(2, index.anchor_row.expand_as(grad_c), grad_c)
@@ -198,9 +206,7 @@ def backward(
     def to_chunks(x: Tensor) -> Tensor:
         return x.new_zeros(schedule.chunks, *x.shape[1:]).index_add_(0, schedule.panel_chunk, x)
 
-    shared = FromNoisy(*(to_chunks(x) for x in (grad_states, grad_corrected, grad_key, grad_gam)))
-    grad_g = _gate_gradient(grad_t, grad_e, index, schedule)
-    return Rows(grad_q, grad_k, grad_v.flatten(2, 3), grad_g, grad_beta.flatten(2, 3)), shared
+    return found, FromNoisy(*(to_chunks(x) for x in (grad_states, grad_corrected, grad_key, grad_gam)))
 
 
 def _gate_gradient(grad_t: Tensor, grad_e: Tensor, index: _Indices, schedule: StateSchedule) -> Tensor:

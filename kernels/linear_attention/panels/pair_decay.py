@@ -32,6 +32,9 @@ class PairDecay(Protocol):
     def backward(self, grad: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of rows and cols from the gradient of W (its entries outside the prefix are ignored)."""
 
+    def backward_rows(self, grad: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """That of rows alone."""
+
 
 @dataclass(frozen=True)
 class Prefixes:
@@ -82,6 +85,9 @@ class ScalarDecay:
         grad = flatten_places(grad * self.factor, cols)
         return (grad @ cols).view(rows.shape), grad.mT @ flatten_places(rows, cols)
 
+    def backward_rows(self, grad: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        return (flatten_places(grad * self.factor, cols) @ cols).view(rows.shape)
+
 
 @dataclass(frozen=True)
 class ChannelDecay:
@@ -130,6 +136,13 @@ class ChannelDecay:
             grad_rows += (part @ (cols * col)).view(rows.shape) * row
             grad_cols += (part.mT @ flatten_places(rows * row, cols)) * col
         return grad_rows, grad_cols
+
+    def backward_rows(self, grad: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        grad_rows = torch.zeros_like(rows)
+        for digit in self._digits():
+            row, col, mask = self._factors(digit)
+            grad_rows += (flatten_places(grad * mask, cols) @ (cols * col)).view(rows.shape) * row
+        return grad_rows
 
 
 def log_gradient(value: Tensor, grad: Tensor, log_decay: Tensor) -> Tensor:

@@ -86,6 +86,51 @@ def scatter(clean: Tensor, noisy: Tensor, schedule: StateSchedule, key_heads: in
     return out
 
 
+@dataclass(frozen=True)
+class NoisyIndex:
+    """Gathers for a backward over noisy rows alone. value [M*H*R]: them, from tokens with H heads; padding [n]: those
+    without a token; token [B*T*H]: the way back, M*H*R (a row of zeros) for clean tokens and padding."""
+
+    value: Tensor
+    padding: Tensor
+    token: Tensor
+
+
+def noisy_index(schedule: StateSchedule, heads: int) -> NoisyIndex:
+    """Computed once for a number of heads."""
+    known = schedule.derived.get(("noisy rows", heads))
+    if isinstance(known, NoisyIndex):
+        return known
+    index = schedule.heads(heads, heads)
+    first, count = (heads * n for n in (schedule.chunks * schedule.chunk_size, schedule.panels * schedule.panel_rows))
+    token = (index.token - first).view(-1, heads).masked_fill(schedule.token_padding, -1).reshape(-1)
+    empty = (schedule.panel_token < 0)[:, None].expand(-1, heads, -1).reshape(-1)
+    made = NoisyIndex(index.value[first:], empty.nonzero().squeeze(1), torch.where(token < 0, count, token))
+    schedule.derived["noisy rows", heads] = made
+    return made
+
+
+def take_noisy(x: Tensor, schedule: StateSchedule) -> Tensor:
+    """The noisy rows [M, H, R, D] of [B, T, H, D]."""
+    heads = x.shape[2]
+    index = noisy_index(schedule, heads)
+    taken = x.reshape(-1, x.shape[-1]).index_select(0, index.value)
+    if schedule.rows_padded:
+        taken.index_fill_(0, index.padding, 0)
+    return taken.view(schedule.panels, heads, schedule.panel_rows, x.shape[-1])
+
+
+def scatter_noisy(noisy: Tensor, schedule: StateSchedule, key_heads: int | None = None) -> Tensor:
+    """`scatter` with clean tokens 0."""
+    heads = noisy.shape[1]
+    flat = torch.cat([noisy.reshape(-1, noisy.shape[-1]), noisy.new_zeros(1, noisy.shape[-1])])
+    out = flat.index_select(0, noisy_index(schedule, heads).token)
+    out = out.view(schedule.rows, schedule.length, heads, noisy.shape[-1])
+    if key_heads is not None and key_heads != heads:
+        out = out.unflatten(2, (key_heads, heads // key_heads)).sum(dim=3)
+    return out
+
+
 def _reciprocal_norm(x: Tensor) -> Tensor:
     """[rows, 1]"""
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
