@@ -83,7 +83,7 @@ def step(
 ) -> tuple[Tensor, ...]:
     """(o, state, pending_k, ..., pending_u): the arguments and meaning of `reference_step`. No gradients."""
     state = commit(state, pending_k, pending_v, pending_g, pending_b, pending_u, accepted)
-    out, u = _run(**operands, schedule=schedule, scale=scale, initial_state=state)
+    out, u = _run(**operands, schedule=schedule, scale=scale, initial_state=state, frozen=False)
     return (out, state, *clean_rows(operands, layout, state.dtype), u.to(state.dtype))
 
 

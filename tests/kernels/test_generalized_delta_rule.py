@@ -130,7 +130,7 @@ def test_with_the_key_as_vector_it_is_the_gated_delta_rule() -> None:
 @given(layout=layouts(max_clean=6, max_block=3, max_documents=2))
 def test_no_leak(layout: Layout) -> None:
     """Gradients of every output are zero exactly where the contract says "reads no"."""
-    operands = leaves(layout, 5)
+    operands: Any = leaves(layout, 5)
     out = torch_chunk.two_stream(**operands, schedule=DeltaSchedule.from_layout(layout, 2), scale=SCALE)
     inputs = [operands[name] for name in NAMES]
     for row in range(layout.rows):
@@ -145,7 +145,7 @@ def test_no_leak(layout: Layout) -> None:
 
 def test_strong_decays_do_not_overflow() -> None:
     layout = build_layout([[40]], [[Block(0, 9, 4), Block(0, 31, 4, 0, "causal")]])
-    operands = {name: leaf.detach() for name, leaf in leaves(layout, 3, torch.float32).items()}
+    operands: Any = {name: leaf.detach() for name, leaf in leaves(layout, 3, torch.float32).items()}
     operands["g"] = operands["g"] * 60
     got = torch_chunk.two_stream(**operands, schedule=DeltaSchedule.from_layout(layout), scale=SCALE)
     wide: Any = {name: x.double() for name, x in operands.items()}

@@ -170,6 +170,7 @@ def backward(
     flat_grad = grad_read.flatten(2, 4)
     places = panels.vectors.shape[:-1]
     grad_clean_weights = (flat_grad @ panels.corrected.mT).view(*places, -1)
+    grad_key = panels.key  # not read if the clean chunks are frozen
     if frozen:
         grad_vectors = panels.clean_decay.backward_rows(grad_clean_weights, panels.vectors, panels.key)
     else:
@@ -192,9 +193,14 @@ def backward(
 
     grad_g = _gate_gradient(grad_t, grad_e, index, schedule)
     found = Rows(grad_q, grad_k, grad_v.flatten(2, 3), grad_g, grad_beta.flatten(2, 3))
-    if frozen:
-        return found, None
+    return found, None if frozen else _for_clean(flat_grad, grad_key, through_anchor, panels, schedule)
 
+
+def _for_clean(
+    flat_grad: Tensor, grad_key: Tensor, through_anchor: Tensor, panels: NoisyPanels, schedule: StateSchedule
+) -> FromNoisy:
+    """What the panels add to the gradients of the clean chunks, from the gradient of what they read of these."""
+    index = _indices(schedule, flat_grad.dtype, panels.inverse is not None)
     grad_corrected = panels.clean_weights.flatten(2, 4).mT @ flat_grad
     grad_states = (panels.vectors * panels.anchored).flatten(2, 4).mT @ flat_grad
     # columns are shared with the clean backward, which subtracts k * grad_k itself; here only the anchors' part
@@ -206,7 +212,7 @@ def backward(
     def to_chunks(x: Tensor) -> Tensor:
         return x.new_zeros(schedule.chunks, *x.shape[1:]).index_add_(0, schedule.panel_chunk, x)
 
-    return found, FromNoisy(*(to_chunks(x) for x in (grad_states, grad_corrected, grad_key, grad_gam)))
+    return FromNoisy(*(to_chunks(x) for x in (grad_states, grad_corrected, grad_key, grad_gam)))
 
 
 def _gate_gradient(grad_t: Tensor, grad_e: Tensor, index: _Indices, schedule: StateSchedule) -> Tensor:
