@@ -94,8 +94,13 @@ class Layout:
     def tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
 
+    @property
+    def longest_block(self) -> int | None:
+        """Tokens of the longest noisy block, where the host knows it."""
+        return None
+
     def to(self, device: torch.device | str) -> Layout:
-        return Layout(*(tensor.to(device) for tensor in self.tensors()))
+        return type(self)(*(tensor.to(device) for tensor in self.tensors()))
 
     def position_ids(self) -> Tensor:
         """[rows, T] int64: position of every token inside its document; 0 on padding (rotary input)."""
@@ -117,6 +122,16 @@ class Layout:
         for row in range(self.rows):
             _validate_row(self, row)
         return self
+
+
+@flat_input
+@dataclass(frozen=True)
+class StepLayout(Layout):
+    """The layout of a decode step whose blocks all take up the same number of slots."""
+
+    @property
+    def longest_block(self) -> int | None:
+        return self.noisy_length // self.blocks if self.blocks else 1
 
 
 def _validate_row(layout: Layout, row: int) -> None:

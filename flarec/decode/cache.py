@@ -37,16 +37,19 @@ class Cache:
     capacity: int
 
     @staticmethod
-    def allocate(slots: Sequence[CacheSlot], batch: int, capacity: int, device: torch.device | str) -> Cache:
-        """An empty cache: zeros everywhere, no pending rows, room for at least `capacity` positions."""
+    def allocate(
+        slots: Sequence[CacheSlot], batch: int, capacity: int, device: torch.device | str, pending: int = 0
+    ) -> Cache:
+        """An empty cache: zeros everywhere, room for at least `capacity` positions and for `pending` pending rows."""
         capacity = _round_up(capacity)
-        sizes = {"batch": batch, "capacity": capacity, "pending": 0}
-        tensors = {
-            slot.name: torch.zeros(
-                [sizes[size] if isinstance(size, str) else size for size in slot.shape], dtype=slot.dtype, device=device
-            )
-            for slot in slots
-        }
+        tensors = {}
+        for slot in slots:
+            sizes = {"batch": batch, "capacity": capacity, "pending": 0}
+            shape = [sizes[size] if isinstance(size, str) else size for size in slot.shape]
+            axis = slot.pending_dim()
+            if axis is not None:
+                shape[axis] += pending
+            tensors[slot.name] = torch.zeros(shape, dtype=slot.dtype, device=device)
         zeros = torch.zeros(batch, dtype=torch.int64, device=device)
         return Cache(tuple(slots), tensors, zeros, zeros.clone(), capacity)
 

@@ -18,6 +18,7 @@ from flarec.base.generation import (
 from flarec.errors import GenerationError
 from flarec.layout import READOUTS
 
+from .graphs import CudaRecorder
 from .modes.ar_trust import ARTrustMode
 from .modes.causal import CausalMode
 from .modes.diffusion_trust import DiffusionTrustMode
@@ -25,12 +26,15 @@ from .plan import DecodeProgram
 from .request import Generation, OnTokens, Prompts, Request, StopCheck, Stopping
 from .rows import Mode
 from .scheduler import Lane, Scheduler
+from .stats import DecodeStats
 from .stepper import BlockSpec
+from .stores import Shelf
 
 PREFILL_CHUNK = 512  # clean rows per request of one prefill forward
 SLOTS = 64
 OF_A_LANE = ("mode", "drafts", "threshold", "denoising_steps", "suppress")
 """What requests that share a forward agree in."""
+GRAPHS = ("auto", "off")
 OnEnd = Callable[[int, Generation], None]
 
 
@@ -48,6 +52,8 @@ class Engine:
     max_positions  context length: prompt and new tokens together
     suppress       ids that are never generated (the mask token), besides those of a request
     slots          requests that run at the same time
+    graphs         "auto": steps on a CUDA device are replayed as graphs (`flarec.decode.graphs`); "off": never
+    stats          what it has done so far
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class Engine:
         max_positions: int,
         suppress: Collection[int] = (),
         slots: int = SLOTS,
+        graphs: str = "auto",
     ) -> None:
         if block_size is not None:
             block_size = whole_number("block_size", block_size, GenerationError, low=1, high=max_positions)
@@ -82,6 +89,12 @@ class Engine:
         self.suppress: Collection[int] = frozenset(token_ids(suppress, "suppress"))
         self.slots = whole_number("slots", slots, GenerationError, low=1)
         self._suppressed(())
+        if graphs not in GRAPHS:
+            raise GenerationError(f"unknown graphs {shown(graphs)}; choose {' or '.join(GRAPHS)}")
+        self.stats = DecodeStats()
+        self.shelf: Shelf | None = None
+        if graphs == "auto" and program.device.type == "cuda":
+            self.shelf = Shelf(lambda: CudaRecorder(program.device))
         self._serving = self._scheduler(self.slots, PREFILL_CHUNK)
         self._added = 0
 
@@ -126,11 +139,14 @@ class Engine:
         scheduler = self._scheduler(slots, chunk)
         for request in _in_order(requests, slots):
             scheduler.add(request)
-        while scheduler.busy:
-            for request in scheduler.step():
-                generation = request.generation()
-                if on_end is not None:
-                    on_end(request.index, generation)
+        try:
+            while scheduler.busy:
+                for request in scheduler.step():
+                    generation = request.generation()
+                    if on_end is not None:
+                        on_end(request.index, generation)
+        finally:
+            scheduler.close()
         return [request.generation() for request in requests]
 
     def add(
@@ -169,9 +185,10 @@ class Engine:
         def key(request: Request) -> Hashable:
             return tuple(getattr(request.options, name) for name in OF_A_LANE)
 
-        def lane(request: Request) -> Lane:
-            suppress = self._suppressed(request.options.suppress)
-            return Lane(self.program, self._mode(request.options), suppress, slots, chunk)
+        def lane(request: Request, key: Hashable) -> Lane:
+            mode, suppress = self._mode(request.options), self._suppressed(request.options.suppress)
+            stores = self.shelf.of(key) if self.shelf is not None else None
+            return Lane(self.program, mode, suppress, slots, chunk, self.stats, stores)
 
         return Scheduler(lane, key)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flarec.layout import BLOCK_END, PADDING, READOUTS, Layout
+from flarec.layout import BLOCK_END, PADDING, READOUTS, Layout, StepLayout
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class PiecePlan:
         """The layout of this step for requests with `cached` [requests] int64 clean tokens in the cache."""
         anchor = (self._anchor + cached[:, None]) * self._has_block
         noisy = (anchor[:, :, None] + self._offset) * self._has_block[:, :, None]
-        return Layout(
+        return StepLayout(
             clean_document=self._clean_document,
             clean_position=(cached[:, None] + self._slot) * self._has_clean,
             noisy_block=self._noisy_block,

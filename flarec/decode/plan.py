@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flarec.ir.slots import CacheSlot
-from flarec.layout import READOUTS, Layout
+from flarec.layout import READOUTS, Layout, StepLayout
 
 from .cache import Cache
 
@@ -83,7 +83,7 @@ class StepPlan:
         """The layout of a step. cached [rows] = clean tokens in the cache, anchors [rows, blocks] = of the blocks,
         minus `cached`; int64."""
         anchor = cached[:, None] + anchors
-        return Layout(
+        return StepLayout(
             clean_document=self._clean_document,
             clean_position=cached[:, None] + self._slot,
             noisy_block=self._noisy_block,

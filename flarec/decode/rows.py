@@ -31,6 +31,11 @@ class Mode(Protocol):
     @property
     def blocks(self) -> BlockSpec | None: ...
 
+    @property
+    def pending(self) -> int:
+        """The most clean rows of a step."""
+        ...
+
     def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
         """After the prompts. clean [rows, 1, V] logits of their last rows, noisy [rows, 1, heads, V] of the block
         behind each (no block: [rows, 0, 0, V]). Returns what `report` is given [rows, n] int64."""
@@ -61,7 +66,10 @@ class Rows(Stepper):
     sampling  parameters of each row
     suppress  [n] int64 ids that are never chosen
     plans     shared between the rows of a scheduler
+    active    [rows] bool: rows of a request; None: all of them
     """
+
+    active: Tensor | None = None
 
     def __init__(
         self,
@@ -81,6 +89,11 @@ class Rows(Stepper):
         self.state: dict[str, Tensor] = {}
         self.plans = plans if plans is not None else {}
 
+    @property
+    def width(self) -> int:
+        """Rows that a step computes."""
+        return len(self.requests)
+
     def longest(self) -> int:
         return max(request.length for request in self.requests)
 
@@ -99,17 +112,17 @@ class Rows(Stepper):
 
     def accept(self, rows: Tensor) -> None:
         """Keep the first `rows[b]` clean rows of the step that just ran."""
-        self.cache.accept(rows)
+        self.cache.accept(rows if self.active is None else rows * self.active)
 
     def start(self, clean: Tensor, noisy: Tensor) -> None:
         """The prompts are read: see `Mode.start`."""
-        self._report(self.mode.start(self, clean, noisy))
+        self._report(self.mode.start(self, clean, noisy).tolist())
 
     def step(self) -> None:
         """One forward of every request, and what follows from it."""
         shape = self.mode.shape(self)
         self.cache.reserve(self.longest() + shape.clean)
-        self._report(self.compute(shape))
+        self._report(self.compute(shape).tolist())
 
     def compute(self, shape: StepShape) -> Tensor:
         """The part of a step that is a function of tensors; returns what `Mode.report` is given [rows, n] int64."""
@@ -121,9 +134,9 @@ class Rows(Stepper):
         clean, noisy = plan.split(self.program.step(ids, layout, plan.head_rows, self.cache))
         return self.mode.read(self, shape, clean, noisy)
 
-    def _report(self, values: Tensor) -> None:
-        """One wait for the device. A request whose report fails ends; the others go on."""
-        for request, row in zip(self.requests, values.tolist(), strict=True):
+    def _report(self, values: list[list[int]]) -> None:
+        """Tell the mode. A request whose report fails ends; the others go on."""
+        for request, row in zip(self.requests, values, strict=True):
             if request.finished:
                 continue
             request.forwards += 1
@@ -132,17 +145,16 @@ class Rows(Stepper):
             except Exception as error:
                 request.fail(error)
 
-    def retire(self) -> list[Request]:
-        """Let finished requests go; returns them."""
+    def retire(self) -> None:
+        """Let finished requests go; somebody must be left."""
         stay = [row for row, request in enumerate(self.requests) if not request.finished]
-        gone = [request for request in self.requests if request.finished]
-        if gone:
-            rows = torch.tensor(stay, dtype=torch.int64, device=self.device)
-            self.requests = [self.requests[row] for row in stay]
-            self.cache.select(rows, self.longest() + 1 if stay else None)
-            self.sampling = self.sampling.take(rows)
-            self.state = {name: tensor.index_select(0, rows) for name, tensor in self.state.items()}
-        return gone
+        if len(stay) == len(self.requests):
+            return
+        rows = torch.tensor(stay, dtype=torch.int64, device=self.device)
+        self.requests = [self.requests[row] for row in stay]
+        self.cache.select(rows, self.longest() + 1)
+        self.sampling = self.sampling.take(rows)
+        self.state = {name: tensor.index_select(0, rows) for name, tensor in self.state.items()}
 
     def join(self, other: Rows) -> None:
         """Take over the requests of `other`, in the same mode and as far as at least one step."""

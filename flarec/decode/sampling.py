@@ -54,6 +54,9 @@ class SamplingRows:
         picked = (self.temperature[rows], self.top_k[rows], self.top_p[rows], self.seed[rows])
         return SamplingRows(*picked, self.truncated, self.sampled)
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.temperature, self.top_k, self.top_p, self.seed
+
     def join(self, other: SamplingRows) -> SamplingRows:
         """The rows of both."""
         return SamplingRows(

@@ -6,15 +6,19 @@ their speed and nothing else.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
+from .graphs import StaticRows
 from .plan import DecodeProgram, StepPlan, StepShape
 from .prefill import Prefill
 from .request import Request
 from .rows import Mode, Rows
+from .stats import DecodeStats
+from .stores import Stores
 
 PREFILL_ROWS = 8192
 """Clean rows of one prefill forward, all requests together: bounds its memory."""
@@ -22,14 +26,28 @@ CANCELLED = "cancelled"
 
 
 class Lane:
-    """The requests that step together, those whose prompts are being read, and those that wait."""
+    """The requests that step together, those whose prompts are being read, and those that wait.
 
-    def __init__(self, program: DecodeProgram, mode: Mode, suppress: Sequence[int], slots: int, chunk: int) -> None:
+    stores: buffers for steps as graphs; None: steps are run
+    """
+
+    def __init__(
+        self,
+        program: DecodeProgram,
+        mode: Mode,
+        suppress: Sequence[int],
+        slots: int,
+        chunk: int,
+        stats: DecodeStats,
+        stores: Stores | None = None,
+    ) -> None:
         self.program = program
         self.mode = mode
         self.suppress = torch.tensor(list(suppress), dtype=torch.int64, device=program.device)
         self.slots = slots
         self.chunk = chunk
+        self.stats = stats
+        self.stores = stores
         self.waiting: deque[Request] = deque()
         self.reading: Prefill | None = None
         self.running: Rows | None = None
@@ -44,18 +62,48 @@ class Lane:
         """One forward of the running requests, and one of a prefill (all of it if none run). Returns who ended."""
         ended: list[Request] = []
         self.running = self._left(self.running, ended)  # who was cancelled
+        start = time.perf_counter()
         fresh = self._admitted(ended)
-        if self.running is None:
+        middle = time.perf_counter()
+        if self.running is None and self.stores is None:
             self.running, fresh = fresh, None
         for rows in (self.running, fresh):
             if rows is not None:
                 rows.step()
+                self.stats.steps += 1
         self.running, fresh = self._left(self.running, ended), self._left(fresh, ended)
-        if self.running is None:
-            self.running = fresh
-        elif fresh is not None:
-            self.running.join(fresh)
+        if fresh is not None:
+            self._join(fresh)
+        self.stats.prefill_seconds += middle - start
+        self.stats.step_seconds += time.perf_counter() - middle
         return ended
+
+    def close(self) -> None:
+        """Nothing of it will run any more."""
+        if isinstance(self.running, StaticRows) and self.stores is not None:
+            self.stores.give_back(self.running.store)
+        self.running = None
+
+    def _join(self, fresh: Rows) -> None:
+        """Requests that have stepped once join those that run."""
+        if self.stores is None:
+            if self.running is None:
+                self.running = fresh
+            else:
+                self.running.join(fresh)
+            return
+        running, count = self.running, len(fresh.requests)
+        assert running is None or isinstance(running, StaticRows)
+        capacity = max(len(request.prompt) + request.limit for request in fresh.requests) + self.mode.pending
+        if running is None or not running.fits(count, capacity):
+            held = 0 if running is None else len(running.requests)
+            store = self.stores.take(fresh, held + count, min(self.slots, held + count + len(self.waiting)),
+                                     max(capacity, 0 if running is None else running.store.cache.capacity))  # fmt: skip
+            larger = StaticRows(store, fresh, self.stats)
+            if running is not None:
+                larger.join(running.exposed())
+            running = self.running = larger
+        running.join(fresh)
 
     def _admitted(self, ended: list[Request]) -> Rows | None:
         """Requests whose prompts have just been read, if there are any."""
@@ -69,12 +117,13 @@ class Lane:
         if all(request.finished for request in self.reading.rows.requests):
             self.reading = None
             return None
+        self.stats.prefills += 1
         while not (done := self.reading.advance()) and self.running is None:
-            pass
+            self.stats.prefills += 1
         if not done:
             return None
-        rows, self.reading = self.reading.rows, None
-        return self._left(rows, ended)
+        fresh, self.reading = self.reading.rows, None
+        return self._left(fresh, ended)
 
     def _group(self, free: int) -> list[Request]:
         """Who is read next: the one that waits longest, and others whose prompts take as many forwards."""
@@ -93,40 +142,48 @@ class Lane:
         self.waiting = rest
         return group
 
-    @staticmethod
-    def _left(rows: Rows | None, ended: list[Request]) -> Rows | None:
+    def _left(self, rows: Rows | None, ended: list[Request]) -> Rows | None:
         """The rows without those that have ended; None if nobody is left."""
         if rows is None:
             return None
         gone = [request for request in rows.requests if request.finished]
+        self.stats.tokens += sum(len(request.tokens) for request in gone)
         ended += [request for request in gone if request.stop_reason != CANCELLED]
-        if len(gone) == len(rows.requests):
-            return None
-        rows.retire()
-        return rows
+        if len(gone) < len(rows.requests):
+            rows.retire()
+            return rows
+        if isinstance(rows, StaticRows) and self.stores is not None:
+            self.stores.give_back(rows.store)
+        return None
 
 
 class Scheduler:
-    """Lanes by what their requests have in common. `lane` makes one; `slots` requests run in each at most."""
+    """Lanes by what their requests have in common; `lane` makes one for a request and its key."""
 
-    def __init__(self, lane: Callable[[Request], Lane], key: Callable[[Request], Hashable]) -> None:
+    def __init__(self, lane: Callable[[Request, Hashable], Lane], key: Callable[[Request], Hashable]) -> None:
         self._lane = lane
         self._key = key
-        self._lanes: dict[Hashable, Lane] = {}
+        self.lanes: dict[Hashable, Lane] = {}
 
     @property
     def busy(self) -> bool:
         """Whether any request waits or runs."""
-        return any(lane.busy for lane in self._lanes.values())
+        return any(lane.busy for lane in self.lanes.values())
 
     def add(self, request: Request) -> None:
         key = self._key(request)
-        if key not in self._lanes:
-            self._lanes[key] = self._lane(request)
-        self._lanes[key].waiting.append(request)
+        if key not in self.lanes:
+            self.lanes[key] = self._lane(request, key)
+        self.lanes[key].waiting.append(request)
 
     def step(self) -> list[Request]:
         """One step of every lane. Returns the requests that ended by themselves."""
-        ended = [request for lane in list(self._lanes.values()) for request in lane.step()]
-        self._lanes = {key: lane for key, lane in self._lanes.items() if lane.busy}
+        ended = [request for lane in list(self.lanes.values()) for request in lane.step()]
+        self.lanes = {key: lane for key, lane in self.lanes.items() if lane.busy}
         return ended
+
+    def close(self) -> None:
+        """Give up everything that waits or runs."""
+        for lane in self.lanes.values():
+            lane.close()
+        self.lanes.clear()

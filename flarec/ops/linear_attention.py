@@ -79,7 +79,8 @@ class StepTiles:
     """What a decode step's linear attention reads: `StepSchedule`, or `TileSchedule` for a prefill (Triton).
 
     A request whose clean slots and one block are more rows than the step kernel holds (64) is a prefill: its rows are
-    worth the chunks of the training kernels. A layout of more than 64 slots on a GPU is asked for its longest block.
+    worth the chunks of the training kernels. A layout of more than 64 slots that does not know its longest block is
+    asked for it.
     """
 
     chunk_size: int = 64
@@ -93,7 +94,9 @@ class StepTiles:
         from ..kernels.linear_attention.step.schedule import MAX_TILE, StepSchedule
         from ..kernels.linear_attention.tiles.schedule import TileSchedule
 
-        longest = None if layout.length <= MAX_TILE else _longest_block(layout)
+        longest = layout.longest_block
+        if longest is None and layout.length > MAX_TILE:
+            longest = _longest_block(layout)
         if longest is not None and layout.clean_length + longest > MAX_TILE:
             return TileSchedule.from_layout(layout, chunk_size=self.chunk_size)
         return StepSchedule.from_layout(layout, max_block=longest)

@@ -38,7 +38,7 @@ class ConvWindows:
     def build(self, layout: Layout, capacity: int | None) -> Tensor:
         from ..kernels.short_conv.windows import conv_windows
 
-        return conv_windows(layout, self.width)
+        return conv_windows(layout, self.width, continues=capacity is not None)
 
     def describe(self) -> str:
         return f"conv windows, width {self.width}"
@@ -59,7 +59,7 @@ class ConvOrder:
     def build(self, layout: Layout, capacity: int | None) -> ConvSchedule:
         from ..kernels.short_conv.readers import ConvSchedule
 
-        return ConvSchedule.from_layout(layout, self.width)
+        return ConvSchedule.from_layout(layout, self.width, continues=capacity is not None)
 
     def describe(self) -> str:
         return f"conv order, width {self.width}"

@@ -58,13 +58,14 @@ class ConvSchedule(Schedule):
         return self.table.device
 
     @staticmethod
-    def from_layout(layout: Layout, width: int, *, region: int = REGION) -> ConvSchedule:
-        """Derive the schedule on the layout's device. Raises `LayoutError` for a width outside 2..8."""
+    def from_layout(layout: Layout, width: int, *, region: int = REGION, continues: bool = False) -> ConvSchedule:
+        """Derive the schedule on the layout's device; `continues`: see `conv_windows`. Raises `LayoutError` for a width
+        outside 2..8."""
         if width not in WIDTHS:
             raise LayoutError(f"the Triton convolution takes widths 2 to 8, not {width}; use the torch kernels")
-        order, key = _order(layout)
+        order, key = _order(layout, continues)
         code = _codes(layout, width).gather(1, order)
-        reads = _reads(layout, width)
+        reads = _reads(layout, width, continues)
         reads = reads.gather(1, order[:, :, None].expand_as(reads))
         table = torch.cat([order[:, :, None], code[:, :, None], reads], dim=2)
         return ConvSchedule(
@@ -79,7 +80,7 @@ class ConvSchedule(Schedule):
         )
 
 
-def _order(layout: Layout) -> tuple[Tensor, Tensor]:
+def _order(layout: Layout, continues: bool) -> tuple[Tensor, Tensor]:
     """(slots in visiting order [B, T], sort keys in that order [B, T], descending).
 
     Clean slot s has key 2s; a block whose last clean token is slot s has 2s + 1, or -1 if that is not in the row.
@@ -87,7 +88,7 @@ def _order(layout: Layout) -> tuple[Tensor, Tensor]:
     clean, slots = layout.clean_length, torch.arange(layout.length, device=layout.device)
     anchor = layout.per_noisy(layout.block_anchor)
     document = layout.token_document()[:, clean:]
-    last_read = anchor - 1 + _slot_minus_position(layout).gather(1, document.clamp_min(0))
+    last_read = anchor - 1 + _slot_minus_position(layout, continues).gather(1, document.clamp_min(0))
     before_row = (document == 0) & (anchor <= layout.cached[:, None])
     last_read = torch.where(before_row, -1, last_read)
     # padding changes nothing wherever it stands: spread it, so that no region is longer than the others
@@ -116,9 +117,9 @@ def _codes(layout: Layout, width: int) -> Tensor:
     return torch.cat([clean, torch.where(block == PADDING, padding, noisy)], dim=1)
 
 
-def _reads(layout: Layout, width: int) -> Tensor:
+def _reads(layout: Layout, width: int, continues: bool) -> Tensor:
     """[B, T, W-1] what each slot reads at lags 1 .. W-1, as `ConvSchedule.table` encodes it."""
-    index = conv_windows(layout, width)[:, :, 1:]
+    index = conv_windows(layout, width, continues=continues)[:, :, 1:]
     read = torch.where(index < width - 1, -2 - index, index - (width - 1))
     return torch.where(index == width - 1 + layout.length, -1, read)
 

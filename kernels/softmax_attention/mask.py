@@ -17,7 +17,7 @@ def visibility(layout: Layout, window: int | None = None, cache_length: int | No
     then every clean token must belong to document 0. window: only keys at positions > query position - window.
     A padding query sees exactly one key, itself (clean padding with a cache: cache slot 0), so that its softmax is
     finite; nothing reads a padding key but that key's own query.
-    Raises `LayoutError` if the layout does not fit the cache.
+    Raises `LayoutError` if the layout, one on the host, does not fit the cache: nothing waits for a GPU.
     """
     clean, length = layout.clean_length, layout.length
     anchor, whole_block = layout.per_noisy(layout.block_anchor), layout.per_noisy(layout.block_readout) == BLOCK_END
@@ -26,13 +26,14 @@ def visibility(layout: Layout, window: int | None = None, cache_length: int | No
     device = layout.device
 
     if cache_length is None:
-        if bool((layout.cached > 0).any()):
+        if device.type == "cpu" and bool((layout.cached > 0).any()):
             raise LayoutError(
                 "this layout continues a cache; build its mask with cache_length, the number of cache slots"
             )
         key_document, key_position = layout.clean_document, layout.clean_position
     else:
-        _check_cache(layout, cache_length)
+        if device.type == "cpu":
+            _check_cache(layout, cache_length)
         key_position = torch.arange(cache_length, device=device).expand(layout.rows, -1)
         key_document = torch.zeros_like(key_position)
     same_document = (document[:, :, None] == key_document[:, None, :]) & (document >= 0)[:, :, None]

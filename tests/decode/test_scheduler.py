@@ -116,17 +116,17 @@ def test_a_prefill_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_caches_shrink_with_the_requests() -> None:
     """What is kept belongs to those that run."""
     engine, _ = make_engine(FakeModel(agreement=0.7), 3)
-    lanes = engine._serving._lanes
+    lanes = engine._serving.lanes
     long = engine.add([1] * 900, mode="ar-trust", max_new_tokens=2)
     short = engine.add([1, 2], mode="ar-trust", max_new_tokens=90)
     while not long.finished:
         engine.step()
     engine.step()
-    (lane,) = lanes.values() if lanes else engine._serving._lanes.values()
+    (lane,) = lanes.values() if lanes else engine._serving.lanes.values()
     assert lane.running is not None and lane.running.cache.batch == 1 and lane.running.cache.capacity < 512
     while engine.busy:
         engine.step()
-    assert not engine._serving._lanes and short.finished
+    assert not engine._serving.lanes and short.finished
 
 
 def test_a_request_that_fails_leaves_the_others_alone() -> None:

@@ -30,6 +30,7 @@ class ARTrustMode:
     def __init__(self, blocks: BlockSpec, drafts: str) -> None:
         assert drafts in DRAFTS
         self.blocks = blocks
+        self.pending = 1 + blocks.size
         self.branches = drafts == "branches"
 
     def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class ARTrustMode:
         size = self.blocks.size
         clean = 1 + size if any(request.ready for request in rows.requests) else 1
         return StepShape(
-            len(rows.requests), clean, clean, clean if self.branches else 1, size, size, self.blocks.readout
+            rows.width, clean, clean, clean if self.branches else 1, size, size, self.blocks.readout
         )
 
     def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor]:

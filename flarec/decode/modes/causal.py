@@ -15,6 +15,7 @@ class CausalMode:
     """State: token [rows], emitted and not yet in the cache."""
 
     blocks: BlockSpec | None = None
+    pending = 1
 
     def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
         token, _ = rows.choose(clean, rows.ahead(1))
@@ -22,7 +23,7 @@ class CausalMode:
         return token
 
     def shape(self, rows: Rows) -> StepShape:
-        return StepShape(len(rows.requests), clean=1, heads=1)
+        return StepShape(rows.width, clean=1, heads=1)
 
     def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor]:
         token = rows.state["token"]

@@ -27,11 +27,12 @@ class DiffusionTrustMode:
 
     def __init__(self, blocks: BlockSpec, threshold: float, steps: int) -> None:
         self.blocks = blocks
+        self.pending = blocks.size
         self.threshold = threshold
         self.steps = steps
 
     def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
-        count, size = len(rows.requests), self.blocks.size
+        count, size = rows.width, self.blocks.size
         first, confidence = rows.choose(clean, rows.ahead(1))
         rows.state = {
             "block": torch.full((count, size), self.blocks.mask_token_id, device=rows.device),
@@ -45,7 +46,7 @@ class DiffusionTrustMode:
     def shape(self, rows: Rows) -> StepShape:
         size, full = self.blocks.size, any(request.ready for request in rows.requests)
         return StepShape(
-            len(rows.requests), size if full else 0, int(full), 1, size, self.blocks.heads, self.blocks.readout
+            rows.width, size if full else 0, int(full), 1, size, self.blocks.heads, self.blocks.readout
         )
 
     def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor]:

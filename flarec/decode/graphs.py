@@ -1,0 +1,321 @@
+"""A step as a CUDA graph: everything between two reports runs on the device, from and into buffers that stay in place.
+
+The buffers of a `Store` hold the cache, the mode's state and the sampling parameters of all slots. A step of the first
+`n` slots is a function of views of them, without arguments and results: it reads what the step before wrote. Its first
+use runs it, its second one checks that nothing waits for the device, its third one captures it, and from then on it is
+replayed. A graph belongs to a number of slots, a capacity of the key caches, a step shape and the kinds of sampling.
+
+`Recorder` is what records and replays. `CudaRecorder` needs a GPU; `PlainRecorder` calls the function, for tests of all
+the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flarec.ir.slots import CacheSlot
+
+from .cache import Cache
+from .plan import StepShape
+from .rows import Rows
+from .sampling import SamplingRows
+from .stats import DecodeStats
+
+SMALLEST_CAPACITY = 256
+Function = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class GraphKey:
+    """What a graph is made for: a change of any of these is another graph."""
+
+    shape: StepShape
+    capacity: int
+    truncated: bool
+    sampled: bool
+
+
+class Recorder(Protocol):
+    """How a step's function becomes something to be replayed."""
+
+    def checked(self, function: Function) -> str | None:
+        """Run it; why it cannot be recorded (it waited for the device), or None."""
+        ...
+
+    def record(self, function: Function) -> Function:
+        """Record it without running it; returns the replay."""
+        ...
+
+    def read(self, tensor: Tensor) -> list[list[int]]:
+        """The values of a tensor [n, k] on the host: the one wait of a step."""
+        ...
+
+
+class PlainRecorder:
+    """The same steps without a GPU: a replay calls the function."""
+
+    def checked(self, function: Function) -> str | None:
+        function()
+        return None
+
+    def record(self, function: Function) -> Function:
+        return function
+
+    def read(self, tensor: Tensor) -> list[list[int]]:
+        values: list[list[int]] = tensor.tolist()
+        return values
+
+
+class CudaRecorder:
+    """CUDA graphs in one private memory pool. They are replayed one after another, so they may share it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool: Any = None
+        self._host: Tensor | None = None
+        self._copied = torch.cuda.Event()
+
+    def checked(self, function: Function) -> str | None:
+        """A step that waits is run again from the start: it reads only what the step before left."""
+        try:
+            with _no_waits():
+                function()
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            function()
+            return f"a step of this model waits for the device ({_where(error)})"
+        return None
+
+    def record(self, function: Function) -> Function:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), torch.cuda.graph(
+            graph, pool=self._pool, capture_error_mode="thread_local"
+        ):
+            function()
+        replay: Function = graph.replay
+        return replay
+
+    def read(self, tensor: Tensor) -> list[list[int]]:
+        size = tensor.numel()
+        if self._host is None or self._host.numel() < size:
+            self._host = torch.empty(max(1024, size), dtype=tensor.dtype, pin_memory=True)
+        host = self._host[:size].view(tensor.shape)
+        host.copy_(tensor, non_blocking=True)
+        self._copied.record()
+        self._copied.synchronize()
+        values: list[list[int]] = host.tolist()
+        return values
+
+
+@contextmanager
+def _no_waits() -> Any:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _where(error: BaseException) -> str:
+    """File and line that raised, below this package's own folder where possible."""
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        found = f"{trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found
+
+
+@dataclass
+class Store:
+    """Buffers of `slots` requests of one lane, and the graphs over them. One lane uses it at a time.
+
+    cache     room for `cache.capacity` positions and `pending` clean rows per slot
+    state     what the mode keeps
+    active    [slots] bool: whether a request is in the slot
+    results   [slots, width] int64: what `Mode.read` returned, in its first columns
+    """
+
+    slots: int
+    pending: int
+    recorder: Recorder
+    cache: Cache
+    state: dict[str, Tensor]
+    sampling: SamplingRows
+    active: Tensor
+    results: Tensor
+    uses: dict[GraphKey, int] = field(default_factory=dict)
+    widths: dict[GraphKey, int] = field(default_factory=dict)
+    replays: dict[GraphKey, Function] = field(default_factory=dict)
+
+    @staticmethod
+    def allocate(
+        layout: Sequence[CacheSlot], slots: int, capacity: int, pending: int, like: Rows, recorder: Recorder
+    ) -> Store:
+        """Empty buffers for rows like these."""
+        device = like.device
+        cache = Cache.allocate(layout, slots, power_of_two(capacity, SMALLEST_CAPACITY), device, pending)
+        state = {name: t.new_zeros(slots, *t.shape[1:]) for name, t in like.state.items()}
+        sampling = SamplingRows(
+            *(t.new_zeros(slots) for t in like.sampling.tensors()), truncated=False, sampled=False
+        )
+        active = torch.zeros(slots, dtype=torch.bool, device=device)
+        results = torch.zeros(slots, pending + 4, dtype=torch.int64, device=device)
+        return Store(slots, pending, recorder, cache, state, sampling, active, results)
+
+    def per_slot(self) -> list[tuple[Tensor, int]]:
+        """Every buffer that has a row per slot, and the axis of the slots."""
+        cached = [(self.cache.tensors[slot.name], slot.batch_dim()) for slot in self.cache.slots]
+        others = [self.cache.accepted, self.cache.length, self.active, *self.state.values(), *self.sampling.tensors()]
+        return cached + [(tensor, 0) for tensor in others]
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one slot over another."""
+        for tensor, axis in self.per_slot():
+            tensor.narrow(axis, target, 1).copy_(tensor.narrow(axis, source, 1))
+
+    def clear(self, slot: int | None = None) -> None:
+        """Nobody is in a slot, or in any: it computes with an empty cache, and accepts nothing. What was not finite
+        there must not meet the next request."""
+        for tensor, axis in self.per_slot():
+            (tensor if slot is None else tensor.narrow(axis, slot, 1)).zero_()
+
+
+def power_of_two(value: int, least: int = 1) -> int:
+    """The smallest power of two that is at least both."""
+    return max(least, 1 << max(0, value - 1).bit_length())
+
+
+class StaticRows(Rows):
+    """Rows in the slots of a `Store`; a step computes the smallest power of two of slots that holds all of them."""
+
+    def __init__(self, store: Store, like: Rows, stats: DecodeStats) -> None:
+        self.program, self.mode, self.blocks = like.program, like.mode, like.blocks
+        self.device, self.suppress, self.plans = like.device, like.suppress, like.plans
+        self.store = store
+        self.stats = stats
+        self.requests = []
+        self.truncated = self.sampled = False
+        store.clear()
+
+    @property
+    def width(self) -> int:
+        return min(self.store.slots, power_of_two(len(self.requests)))
+
+    def fits(self, more: int, capacity: int) -> bool:
+        return len(self.requests) + more <= self.store.slots and capacity <= self.store.cache.capacity
+
+    def exposed(self) -> Rows:
+        """Itself as plain rows, to be joined elsewhere."""
+        count, store = len(self.requests), self.store
+        cached = {slot.name: _view(store.cache, slot, count, store.cache.capacity) for slot in store.cache.slots}
+        lengths = store.cache.accepted[:count], store.cache.length[:count]
+        self.cache = Cache(store.cache.slots, cached, *lengths, store.cache.capacity)
+        self.state = {name: tensor[:count] for name, tensor in store.state.items()}
+        vectors = (tensor[:count] for tensor in store.sampling.tensors())
+        self.sampling = SamplingRows(*vectors, truncated=self.truncated, sampled=self.sampled)
+        return self
+
+    def step(self) -> None:
+        shape = self.mode.shape(self)
+        capacity = min(power_of_two(self.longest() + shape.clean, SMALLEST_CAPACITY), self.store.cache.capacity)
+        key = GraphKey(shape, capacity, self.truncated, self.sampled)
+        self._run(key)
+        values = self.store.results[: len(self.requests), : self.store.widths[key]]
+        self._report(self.store.recorder.read(values))
+
+    def _run(self, key: GraphKey) -> None:
+        store = self.store
+        uses = store.uses[key] = store.uses.get(key, 0) + 1
+        if key in store.replays:
+            store.replays[key]()
+            self.stats.replays += 1
+        elif uses == 1 or self.stats.eager:
+            self._function(key)()
+        elif uses == 2:
+            self.stats.eager = store.recorder.checked(self._function(key)) or ""
+        else:
+            store.replays[key] = store.recorder.record(self._function(key))
+            self.stats.graphs += 1
+            store.replays[key]()
+            self.stats.replays += 1
+
+    def _function(self, key: GraphKey) -> Function:
+        """The step, from the buffers into the buffers."""
+        store, rows = self.store, key.shape.rows
+        cached = {slot.name: _view(store.cache, slot, rows, key.capacity) for slot in store.cache.slots}
+        accepted, length = store.cache.accepted[:rows], store.cache.length[:rows]
+        state = {name: tensor[:rows] for name, tensor in store.state.items()}
+        vectors = (tensor[:rows] for tensor in store.sampling.tensors())
+        sampling = SamplingRows(*vectors, truncated=key.truncated, sampled=key.sampled)
+
+        def run() -> None:
+            self.cache = Cache(store.cache.slots, dict(cached), accepted, length, key.capacity)
+            self.state, self.sampling, self.active = dict(state), sampling, store.active[:rows]
+            values = self.compute(key.shape)
+            for slot in store.cache.slots:
+                _write(cached[slot.name], self.cache.tensors[slot.name], slot)
+            accepted.copy_(self.cache.accepted)
+            length.copy_(self.cache.length)
+            for name, tensor in self.state.items():
+                if tensor is not state[name]:
+                    state[name].copy_(tensor)
+            store.widths[key] = values.shape[1]
+            store.results[:rows, : values.shape[1]].copy_(values)
+
+        return run
+
+    def retire(self) -> None:
+        """The last request takes the place of one that ended."""
+        for slot in reversed(range(len(self.requests))):
+            if not self.requests[slot].finished:
+                continue
+            last = len(self.requests) - 1
+            if slot != last:
+                self.store.move(last, slot)
+                self.requests[slot] = self.requests[last]
+            self.requests.pop()
+            self.store.clear(last)
+
+    def join(self, other: Rows) -> None:
+        store, first, count = self.store, len(self.requests), len(other.requests)
+        assert first + count <= store.slots and other.cache.capacity <= store.cache.capacity
+        for slot in store.cache.slots:
+            target = store.cache.tensors[slot.name].narrow(slot.batch_dim(), first, count)
+            source = other.cache.tensors[slot.name]
+            if slot.in_place:
+                axis = slot.shape.index("capacity")
+                target = target.narrow(axis, 0, source.shape[axis])
+            _write(target, source, slot)
+        pairs = [(store.cache.accepted, other.cache.accepted), (store.cache.length, other.cache.length)]
+        pairs += zip(store.sampling.tensors(), other.sampling.tensors(), strict=True)
+        pairs += [(store.state[name], tensor) for name, tensor in other.state.items()]
+        for buffer, rows in pairs:
+            buffer[first : first + count].copy_(rows)
+        store.active[first : first + count] = True
+        self.requests += other.requests
+        self.truncated |= other.sampling.truncated
+        self.sampled |= other.sampling.sampled
+
+
+def _view(cache: Cache, slot: CacheSlot, rows: int, capacity: int) -> Tensor:
+    tensor = cache.tensors[slot.name].narrow(slot.batch_dim(), 0, rows)
+    return tensor.narrow(slot.shape.index("capacity"), 0, capacity) if slot.in_place else tensor
+
+
+def _write(buffer: Tensor, new: Tensor, slot: CacheSlot) -> None:
+    """Put what a step returned into its buffer; behind its pending rows stays what was there, which nobody accepts."""
+    axis = slot.pending_dim()
+    if axis is not None:
+        buffer = buffer.narrow(axis, 0, new.shape[axis])
+    if new is not buffer:
+        buffer.copy_(new)

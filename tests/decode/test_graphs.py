@@ -1,0 +1,126 @@
+"""Steps from buffers into buffers: they give what plain steps give, and ask the device nothing but their result."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from flarec.base.generation import GenerationOptions
+from flarec.decode import Engine
+from flarec.decode.graphs import Function, PlainRecorder
+from flarec.decode.stores import Shelf
+from tests.decode.fake_model import FakeModel
+from tests.decode.helpers import make_engine, random_options, random_prompts
+from tests.decode.test_scheduler import WAYS
+
+
+class CountingRecorder(PlainRecorder):
+    """Counts what a GPU would do: captures, replays, and reads of results."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = self.reads = 0
+
+    def record(self, function: Function) -> Function:
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            function()
+
+        return replay
+
+    def read(self, tensor: Any) -> list[list[int]]:
+        self.reads += 1
+        return super().read(tensor)
+
+
+def with_graphs(engine: Engine) -> list[CountingRecorder]:
+    """Let an engine on the CPU take the way of graphs. Returns the recorders that it makes."""
+    recorders: list[CountingRecorder] = []
+
+    def make() -> CountingRecorder:
+        recorders.append(CountingRecorder())
+        return recorders[-1]
+
+    engine.shelf = Shelf(make)
+    return recorders
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_graphs_on_equals_graphs_off(way: dict[str, Any]) -> None:
+    for seed in range(3):
+        rng = random.Random(seed)
+        model = FakeModel(agreement=0.7, key=seed)
+        prompts = random_prompts(rng, model, 13, longest=20)
+        each = [replace(random_options(rng), max_new_tokens=rng.randint(1, 30)) for _ in prompts]
+        engine, _ = make_engine(model, 3, eos=[2])
+        options: dict[str, Any] = {"prefill_chunk": 7, "batch": rng.choice([1, 3, 16]), **way}
+        plain = engine.generate(prompts, each, **options)
+        with_graphs(engine)
+        for _ in range(2):  # the second time the buffers and graphs are there
+            static = engine.generate(prompts, each, **options)
+            assert [(r.token_ids, r.forwards, r.accepted, r.stop_reason) for r in static] == [
+                (r.token_ids, r.forwards, r.accepted, r.stop_reason) for r in plain
+            ]
+        assert engine.stats.replays > 0
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_one_read_per_step_and_few_graphs(way: dict[str, Any]) -> None:
+    engine, _ = make_engine(FakeModel(agreement=0.7), 3)
+    recorders = with_graphs(engine)
+    engine.generate([[1, 2, 3]], max_new_tokens=150, **way)
+    stats, (recorder,) = engine.stats, recorders
+    assert recorder.reads == stats.steps - 1  # the first step was not in the buffers yet
+    assert recorder.recorded == stats.graphs <= 2 and recorder.replayed == stats.replays >= stats.steps - 6
+    before = stats.graphs
+    engine.generate([[4, 5]], max_new_tokens=50, **way)
+    assert stats.graphs == before and len(recorders) == 1
+
+
+def test_buffers_grow_with_the_requests() -> None:
+    model = FakeModel(agreement=0.8)
+    engine, _ = make_engine(model, 3)
+    recorders = with_graphs(engine)
+    first = engine.add([1, 2], mode="ar-trust", max_new_tokens=120)
+    for _ in range(8):
+        engine.step()
+    others = [engine.add([3] * 300, mode="ar-trust", max_new_tokens=20 + n) for n in range(5)]
+    while engine.busy:
+        engine.step()
+    assert len(recorders) > 1
+    plain, _ = make_engine(model, 3)
+    assert first.tokens == plain.generate([[1, 2]], max_new_tokens=120)[0].token_ids
+    for request in others:
+        assert request.tokens == plain.generate([[3] * 300], max_new_tokens=request.limit)[0].token_ids
+
+
+def test_a_slot_forgets_what_was_not_finite() -> None:
+    """After a cancel or an error nothing of the request is left in the buffers."""
+    engine, _ = make_engine(FakeModel(agreement=0.8), 3)
+    with_graphs(engine)
+    request = engine.add([1, 2, 3], mode="ar-trust", max_new_tokens=50)
+    other = engine.add([4, 2], mode="ar-trust", max_new_tokens=50)
+    for _ in range(5):
+        engine.step()
+    engine.cancel(request)
+    engine.step()
+    (lane,) = engine._serving.lanes.values()
+    rows: Any = lane.running
+    assert rows.requests == [other]
+    for tensor, axis in rows.store.per_slot():
+        assert not tensor.narrow(axis, 1, rows.store.slots - 1).any()
+
+
+def test_sampling_kinds_are_graphs_of_their_own() -> None:
+    engine, _ = make_engine(FakeModel(agreement=0.8), 3)
+    with_graphs(engine)
+    for temperature, top_k in ((0.0, 0), (1.0, 0), (1.0, 3)):
+        options = GenerationOptions(temperature=temperature, top_k=top_k, max_new_tokens=20, seed=3)
+        before = engine.stats.graphs
+        result = engine.generate([[1, 2]], options, mode="ar-trust")[0]
+        assert engine.stats.graphs == before + 1
+        assert result.token_ids == make_engine(FakeModel(agreement=0.8), 3)[0].generate([[1, 2]], options)[0].token_ids
