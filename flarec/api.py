@@ -31,6 +31,7 @@ from .passes.embed_mask import PARAMETER
 from .passes.plugins import load_plugins
 
 OnText = Callable[[int, str], None]
+OnOutput = Callable[[int, "Output"], None]
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Model:
         passes: Sequence[str] = (),
         plugins: Sequence[str | Path] = (),
         opened: Opened | None = None,
+        graphs: str = "auto",
     ) -> None:
         """The model of a checkpoint, loaded. `cache`: see `flarec.capture`; for a model as it came from its files.
 
@@ -108,9 +110,9 @@ class Model:
             checkpoint, self.program, "decode", kernels=self.kernels, foreign=passes, plugins=plugins
         )
         self.eos_ids = checkpoint.eos_ids(self.program.config, tokenizer)
-        self.engine = self._engine()
+        self.engine = self._engine(graphs)
 
-    def _engine(self) -> Engine:
+    def _engine(self, graphs: str) -> Engine:
         manifest = self.manifest
         suppress = [manifest.mask.token_id] if manifest and manifest.mask.kind == "row" else []
         return Engine(
@@ -121,6 +123,7 @@ class Model:
             eos_ids=self.eos_ids,
             max_positions=context_of(self.program.config, self.tokenizer),
             suppress=suppress,
+            graphs=graphs,
         )
 
     @property
@@ -142,6 +145,8 @@ class Model:
         chat: bool = False,
         on_text: OnText | None = None,
         on_tokens: OnTokens | None = None,
+        on_output: OnOutput | None = None,
+        batch: int | None = None,
         **keywords: Unpack[GenerationKeywords],
     ) -> Output: ...
     @overload
@@ -153,6 +158,8 @@ class Model:
         chat: bool = False,
         on_text: OnText | None = None,
         on_tokens: OnTokens | None = None,
+        on_output: OnOutput | None = None,
+        batch: int | None = None,
         **keywords: Unpack[GenerationKeywords],
     ) -> Any: ...
 
@@ -165,11 +172,13 @@ class Model:
         chat: bool = False,
         on_text: OnText | None = None,
         on_tokens: OnTokens | None = None,
+        on_output: OnOutput | None = None,
+        batch: int | None = None,
         **keywords: Unpack[GenerationKeywords],
     ) -> Any:
-        """Generate for one prompt, or for several as one batch (a list gives a list, in the same order).
+        """Generate for one prompt, or for several (a list gives a list, in the same order).
 
-        prompt   text, or a list of texts. A list of messages ({"role", "content"}) is one conversation; a batch may
+        prompt   text, or a list of texts. A list of messages ({"role", "content"}) is one conversation; a list may
                  hold such lists too. Conversations always go through the chat template.
         chat     put each text into the chat template as the user's message; else text is continued as it is
         The rest is that of `generate_ids`.
@@ -180,7 +189,9 @@ class Model:
         if not single and not is_list(prompt):
             raise GenerationError(f"the prompt is {shown(prompt)}; give text, a list of messages, or a list of these")
         encoded = [self.encode(item, chat=chat) for item in ([prompt] if single else prompt)]
-        outputs = self.generate_ids(encoded, options, on_text=on_text, on_tokens=on_tokens, **keywords)
+        outputs = self.generate_ids(
+            encoded, options, on_text=on_text, on_tokens=on_tokens, on_output=on_output, batch=batch, **keywords
+        )
         return outputs[0] if single else outputs
 
     @takes_options
@@ -191,6 +202,8 @@ class Model:
         *,
         on_text: OnText | None = None,
         on_tokens: OnTokens | None = None,
+        on_output: OnOutput | None = None,
+        batch: int | None = None,
         **keywords: Unpack[GenerationKeywords],
     ) -> list[Output]:
         """Generate for prompts given as token ids: lists, arrays or tensors.
@@ -198,6 +211,8 @@ class Model:
         options, keywords  see `GenerationOptions`: an object, one for all or one per prompt, and keywords put over it
         on_text            called with (prompt index, new text) as text becomes final
         on_tokens          called with (prompt index, new token ids) as tokens become final
+        on_output          called with (prompt index, output) as prompts end
+        batch              prompts that run at the same time (default: 64); the others wait, the longest come first
 
         Raises `GenerationError` for a request that cannot be served.
         """
@@ -212,11 +227,17 @@ class Model:
             if on_text is not None and (piece := texts[index].push(tokens)):
                 on_text(index, piece)
 
+        def end(index: int, generation: Generation) -> None:
+            if on_output is not None:
+                on_output(index, self._output(generation, each[index].stop))
+
         generations = self.engine.generate(
             prompts,
             each,
             stop_check=[text.stop_check for text in texts] if stopping else None,
             on_tokens=tell if on_text or on_tokens else None,
+            on_end=end if on_output else None,
+            batch=batch,
         )
         if on_text is not None:
             for index, text in enumerate(texts):
@@ -274,6 +295,7 @@ def load(
     block_size: int | None = None,
     passes: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
+    graphs: str = "auto",
 ) -> Model:
     """Open a checkpoint, or a source model, for generation.
 
@@ -286,6 +308,7 @@ def load(
              and positions per block, where its config.json does not state them under these names
     passes   of plugins, as `name(option=value)`, beside those of the checkpoint's own pipeline
     plugins  Python files that define passes, beside the installed plugins; their code runs
+    graphs   "auto": on a CUDA device steps are captured as CUDA graphs and replayed; "off": they are run
 
     Raises `CheckpointError` for a directory that cannot be used, `UsageError` for the other arguments.
     """
@@ -311,12 +334,15 @@ def load(
                 return model
 
             extra = checkpoint.load_extra(opened.program.dtype, place)
-            return Model(build, tokenizer, checkpoint, extra, kernels=kernels, opened=opened, passes=passes)
+            return Model(
+                build, tokenizer, checkpoint, extra, kernels=kernels, opened=opened, passes=passes, graphs=graphs
+            )
         hf_model = checkpoint.load_model(wanted, place)
         extra = checkpoint.load_extra(next(hf_model.parameters()).dtype, place)
         model = Model(
-            hf_model, tokenizer, checkpoint, extra, kernels=kernels, cache=True, passes=passes, plugins=plugins
-        )
+            hf_model, tokenizer, checkpoint, extra, kernels=kernels, cache=True, passes=passes, plugins=plugins,
+            graphs=graphs,
+        )  # fmt: skip
         if opening is not None:
             opening.store(hf_model)
         return model

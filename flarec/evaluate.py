@@ -106,7 +106,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Loss over all responses, then a generation for every example with a prompt.
 
-    options, keywords  see `GenerationOptions`; batch = prompts per batch; on_output(index of the example, output)
+    options, keywords  see `GenerationOptions`; batch = prompts that run at the same time
+    on_output          called with (index of the example, output)
 
     Returns plain values: mode, records, loss (nats per response token), response_tokens, and, over the generated ones,
     generated, new_tokens, forwards, tokens_per_forward, stop_reasons, seconds, too_long (prompts that fill the context,
@@ -118,15 +119,14 @@ def evaluate(
     room = model.engine.max_positions
     asked = [index for index, example in enumerate(examples) if 0 < len(example.prompt) < room]
     outputs: dict[int, Output] = {}
-    seconds = 0.0
-    for start in range(0, len(asked), batch):
-        part = asked[start : start + batch]
-        made = model.generate_ids([examples[index].prompt for index in part], options)
-        seconds += max(output.seconds for output in made)
-        for index, output in zip(part, made, strict=True):
-            outputs[index] = output
-            if on_output is not None:
-                on_output(index, output)
+
+    def ended(place: int, output: Output) -> None:
+        outputs[asked[place]] = output
+        if on_output is not None:
+            on_output(asked[place], output)
+
+    model.generate_ids([examples[index].prompt for index in asked], options, batch=batch, on_output=ended)
+    seconds = max((output.seconds for output in outputs.values()), default=0.0)
     new = sum(output.new_tokens for output in outputs.values())
     forwards = sum(output.forwards for output in outputs.values())
     graded = [

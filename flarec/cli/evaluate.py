@@ -27,14 +27,16 @@ if TYPE_CHECKING:
 )
 @generation_options("mode", "threshold", "denoising_steps", "drafts", "max_new_tokens")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N records.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Prompts per batch.")
+@click.option(
+    "--batch", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Prompts at the same time.",
+)
 @runtime_options
 @foreign_options
 @plugin_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def command(
     checkpoint: str, data: Path, limit: int | None, batch: int, device: str, dtype: str | None, kernels: str,
-    mask_token_id: int | None, block_size: int | None, plugins: tuple[str, ...],
+    graphs: str, mask_token_id: int | None, block_size: int | None, plugins: tuple[str, ...],
     passes: tuple[str, ...], as_json: bool, **keywords: Any,
 ) -> None:  # fmt: skip
     """Evaluate CKPT (or a source model, causally) on held-out records.
@@ -49,7 +51,7 @@ def command(
 
     model = open_model(
         checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
-        passes=passes, plugins=plugins,
+        passes=passes, plugins=plugins, graphs=graphs,
     )  # fmt: skip
     from flarec.evaluate import evaluate, read_examples  # slow to import, like everything below flarec.api
 

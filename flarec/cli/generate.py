@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 @click.option(
     "--prompts", "prompts_file", metavar="FILE", type=click.Path(path_type=Path),
     help='A prompt per line, or JSONL with "prompt" or "messages" (a closing assistant message is left out). '
-    "All run as one batch.",
+    "They share forwards.",
+)
+@click.option(
+    "--batch", type=click.IntRange(1), default=32, show_default=True, metavar="N",
+    help="Prompts at the same time; the others wait.",
 )
 @click.option("--chat", is_flag=True, help="Put the prompt into the chat template; else it is continued as it is.")
 @generation_options(
@@ -38,12 +42,12 @@ if TYPE_CHECKING:
 @foreign_options
 @plugin_options
 @click.option("--check", is_flag=True, help="Compare every file of CKPT with its hash first, weights of any size too.")
-@click.option("--stats", is_flag=True, help="Print tokens, forward passes and time on stderr.")
+@click.option("--stats", is_flag=True, help="Print tokens, forward passes, time and graphs on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array on stdout, an object per prompt, in order.")
 def command(
-    checkpoint: str, prompt: str | None, prompts_file: Path | None, chat: bool, device: str, dtype: str | None,
-    kernels: str, mask_token_id: int | None, block_size: int | None, plugins: tuple[str, ...],
-    passes: tuple[str, ...], check: bool, stats: bool, as_json: bool, **keywords: Any,
+    checkpoint: str, prompt: str | None, prompts_file: Path | None, batch: int, chat: bool, device: str,
+    dtype: str | None, kernels: str, graphs: str, mask_token_id: int | None, block_size: int | None,
+    plugins: tuple[str, ...], passes: tuple[str, ...], check: bool, stats: bool, as_json: bool, **keywords: Any,
 ) -> None:  # fmt: skip
     """Generate text with a converted checkpoint CKPT, or causally with any supported model.
 
@@ -55,7 +59,7 @@ def command(
         check_files(checkpoint)
     model = open_model(
         checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
-        passes=passes, plugins=plugins,
+        passes=passes, plugins=plugins, graphs=graphs,
     )  # fmt: skip
     stream = len(prompts) == 1 and not as_json
     with Interrupts() as interrupts:
@@ -64,7 +68,9 @@ def command(
             interrupts.check()
             click.echo(text, nl=False)
 
-        outputs: list[Output] = model.generate(prompts, options, chat=chat, on_text=show if stream else None)
+        outputs: list[Output] = model.generate(
+            prompts, options, chat=chat, batch=batch, on_text=show if stream else None
+        )
     if as_json:
         items = [json.dumps(output.to_dict(), ensure_ascii=False) for output in outputs]
         click.echo("[\n" + ",\n".join(items) + "\n]")
@@ -76,7 +82,7 @@ def command(
             click.echo(output.text)
     if stats:
         sys.stdout.flush()
-        for line in _stats(outputs, model.kernels):
+        for line in [*_stats(outputs, model.kernels), *model.engine.stats.lines()]:
             click.echo(line, err=True)
 
 

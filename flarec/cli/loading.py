@@ -28,6 +28,7 @@ def open_model(
     block_size: int | None,
     passes: Sequence[str] = (),
     plugins: Sequence[str] = (),
+    graphs: str = "auto",
 ) -> Model:
     """`flarec.load`, imported here: a command calls this once it knows its arguments to be right."""
     with collector_paused():
@@ -42,4 +43,5 @@ def open_model(
             block_size=block_size,
             passes=passes,
             plugins=plugins,
+            graphs=graphs,
         )

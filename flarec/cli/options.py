@@ -75,14 +75,18 @@ plugin_options = field_options(Arguments, "plugins", "passes")
 
 
 def runtime_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--device`, `--dtype`, `--kernels`: where and in what a model computes."""
+    """`--device`, `--dtype`, `--kernels`, `--graphs`: where and in what a model computes."""
     for option in reversed((
         click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1 ..."),
         click.option(
             "--dtype", metavar="NAME", help="float32, bfloat16, float16. Default: float32 on the CPU, else as stored."
         ),
         kernels_option("auto"),
-    )):
+        click.option(
+            "--graphs", type=click.Choice(("auto", "off")), default="auto", show_default=True,
+            help="auto: on a GPU steps of decoding are captured as CUDA graphs; off: for debugging.",
+        ),
+    )):  # fmt: skip
         command = option(command)
     return command
 

@@ -165,9 +165,7 @@ class Store:
         device = like.device
         cache = Cache.allocate(layout, slots, power_of_two(capacity, SMALLEST_CAPACITY), device, pending)
         state = {name: t.new_zeros(slots, *t.shape[1:]) for name, t in like.state.items()}
-        sampling = SamplingRows(
-            *(t.new_zeros(slots) for t in like.sampling.tensors()), truncated=False, sampled=False
-        )
+        sampling = like.sampling.changed(lambda values: values.new_zeros(slots), False, False)
         active = torch.zeros(slots, dtype=torch.bool, device=device)
         results = torch.zeros(slots, pending + 4, dtype=torch.int64, device=device)
         return Store(slots, pending, recorder, cache, state, sampling, active, results)
@@ -221,8 +219,7 @@ class StaticRows(Rows):
         lengths = store.cache.accepted[:count], store.cache.length[:count]
         self.cache = Cache(store.cache.slots, cached, *lengths, store.cache.capacity)
         self.state = {name: tensor[:count] for name, tensor in store.state.items()}
-        vectors = (tensor[:count] for tensor in store.sampling.tensors())
-        self.sampling = SamplingRows(*vectors, truncated=self.truncated, sampled=self.sampled)
+        self.sampling = store.sampling.changed(lambda values: values[:count], self.truncated, self.sampled)
         return self
 
     def step(self) -> None:
@@ -255,8 +252,7 @@ class StaticRows(Rows):
         cached = {slot.name: _view(store.cache, slot, rows, key.capacity) for slot in store.cache.slots}
         accepted, length = store.cache.accepted[:rows], store.cache.length[:rows]
         state = {name: tensor[:rows] for name, tensor in store.state.items()}
-        vectors = (tensor[:rows] for tensor in store.sampling.tensors())
-        sampling = SamplingRows(*vectors, truncated=key.truncated, sampled=key.sampled)
+        sampling = store.sampling.changed(lambda values: values[:rows], key.truncated, key.sampled)
 
         def run() -> None:
             self.cache = Cache(store.cache.slots, dict(cached), accepted, length, key.capacity)

@@ -8,7 +8,7 @@ decoding returns. T = 0 is the same formula. Contract: docs/semantics.md section
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,8 +51,12 @@ class SamplingRows:
 
     def take(self, rows: Tensor) -> SamplingRows:
         """The parameters of rows `rows` [n] int64, in that order."""
-        picked = (self.temperature[rows], self.top_k[rows], self.top_p[rows], self.seed[rows])
-        return SamplingRows(*picked, self.truncated, self.sampled)
+        return self.changed(lambda values: values[rows], self.truncated, self.sampled)
+
+    def changed(self, change: Callable[[Tensor], Tensor], truncated: bool, sampled: bool) -> SamplingRows:
+        """With every vector changed."""
+        temperature, top_k, top_p, seed = (change(tensor) for tensor in self.tensors())
+        return SamplingRows(temperature, top_k, top_p, seed, truncated, sampled)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.temperature, self.top_k, self.top_p, self.seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,7 +114,10 @@ def test_several_prompts_as_text(generate: Callable[..., Result], model: api.Mod
     result = generate("--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "6", "--stats")
     texts = [model.generate(prompt, max_new_tokens=6).text for prompt in ("one", "two")]
     assert result.stdout == f"--- prompt 1\n{texts[0]}\n--- prompt 2\n{texts[1]}\n"
-    assert [line[:9] for line in result.stderr.splitlines()] == ["prompt 1:", "prompt 2:"]
+    *each, engine = result.stderr.splitlines()
+    assert [line[:9] for line in each] == ["prompt 1:", "prompt 2:"]
+    counted = r"[0-9.]+ tokens/s, [0-9.]+ ms per forward, [0-9]+ forwards, [0-9]+ of prompts \([0-9.]+ s\)"
+    assert re.fullmatch(counted, engine)
 
 
 def test_jsonl_prompts(generate: Callable[..., Result], model: api.Model, tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""CUDA graphs of real programs: the tokens of plain steps, and one wait per step."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from flarec.decode import Engine
+from flarec.ir.program import Program
+from flarec.passes import lower
+from tests.decode.helpers import random_options
+from tests.decode.test_scheduler import WAYS
+from tests.models import VOCABULARY, tiny_model
+
+GRAPHED = ("qwen3_5_text", "kimi_linear", "bamba")
+
+
+def program_of(family: str) -> Program:
+    from flarec.frontend.export import capture
+
+    return lower(capture(tiny_model(family).cuda()), "decode", kernels="triton")
+
+
+def engine_of(program: Program, graphs: str, block: int = 3) -> Engine:
+    return Engine(
+        program, mask_token_id=VOCABULARY - 1, block_size=block, eos_ids=[2], max_positions=4096, graphs=graphs,
+        suppress=[VOCABULARY - 1], readouts={"ar-trust": "causal", "diffusion-trust": "block_end"},
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", GRAPHED)
+def test_graphs_on_equals_graphs_off_on_a_gpu(family: str) -> None:
+    """Every mode, with requests that join and leave; the second call finds its graphs."""
+    program = program_of(family)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(3, VOCABULARY - 1) for _ in range(rng.randint(1, 40))] for _ in range(12)]
+    each = [replace(random_options(rng), max_new_tokens=rng.randint(1, 60)) for _ in prompts]
+    plain, graphed = engine_of(program, "off"), engine_of(program, "auto")
+    for way in WAYS:
+        expected = [item.token_ids for item in plain.generate(prompts, each, batch=5, **way)]
+        for _ in range(2):
+            found = [item.token_ids for item in graphed.generate(prompts, each, batch=5, **way)]
+            assert found == expected, way
+    assert not graphed.stats.eager and graphed.stats.replays > 0.5 * graphed.stats.steps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_step_waits_once(way: dict[str, Any]) -> None:
+    """Replayed steps wait for their result only (an event, which this mode of CUDA does not count as a wait)."""
+    engine = engine_of(program_of("qwen3_5_text"), "auto")
+    engine.generate([[5, 6, 7]], max_new_tokens=60, eos_ids=(), **way)
+    request = engine.add([5, 6, 7], max_new_tokens=60, eos_ids=(), **way)
+    for _ in range(6):
+        engine.step()
+    before, steps = engine.stats.replays, engine.stats.steps
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for _ in range(5):
+                engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert not request.finished and engine.stats.replays - before == engine.stats.steps - steps == 5
+    assert not [str(item.message) for item in found if "synchroniz" in str(item.message)]
+    engine.cancel(request)
+
+
+@pytest.mark.gpu
+def test_a_model_that_waits_says_so() -> None:
+    """Experts have matrices of computed sizes: their steps are run, and --stats says why."""
+    program = program_of("qwen3_5_moe_text")
+    engine, plain = engine_of(program, "auto"), engine_of(program, "off")
+    expected = plain.generate([[5, 6, 7]], mode="ar-trust", max_new_tokens=40)[0].token_ids
+    assert engine.generate([[5, 6, 7]], mode="ar-trust", max_new_tokens=40)[0].token_ids == expected
+    assert engine.stats.replays == 0 and "waits for the device" in engine.stats.eager
