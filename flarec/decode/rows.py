@@ -64,7 +64,7 @@ class Rows(Stepper):
 
     state     what the mode keeps, by name: tensors with a row per request
     sampling  parameters of each row
-    suppress  [n] int64 ids that are never chosen
+    suppress  [V] bool ids that are never chosen, or None
     plans     shared between the rows of a scheduler
     active    [rows] bool: rows of a request; None: all of them
     """
@@ -77,7 +77,7 @@ class Rows(Stepper):
         mode: Mode,
         requests: Sequence[Request],
         options: Sequence[GenerationOptions],
-        suppress: Tensor,
+        suppress: Tensor | None,
         plans: dict[StepShape, StepPlan] | None = None,
     ) -> None:
         self.requests = list(requests)
@@ -97,13 +97,16 @@ class Rows(Stepper):
     def longest(self) -> int:
         return max(request.length for request in self.requests)
 
-    def choose(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """A token and its probability for logits [rows, n, V] and positions [rows, n]: [rows, n] each."""
+    def choose(self, logits: Tensor, positions: Tensor, *, confidence: bool = False) -> tuple[Tensor, Tensor]:
+        """A token and its probability (0 without `confidence`) for logits [rows, n, V] and positions [rows, n]: [rows,
+        n] each."""
         rows, n, vocab = logits.shape
         sampling = self.sampling
         if n != 1:
             sampling = sampling.take(torch.arange(rows, device=self.device).repeat_interleave(n))
-        token, probability = choose(logits.reshape(rows * n, vocab), sampling, positions.reshape(-1), self.suppress)
+        token, probability = choose(
+            logits.reshape(rows * n, vocab), sampling, positions.reshape(-1), self.suppress, confidence=confidence
+        )
         return token.view(rows, n), probability.view(rows, n)
 
     def ahead(self, count: int) -> Tensor:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
+from flarec.kernels.sampling import mask_of
+
 from .graphs import StaticRows
 from .plan import DecodeProgram, StepPlan, StepShape
 from .prefill import Prefill
@@ -43,7 +45,7 @@ class Lane:
     ) -> None:
         self.program = program
         self.mode = mode
-        self.suppress = torch.tensor(list(suppress), dtype=torch.int64, device=program.device)
+        self.suppress = mask_of(suppress, program.vocab_size, program.device) if suppress else None
         self.slots = slots
         self.chunk = chunk
         self.stats = stats

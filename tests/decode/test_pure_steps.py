@@ -69,7 +69,7 @@ def test_a_step_asks_the_device_nothing(way: dict[str, Any], sampling: dict[str,
     )  # fmt: skip
     options = engine._filled(GenerationOptions(**way, **sampling))
     requests = [Request(index, [1, 2, 3], 20, Stopping(), options) for index in range(3)]
-    suppress = torch.tensor(engine._suppressed(options.suppress), device=META)
+    suppress = torch.zeros(VOCABULARY, dtype=torch.bool, device=META)
     rows = Rows(program, engine._mode(options), requests, [options] * 3, suppress)
     heads = rows.blocks.heads if rows.blocks else 0
     noisy = torch.empty(3, int(rows.blocks is not None), heads, VOCABULARY, device=META)
