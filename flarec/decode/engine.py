@@ -18,7 +18,7 @@ from flarec.base.generation import (
 from flarec.errors import GenerationError
 from flarec.layout import READOUTS
 
-from .graphs import CudaRecorder
+from .graphs import CudaReplays
 from .modes.ar_trust import ARTrustMode
 from .modes.causal import CausalMode
 from .modes.diffusion_trust import DiffusionTrustMode
@@ -94,7 +94,7 @@ class Engine:
         self.stats = DecodeStats()
         self.shelf: Shelf | None = None
         if graphs == "auto" and program.device.type == "cuda":
-            self.shelf = Shelf(lambda: CudaRecorder(program.device))
+            self.shelf = Shelf(lambda: CudaReplays(program.device))
         self._serving = self._scheduler(self.slots, PREFILL_CHUNK)
         self._added = 0
 

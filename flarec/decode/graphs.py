@@ -5,7 +5,7 @@ The buffers of a `Store` hold the cache, the mode's state and the sampling param
 use runs it, its second one checks that nothing waits for the device, its third one captures it, and from then on it is
 replayed. A graph belongs to a number of slots, a capacity of the key caches, a step shape and the kinds of sampling.
 
-`Recorder` is what records and replays. `CudaRecorder` needs a GPU; `PlainRecorder` calls the function, for tests of all
+`Replays` records and replays. `CudaReplays` needs a GPU; `PlainReplays` calls the function, for tests of all
 the rest.
 """
 
@@ -41,7 +41,7 @@ class GraphKey:
     sampled: bool
 
 
-class Recorder(Protocol):
+class Replays(Protocol):
     """How a step's function becomes something to be replayed."""
 
     def checked(self, function: Function) -> str | None:
@@ -57,7 +57,7 @@ class Recorder(Protocol):
         ...
 
 
-class PlainRecorder:
+class PlainReplays:
     """The same steps without a GPU: a replay calls the function."""
 
     def checked(self, function: Function) -> str | None:
@@ -72,7 +72,7 @@ class PlainRecorder:
         return values
 
 
-class CudaRecorder:
+class CudaReplays:
     """CUDA graphs in one private memory pool. They are replayed one after another, so they may share it."""
 
     def __init__(self, device: torch.device) -> None:
@@ -147,7 +147,7 @@ class Store:
 
     slots: int
     pending: int
-    recorder: Recorder
+    recorder: Replays
     cache: Cache
     state: dict[str, Tensor]
     sampling: SamplingRows
@@ -159,7 +159,7 @@ class Store:
 
     @staticmethod
     def allocate(
-        layout: Sequence[CacheSlot], slots: int, capacity: int, pending: int, like: Rows, recorder: Recorder
+        layout: Sequence[CacheSlot], slots: int, capacity: int, pending: int, like: Rows, recorder: Replays
     ) -> Store:
         """Empty buffers for rows like these."""
         device = like.device

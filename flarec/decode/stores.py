@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 
-from .graphs import Recorder, Store, power_of_two
+from .graphs import Replays, Store, power_of_two
 from .rows import Rows
 
 
 class Stores:
     """The stores of the lanes with one key. Each is used by one lane at a time; threads may take stores at once."""
 
-    def __init__(self, recorder: Callable[[], Recorder]) -> None:
+    def __init__(self, recorder: Callable[[], Replays]) -> None:
         self._recorder = recorder
         self._free: list[Store] = []
         self._lock = threading.Lock()
@@ -36,7 +36,7 @@ class Stores:
 class Shelf:
     """Stores by key, for an engine."""
 
-    def __init__(self, recorder: Callable[[], Recorder]) -> None:
+    def __init__(self, recorder: Callable[[], Replays]) -> None:
         self._recorder = recorder
         self._stores: dict[Hashable, Stores] = {}
         self._lock = threading.Lock()

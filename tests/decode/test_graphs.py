@@ -10,14 +10,14 @@ import pytest
 
 from flarec.base.generation import GenerationOptions
 from flarec.decode import Engine
-from flarec.decode.graphs import Function, PlainRecorder
+from flarec.decode.graphs import Function, PlainReplays
 from flarec.decode.stores import Shelf
 from tests.decode.fake_model import FakeModel
 from tests.decode.helpers import make_engine, random_options, random_prompts
 from tests.decode.test_scheduler import WAYS
 
 
-class CountingRecorder(PlainRecorder):
+class CountingReplays(PlainReplays):
     """Counts what a GPU would do: captures, replays, and reads of results."""
 
     def __init__(self) -> None:
@@ -37,12 +37,12 @@ class CountingRecorder(PlainRecorder):
         return super().read(tensor)
 
 
-def with_graphs(engine: Engine) -> list[CountingRecorder]:
+def with_graphs(engine: Engine) -> list[CountingReplays]:
     """Let an engine on the CPU take the way of graphs. Returns the recorders that it makes."""
-    recorders: list[CountingRecorder] = []
+    recorders: list[CountingReplays] = []
 
-    def make() -> CountingRecorder:
-        recorders.append(CountingRecorder())
+    def make() -> CountingReplays:
+        recorders.append(CountingReplays())
         return recorders[-1]
 
     engine.shelf = Shelf(make)
