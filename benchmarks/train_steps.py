@@ -6,8 +6,8 @@
 8 rows of 2048 clean tokens, every token but the first a target; AdamW, clip 1. "stock" is autoregressive fine-tuning of
 the transformers model as it is, eager, with the kernels of flash-linear-attention if it can be imported (--library DIR
 names a folder with it), bfloat16 weights and moments; its best micro batch counts. Ours have float32 masters and
-moments: the clean stream alone ("ar"), "flare" and "draft". Every part runs in a process of its own; kernels are
-compiled before, in parallel. Of a part's micro batches the fastest counts that stays below the bar on memory, if one
+moments: the clean stream alone ("ar"), "flare", "draft", and "adapter" (the objective of "draft" over a frozen model,
+rank 64, no recomputation). Every part runs in a process of its own; kernels are compiled before, in parallel. Of a part's micro batches the fastest counts that stays below the bar on memory, if one
 does. MFU counts the head only for rows that need logits, and no attention.
 """
 
@@ -42,8 +42,12 @@ SHAPES: dict[str, dict[str, int]] = {
              "linear_num_key_heads": 2, "linear_num_value_heads": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
              "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 512},
 }  # fmt: skip
-MICRO = {"stock": (8, 4), "ar": (8, 4), "flare": (4, 2, 1), "draft": (4, 2)}
+MICRO = {"stock": (8, 4), "ar": (8, 4), "flare": (4, 2, 1), "draft": (4, 2), "adapter": (8, 4)}
 """Rows of a micro batch that are tried, by part."""
+RECIPES: dict[str, tuple[str, list[str]]] = {
+    "ar": ("draft", ["objective.diffusion_weight=0"]), "flare": ("flare", []), "draft": ("draft", []),
+    "adapter": ("draft", ["adapter.rank=64", "adapter.alpha=64", "objective.ar_weight=0", "mask_token=vector"]),
+}  # fmt: skip
 MEMORY_BAR = 55.0  # GiB
 PARTS = tuple(MICRO)
 CUDA = torch.cuda.is_available()
@@ -198,20 +202,27 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     from flarec.frontend.export import capture
     from flarec.passes import lower
     from flarec.recipe import load_recipe
+    from flarec.train.adapter import adapter_of, start_adapter
     from flarec.train.loop import Trainer
     from flarec.train.mask_token import MaskToken
 
     model = build(options.shape)
     parameters, head = sizes(model)
-    program = lower(capture(model), "train", kernels="triton" if CUDA else "torch")
-    mask = MaskToken("row", model.config.vocab_size - 1)
+    base, more = RECIPES[options.part]
+    captured, adapter = capture(model), adapter_of(load_recipe(base).override(more))
+    start_adapter(captured, load_recipe(base).override(more), 0, print)
+    program = lower(
+        captured, "train", mask_vector=adapter is not None, kernels="triton" if CUDA else "torch", adapter=adapter
+    )
+    vocabulary = model.config.vocab_size
+    mask = MaskToken("vector", vocabulary) if adapter else MaskToken("row", vocabulary - 1)
 
     def measure(micro: int) -> dict[str, Any]:
-        recipe = load_recipe("draft" if options.part == "ar" else options.part).override([
+        recipe = load_recipe(base).override([
+            *more,
             f"optimizer.batch_rows={options.rows}", f"optimizer.micro_rows={micro}",
             f"data.max_length={options.length}", "optimizer.lr=1e-6", "optimizer.warmup_steps=0",
             "optimizer.precision=bf16", "optimizer.steps=1000",
-            *(["objective.diffusion_weight=0"] if options.part == "ar" else []),
         ])  # fmt: skip
         rows = stream(options.rows, options.length, model.config.vocab_size)
         trainer = Trainer(program, recipe, mask, rows, seed=0)
@@ -343,6 +354,19 @@ def rows_of(results: dict[str, dict[str, Any]], rate: float, clean: int) -> list
             ratio = found["seconds"] / base["seconds"] if found and base else None
             why = None if base else f"no stock step: {results.get('stock', {}).get('error', 'not run')}"
             line(f"{part}-to-stock", f"{part}: time per clean token to stock's", "x", ratio, part, bar, aim, why=why)
+    pair = {
+        part: {one["micro_rows"]: one for one in results.get(part, {}).get("tries", ()) if "seconds" in one}
+        for part in ("adapter", "ar")
+    }
+    if "adapter" in results:
+        found, plain = best["adapter"], best.get("ar")
+        ratio = found["seconds"] / plain["seconds"] if found and plain else None
+        line("adapter-to-ar", "adapter: time per clean token to ar's", "x", ratio, "adapter", 1.6, 1.2, why="no ar")
+        common = max(set(pair["adapter"]) & set(pair["ar"]), default=0)
+        peaks = [pair[part][common]["peak_gib"] for part in ("adapter", "ar")] if common else [None, None]
+        ratio = peaks[0] / peaks[1] if None not in peaks else None
+        line("adapter-memory-to-ar", f"adapter: peak memory to ar's, {common} rows each", "x", ratio, "adapter",
+             0.4, 0.3, why="ar not run")  # fmt: skip
     for part, result in results.items():
         found = best[part]
         work = share = None
