@@ -1,8 +1,9 @@
 """Losses of rows of logits: the specification. Contract of the objective: docs/semantics.md section 3.
 
-Rows come as pairs and singles: of `P + S + P` rows the first P are students, the last P their teachers (row `P + S + i`
-is the teacher of row `i`), those between stand alone. Every row has a target and a weight for its cross entropy, every
-student also weights for its divergences from the teacher. The loss is
+Rows come as pairs and singles: of `P + S + T` rows the first P are students, the last T their teachers, those between
+stand alone. Row `P + S + i` is the teacher of row `i`, unless students share teachers and say which is theirs. Every
+row has a target and a weight for its cross entropy, every student also weights for its divergences from the teacher.
+The loss is
 
     sum over rows of ce * -log q[target]  +  sum over pairs of kl * KL(p || q) + tv * TV(p, q)
 
@@ -36,6 +37,7 @@ class RowWeights:
     kl, tv    [P]   of the divergences; None if no pair has one. `kl` is then not computed
     chain     of the pairs, None if nothing depends on blocks
     learning  the rows before this one get a gradient; those behind it must have no weight and be no students. None: all
+    teacher   [P] int64   row of each student's teacher; None: each has its own, the last P rows in order
     """
 
     ce: Tensor
@@ -44,6 +46,12 @@ class RowWeights:
     tv: Tensor | None = None
     chain: Chain | None = None
     learning: int | None = None
+    teacher: Tensor | None = None
+
+    @property
+    def teachers(self) -> Tensor | slice:
+        """The teachers' rows, by pair."""
+        return slice(len(self.ce) - self.pairs, len(self.ce)) if self.teacher is None else self.teacher
 
     @property
     def rows(self) -> int:
@@ -99,7 +107,7 @@ def reference(
         if suppress is not None:
             wide = wide.index_fill(1, torch.tensor([suppress], device=leaf.device), MINUS_INFINITY)
         log_q = wide.log_softmax(1)
-        log_p = log_q[len(log_q) - pairs :].detach()
+        log_p = log_q[weights.teachers].detach()
         nll = -log_q.gather(1, target[:, None]).squeeze(1)
         divergence = (log_p.exp() * (log_p - log_q[:pairs])).sum(1)
         distance = 0.5 * (log_p.exp() - log_q[:pairs].exp()).abs().sum(1)

@@ -24,7 +24,7 @@ def row_losses(
     aim = target[:, None]
     nll = (norm - wide.gather(1, aim)).squeeze(1)
     hit = (place == aim).squeeze(1).to(nll.dtype)
-    student, teacher = slice(0, pairs), slice(len(q) - pairs, len(q))
+    student, teacher = slice(0, pairs), weights.teachers
     own, p = q[student], q[teacher]
     overlap = torch.minimum(own, p).sum(1) if pairs else nll.new_zeros(0)
     divergence = torch.zeros_like(overlap)

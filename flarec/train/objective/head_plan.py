@@ -1,8 +1,9 @@
 """In which order the rows of the head are computed, so that no logits are kept and none are computed in vain.
 
 A divergence needs a noisy row's logits beside those of its teacher, the clean row that predicts the same token. Such
-pairs are put into one chunk, and so are the pairs of a block if the earlier slots decide what the later ones weigh; all
-other rows fill the chunks up. Made on the host, once per batch.
+pairs are put into one chunk, and so are the pairs of a block if the earlier slots decide what the later ones weigh.
+Pairs of the same teacher (of views and grids) follow each other, so that it is seldom computed again; all other rows
+fill the chunks up. Made on the host, once per batch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .loss import Scales
 class Chunk:
     """Rows `start .. stop` of the order: `pairs` students, single rows, the students' teachers. The chunk's pairs are
     `first .. first + pairs` of all, its chained blocks `block .. block + blocks`; the first `learning` rows have a
-    gradient."""
+    gradient. Students may share teachers; without, row `stop - pairs + i` is the teacher of student `i`."""
 
     start: int
     stop: int
@@ -33,11 +34,12 @@ class Chunk:
     learning: int
     block: int = 0
     blocks: int = 0
+    shared: bool = False
 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """For `N` head rows, of which `M - N` teachers have several students and come again, and `P` pairs.
+    """For `N` head rows, of which `M - N` teachers have students in several chunks and come again, and `P` pairs.
 
     order    [M] int64    into the head_rows axis
     place    [N] int64    where in the order each head row's own losses are
@@ -46,6 +48,7 @@ class HeadPlan:
     kl, tv   [P] float64  weights of the pair's divergences; None if no pair has one
     chain    of the pairs, None if no signal depends on its block
     signal   [P] int64    into the Nd axis: the pair's diffusion signal
+    teacher  [P] int64    row of the pair's teacher in its chunk
     """
 
     order: Tensor
@@ -56,6 +59,7 @@ class HeadPlan:
     tv: Tensor | None
     chain: Chain | None
     signal: Tensor
+    teacher: Tensor
     chunks: tuple[Chunk, ...]
     scales: Scales
 
@@ -78,7 +82,8 @@ class HeadPlan:
         chain = None
         if self.chain is not None:
             chain = self.chain.part(slice(chunk.block, chunk.block + chunk.blocks), pairs)
-        return RowWeights(self.ce[chunk.start : chunk.stop], chunk.pairs, kl, tv, chain, chunk.learning)
+        teacher = self.teacher[pairs] if chunk.shared else None
+        return RowWeights(self.ce[chunk.start : chunk.stop], chunk.pairs, kl, tv, chain, chunk.learning, teacher)
 
 
 def plan_head(batch: Batch, scales: Scales, chunk: int) -> HeadPlan:
@@ -87,9 +92,8 @@ def plan_head(batch: Batch, scales: Scales, chunk: int) -> HeadPlan:
     codes = {name: batch.noisy_loss == number for number, name in enumerate(LOSSES)}
     paired = ~codes["ce"]
     paired[batch.all_masked_index] = True  # their overlap with the teacher is measured
-    signal = paired.nonzero().squeeze(1)
+    signal, units = _units(batch, paired.nonzero().squeeze(1))
     student, teacher = batch.noisy_index[signal], batch.teacher_index[signal]
-    again = _again(teacher)
     single, learning = _singles(batch, scales, student, teacher)
 
     target = torch.zeros(rows, dtype=torch.int64)
@@ -103,25 +107,32 @@ def plan_head(batch: Batch, scales: Scales, chunk: int) -> HeadPlan:
     )
     chain = _chain(batch, signal, length) if batch.chained else None
 
-    chunks, order, repeated = [], [], []
-    units = torch.arange(len(signal)) if chain is None else _units(chain.blocks, len(signal))
-    for piece, pairs, singles in _cut(units.tolist(), len(signal), len(single), max(2, chunk)):
-        order += [student[pairs], single[singles], teacher[pairs]]
-        repeated += [torch.zeros(piece.stop - piece.start - piece.pairs, dtype=torch.bool), again[pairs]]
-        taught = max(0, min(learning, singles.stop) - singles.start)
-        piece = replace(piece, learning=piece.stop - piece.start if scales.ar > 0 else piece.pairs + taught)
-        if chain is not None:
-            block, end = (int((chain.blocks[:, 0] < pair).sum()) for pair in (pairs.start, pairs.stop))
-            piece = replace(piece, block=block, blocks=end - block)
-        chunks.append(piece)
+    chunks: list[Chunk] = []
+    order, places = [], []
+    for pairs, singles in _cut(units.tolist(), teacher, len(single), max(2, chunk)):
+        own = teacher[pairs]
+        distinct, index = own.unique(return_inverse=True)
+        shared = len(distinct) < len(own)
+        order += [student[pairs], single[singles], distinct if shared else own]
+        start, fore = (chunks[-1].stop if chunks else 0), len(own) + singles.stop - singles.start
+        places.append(fore + (index if shared else torch.arange(len(own))))
+        stop = start + fore + len(order[-1])
+        taught = len(own) + max(0, min(learning, singles.stop) - singles.start)
+        block, end = (0, 0) if chain is None else (
+            int((chain.blocks[:, 0] < pair).sum()) for pair in (pairs.start, pairs.stop)
+        )  # fmt: skip
+        chunks.append(Chunk(
+            start, stop, pairs.start, len(own), stop - start if scales.ar > 0 else taught, block, end - block, shared
+        ))  # fmt: skip
     empty = torch.zeros(0, dtype=torch.int64)
-    at, twice = torch.cat([empty, *order]), torch.cat([empty.bool(), *repeated])
+    at = torch.cat([empty, *order])
+    twice = _again(at)
     place = torch.empty(rows, dtype=torch.int64)
-    own = (~twice).nonzero().squeeze(1)
-    place[at[own]] = own
+    place[at[~twice]] = (~twice).nonzero().squeeze(1)
     return HeadPlan(
-        at, place, target[at], ce[at].masked_fill(twice, 0.0), kl, tv, chain, signal, tuple(chunks), scales
-    )
+        at, place, target[at], ce[at].masked_fill(twice, 0.0), kl, tv, chain, signal, torch.cat([empty, *places]),
+        tuple(chunks), scales,
+    )  # fmt: skip
 
 
 def _singles(batch: Batch, scales: Scales, student: Tensor, teacher: Tensor) -> tuple[Tensor, int]:
@@ -134,45 +145,61 @@ def _singles(batch: Batch, scales: Scales, student: Tensor, teacher: Tensor) -> 
     return torch.cat(parts), len(parts[0])
 
 
+def _units(batch: Batch, signal: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs in the order of their teachers, as far as what must stay together allows: (signals [P], first pair of
+    everything that stays together). The pairs of a chained block do, all others stand alone."""
+    starts = torch.ones(len(batch.slot), dtype=torch.bool)
+    if batch.chained:
+        later = batch.blocks[:, 1:]
+        starts[later[later >= 0]] = False
+    first = starts[signal].nonzero().squeeze(1)
+    size = torch.diff(first, append=torch.tensor([len(signal)]))
+    unit = batch.teacher_index[signal[first]].argsort(stable=True)
+    first, size = first[unit], size[unit]
+    begin = size.cumsum(0) - size  # where the unit stands now
+    return signal[torch.arange(len(signal)) + (first - begin).repeat_interleave(size)], begin
+
+
 def _chain(batch: Batch, signal: Tensor, length: Tensor | None) -> Chain:
-    """The chain of the pairs; `signal` [P] into the Nd axis."""
+    """The chain of the pairs, blocks in their order; `signal` [P] into the Nd axis."""
     pair = torch.full((len(batch.slot) + 1,), -1)
     pair[signal] = torch.arange(len(signal))
     blocks = pair[torch.where(batch.blocks < 0, len(batch.slot), batch.blocks)]
     weight = torch.zeros(len(signal), dtype=torch.float64) if length is None else length
-    return Chain(blocks, weight, batch.until_fail[signal])
+    return Chain(blocks[blocks[:, 0].argsort()], weight, batch.until_fail[signal])
 
 
-def _units(blocks: Tensor, pairs: int) -> Tensor:
-    """First pair of everything that must stay together: the pairs of a block follow each other, all others stand alone.
-    """
-    starts = torch.ones(pairs, dtype=torch.bool)
-    later = blocks[:, 1:]
-    starts[later[later >= 0]] = False
-    return starts.nonzero().squeeze(1)
-
-
-def _again(teacher: Tensor) -> Tensor:
-    """[P] bool: a teacher that stands further left already."""
-    order = teacher.argsort(stable=True)
-    result = torch.zeros(len(teacher), dtype=torch.bool)
-    result[order[1:]] = teacher[order[1:]] == teacher[order[:-1]]
+def _again(rows: Tensor) -> Tensor:
+    """[M] bool: a row that stands further left already."""
+    order = rows.argsort(stable=True)
+    result = torch.zeros(len(rows), dtype=torch.bool)
+    result[order[1:]] = rows[order[1:]] == rows[order[:-1]]
     return result
 
 
-def _cut(units: list[int], pairs: int, singles: int, chunk: int) -> list[tuple[Chunk, slice, slice]]:
-    """Chunks of about equal size, pairs first, with their shares of the pairs and of the single rows; no unit cut."""
+def _before(rows: Tensor) -> Tensor:
+    """[P] int64: where the same value stands next to the left, -1 if it does not."""
+    order = rows.argsort(stable=True)
+    same = rows[order[1:]] == rows[order[:-1]]
+    result = torch.full((len(rows),), -1)
+    result[order[1:][same]] = order[:-1][same]
+    return result
+
+
+def _cut(units: list[int], teacher: Tensor, singles: int, chunk: int) -> list[tuple[slice, slice]]:
+    """Chunks of about equal size, pairs first: their shares of the pairs and of the single rows; no unit is cut."""
+    pairs, before = len(teacher), _before(teacher)
     bounds = [*units, pairs] if units else [0]
-    left = 2 * pairs + singles
+    left = pairs + int((before < 0).sum()) + singles
     size = max(2, -(-left // max(1, -(-left // chunk))))
-    found: list[tuple[Chunk, slice, slice]] = []
-    pair = single = start = 0
+    found: list[tuple[slice, slice]] = []
+    pair = single = 0
     while pair < pairs or single < singles:
-        fits = bisect_right(bounds, pair + size // 2) - 1
+        rows = torch.cumsum(1 + (before[pair : pair + size] < pair).long(), 0)  # of the next pairs and their teachers
+        fits = bisect_right(bounds, pair + int((rows <= size).sum())) - 1
         end = max(bounds[fits], bounds[min(bisect_right(bounds, pair), len(bounds) - 1)])
-        taken = end - pair
-        more = max(0, min(size - 2 * taken, singles - single))
-        stop = start + 2 * taken + more
-        found.append((Chunk(start, stop, pair, taken, 0), slice(pair, end), slice(single, single + more)))
-        pair, single, start = end, single + more, stop
+        taken = int(rows[end - pair - 1]) if end > pair and end - pair <= len(rows) else 2 * (end - pair)
+        more = max(0, min(size - taken, singles - single))
+        found.append((slice(pair, end), slice(single, single + more)))
+        pair, single = end, single + more
     return found

@@ -22,7 +22,7 @@ from flarec.train.objective.head_plan import plan_head
 from flarec.train.objective.loss import Losses, Scales, loss
 from flarec.train.objective.noise import step_generator
 from tests.models import captured_float64
-from tests.train.documents import MASK, packed_rows
+from tests.train.documents import MASK, make_document, packed_rows
 from tests.train.objective.test_loss import CHOICES, ROWS
 from tests.train.small_run import recipe, small
 
@@ -32,7 +32,12 @@ TAILS: dict[str, Tail | None] = {
     "scale": lambda x: x / 1.7,
     "softcap": lambda x: torch.tanh(x / 5.0) * 5.0,
 }
-RECIPES = {**CHOICES, "two views, KL": ("flare", ["diffusion.loss=kl", "diffusion.supervise=masked-target"])}
+RECIPES = {
+    **CHOICES,
+    "grids": ("draft", ["diffusion.grids=3"]),
+    "grids, el": ("draft", ["diffusion.grids=4", "diffusion.loss=el"]),
+    "two views, KL": ("flare", ["diffusion.loss=kl", "diffusion.supervise=masked-target"]),
+}
 
 
 def batch_of(rows: list[PackedRow], name: str, seed: int) -> Batch:
@@ -102,7 +107,9 @@ def test_the_plan_computes_every_row_and_puts_teachers_beside_their_students(
         start, first = part.stop, part.first + part.pairs
         for pair in range(part.pairs):
             signal = int(plan.signal[part.first + pair])
-            student, teacher = (int(plan.order[at + pair]) for at in (part.start, part.stop - part.pairs))
+            student, row = int(plan.order[part.start + pair]), int(plan.teacher[part.first + pair])
+            teacher = int(plan.order[part.start + row])
+            assert part.shared or part.start + row == part.stop - part.pairs + pair
             assert student == int(batch.noisy_index[signal]) and teacher == int(batch.teacher_index[signal])
             students.append(signal)
         chain = plan.weights(part).chain
@@ -113,7 +120,17 @@ def test_the_plan_computes_every_row_and_puts_teachers_beside_their_students(
     needed = set((batch.noisy_loss > 0).nonzero().flatten().tolist()) | set(batch.all_masked_index.tolist())
     assert sorted(students) == sorted(needed)
     wanted = [[signal for signal in block if signal >= 0] for block in batch.blocks.tolist()]
-    assert blocks == (wanted if batch.chained else [])
+    assert sorted(blocks) == (wanted if batch.chained else [])
+
+
+def test_a_teacher_of_several_grids_is_computed_once() -> None:
+    rows = [PackedRow((make_document([(3, 400)]),))]
+    batch = batch_of(rows, "grids, el", 0)
+    plan = plan_head(batch, Scales(1.0, 1.0), 100)
+    assert len(batch.head_rows) == 400 + 399 + 398 + 397 + 396, "the clean rows, and four grids"
+    assert all(part.shared for part in plan.chunks[:-1]) and len(plan.chunks) > 15
+    repeated = len(plan.order) - len(batch.head_rows)
+    assert repeated <= batch.block_size * len(plan.chunks), "only at the borders of chunks"
 
 
 class Products(TorchDispatchMode):
