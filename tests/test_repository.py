@@ -34,6 +34,7 @@ ROOMS = (
 LAYER_OF = {
     "flarec": "root",  # flarec/__init__.py: the version, no imports
     **{f"flarec.{name}": name for name in (*AT_THE_ROOT, *ROOMS)},
+    "flarec.bench.serving": "serving",
     "flarec.ir.slots": "slots",  # all that the decoder knows of a program
     "flarec.recipes": "recipes",
     "flarec.kernels": "kernels",
@@ -73,13 +74,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verify": BELOW_CLI - {"conformance", "doctor"},
     "inspect": BELOW_CLI - {"train", "decode", "verify", "bench", "conformance", "doctor"},
     "bench": {*ALL_KERNELS, "ops", "layout", "base"},
+    "serving": {*ALL_KERNELS, "bench", "base", "decode", "frontend", "ir", "passes"},
     "checkpoint": {"frontend", "ir", "layout", "passes", "base"},
     "api": {"device", "collector", "base", "frontend", "passes", "ir", "decode", "checkpoint", "train"},
     "cli": BELOW_CLI,
 }
 
 # transformers enters in capture and leaves in checkpoint: what lies between knows a program and a layout.
-KNOWS_TRANSFORMERS = {"frontend", "checkpoint", "api", "verify", "conformance", "doctor", "cli"}
+KNOWS_TRANSFORMERS = {"serving", "frontend", "checkpoint", "api", "verify", "conformance", "doctor", "cli"}
 # numpy: schedules are index arithmetic on the host.
 KERNEL_LIBRARIES = {"torch", "triton", "numpy"}
 

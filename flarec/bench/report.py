@@ -87,11 +87,11 @@ def cells(line: Line) -> list[str]:
 HEADER = ("row", "value", "bar", "aim", "verdict", "measured")
 
 
-def table(lines: Sequence[Line]) -> Any:
+def table(lines: Sequence[Line], title: str = "Kernels") -> Any:
     """A rich table of the results."""
     from rich.table import Table
 
-    made = Table(*HEADER, title="Kernels", title_justify="left")
+    made = Table(*HEADER, title=title, title_justify="left")
     for line in lines:
         made.add_row(*cells(line))
     return made

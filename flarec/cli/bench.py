@@ -13,7 +13,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 @click.group("bench")
 def command() -> None:
-    """Measure the Triton kernels against flash-linear-attention and torch."""
+    """Measure the Triton kernels against flash-linear-attention and torch, and decoding against transformers."""
 
 
 @command.command()
@@ -50,6 +50,50 @@ def kernels(
     from flarec.bench.report import table
 
     Console(width=160).print(table(lines))
+    if any(line.status == "failed" or line.verdict == "missed" for line in lines):
+        sys.exit(1)
+
+
+@command.command()
+@click.option("--shape", type=click.Choice(("2B", "4B", "tiny")), default="2B", show_default=True, help="Of Qwen3.5.")
+@click.option("--out", type=FILE, metavar="FILE", help="Write the results as JSON.")
+@click.option("--only", multiple=True, metavar="NAME", help="Only this row, or rows that begin so (repeatable).")
+@click.option("--context", type=click.IntRange(min=8), default=512, show_default=True, metavar="N", help="Of prompts.")
+@click.option("--block-size", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Positions.")
+@click.option("--steps", type=click.IntRange(min=2), default=200, show_default=True, metavar="N", help="Timed steps.")
+@click.option("--time-limit", type=click.FloatRange(min=0), default=280, show_default=True, metavar="S",
+              help="Begin no row after S seconds.")  # fmt: skip
+@click.option("--commit", metavar="ID", help="Commit of the tree, kept in the results.")
+@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1 ...")
+@click.option("--list", "show", is_flag=True, help="List the rows and stop.")
+def decode(
+    shape: str, out: Path | None, only: tuple[str, ...], context: int, block_size: int, steps: int,
+    time_limit: float, commit: str | None, device: str, show: bool,
+) -> None:  # fmt: skip
+    """Time steps of decoding with random weights, beside stock transformers in the same run.
+
+    Exit code 1 if a row fails or misses its bar. On a CPU only the form of the results means something.
+    """
+    from flarec.bench.serving.rows import select
+
+    rows = select(only)
+    if show:
+        for row in rows:
+            click.echo(f"{row.name:<26}{row.title}")
+        return
+    from rich.console import Console
+
+    from flarec.bench.report import table
+    from flarec.bench.run import run_session
+    from flarec.bench.serving.models import ServingSession
+    from flarec.device import torch_device
+
+    session = ServingSession(torch_device(device), shape, block=block_size, context=context, steps=steps)
+    lines = run_session(
+        rows, session, out=out, commit=commit, time_limit=time_limit, say=click.echo, warm_up=False,
+        command=" ".join(["flarec bench decode", *map(shlex.quote, sys.argv[3:])]),
+    )  # fmt: skip
+    Console(width=160).print(table(lines, title=f"Decoding, {shape}, context {context}, blocks of {block_size}"))
     if any(line.status == "failed" or line.verdict == "missed" for line in lines):
         sys.exit(1)
 

@@ -1,0 +1,123 @@
+"""The rows of `flarec bench decode`, with what is required of them (ratios within one run)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ...base.generation import MODES, Mode
+from ...errors import UsageError
+from ..measure import NotMeasured
+from ..session import Case, Measured, Session
+from . import ours, stock
+from .models import ServingSession
+
+TOKENS_PER_FORWARD = 2.65
+"""Of AR-Trust, where a rate is wanted: what the demo's checkpoint reaches. What a step accepts does not change its cost."""
+REQUESTS = (1, 8, 32)
+LONG = 32768
+PROMPT = 8192
+Measure = Callable[[ServingSession], Measured]
+
+
+def _causal(requests: int) -> Measure:
+    def measure(session: ServingSession) -> Measured:
+        mine, theirs = ours.step_time(session, "causal", requests), stock.graph_step_ms(session, requests)
+        return Measured(mine.ms / theirs, {"ours_ms": mine.ms, "stock_graph_ms": theirs}, _notes(mine))
+
+    return measure
+
+
+def _trusted(requests: int) -> Measure:
+    def measure(session: ServingSession) -> Measured:
+        mine, plain = ours.step_time(session, "ar-trust", requests), ours.step_time(session, "causal", requests)
+        return Measured(mine.ms / plain.ms, {"ar_trust_ms": mine.ms, "causal_ms": plain.ms}, _notes(mine))
+
+    return measure
+
+
+def _rate(requests: int) -> Measure:
+    def measure(session: ServingSession) -> Measured:
+        mine, theirs = ours.step_time(session, "ar-trust", requests), stock.graph_step_ms(session, requests)
+        mine_rate, their_rate = 1e3 * requests * TOKENS_PER_FORWARD / mine.ms, 1e3 * requests / theirs
+        values: dict[str, float | None] = {"tokens_per_s": mine_rate, "stock_graph_tokens_per_s": their_rate}
+        return Measured(mine_rate / their_rate, values, _notes(mine))
+
+    return measure
+
+
+def _long(session: ServingSession) -> Measured:
+    tokens = LONG if session.on_gpu else 4 * session.context
+    far, near = (ours.step_time(session, "ar-trust", 1, context=size) for size in (tokens, session.context))
+    return Measured(far.ms / near.ms, {"long_ms": far.ms, "short_ms": near.ms, "context": float(tokens)}, _notes(far))
+
+
+def _sampling(session: ServingSession) -> Measured:
+    return Measured(ours.sampling_ms(session, 16))
+
+
+def _prefill(session: ServingSession) -> Measured:
+    tokens = PROMPT if session.on_gpu else session.context
+    mine, theirs = ours.prefill_ms(session, tokens), stock.prefill_ms(session, tokens)
+    return Measured(mine / theirs, {"ours_ms": mine, "stock_ms": theirs, "tokens": float(tokens)})
+
+
+def _waits(session: ServingSession) -> Measured:
+    if not session.on_gpu:
+        raise NotMeasured("waits are counted on CUDA devices")
+    found: dict[str, float | None] = {mode: ours.step_time(session, mode, 1).waits for mode in MODES}
+    return Measured(max(value for value in found.values() if value is not None), found)
+
+
+def _alone(mode: Mode, requests: int, graphs: str = "auto") -> Measure:
+    def measure(session: ServingSession) -> Measured:
+        mine = ours.step_time(session, mode, requests, graphs=graphs)
+        return Measured(mine.ms, {}, () if graphs == "off" else _notes(mine))
+
+    return measure
+
+
+def _generate(requests: int) -> Measure:
+    return lambda session: Measured(stock.generate_ms(session, requests))
+
+
+def _notes(step: ours.StepTime) -> tuple[str, ...]:
+    return () if step.replayed else ("steps were run, not replayed",)
+
+
+def _row(name: str, title: str, measure: Measure, bar: float | None = None, aim: float | None = None,
+         *, unit: str = "x", at_least: bool = False) -> Case:  # fmt: skip
+    def of_session(session: Session) -> Measured:
+        assert isinstance(session, ServingSession)
+        return measure(session)
+
+    return Case(name, title, of_session, lambda session: None, unit, bar, aim, at_least)
+
+
+TRUSTED = {1: (1.12, 1.05), 8: (1.2, 1.12), 32: (2.2, 1.8)}
+RATES = {1: (4.0, 6.0), 8: (3.2, 4.5), 32: (2.0, 2.8)}
+ROWS: tuple[Case, ...] = (
+    _row("causal-step-1", "causal step to stock graph, C = 1", _causal(1), 0.5, 0.35),
+    *(_row(f"ar-trust-step-{c}", f"AR-Trust step to causal step, C = {c}", _trusted(c), *TRUSTED[c]) for c in REQUESTS),
+    *(
+        _row(f"ar-trust-rate-{c}", f"AR-Trust tokens/s to stock graph, C = {c}", _rate(c), *RATES[c], at_least=True)
+        for c in REQUESTS
+    ),
+    _row("waits", "waits for the device per step", _waits, 1.0, unit="waits"),
+    _row("sampling-16", "16 rows, top-k and top-p", _sampling, 0.15, 0.08, unit="ms"),
+    _row("prefill", "prefill of 8k tokens to stock", _prefill, 1.1, 0.9),
+    _row("long-context", "AR-Trust step at 32k context to 512", _long, 1.2, 1.08),
+    _row("causal-step-8", "causal step to stock graph, C = 8", _causal(8)),
+    _row("causal-step-32", "causal step to stock graph, C = 32", _causal(32)),
+    _row("diffusion-trust-step-1", "Diffusion-Trust step, C = 1", _alone("diffusion-trust", 1), unit="ms"),
+    _row("causal-step-1-eager", "causal step without a graph, C = 1", _alone("causal", 1, "off"), unit="ms"),
+    _row("ar-trust-step-1-eager", "AR-Trust step without a graph, C = 1", _alone("ar-trust", 1, "off"), unit="ms"),
+    _row("stock-generate-1", "transformers generate, per token, C = 1", _generate(1), unit="ms"),
+)
+
+
+def select(only: Sequence[str]) -> list[Case]:
+    """The rows whose names begin with one of `only`, or all. Raises `UsageError` for a name of no row."""
+    unknown = [name for name in only if not any(row.name.startswith(name) for row in ROWS)]
+    if unknown:
+        raise UsageError(f"no row is called {unknown[0]}; flarec bench decode --list shows them")
+    return [row for row in ROWS if not only or row.name.startswith(tuple(only))]
