@@ -17,8 +17,9 @@ def command(name: str | None, as_toml: bool) -> None:
     if name is None:
         if as_toml:
             raise UsageError(f"--toml needs a recipe; choose one of {', '.join(recipes.NAMES)}")
+        width = max(map(len, recipes.NAMES)) + 2
         for known in recipes.NAMES:
-            click.echo(f"{known:<8}{load_recipe(known).description}")
+            click.echo(f"{known:<{width}}{load_recipe(known).description}")
         click.echo("\n`flarec recipes NAME` documents every key; `--set key=value` of `flarec convert` changes one.")
         return
     recipe = load_recipe(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,11 +38,28 @@ def test_builtin_recipes_are_those_of_the_contract() -> None:
     assert load_recipe("flare").readouts() == {"ar-trust": "block_end", "diffusion-trust": "block_end"}
     assert load_recipe("draft").readouts() == {"ar-trust": "causal", "diffusion-trust": "causal"}
     assert load_recipe("dual").readouts() == {"ar-trust": "causal", "diffusion-trust": "block_end"}
-    for name in recipes.NAMES:
+    for name in ("flare", "draft", "dual"):
         optimizer, objective = load_recipe(name).optimizer, load_recipe(name).objective
         published = (optimizer.lr, optimizer.warmup_steps, optimizer.schedule, optimizer.weight_decay, optimizer.clip)
         assert published == (1e-5, 100, "constant", 0.0, 1.0)
         assert (objective.ar_weight, objective.diffusion_weight) == (1.0, 1.0)
+        assert load_recipe(name).adapter.rank == 0
+
+
+def test_adapter_recipes_are_those_of_the_contract() -> None:
+    adapter, both = load_recipe("adapter"), load_recipe("adapter-dual")
+    draft = replace(load_recipe("draft").diffusion, block_size=3)
+    steps = adapter.optimizer.steps
+    assert adapter.diffusion_at(0) == adapter.diffusion_at(steps // 2 - 1) == draft
+    assert adapter.diffusion_at(steps // 2) == adapter.diffusion_at(steps - 1) == replace(draft, loss="el")
+    for recipe in (adapter, both):
+        assert (recipe.adapter.rank, recipe.objective.ar_weight, recipe.mask_choice) == (64, 0.0, "vector")
+        assert set(recipe.readouts().values()) == {"causal"}
+    (half, first), (_, second) = both.diffusion.kinds
+    assert half == 0.5 and first is both.diffusion
+    assert replace(both.diffusion, second=adapter.diffusion.second) == adapter.diffusion
+    found = (second.mask, second.views, second.supervise, second.readout, second.loss)
+    assert found == ("random", 1, "masked-target", "causal", "kl")
 
 
 def test_every_key_is_documented_and_can_be_set_to_its_own_value() -> None:

@@ -29,6 +29,18 @@ def test_the_adapter_learns_and_the_model_stays(family: str) -> None:
         assert name in own or (value.grad is None and not value.requires_grad), name
 
 
+@pytest.mark.parametrize("name", ["adapter", "adapter-dual"])
+def test_the_recipes_learn_in_both_of_their_phases(name: str) -> None:
+    """Four documents, three grids over one clean stream; the loss of the second phase is not that of the first."""
+    chosen = recipe(name, "adapter.rank=4", "adapter.alpha=8", "optimizer.steps=24", "diffusion.grids=3")
+    trainer = small("qwen3_5_text", "vector", chosen=CHOSEN).trainer(chosen)
+    steps = [trainer.advance().read(tiny_tokenizer()) for _ in range(24)]
+    lengths = [sum(step["expected_accepted"] for step in steps[at : at + 4]) / 4 for at in (0, 8, 20)]
+    assert lengths == sorted(lengths) and lengths[2] > 1.1 * lengths[0]
+    if name == "adapter":
+        assert min(step["diffusion_loss"] for step in steps[:12]) > 0 > max(s["diffusion_loss"] for s in steps[12:])
+
+
 def test_a_frozen_model_has_no_state_and_no_masters() -> None:
     run = small("qwen3_5_text", "vector", torch.bfloat16, CHOSEN)
     trainer = run.trainer(CHOSEN)
