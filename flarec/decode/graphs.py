@@ -156,6 +156,8 @@ class Store:
     uses: dict[GraphKey, int] = field(default_factory=dict)
     widths: dict[GraphKey, int] = field(default_factory=dict)
     replays: dict[GraphKey, Function] = field(default_factory=dict)
+    functions: dict[GraphKey, Function] = field(default_factory=dict)
+    """What was recorded. A graph knows addresses only; these keep alive what lies there."""
 
     @staticmethod
     def allocate(
@@ -182,10 +184,12 @@ class Store:
             tensor.narrow(axis, target, 1).copy_(tensor.narrow(axis, source, 1))
 
     def clear(self, slot: int | None = None) -> None:
-        """Nobody is in a slot, or in any: it computes with an empty cache, and accepts nothing. What was not finite
-        there must not meet the next request."""
+        """Nobody is in a slot, or in any: it computes with an empty cache, chooses greedily, and accepts nothing. What
+        was not finite there must not meet the next request."""
         for tensor, axis in self.per_slot():
             (tensor if slot is None else tensor.narrow(axis, slot, 1)).zero_()
+        for tensor in (self.sampling.top_k, self.sampling.top_p):  # none of zero tokens is a token of the vocabulary
+            (tensor if slot is None else tensor.narrow(0, slot, 1)).fill_(1)
 
 
 def power_of_two(value: int, least: int = 1) -> int:
@@ -241,7 +245,8 @@ class StaticRows(Rows):
         elif uses == 2:
             self.stats.eager = store.recorder.checked(self._function(key)) or ""
         else:
-            store.replays[key] = store.recorder.record(self._function(key))
+            store.functions[key] = function = self._function(key)
+            store.replays[key] = store.recorder.record(function)
             self.stats.graphs += 1
             store.replays[key]()
             self.stats.replays += 1

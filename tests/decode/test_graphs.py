@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +36,20 @@ class CountingReplays(PlainReplays):
     def read(self, tensor: Any) -> list[list[int]]:
         self.reads += 1
         return super().read(tensor)
+
+
+class ForgetfulReplays(PlainReplays):
+    """Like a graph on a GPU: it keeps nothing alive that it reads."""
+
+    def record(self, function: Function) -> Function:
+        known = weakref.ref(function)
+
+        def replay() -> None:
+            there = known()
+            assert there is not None, "a graph is replayed, and what it reads is gone"
+            there()
+
+        return replay
 
 
 def with_graphs(engine: Engine) -> list[CountingReplays]:
@@ -81,6 +96,13 @@ def test_one_read_per_step_and_few_graphs(way: dict[str, Any]) -> None:
     assert stats.graphs == before and len(recorders) == 1
 
 
+def test_graphs_outlive_the_call_that_recorded_them() -> None:
+    engine, _ = make_engine(FakeModel(agreement=0.7), 3)
+    engine.shelf = Shelf(ForgetfulReplays)
+    results = [engine.generate([[1, 2, 3]], mode="ar-trust", max_new_tokens=60)[0].token_ids for _ in range(2)]
+    assert results[0] == results[1] and engine.stats.graphs > 0
+
+
 def test_buffers_grow_with_the_requests() -> None:
     model = FakeModel(agreement=0.8)
     engine, _ = make_engine(model, 3)
@@ -111,8 +133,10 @@ def test_a_slot_forgets_what_was_not_finite() -> None:
     (lane,) = engine._serving.lanes.values()
     rows: Any = lane.running
     assert rows.requests == [other]
+    free = rows.store.slots - 1
+    greedy = {rows.store.sampling.top_k, rows.store.sampling.top_p}  # one token at least: none is no token
     for tensor, axis in rows.store.per_slot():
-        assert not tensor.narrow(axis, 1, rows.store.slots - 1).any()
+        assert (tensor.narrow(axis, 1, free) == (1 if tensor in greedy else 0)).all()
 
 
 def test_sampling_kinds_are_graphs_of_their_own() -> None:
