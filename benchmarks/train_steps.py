@@ -7,8 +7,9 @@
 the transformers model as it is, eager, with the kernels of flash-linear-attention if it can be imported (--library DIR
 names a folder with it), bfloat16 weights and moments; its best micro batch counts. Ours have float32 masters and
 moments: the clean stream alone ("ar"), "flare", "draft", and "adapter" (the objective of "draft" over a frozen model,
-rank 64, no recomputation). Every part runs in a process of its own; kernels are compiled before, in parallel. Of a part's micro batches the fastest counts that stays below the bar on memory, if one
-does. MFU counts the head only for rows that need logits, and no attention.
+rank 64, no recomputation). Every part runs in a process of its own; kernels are compiled before, in parallel. Of a
+part's micro batches the fastest counts that stays below the bar on memory, if one does. MFU counts the head only for
+rows that need logits, and no attention.
 """
 
 from __future__ import annotations
