@@ -185,6 +185,7 @@ LINEAR_ATTENTION = Mixer(
             reads=_tiles,
             refuses=_refuses,
             opaque=("step",),
+            frozen=True,
         ),
     },
 )

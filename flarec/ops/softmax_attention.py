@@ -123,6 +123,7 @@ SOFTMAX_ATTENTION = Mixer(
             reads=lambda site: AttentionIntervals(site["window"]),
             refuses=_refuses,
             omits=("window",),
+            frozen=True,
         ),
     },
 )

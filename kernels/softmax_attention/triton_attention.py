@@ -44,13 +44,15 @@ def two_stream(
     *,
     scale: float,
     softcap: float | None = None,
+    frozen_clean: int | None = None,
 ) -> Tensor:
     """Attention output [B, T, H, Dv] in q's dtype, 0 on padding, which is never read; meaning as in `reference`.
 
     q [B, H, T, Dqk], k [B, Hkv, T, Dqk], v [B, Hkv, T, Dv], all bfloat16, float16 or float32, with any strides (a last
     stride other than 1 costs a copy); sums are float32. Differentiable once in q, k and v; gradients are laid out as
-    these and 0 on padding. The sliding window is part of the schedule. Raises `UsageError` for what `supports` refuses
-    and for operands that do not belong together.
+    these and 0 on padding. The sliding window is part of the schedule. frozen_clean (clean slots per row): gradients of
+    clean tokens are 0, and the backward visits noisy queries and noisy keys alone. Raises `UsageError` for what
+    `supports` refuses and for operands that do not belong together.
     """
     _check(q, k, v, schedule, scale, softcap)
     q, k, v = (_last_stride_one(x) for x in (q, k, v))
@@ -66,6 +68,7 @@ def two_stream(
         schedule.key_tile,
         scale,
         softcap,
+        frozen_clean is not None,
     )
     return out
 
@@ -114,6 +117,7 @@ def _forward(
     key_tile: int,
     scale: float,
     softcap: float | None,
+    frozen: bool,
 ) -> tuple[Tensor, Tensor]:
     schedule = AttentionSchedule(clean_length, q.shape[2], key_tile, None, intervals, reader_offsets, reader_ranges)
     table = launch_table(q.shape[3], v.shape[3], q.dtype)
@@ -132,6 +136,7 @@ def _forward_fake(
     key_tile: int,
     scale: float,
     softcap: float | None,
+    frozen: bool,
 ) -> tuple[Tensor, Tensor]:
     rows, heads, length, _ = q.shape
     return q.new_empty(rows, length, heads, v.shape[3]), q.new_empty(rows, heads, length, dtype=torch.float32)
@@ -152,6 +157,7 @@ def _backward(
     key_tile: int,
     scale: float,
     softcap: float | None,
+    frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     schedule = AttentionSchedule(clean_length, q.shape[2], key_tile, None, intervals, reader_offsets, reader_ranges)
     table = launch_table(q.shape[3], v.shape[3], q.dtype)
@@ -167,6 +173,7 @@ def _backward(
         softcap=softcap,
         query_tiles=table.query_gradient,
         key_tiles=table.key_gradient,
+        frozen=frozen,
     )
 
 
@@ -185,6 +192,7 @@ def _backward_fake(
     key_tile: int,
     scale: float,
     softcap: float | None,
+    frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
@@ -196,7 +204,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 7
+    nothing = (None,) * 8
     if grad is None:
         return None, None, None, *nothing
     return *_backward(grad, *ctx.saved_tensors, *ctx.options), *nothing

@@ -131,12 +131,16 @@ def add_readers(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["clean_length", "length", "clean_tiles", "tiles", "all_tiles", "tokens", "key_heads"])
+@triton.jit(
+    do_not_specialize=[
+        "clean_length", "length", "clean_tiles", "tiles", "all_tiles", "first_tile", "tokens", "key_heads",
+    ]
+)  # fmt: skip
 def key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, intervals_ptr, offsets_ptr, ranges_ptr,
     q_row, q_head, q_slot, k_row, k_head, k_slot, v_row, v_head, v_slot,
     grad_row, grad_slot, grad_head, dk_row, dk_head, dk_slot, dv_row, dv_head, dv_slot,
-    inner, to_base2, scale, key_heads, clean_length, length, tokens, clean_tiles, tiles, all_tiles,
+    inner, to_base2, scale, key_heads, clean_length, length, tokens, clean_tiles, tiles, all_tiles, first_tile,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEY_TILE: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -144,10 +148,10 @@ def key_gradient_kernel(
     # Early clean keys have most readers and go first; noisy keys, read by their own block alone, fill the end.
     PARTS: tl.constexpr = KEY_TILE // BLOCK_N
     program = tl.program_id(0)
-    part = program % (tiles * PARTS)
-    pair = program // (tiles * PARTS)
+    part = program % ((tiles - first_tile) * PARTS)
+    pair = program // ((tiles - first_tile) * PARTS)
     row, key_head = pair // key_heads, pair % key_heads
-    tile = part // PARTS
+    tile = first_tile + part // PARTS
     row64, key_head64 = row.to(tl.int64), key_head.to(tl.int64)
     heads = key_heads * GROUP
 
@@ -229,19 +233,20 @@ def backward(
     softcap: float | None,
     query_tiles: Tiles,
     key_tiles: Tiles,
+    frozen: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, laid out as these; `out` and `lse` are `forward`'s, grad [B, T, H, Dv] has last stride
-    1."""
+    1. frozen: those of noisy tokens alone, the others are 0."""
     rows, heads, length, dim = q.shape
     key_heads, value_dim = k.shape[1], v.shape[3]
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = ((torch.zeros_like if frozen else torch.empty_like)(x) for x in (q, k, v))
     delta = torch.empty_like(lse)
     clean, tokens = schedule.clean_length, rows * length
     constants = {
         "GROUP": heads // key_heads, "D": dim, "DV": value_dim, "BLOCK_D": triton.next_power_of_2(dim),
         "BLOCK_DV": triton.next_power_of_2(value_dim), "SOFTCAP": softcap is not None, "PRECISION": precision(q),
     }  # fmt: skip
-    clean_count = triton.cdiv(clean, query_tiles.queries)
+    clean_count = 0 if frozen else triton.cdiv(clean, query_tiles.queries)
     count = clean_count + triton.cdiv(length - clean, query_tiles.queries)
     if not rows * heads * count:
         return dq, dk, dv
@@ -257,11 +262,12 @@ def backward(
     clean_count = triton.cdiv(clean, size)
     count = clean_count + triton.cdiv(length - clean, size)
     block = min(key_tiles.keys, size)
+    first = clean_count if frozen else 0
     assert size % block == 0 and QUERY_STEP % key_tiles.queries == 0, (size, key_tiles)
-    key_gradient_kernel[(rows * key_heads * count * (size // block),)](
+    key_gradient_kernel[(rows * key_heads * (count - first) * (size // block),)](
         q, k, v, grad, lse, delta, dk, dv, schedule.intervals, schedule.reader_offsets, schedule.reader_ranges,
         *strides, *dk.stride()[:3], *dv.stride()[:3], *factors,
-        key_heads, clean, length, tokens, clean_count, count, rows * count, **constants,
+        key_heads, clean, length, tokens, clean_count, count, rows * count, first, **constants,
         BLOCK_M=key_tiles.queries, BLOCK_N=block, KEY_TILE=size,
         num_warps=key_tiles.warps, num_stages=key_tiles.stages,
     )  # fmt: skip

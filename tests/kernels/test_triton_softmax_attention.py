@@ -348,7 +348,7 @@ def test_custom_ops() -> None:
     k.requires_grad_(), v.requires_grad_()
     schedule = AttentionSchedule.from_layout(layout)
     tensors = (schedule.intervals, schedule.reader_offsets, schedule.reader_ranges)
-    options = (schedule.clean_length, schedule.key_tile, 0.25, None)
+    options = (schedule.clean_length, schedule.key_tile, 0.25, None, False)
     ops: Any = torch.ops.flarec
     torch.library.opcheck(ops.softmax_attention_fwd.default, (q, k, v, *tensors, *options))
     with torch.no_grad():

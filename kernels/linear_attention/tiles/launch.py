@@ -56,9 +56,9 @@ class Saved:
 GATE_NAMES = ("chunk_gam", "chunk_beta", "tile_logs", "tile_beta")
 
 
-def _tokens(like: Tensor, schedule: TileSchedule, *shape: int) -> Tensor:
-    """[B, T, *shape]; zeros if there are padding slots, which no kernel writes."""
-    make = torch.zeros if schedule.tokens_padded else torch.empty
+def _tokens(like: Tensor, schedule: TileSchedule, *shape: int, frozen: bool = False) -> Tensor:
+    """[B, T, *shape]; zeros if there are slots that no kernel writes: padding, or clean ones of a frozen stream."""
+    make = torch.zeros if frozen or schedule.tokens_padded else torch.empty
     return make(schedule.rows, schedule.length, *shape, dtype=like.dtype, device=like.device)
 
 
@@ -169,8 +169,10 @@ def backward(
     scale: float,
     delta: bool,
     l2norm: bool,
+    frozen: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g, beta and the initial state (empty where there is none)."""
+    """Gradients of q, k, v, g, beta and the initial state (empty where there is none). frozen: of noisy tokens alone,
+    the others are 0."""
     p = Problem.of(q, v, g, schedule, delta, l2norm)
     chunks, tiles, heads, size = schedule.chunks, schedule.tiles, p.heads, p.chunk_size
     q, k, v = flat_tokens(q), flat_tokens(k), flat_tokens(v)
@@ -179,9 +181,10 @@ def backward(
     row_shape = (tiles, heads, p.tile_rows) if scalar else (0,)
     chunk_shape = (chunks, heads, size) if scalar else (0,)
     state_shape = (schedule.rows, heads, p.key_dim, p.value_dim) if initial else (0,)
-    grad_q, grad_k = _tokens(q, schedule, heads, p.key_dim), _tokens(k, schedule, heads, p.key_dim)
-    grad_v, grad_beta = _tokens(v, schedule, heads, p.value_dim), _tokens(beta, schedule, heads)
-    grad_g = q.new_empty(0) if g is None else _tokens(g, schedule, *g.shape[2:])
+    grad_q, grad_k = (_tokens(x, schedule, heads, p.key_dim, frozen=frozen) for x in (q, k))
+    grad_v = _tokens(v, schedule, heads, p.value_dim, frozen=frozen)
+    grad_beta = _tokens(beta, schedule, heads, frozen=frozen)
+    grad_g = q.new_empty(0) if g is None else _tokens(g, schedule, *g.shape[2:], frozen=frozen)
     grad_initial = torch.zeros(state_shape, dtype=torch.float32, device=q.device)
     operands = _operands(p, q, k, v, z, schedule, scale) | dict(zip(GATE_NAMES, saved.gates, strict=True))
     operands |= {
@@ -203,23 +206,32 @@ def backward(
     }
     if p.gate == 2 and g is not None:
         channel.backward(
-            p, flat_tokens(g), operands, schedule, initial=initial, final=grad_final is not None
+            p, flat_tokens(g), operands, schedule, initial=initial, final=grad_final is not None, frozen=frozen
         )
         return _per_key_head(grad_q, p.group), _per_key_head(grad_k, p.group), grad_v, grad_g, grad_beta, grad_initial
     p.launch("noisy_queries_grad", noisy_queries_grad.noisy_queries_grad_kernel, tiles * heads, operands)
     p.launch("noisy_keys_grad", noisy_keys_grad.noisy_keys_grad_kernel, tiles * heads, operands)
+    if not frozen:
+        _clean_backward(p, operands, schedule, initial=initial, final=grad_final is not None)
+    return _per_key_head(grad_q, p.group), _per_key_head(grad_k, p.group), grad_v, grad_g, grad_beta, grad_initial
+
+
+def _clean_backward(
+    p: Problem, operands: dict[str, Any], schedule: TileSchedule, *, initial: bool, final: bool
+) -> None:
+    """The gradients of clean rows, behind those of the noisy rows that read them."""
+    chunks, heads, like = schedule.chunks, p.heads, operands["q"]
     operands |= {
-        "grad_states": torch.empty_like(saved.states),
-        "grad_corrected": q.new_empty(chunks * size, heads, p.value_dim),
+        "grad_states": torch.empty_like(operands["states"]),
+        "grad_corrected": like.new_empty(chunks * p.chunk_size, heads, p.value_dim),
     }
     p.launch("chunk_grad", chunk_grad.chunk_grad_kernel, chunks * heads, operands)
     p.launch(
         "states_grad", states_grad.states_grad_kernel, schedule.documents * heads, operands, INITIAL=initial,
-        FINAL=grad_final is not None,
+        FINAL=final,
     )  # fmt: skip
     p.launch("clean_queries_grad", clean_grad.clean_queries_grad_kernel, chunks * heads, operands)
     p.launch("clean_keys_grad", clean_grad.clean_keys_grad_kernel, chunks * heads, operands)
-    return _per_key_head(grad_q, p.group), _per_key_head(grad_k, p.group), grad_v, grad_g, grad_beta, grad_initial
 
 
 def _per_key_head(grad: Tensor, group: int) -> Tensor:

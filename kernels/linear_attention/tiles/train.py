@@ -42,6 +42,7 @@ def two_stream(
     l2norm: bool,
     initial_state: Tensor | None = None,
     final_state: bool = False,
+    frozen_clean: int | None = None,
 ) -> Any:
     """Output [B, T, H, V] in q's dtype; the same arguments and meaning as `reference`, with its layout's schedule.
 
@@ -50,8 +51,9 @@ def two_stream(
     after the layout's clean tokens, [B, H, K, V] float32 (0 for a row without document 0).
     Products take operands of the input dtype (float32: three TF32 products) and sum in float32; gates, solves and the
     state inside a document are float32, chunk entry states are stored in the input dtype.
-    Differentiable (once). Padding slots are never read and output 0. Deterministic. Raises `UsageError` for
-    unsupported dtypes and head dims.
+    Differentiable (once). Padding slots are never read and output 0. Deterministic. frozen_clean (clean slots per row):
+    gradients of clean tokens and of the initial state are 0, and only kernels over noisy rows run in the backward.
+    Raises `UsageError` for unsupported dtypes and head dims.
     """
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     why = unsupported(dtype, q.shape[3], v.shape[3])
@@ -66,7 +68,7 @@ def two_stream(
         )
     out, final, *_ = _forward(
         q.to(dtype), k.to(dtype), v.to(dtype), g, beta, initial_state, *schedule.flat(), scale, delta, l2norm,
-        final_state,
+        final_state, frozen_clean is not None,
     )  # fmt: skip
     out = out.to(q.dtype)
     return (out, final) if final_state else out
@@ -86,6 +88,7 @@ def _forward(
     delta: bool,
     l2norm: bool,
     final: bool,
+    frozen: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     schedule = TileSchedule.rebuild(sizes, index)
     out, last, saved = launch.forward(
@@ -108,6 +111,7 @@ def _forward_fake(
     delta: bool,
     l2norm: bool,
     final: bool,
+    frozen: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     schedule = TileSchedule.rebuild(sizes, index)
     heads, key_dim, value_dim, size = v.shape[2], q.shape[3], v.shape[3], schedule.chunk_size
@@ -136,11 +140,12 @@ def _backward(
     scale: float,
     delta: bool,
     l2norm: bool,
+    frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     schedule = TileSchedule.rebuild(sizes, index)
     return launch.backward(
         grad_out, grad_final, q, k, v, g, beta, initial, Saved.of(saved), schedule, scale=scale, delta=delta,
-        l2norm=l2norm,
+        l2norm=l2norm, frozen=frozen,
     )  # fmt: skip
 
 
@@ -160,6 +165,7 @@ def _backward_fake(
     scale: float,
     delta: bool,
     l2norm: bool,
+    frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
     return (
@@ -173,11 +179,14 @@ def _backward_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    q, k, v, g, beta, initial, sizes, index, scale, delta, l2norm, final = inputs
-    ctx.save_for_backward(q, k, v, g, beta, *index, *output[2])
+    q, k, v, g, beta, initial, sizes, index, scale, delta, l2norm, final, frozen = inputs
+    states, values, inverse, *gates = output[2]
+    if frozen:  # read by the backward of clean rows alone
+        inverse = inverse.new_empty(0)
+    ctx.save_for_backward(q, k, v, g, beta, *index, states, values, inverse, *gates)
     ctx.index = len(index)
     ctx.initial = None if initial is None else initial.dtype
-    ctx.options = (sizes, scale, delta, l2norm)
+    ctx.options = (sizes, scale, delta, l2norm, frozen)
     ctx.final = final
     ctx.set_materialize_grads(False)
 
@@ -185,18 +194,18 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 def _gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     q, k, v, g, beta, *rest = ctx.saved_tensors
     index, saved = rest[: ctx.index], rest[ctx.index :]
-    sizes, scale, delta, l2norm = ctx.options
+    sizes, scale, delta, l2norm, frozen = ctx.options
     grad_out = q.new_zeros(v.shape) if grads[0] is None else grads[0]
     grad_final = grads[1] if ctx.final else None
     result = _backward(
         grad_out, grad_final, q, k, v, g, beta, ctx.initial is not None, saved, sizes, index, scale, delta,
-        l2norm,
+        l2norm, frozen,
     )  # fmt: skip
     grad_q, grad_k, grad_v, grad_g, grad_beta, grad_initial = result
     return (
         grad_q, grad_k, grad_v, None if g is None else grad_g, grad_beta,
         None if ctx.initial is None else grad_initial.to(ctx.initial), None, [None] * len(index), None, None, None,
-        None,
+        None, None,
     )  # fmt: skip
 
 

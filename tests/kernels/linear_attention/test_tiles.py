@@ -185,6 +185,7 @@ def test_opcheck() -> None:
         True,
         True,
         True,
+        False,
     )
     torch.library.opcheck(
         _forward, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")

@@ -157,32 +157,42 @@ def decay(p: Problem, g: Tensor, operands: dict[str, Any], schedule: TileSchedul
 
 
 def backward(
-    p: Problem, g: Tensor, operands: dict[str, Any], schedule: TileSchedule, *, initial: bool, final: bool
+    p: Problem,
+    g: Tensor,
+    operands: dict[str, Any],
+    schedule: TileSchedule,
+    *,
+    initial: bool,
+    final: bool,
+    frozen: bool = False,
 ) -> None:
     """Write grad_q, grad_k (per value head), grad_v, grad_g, grad_beta and grad_initial of the operands; padding slots
     are not written. In between grad_q and grad_k hold the gradients of decayed_q and decayed_k, and the memory of A,
-    A_q, N and M their gradients."""
+    A_q, N and M their gradients. frozen: those of noisy rows alone."""
     s, q, heads, size = schedule, operands["q"], p.heads, p.chunk_size
     known = operands | decay(p, g, operands, schedule)
     known["grad_clean_weights"] = torch.empty_like(known["clean_weights"])
     _run(p, "channel_noisy_grad", s.tiles * heads, known)
-    known["grad_states"] = torch.empty_like(known["states"])
-    known["grad_corrected"] = q.new_empty(s.chunks * size, heads, p.value_dim)
-    _run(p, "channel_chunk_grad", s.chunks * heads, known)
-    p.launch(
-        "states_grad", states_grad.states_grad_kernel, s.documents * heads, known, INITIAL=initial, FINAL=final
-    )
-    known["grad_tail"] = torch.empty_like(known["tail_k"])
-    known["grad_total"] = torch.empty_like(known["total"])
-    _run(p, "channel_clean_grad", s.chunks * heads, known)
+    if not frozen:
+        known["grad_states"] = torch.empty_like(known["states"])
+        known["grad_corrected"] = q.new_empty(s.chunks * size, heads, p.value_dim)
+        _run(p, "channel_chunk_grad", s.chunks * heads, known)
+        p.launch(
+            "states_grad", states_grad.states_grad_kernel, s.documents * heads, known, INITIAL=initial, FINAL=final
+        )
+        known["grad_tail"] = torch.empty_like(known["tail_k"])
+        known["grad_total"] = torch.empty_like(known["total"])
+        _run(p, "channel_clean_grad", s.chunks * heads, known)
     known["grad_keys"] = q.new_empty(s.tiles * size, heads, p.key_dim)
     known["grad_gates"] = torch.empty(known["grad_keys"].shape, dtype=torch.float32, device=q.device)
     _run(p, "channel_tile_finish", s.tiles * heads, known)
     _run(p, "channel_prefix_finish_digits", s.tiles * heads, known)
     _run(p, "channel_block_finish_digits", s.tiles * heads, known)
-    _run(p, "channel_clean_finish", s.chunks * heads, known)
-    _run(p, "channel_clean_finish_digits", s.chunks * heads, known)
+    if not frozen:
+        _run(p, "channel_clean_finish", s.chunks * heads, known)
+        _run(p, "channel_clean_finish_digits", s.chunks * heads, known)
     if p.l2norm:
-        for first, count in ((s.chunk_token, s.chunk_length), (s.tile_first, s.tile_count)):
+        noisy, clean = (s.tile_first, s.tile_count), (s.chunk_token, s.chunk_length)
+        for first, count in [noisy] if frozen else [clean, noisy]:
             runs = {"first_of": first, "count_of": count}
             _run(p, "channel_norm_grad", first.shape[0] * heads, known | runs)
