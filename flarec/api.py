@@ -97,7 +97,7 @@ class Model:
         vector = manifest is not None and manifest.mask.kind == "vector"
         if vector and PARAMETER not in (extra or {}):
             raise CheckpointError(
-                f"the checkpoint has no mask vector ({PARAMETER} in flarec.safetensors); copy the checkpoint again"
+                f"the checkpoint has no mask vector ({PARAMETER} in a file flarec.safetensors); copy it again"
             )
         self._hf_model = hf_model if opened is None else None
         self._build = hf_model
@@ -296,6 +296,7 @@ def load(
     passes: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
     graphs: str = "auto",
+    adapter: str | Path | None = None,
 ) -> Model:
     """Open a checkpoint, or a source model, for generation.
 
@@ -309,6 +310,7 @@ def load(
     passes   of plugins, as `name(option=value)`, beside those of the checkpoint's own pipeline
     plugins  Python files that define passes, beside the installed plugins; their code runs
     graphs   "auto": on a CUDA device steps are captured as CUDA graphs and replayed; "off": they are run
+    adapter  directory that `flarec convert` wrote with an adapter for the model in `path`; another model is refused
 
     Raises `CheckpointError` for a directory that cannot be used, `UsageError` for the other arguments.
     """
@@ -318,7 +320,7 @@ def load(
         block_size = whole_number("block_size", block_size, UsageError)
     place = torch_device(device)
     wanted = torch_dtype(dtype) or (torch.float32 if place.type == "cpu" else None)
-    checkpoint = open_checkpoint(path, mask_token_id=mask_token_id, block_size=block_size)
+    checkpoint = open_checkpoint(path, mask_token_id=mask_token_id, block_size=block_size, adapter=adapter)
     with collector_paused():
         load_plugins(plugins)  # before the capture: they may declare ops
         # a plugin's code may have a say in what the model becomes: no note covers it

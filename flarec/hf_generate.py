@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ def generate(
                          transformers
     mode, threshold, denoising_steps, drafts   among kwargs: see `flarec.GenerationOptions`
     seed                 names the sampling noise (default: drawn from torch's generator, so `set_seed` decides)
+    adapter              among kwargs: a directory with an adapter for the model (`flarec.load`)
     streamer             of transformers; for one prompt
 
     Returns [B, longest] int64: prompts as given and the new tokens, padded on the right with the pad id (or an object
@@ -89,12 +91,13 @@ def generate(
     if streamer is not None and ids.shape[0] > 1:
         raise GenerationError("a streamer shows one prompt; generate without it for a batch")
     own = {name: kwargs.pop(name) for name in _OWN if name in kwargs}
+    adapter = kwargs.pop("adapter", None)
     config, has_length = _served_config(model, generation_config, kwargs)
     prompts = _prompts(ids, attention_mask)
     longest = max(len(prompt) for prompt in prompts)
     stop = stop_strings or config.stop_strings
     options = _options(config, own, max_new_tokens=_new_tokens(config, longest, has_length), stop=stop)
-    runner = _runner(model, tokenizer)
+    runner = _runner(model, tokenizer, adapter)
     if streamer is not None:
         streamer.put(ids.cpu())
     outputs = runner.generate_ids(
@@ -145,32 +148,32 @@ def _options(config: Any, own: dict[str, Any], **more: Any) -> GenerationOptions
     )  # fmt: skip
 
 
-def _runner(model: Any, tokenizer: Any) -> Model:
+def _runner(model: Any, tokenizer: Any, adapter: str | Path | None) -> Model:
     """The lowered model, made on the first call and kept with the transformers model.
 
     On the CPU everything is computed in float32, where AR-Trust is exact: a model in another dtype is copied, and the
     copy gets the current weights on each call.
     """
     with _PREPARING:
-        return _prepared(model, tokenizer)
+        return _prepared(model, tokenizer, adapter)
 
 
-def _prepared(model: Any, tokenizer: Any) -> Model:
+def _prepared(model: Any, tokenizer: Any, adapter: str | Path | None) -> Model:
     dtype, device = model.dtype, model.device
     copied = device.type == "cpu" and dtype != torch.float32
-    kept: tuple[Model, torch.device, torch.dtype] | None = model.__dict__.get(_CACHED)
-    if kept is not None and kept[1:] == (device, dtype):
+    kept: tuple[Model, torch.device, torch.dtype, str] | None = model.__dict__.get(_CACHED)
+    if kept is not None and kept[1:] == (device, dtype, str(adapter)):
         runner = kept[0]
         if copied:
             with torch.no_grad():
                 for own, live in zip(runner.hf_model.parameters(), model.parameters(), strict=True):
                     own.copy_(live)
         return runner
-    checkpoint = open_checkpoint(model.name_or_path)
+    checkpoint = open_checkpoint(model.name_or_path, adapter=adapter)
     work = copy.deepcopy(model).float() if copied else model
     extra = checkpoint.load_extra(work.dtype, device)
     runner = Model(work, tokenizer or checkpoint.load_tokenizer(), checkpoint, extra)
-    model.__dict__[_CACHED] = (runner, device, dtype)
+    model.__dict__[_CACHED] = (runner, device, dtype, str(adapter))
     return runner
 
 

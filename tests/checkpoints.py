@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import nn
 
 from flarec.base.hashes import FileEntry
 from flarec.checkpoint.directory import describe_source, open_checkpoint
-from flarec.checkpoint.manifest import DecodeDefaults, Manifest, MaskToken, Source
-from flarec.checkpoint.write import write_checkpoint
+from flarec.checkpoint.manifest import AdapterInfo, DecodeDefaults, Manifest, MaskToken, Source
+from flarec.checkpoint.write import write_adapter_checkpoint, write_checkpoint
+from flarec.frontend.export import capture
 from flarec.ir.pipeline import pipeline_text
-from flarec.passes import pipeline
+from flarec.passes import AdaptNoisyStream, pipeline
+from flarec.passes.adapt_noisy_stream import new_adapter
 from flarec.passes.embed_mask import PARAMETER
 from tests.models import VOCABULARY, tiny_checkpoint
 
@@ -56,6 +59,27 @@ def converted(directory: Path, family: str = "bamba", kind: str = "row", **optio
         **options,
     )
     return source, out
+
+
+def adapted(directory: Path, family: str = "bamba", alone: bool = False, **options: Any) -> tuple[Path, Path]:
+    """(source, checkpoint with an adapter that changes noisy rows); `options` go to `write_adapter_checkpoint`."""
+    source = tiny_checkpoint(directory / "source", family)
+    adapter = AdaptNoisyStream(rank=4, alpha=8.0)
+    program = capture(open_checkpoint(source).load_model(torch.float32))
+    extra = new_adapter(program, adapter, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in extra.items():
+        if name.endswith("lora_B.weight"):
+            parameter.data = torch.randn(parameter.shape, generator=generator) / 2
+    manifest = replace(
+        manifest_for(source, "vector"),
+        pipelines={
+            target: pipeline_text(pipeline(target, mask_vector=True, adapter=adapter)) for target in ("train", "decode")
+        },
+        adapter=AdapterInfo(adapter.rank, adapter.alpha, adapter.modules, alone),
+    )
+    out = directory / f"{family}-adapter{'-alone' if alone else ''}"
+    return source, write_adapter_checkpoint(out, source, manifest, {**extra, **mask_vector()}, **options)
 
 
 def own_folder(path: Path, *names: str) -> Path:

@@ -8,6 +8,23 @@ from typing import Any
 
 from .manifest import RUN_KEY, Manifest
 
+_WHAT_CONVERTED = (
+    "`{0}`, converted with flarec into a dual-mode language model: one set of weights decodes one token at a time "
+    "(`causal`), drafts blocks and verifies them in the same forward pass (`ar-trust`: the text of `causal` in fewer "
+    "passes), or fills blocks by parallel denoising (`diffusion-trust`)."
+)
+_WHAT_ADAPTED = (
+    "An adapter of rank {1} that makes `{0}` a dual-mode language model, made with flarec. The model's weights are "
+    "untouched: it decodes one token at a time (`causal`) as before, drafts blocks with the adapter and verifies them "
+    "without it in the same forward pass (`ar-trust`: the text of `causal`, token for token, in fewer passes), or "
+    "fills blocks by parallel denoising (`diffusion-trust`)."
+)
+_NOT_FOR_PEFT = (
+    "`adapter/` has the layout of peft, and peft can open it, but **do not load or merge it with peft**: it was "
+    "trained for the noisy rows of a block-diffusion program alone. peft applies an adapter to every row, which ruins the "
+    "text that the model itself writes, and so what `ar-trust` verifies against. flarec applies it to noisy rows only."
+)
+
 
 def licence_of(directory: Path) -> str | None:
     """The `license` of the front matter of a directory's README.md, None if there is none."""
@@ -36,33 +53,36 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None) -> str
         front.append(f"license: {source.licence}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source.name):
         front.append(f"base_model: {source.name}")
+    info = manifest.adapter
     if mask.kind == "row":
         token = f"the spare vocabulary row {mask.token_id}; it is never generated"
     else:
-        token = "a learned vector in `flarec.safetensors`"
+        token = f"a learned vector in `{'adapter/' if info else ''}flarec.safetensors`"
     readouts = ", ".join(f"{mode}: {readout}" for mode, readout in decode.readouts.items())
     opener = "AutoModelForImageTextToText" if carried else "AutoModelForCausalLM"
     recipe = str(manifest.recipe.get("name", "custom"))
+    model = source.name if info is not None and info.alone else name
+    adapter = f" --adapter {name}" if info is not None and info.alone else ""
+    keyword = f', adapter="{name}"' if adapter else ""
     sections = [
         "\n".join(["---", *front, "---"]),
         f"# {name}",
-        f"`{source.name}`, converted with flarec into a dual-mode language model: one set of weights decodes one token "
-        "at a time (`causal`), drafts blocks and verifies them in the same forward pass (`ar-trust`: the text of "
-        "`causal` in fewer passes), or fills blocks by parallel denoising (`diffusion-trust`).",
+        _WHAT_ADAPTED.format(source.name, info.rank) if info is not None else _WHAT_CONVERTED.format(source.name),
         "## Use",
         "```\n"
-        f'flarec generate {name} "Once upon a time" --mode ar-trust\n'
+        f'flarec generate {model}{adapter} "Once upon a time" --mode ar-trust\n'
         "```",
         "```python\n"
         "import flarec\n\n"
-        f'print(flarec.load("{name}").generate("Once upon a time").text)\n'
+        f'print(flarec.load("{model}"{keyword}).generate("Once upon a time").text)\n'
         "```",
-        f"It is a plain transformers checkpoint: `{opener}.from_pretrained` opens it without remote code "
-        "and generates causally. With flarec installed the other modes are there as well; the argument lets "
-        "transformers run `custom_generate/generate.py` of this directory, a few lines that call flarec:",
+        *([] if adapter else [f"It is a plain transformers checkpoint: `{opener}.from_pretrained` opens it without "
+        "remote code and generates causally. With flarec installed the other modes are there as well; the argument lets "
+        "transformers run `custom_generate/generate.py` of this directory, a few lines that call flarec:"]),
         "```python\n"
-        f'model.generate(ids, custom_generate="{name}", trust_remote_code=True, mode="ar-trust")\n'
+        f'model.generate(ids, custom_generate="{name}", trust_remote_code=True, mode="ar-trust"{keyword})\n'
         "```",
+        *(["## The adapter", _NOT_FOR_PEFT] if info is not None else []),
         *(["## Multimodal", f"{carried}. The decode modes of flarec take text."] if carried else []),
         "## Decoding",
         _table({

@@ -65,12 +65,14 @@ class Carried:
         found = (path for path in self.directory.iterdir() if path.is_file() and path.suffix in FILE_KINDS)
         return sorted(path for path in found if not path.name.endswith(_NOT_COPIED))
 
-    def describe(self) -> str:
-        """One line for people."""
+    def describe(self, *, adapter: bool = False) -> str:
+        """One line for people. adapter: nothing is converted, the text model has an adapter."""
         parts = Counter(_part(name) for name in self.names)
         tensors = ", ".join(f"{name} {count}" for name, count in sorted(parts.items()))
         others = [path.name for path in self.files() if "processor" in path.name]
         untouched = ", ".join([f"{len(self.names)} tensors ({tensors})", *others])
+        if adapter:
+            return f"{self.architecture}: the text model has the adapter; every tensor is the source's own"
         converted = f"the text model is converted ({len(self.text_names)} tensors)"
         return f"{self.architecture}: {converted}; carried over untouched: {untouched}"
 

@@ -23,6 +23,7 @@ from ..base.hashes import sha256_of
 from ..errors import CheckpointError, FlarecWarning, UsageError, first_line
 from ..frontend.loading import is_wrapper, load_model, read_config
 from ..frontend.trust import check_weights, opened
+from .adapter import FOLDER, check_source, open_adapter, read_adapter, refuse_bare_adapter
 from .card import licence_of
 from .carried import Carried
 from .location import resolve
@@ -44,11 +45,13 @@ class Checkpoint:
 
     manifest  None for a model that was not converted
     foreign   the manifest stands for values of config.json or of the user: another program made this checkpoint
+    adapter   the folder with the adapter's files: here or of another directory; None without an adapter
     """
 
     path: Path
     manifest: Manifest | None
     foreign: bool = False
+    adapter: Path | None = None
 
     def load_tokenizer(self) -> Any:
         """The transformers tokenizer. Raises `CheckpointError` if the directory has none that can be read."""
@@ -136,7 +139,10 @@ class Checkpoint:
     def load_extra(
         self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> dict[str, nn.Parameter]:
-        """Parameters without a place in the transformers model, by name (the mask vector); empty if there are none."""
+        """Parameters without a place in the transformers model (mask vector, adapter), by name; empty if there are none."""
+        if self.adapter is not None:
+            found = read_adapter(self.adapter, dtype, device)
+            return {name: nn.Parameter(tensor) for name, tensor in found.items()}
         path = self.path / EXTRA
         if not path.is_file():
             return {}
@@ -170,23 +176,38 @@ def context_of(config: Any, tokenizer: Any) -> int:
 
 
 def open_checkpoint(
-    path: str | Path, *, mask_token_id: int | None = None, block_size: int | None = None, whole: bool = False
+    path: str | Path,
+    *,
+    mask_token_id: int | None = None,
+    block_size: int | None = None,
+    adapter: str | Path | None = None,
+    whole: bool = False,
 ) -> Checkpoint:
     """Check a checkpoint, or a source model, before anything is loaded from it.
 
     path: a directory or a hub id. mask_token_id, block_size: for a dual-mode checkpoint that another program wrote and
-    whose config.json does not state them (`Manifest.stated`). whole: compare all files with their hashes, weights
-    of any size too.
+    whose config.json does not state them (`Manifest.stated`). adapter: a directory that `flarec convert` wrote with an
+    adapter for the model in `path`, which is opened with it. whole: compare all files with their hashes, weights of any
+    size too.
 
     Raises `CheckpointError` if there is no such directory, if it holds no model, and for a checkpoint with a manifest
     that is foreign, damaged or of a newer format, or with a missing or changed file; `UsageError` for the numbers.
     """
     directory = resolve(path)
     if not (directory / "config.json").is_file():
+        refuse_bare_adapter(directory)
         raise CheckpointError(
             f"{directory} is not a model directory (no config.json); give a checkpoint or a Hugging Face model"
         )
     manifest = Manifest.read(directory)
+    if adapter is not None:
+        if mask_token_id is not None or block_size is not None:
+            raise UsageError(f"{adapter} states the mask token and the block size; leave them out")
+        if manifest is not None:
+            raise CheckpointError(f"{directory} is a converted checkpoint, which takes no adapter; give its source")
+        manifest = open_adapter(Path(adapter))
+        check_source(directory, manifest, Path(adapter))
+        return Checkpoint(directory, manifest, adapter=Path(adapter) / FOLDER)
     if manifest is None:
         if whole:
             raise CheckpointError(f"{directory} has no {MANIFEST}, which says what its files were: nothing to check")
@@ -201,7 +222,7 @@ def open_checkpoint(
     if mask_token_id is not None or block_size is not None:
         raise UsageError(f"{directory / MANIFEST} states the mask token and the block size; leave them out")
     manifest.check_files(directory, whole=whole)
-    return Checkpoint(directory, manifest)
+    return Checkpoint(directory, manifest, adapter=directory / FOLDER if manifest.adapter is not None else None)
 
 
 def _was_converted(directory: Path) -> bool:

@@ -75,6 +75,20 @@ class DecodeDefaults:
 
 
 @dataclass(frozen=True)
+class AdapterInfo:
+    """A low-rank adapter on noisy rows (docs/semantics.md section 6), whose files are in `adapter/`.
+
+    rank, alpha, modules   as in the pass `adapt-noisy-stream`
+    alone                  the directory holds no model: the adapter is opened together with its source
+    """
+
+    rank: int
+    alpha: float
+    modules: str
+    alone: bool = False
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of `flarec.json`.
 
@@ -84,6 +98,7 @@ class Manifest:
     metrics    last training metrics and measurements
     versions   of flarec, torch, transformers and Python
     plugins    passes of others in the pipelines -> where they come from (a package and its version, or a file's name)
+    adapter    of a checkpoint whose weights are the source's own; None for one that was trained itself
     files      every other file of the directory, filled in when the checkpoint is written
     """
 
@@ -97,13 +112,15 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, FileEntry] = field(default_factory=dict)
     plugins: dict[str, str] = field(default_factory=dict)
+    adapter: AdapterInfo | None = None
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
         table = _finite(asdict(self))
         order = ["format_version", *(item.name for item in fields(self) if item.name != "format_version")]
-        if not self.plugins:  # versions that do not know the key open a checkpoint without plugins
-            order.remove("plugins")
+        for name in ("plugins", "adapter"):  # versions that do not know the key open a checkpoint without it
+            if not table[name]:
+                order.remove(name)
         values = {name: table[name] for name in order}
         if self.format_version >= 2:
             values[SELF] = _hash_of(values)
@@ -221,6 +238,8 @@ def _read(table: Mapping[str, Any]) -> Manifest:
     values["source"] = Source(**values["source"])
     values["mask"] = MaskToken(**values["mask"])
     values["decode"] = DecodeDefaults(**values["decode"])
+    if values.get("adapter") is not None:
+        values["adapter"] = AdapterInfo(**values["adapter"])
     values["files"] = {str(name): FileEntry(**entry) for name, entry in values["files"].items()}
     return Manifest(**values)
 

@@ -75,6 +75,12 @@ MANIFEST: dict[str, Check | Mapping[str, Check]] = {
     "metrics": anything,
     "versions": table_of(text, text),
     "plugins": table_of(text, text),
+    "adapter": {
+        "rank": whole(1, LARGEST),
+        "alpha": number(-1e9, 1e9),
+        "modules": text,
+        "alone": lambda value: type(value) is bool,
+    },
 }
 FILE: Mapping[str, Check] = {"bytes": whole(0, LARGEST), "sha256": sha256}
 

@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..base.files import flush_tree
 from ..base.hashes import FileEntry
 from ..base.lock import OutputLock, held
 from ..errors import CheckpointError, UsageError, first_line
+from .adapter import FOLDER, place_source, write_adapter
 from .card import model_card
 from .carried import Carried
 from .directory import GENERATION_CONFIG
@@ -86,7 +87,62 @@ def write_checkpoint(
     Returns `out`. Raises `CheckpointError` if `out` is in the way or cannot be written, `UsageError` if another
     process is writing it.
     """
-    out = Path(out)
+    def fill(partial: Path) -> str | None:
+        tokenizer.save_pretrained(str(partial))
+        if carried is None:
+            _save_model(partial, model, dtype, max_shard_size)
+        else:
+            _save_text_model(partial, model, carried)
+        _suppress_mask(partial, manifest)
+        if extra:
+            _save_extra(partial, extra, dtype)
+        return carried.describe() if carried else None
+
+    return _build(Path(out), manifest, fill, attachments, overwrite, lock)
+
+
+def write_adapter_checkpoint(
+    out: str | Path,
+    source: Path,
+    manifest: Manifest,
+    extra: Mapping[str, nn.Parameter],
+    *,
+    link: bool = False,
+    carried: Carried | None = None,
+    attachments: Mapping[str, Path] | None = None,
+    overwrite: bool = False,
+    lock: OutputLock | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Write a checkpoint with an adapter: the source's own files, byte for byte, and the adapter in a folder of its own.
+
+    source    the directory of the source; with `manifest.adapter.alone` nothing of it is written
+    extra     the adapter, and parameters without a place in the model
+    link      the weight files are hard links to the source's; copies where that cannot be, as `note` is told
+    The rest is that of `write_checkpoint`.
+    """
+    assert manifest.adapter is not None
+    info = manifest.adapter
+
+    def fill(partial: Path) -> str | None:
+        if not info.alone:
+            place_source(source, partial, link=link, note=note)
+        write_adapter(partial / FOLDER, extra, info, manifest.source.name)
+        return carried.describe(adapter=True) if carried else None
+
+    return _build(Path(out), manifest, fill, attachments, overwrite, lock)
+
+
+def _build(
+    out: Path,
+    manifest: Manifest,
+    fill: Callable[[Path], str | None],
+    attachments: Mapping[str, Path] | None,
+    overwrite: bool,
+    lock: OutputLock | None,
+) -> Path:
+    """`fill` a folder with the model's files, add ours, and put it into its place. `fill` returns what its multimodal
+    source carries, for the card."""
     with _disk_errors(out), held(out, lock) as lock:
         recover(out, lock)
         check_destination(out, overwrite)
@@ -94,27 +150,20 @@ def write_checkpoint(
         partial = place.folder
         try:
             place.make()
-            tokenizer.save_pretrained(str(partial))
-            if carried is None:
-                _save_model(partial, model, dtype, max_shard_size)
-            else:
-                _save_text_model(partial, model, carried)
-            _suppress_mask(partial, manifest)
-            if extra:
-                _save_extra(partial, extra, dtype)
+            carried = fill(partial)
             for name, path in (attachments or {}).items():
                 shutil.copyfile(path, partial / name)
             (partial / "custom_generate").mkdir()
             template = files("flarec.checkpoint").joinpath("templates", "generate.py").read_bytes()
             (partial / "custom_generate" / "generate.py").write_bytes(template)
             manifest = replace(manifest, versions=manifest.versions or versions())
-            card = model_card(manifest, out.name, carried.describe() if carried else None)
-            (partial / "README.md").write_text(card, encoding="utf-8")
+            (partial / "README.md").write_text(model_card(manifest, out.name, carried), encoding="utf-8")
             names = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
             entries = {name: FileEntry.of(partial / name) for name in names}
             (partial / MANIFEST).write_text(replace(manifest, files=entries).to_json(), encoding="utf-8")
             for name in names:  # safetensors writes files that nobody else may read
-                (partial / name).chmod((partial / MANIFEST).stat().st_mode)
+                if (partial / name).stat().st_nlink == 1:  # a link's mode is the source's
+                    (partial / name).chmod((partial / MANIFEST).stat().st_mode)
             flush_tree(partial)  # before the rename: else a power cut could leave a name without contents
             check_destination(out, overwrite, building=partial)  # again: writing took its time
             place.take()

@@ -12,7 +12,7 @@ from flarec.base.generation import GenerationOptions
 from flarec.errors import UsageError
 
 from .loading import open_model
-from .options import foreign_options, generation_options, plugin_options, runtime_options
+from .options import adapter_option, foreign_options, generation_options, plugin_options, runtime_options
 
 if TYPE_CHECKING:
     from flarec.api import Output
@@ -32,11 +32,12 @@ if TYPE_CHECKING:
 )
 @runtime_options
 @foreign_options
+@adapter_option
 @plugin_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def command(
     checkpoint: str, data: Path, limit: int | None, batch: int, device: str, dtype: str | None, kernels: str,
-    graphs: str, mask_token_id: int | None, block_size: int | None, plugins: tuple[str, ...],
+    graphs: str, mask_token_id: int | None, block_size: int | None, adapter: Path | None, plugins: tuple[str, ...],
     passes: tuple[str, ...], as_json: bool, **keywords: Any,
 ) -> None:  # fmt: skip
     """Evaluate CKPT (or a source model, causally) on held-out records.
@@ -51,7 +52,7 @@ def command(
 
     model = open_model(
         checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
-        passes=passes, plugins=plugins, graphs=graphs,
+        passes=passes, plugins=plugins, graphs=graphs, adapter=adapter,
     )  # fmt: skip
     from flarec.evaluate import evaluate, read_examples  # slow to import, like everything below flarec.api
 

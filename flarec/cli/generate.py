@@ -16,7 +16,7 @@ from flarec.base.prompts import read_prompts
 from flarec.errors import DataError, UsageError
 
 from .loading import check_files, open_model
-from .options import foreign_options, generation_options, plugin_options, runtime_options
+from .options import adapter_option, foreign_options, generation_options, plugin_options, runtime_options
 
 if TYPE_CHECKING:
     from flarec.api import Output
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 )
 @runtime_options
 @foreign_options
+@adapter_option
 @plugin_options
 @click.option("--check", is_flag=True, help="Compare every file of CKPT with its hash first, weights of any size too.")
 @click.option("--stats", is_flag=True, help="Print tokens, forward passes, time and graphs on stderr.")
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
 def command(
     checkpoint: str, prompt: str | None, prompts_file: Path | None, batch: int, chat: bool, device: str,
     dtype: str | None, kernels: str, graphs: str, mask_token_id: int | None, block_size: int | None,
-    plugins: tuple[str, ...], passes: tuple[str, ...], check: bool, stats: bool, as_json: bool, **keywords: Any,
+    adapter: Path | None, plugins: tuple[str, ...], passes: tuple[str, ...], check: bool, stats: bool, as_json: bool,
+    **keywords: Any,
 ) -> None:  # fmt: skip
     """Generate text with a converted checkpoint CKPT, or causally with any supported model.
 
@@ -56,10 +58,10 @@ def command(
     prompts = _prompts(prompt, prompts_file)
     options = GenerationOptions(**keywords)
     if check:
-        check_files(checkpoint)
+        check_files(checkpoint, adapter)
     model = open_model(
         checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
-        passes=passes, plugins=plugins, graphs=graphs,
+        passes=passes, plugins=plugins, graphs=graphs, adapter=adapter,
     )  # fmt: skip
     stream = len(prompts) == 1 and not as_json
     with Interrupts() as interrupts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flarec.collector import collector_paused
@@ -11,11 +12,11 @@ if TYPE_CHECKING:
     from flarec.api import Model
 
 
-def check_files(checkpoint: str) -> None:
-    """Raise `CheckpointError` unless all files of a checkpoint are as they were written."""
+def check_files(checkpoint: str, adapter: Path | None = None) -> None:
+    """Raise `CheckpointError` unless all files of a checkpoint, or of a model's adapter, are as they were written."""
     from flarec.checkpoint.directory import open_checkpoint
 
-    open_checkpoint(checkpoint, whole=True)
+    open_checkpoint(checkpoint, whole=True, adapter=adapter)
 
 
 def open_model(
@@ -29,6 +30,7 @@ def open_model(
     passes: Sequence[str] = (),
     plugins: Sequence[str] = (),
     graphs: str = "auto",
+    adapter: Path | None = None,
 ) -> Model:
     """`flarec.load`, imported here: a command calls this once it knows its arguments to be right."""
     with collector_paused():
@@ -44,4 +46,5 @@ def open_model(
             passes=passes,
             plugins=plugins,
             graphs=graphs,
+            adapter=adapter,
         )

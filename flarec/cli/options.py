@@ -110,3 +110,9 @@ def foreign_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )):  # fmt: skip
         command = option(command)
     return command
+
+
+def adapter_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--adapter`: of a directory that holds no model."""
+    text = "What `flarec convert --adapter-only` wrote for this model; another model is refused."
+    return click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help=text)(command)

@@ -75,6 +75,8 @@ class Arguments:
         ANSWER_TOKENS, "With --prompts: an answer without an end within so many tokens is dropped.",
         low=1, high=LARGEST, metavar="N",
     )  # fmt: skip
+    adapter_only: bool = key(False, "With an adapter recipe: write the adapter without the model (see --adapter).")
+    link: bool = key(False, "With an adapter recipe: link the source's weight files into DIR instead of copying them.")
     debug: bool = key(False, "Check every property again after every pass.")
 
     def __post_init__(self) -> None:
@@ -106,6 +108,8 @@ class ConversionKeywords(TypedDict, total=False):
     samples: int
     temperature: float
     answer_tokens: int
+    adapter_only: bool
+    link: bool
     debug: bool
 
 

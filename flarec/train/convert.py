@@ -21,10 +21,12 @@ from ..base.fields import shows_fields
 from ..base.interrupts import Interrupts
 from ..base.lock import OutputLock, only_writer
 from ..checkpoint.directory import describe_source
-from ..checkpoint.manifest import RUN_KEY, DecodeDefaults, Manifest
+from ..checkpoint.manifest import RUN_KEY, AdapterInfo, DecodeDefaults, Manifest
 from ..checkpoint.weights import stored_dtypes
-from ..checkpoint.write import clear_left_overs, versions, write_checkpoint
+from ..checkpoint.write import clear_left_overs, versions, write_adapter_checkpoint, write_checkpoint
 from ..errors import CheckpointError, TrainingError, UsageError
+from ..ir.pipeline import parse_pass
+from ..passes import PASSES, AdaptNoisyStream
 from .answers.step import with_answers
 from .arguments import Arguments, ConversionKeywords
 from .loop import Step
@@ -81,6 +83,7 @@ def run(options: Options, reporter: Reporter) -> Path:
     reporter.note(held_out_text(prepared))
     reporter.note(f"recipe:\n{prepared.recipe.to_toml()}".rstrip())
     out = prepared.options.output
+    _adapter_of(prepared)
     with reporter, only_writer(out) as lock:
         clear_left_overs(out, lock)
         if prepared.options.resume and _is_complete(prepared):
@@ -138,6 +141,20 @@ def _is_complete(run: Run) -> bool:
         directory.check_identity(identity)
         directory.remove()
     return True
+
+
+def _adapter_of(run: Run) -> AdapterInfo | None:
+    """The adapter that a run trains; None for one that trains the model itself. Raises `UsageError` for options that
+    only an adapter has."""
+    options = run.options
+    for line in run.pipelines["decode"].splitlines():
+        step = parse_pass(line, PASSES) if line.startswith(AdaptNoisyStream.name) else None
+        if isinstance(step, AdaptNoisyStream):
+            return AdapterInfo(step.rank, step.alpha, step.modules, alone=options.adapter_only)
+    if options.adapter_only or options.link:
+        option = "--adapter-only" if options.adapter_only else "--link"
+        raise UsageError(f"{option} is for an adapter, and this recipe trains the model itself; set adapter.rank")
+    return None
 
 
 class _Conversion:
@@ -267,13 +284,27 @@ class _Conversion:
     def _write(self) -> Path:
         run = self.run
         run.trainer.weights.widen()
+        manifest = self._manifest()
         extra = {name: torch.nn.Parameter(value.detach().cpu()) for name, value in run.captured.extra.items()}
         try:
+            if manifest.adapter is not None:
+                return write_adapter_checkpoint(
+                    run.options.output,
+                    run.source.path,
+                    manifest,
+                    extra,
+                    link=run.options.link,
+                    carried=run.carried,
+                    attachments={METRICS: self.directory.metrics},
+                    overwrite=run.options.overwrite,
+                    lock=self.lock,
+                    note=self.reporter.note,
+                )
             return write_checkpoint(
                 run.options.output,
                 run.model,
                 run.tokenizer,
-                self._manifest(),
+                manifest,
                 extra,
                 dtype=stored_dtypes(run.source.path, run.model),
                 max_shard_size=run.options.max_shard_size,
@@ -311,6 +342,7 @@ class _Conversion:
             recipe=recipe.to_dict(),
             pipelines=run.pipelines,
             plugins=run.plugins,
+            adapter=_adapter_of(run),
             data={"sources": sources, **steps, **self.totals},
             metrics={
                 "ar_loss": self.last["ar_loss"],
@@ -333,4 +365,5 @@ class _Conversion:
         for step, values in self._first_and_last().items():
             note(f"held-out {'before' if step == 0 else 'after'}: {describe_evaluation(values)}")
         note(f"checkpoint: {out}")
-        note(f'try it: flarec generate {out} "..." --mode ar-trust')
+        alone = f"{self.run.options.source} --adapter " if self.run.options.adapter_only else ""
+        note(f'try it: flarec generate {alone}{out} "..." --mode ar-trust')

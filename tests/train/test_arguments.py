@@ -30,7 +30,7 @@ GIVEN: dict[str, Any] = {
     "resume": True, "overwrite": True, "skip_bad_lines": True, "eval_data": ("held.jsonl",), "kernels": "torch",
     "max_shard_size": "5GB", "plugins": ("mine.py",), "passes": ("mine(depth=2)@after:canonicalize",),
     "prompts": Path("questions.txt"), "chat": True, "samples": 3, "temperature": 0.5, "answer_tokens": 99,
-    "debug": True,
+    "adapter_only": True, "link": True, "debug": True,
 }  # fmt: skip
 """Every argument with another value than its default."""
 
