@@ -21,8 +21,8 @@ _WHAT_ADAPTED = (
 )
 _NOT_FOR_PEFT = (
     "`adapter/` has the layout of peft, and peft can open it, but **do not load or merge it with peft**: it was "
-    "trained for the noisy rows of a block-diffusion program alone. peft applies an adapter to every row, which ruins the "
-    "text that the model itself writes, and so what `ar-trust` verifies against. flarec applies it to noisy rows only."
+    "trained for the noisy rows of a block-diffusion program alone. peft applies an adapter to every row, which ruins "
+    "the text that the model itself writes, and so what `ar-trust` verifies against. flarec applies it to noisy rows."
 )
 
 
@@ -77,8 +77,8 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None) -> str
         f'print(flarec.load("{model}"{keyword}).generate("Once upon a time").text)\n'
         "```",
         *([] if adapter else [f"It is a plain transformers checkpoint: `{opener}.from_pretrained` opens it without "
-        "remote code and generates causally. With flarec installed the other modes are there as well; the argument lets "
-        "transformers run `custom_generate/generate.py` of this directory, a few lines that call flarec:"]),
+        "remote code and generates causally. With flarec installed the other modes are there as well; the argument "
+        "lets transformers run `custom_generate/generate.py` of this directory, a few lines that call flarec:"]),
         "```python\n"
         f'model.generate(ids, custom_generate="{name}", trust_remote_code=True, mode="ar-trust"{keyword})\n'
         "```",

@@ -53,6 +53,11 @@ class Checkpoint:
     foreign: bool = False
     adapter: Path | None = None
 
+    @property
+    def home(self) -> Path:
+        """The directory of the manifest: `path`, or that of an adapter which was given with the model."""
+        return self.path if self.adapter is None else self.adapter.parent
+
     def load_tokenizer(self) -> Any:
         """The transformers tokenizer. Raises `CheckpointError` if the directory has none that can be read."""
         from transformers import AutoTokenizer
@@ -139,7 +144,7 @@ class Checkpoint:
     def load_extra(
         self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> dict[str, nn.Parameter]:
-        """Parameters without a place in the transformers model (mask vector, adapter), by name; empty if there are none."""
+        """Parameters without a place in the transformers model (mask vector, adapter), by name; often none."""
         if self.adapter is not None:
             found = read_adapter(self.adapter, dtype, device)
             return {name: nn.Parameter(tensor) for name, tensor in found.items()}

@@ -114,7 +114,7 @@ def write_adapter_checkpoint(
     lock: OutputLock | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Write a checkpoint with an adapter: the source's own files, byte for byte, and the adapter in a folder of its own.
+    """Write a checkpoint with an adapter: the source's own files, byte for byte, and `adapter/`.
 
     source    the directory of the source; with `manifest.adapter.alone` nothing of it is written
     extra     the adapter, and parameters without a place in the model

@@ -101,7 +101,7 @@ def open_subject(
     load_plugins(plugins)
     checkpoint = open_checkpoint(path)
     if checkpoint.manifest is not None and not checkpoint.foreign:
-        checkpoint.manifest.check_files(checkpoint.path, whole=True)
+        checkpoint.manifest.check_files(checkpoint.home, whole=True)
     manifest = checkpoint.manifest
     source = checkpoint.load_model(torch.float32)
     source.set_attn_implementation("eager")  # the definition: gemma2's default in transformers 5.17 drops its softcap

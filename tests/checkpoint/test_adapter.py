@@ -1,0 +1,202 @@
+"""Checkpoints with an adapter: the source's files byte for byte, peft's layout, and no other model."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import flarec
+from flarec.checkpoint.adapter import place_source
+from flarec.checkpoint.directory import open_checkpoint
+from flarec.checkpoint.manifest import Manifest
+from flarec.cli import main
+from flarec.errors import CheckpointError
+from flarec.passes.embed_mask import PARAMETER
+from tests.checkpoints import adapted, converted, mask_vector, tree
+from tests.models import FAMILIES, tiny_checkpoint
+from tests.wrappers import PREDICTION, all_tensors, tiny_wrapper
+
+OURS = {"README.md", "flarec.json", "adapter", "custom_generate"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """(source, checkpoint) of each family, in the source's own files."""
+    return {family: adapted(tmp_path_factory.mktemp("adapted"), family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return adapted(tmp_path_factory.mktemp("alone"), "bamba", alone=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_directory_is_the_sources(family: str, made: dict[str, tuple[Path, Path]]) -> None:
+    """Every file of the source, byte for byte; ours in folders, so that nothing that opens a model finds them."""
+    source, out = made[family]
+    before, after = tree(source), tree(out)
+    assert {name: after.get(name) for name in before} == before
+    assert {Path(name).parts[0] for name in after.keys() - before.keys()} == OURS
+    assert not (out / "adapter_config.json").exists()
+    manifest = Manifest.read(out)
+    assert manifest is not None and manifest.adapter is not None
+    assert manifest.files.keys() == {name for name, value in after.items() if value != "folder"} - {"flarec.json"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_gives_the_sources_logits_bit_for_bit(family: str, made: dict[str, tuple[Path, Path]]) -> None:
+    source, out = made[family]
+    ids = torch.randint(300, (2, 17), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, after = (AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (source, out))
+    assert torch.equal(before, after)
+
+
+def test_the_layout_is_pefts(made: dict[str, tuple[Path, Path]]) -> None:
+    """What peft 0.21 writes for these modules (tests_peft opens it with peft)."""
+    source, out = made["qwen3_5_text"]
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    tensors = load_file(out / "adapter" / "adapter_model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    for module in config["target_modules"]:
+        weight = model.get_submodule(module).weight
+        down, up = (tensors.pop(f"base_model.model.{module}.lora_{part}.weight") for part in "AB")
+        assert down.shape == (config["r"], weight.shape[1]) and up.shape == (weight.shape[0], config["r"])
+        assert down.dtype == up.dtype == torch.float32
+    assert not tensors and config["target_modules"]
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8.0)
+    assert config["flarec"]["rows"] == "noisy" and "all rows" in config["flarec"]["warning"]
+    assert load_file(out / "adapter" / "flarec.safetensors").keys() == {PARAMETER}
+    assert "do not load or merge it with peft" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_written_is_what_is_opened(family: str, made: dict[str, tuple[Path, Path]]) -> None:
+    """Noisy rows use the adapter; AR-Trust gives the source's own text all the same, greedy and sampled."""
+    source, out = made[family]
+    plain, model = flarec.load(source), flarec.load(out)
+    drafts = {}
+    for temperature in (0.0, 1.0):
+        wanted = plain.generate("say red", temperature=temperature, max_new_tokens=20, seed=5)
+        given = model.generate("say red", temperature=temperature, max_new_tokens=20, seed=5)
+        assert given.mode == "ar-trust" and given.token_ids == wanted.token_ids
+        drafts[temperature] = model.generate("say red", mode="diffusion-trust", max_new_tokens=8).token_ids
+    extra = open_checkpoint(out).load_extra()
+    assert torch.equal(extra.pop(PARAMETER), mask_vector()[PARAMETER])
+    for parameter in extra.values():
+        assert parameter.dtype == torch.float32
+    for name in extra:
+        if name.endswith("lora_B.weight"):
+            model.program.extra[name].data.zero_()
+    assert model.generate("say red", mode="diffusion-trust", max_new_tokens=8).token_ids != drafts[0.0]
+
+
+def test_custom_generate(made: dict[str, tuple[Path, Path]], alone: tuple[Path, Path]) -> None:
+    """In transformers: of a whole checkpoint, and of an adapter whose model is elsewhere."""
+    source, out = made["bamba"]
+    ids = torch.tensor([[5, 9, 33, 12]])
+    wanted = AutoModelForCausalLM.from_pretrained(source).generate(ids, max_new_tokens=12, do_sample=False)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    options: dict[str, Any] = {"trust_remote_code": True, "max_new_tokens": 12, "do_sample": False}
+    assert model.generate(ids, custom_generate=str(out), **options).tolist() == wanted.tolist()
+    source, adapter = alone
+    model = AutoModelForCausalLM.from_pretrained(source)
+    given = model.generate(ids, custom_generate=str(adapter), adapter=str(adapter), mode="ar-trust", **options)
+    assert given.tolist() == wanted.tolist()
+
+
+def test_an_adapter_alone_is_opened_with_its_source(alone: tuple[Path, Path], tmp_path: Path) -> None:
+    source, out = alone
+    assert {path.name for path in out.iterdir()} == OURS
+    wanted = flarec.load(source).generate("say red", max_new_tokens=12)
+    given = flarec.load(source, adapter=out).generate("say red", max_new_tokens=12)
+    assert given.mode == "ar-trust" and given.token_ids == wanted.token_ids
+    result = CliRunner().invoke(main, ["generate", str(source), "say red", "--adapter", str(out), "--check", "--json",
+                                       "--max-new-tokens", "12"])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)[0]["token_ids"] == wanted.token_ids
+    (tmp_path / "d.jsonl").write_text('{"prompt": "say", "response": " red"}\n')
+    result = CliRunner().invoke(main, ["eval", str(source), "--adapter", str(out), "--data", str(tmp_path / "d.jsonl"),
+                                       "--max-new-tokens", "4"])  # fmt: skip
+    assert result.exit_code == 0 and "ar-trust" in result.output, result.output
+
+
+def test_another_source_is_refused(alone: tuple[Path, Path], tmp_path: Path) -> None:
+    source, out = alone
+    other = tiny_checkpoint(tmp_path, "bamba", seed=1)
+    refusals: dict[str, Callable[[], Any]] = {
+        "is not the model that the adapter in": lambda: flarec.load(other, adapter=out),
+        "holds no adapter of flarec": lambda: flarec.load(source, adapter=source),
+        "does not exist": lambda: flarec.load(source, adapter=tmp_path / "nowhere"),
+        "holds an adapter without its model; give the model (bamba) and --adapter": lambda: flarec.load(out),
+        "cannot be merged into a model": lambda: flarec.load(out / "adapter"),
+    }
+    for words, call in refusals.items():
+        with pytest.raises(CheckpointError, match=r"^[^\n]*$") as caught:
+            call()
+        assert words in str(caught.value)
+    result = CliRunner().invoke(main, ["generate", str(other), "say", "--adapter", str(out)])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "give that model" in result.stderr
+
+
+def test_a_converted_checkpoint_takes_no_adapter(alone: tuple[Path, Path], tmp_path: Path) -> None:
+    _, out = converted(tmp_path, "bamba")
+    with pytest.raises(CheckpointError, match="takes no adapter; give its source"):
+        flarec.load(out, adapter=alone[1])
+
+
+def test_an_adapter_of_peft_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(CheckpointError, match=r"adapter of peft, not a model; merge it .*merge_and_unload"):
+        flarec.load(tmp_path)
+
+
+def test_a_damaged_adapter_is_named(alone: tuple[Path, Path], tmp_path: Path) -> None:
+    source, out = alone
+    shutil.copytree(out, tmp_path / "out")
+    path = tmp_path / "out" / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"abcd")
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors was changed"):
+        flarec.load(source, adapter=tmp_path / "out")
+
+
+def test_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the weights alone, with the source's mode left as it is; copies, and a sentence, on another file system."""
+    notes: list[str] = []
+    source, out = adapted(tmp_path / "one", "bamba", link=True, note=notes.append)
+    weights = source / "model.safetensors"
+    assert weights.samefile(out / "model.safetensors") and not notes
+    assert not (source / "config.json").samefile(out / "config.json")
+    assert flarec.load(out).converted
+
+    def far(*_: Any) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", far)
+    source, out = adapted(tmp_path / "two", "bamba", link=True, note=notes.append)
+    assert not (source / "model.safetensors").samefile(out / "model.safetensors")
+    assert len(notes) == 1 and notes[0].startswith("model.safetensors is copied: it cannot be linked into")
+
+
+@pytest.mark.parametrize("save", [{}, {"max_shard_size": "200KB"}])
+def test_shards_and_tensors_that_transformers_passes_over(save: dict[str, Any], tmp_path: Path) -> None:
+    """A multimodal source, its index, its processor and multi-token prediction: everything, in the same files."""
+    source = tiny_wrapper(tmp_path, **save)
+    before = tree(source)
+    (tmp_path / "out").mkdir()
+    for name in ("adapter_config.json", "README.md", "pytorch_model.bin.index.json", "training_args.bin", "model.py"):
+        (source / name).write_text("{}")
+    place_source(source, tmp_path / "out", link=False, note=lambda text: None)
+    assert tree(tmp_path / "out") == before
+    assert save or PREDICTION in all_tensors(tmp_path / "out")
