@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast test-matrix test-fla pytest lint typecheck demo bench-cpu clean
+.PHONY: help install test test-fast test-matrix test-fla test-peft pytest lint typecheck demo bench-cpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -44,6 +44,10 @@ test-matrix: $(VENV)/.installed-test  ## the tests of the families with other ve
 test-fla: $(VENV)/.installed-test  ## the models of flash-linear-attention, which is never installed in .venv
 	$(BIN)/python tools/environment.py .venv-fla -c constraints-fla.txt torch==2.13.0 flash-linear-attention
 	.venv-fla/bin/python -m pytest -q -n $(WORKERS) --dist loadgroup tests_fla
+
+test-peft: $(VENV)/.installed-test  ## adapters to peft and back; peft is never installed in .venv
+	$(BIN)/python tools/environment.py .venv-peft -c constraints-peft.txt torch==2.13.0 peft
+	.venv-peft/bin/python -m pytest -q tests_peft
 
 lint: $(VENV)/.installed-test typecheck  ## ruff and the type check
 	$(BIN)/ruff check

@@ -291,7 +291,7 @@ def clock_uses(source: str) -> Iterator[tuple[int, str]]:
 
 
 def test_tests_read_no_clock() -> None:
-    files = python_files("tests", "tests_fla")
+    files = python_files("tests", "tests_fla", "tests_peft")
     found = [f"{p.relative_to(ROOT)}:{line}: {name}" for p in files for line, name in clock_uses(p.read_text())]
     assert found == []
 

@@ -34,8 +34,8 @@ FOLDER = "adapter"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PARTS = (".lora_A.weight", ".lora_B.weight")
-MARK = "flarec"
-"""The key of our mark in peft's configuration, which peft passes over."""
+MARK = "flarec_noisy_rows_only"
+"""The key of our mark in peft's configuration: peft opens the adapter all the same, and warns with this name."""
 NOISY_ROWS_ONLY = (
     "this adapter acts on the noisy rows of a block-diffusion program only; on all rows, as peft and a merge apply it, "
     "it ruins the model's own text"
@@ -63,7 +63,7 @@ def write_adapter(folder: Path, extra: Mapping[str, Tensor], info: AdapterInfo, 
         "fan_in_fan_out": False,
         "inference_mode": True,
         "target_modules": modules,
-        MARK: {"rows": "noisy", "warning": NOISY_ROWS_ONLY},
+        MARK: NOISY_ROWS_ONLY,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     save_file(adapter, folder / WEIGHTS, metadata={"format": "pt"})

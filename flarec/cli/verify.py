@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import kernels_option, plugin_options
+from .options import adapter_option, kernels_option, plugin_options
 
 if TYPE_CHECKING:
     from flarec.verify import Result
@@ -18,21 +19,27 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("checkpoint")
 @kernels_option("torch")
+@adapter_option
+@click.option("--source", metavar="SOURCE", help="Of a checkpoint with an adapter: also compare with its source.")
 @plugin_options
 @click.option("--seed", default=0, show_default=True, help="Of the random layouts, tokens and sampling.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def command(
-    checkpoint: str, kernels: str, plugins: tuple[str, ...], passes: tuple[str, ...], seed: int, as_json: bool
-) -> None:
+    checkpoint: str, kernels: str, adapter: Path | None, source: str | None, plugins: tuple[str, ...],
+    passes: tuple[str, ...], seed: int, as_json: bool,
+) -> None:  # fmt: skip
     """Check a CHECKPOINT (or a model that was not converted) against the invariants of the method.
 
     Everything runs in float32 on the CPU, on small random inputs; transformers is the witness for invariants
-    1 and 6. Exit code 1 if one fails.
+    1 and 6. With an adapter, checks 8 to 11 show that the model is its source (docs/semantics.md section 6).
+
+    Exit code 1 if one fails.
     """
     from flarec.verify import verify
 
     results = []
-    for result in verify(checkpoint, kernels=kernels, seed=seed, passes=passes, plugins=plugins):
+    given: dict[str, Any] = {"kernels": kernels, "seed": seed, "passes": passes, "plugins": plugins}
+    for result in verify(checkpoint, adapter=adapter, source=source, **given):
         results.append(result)
         if not as_json:
             _print(result, first=len(results) == 1)

@@ -9,6 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from flarec.errors import UsageError
+
+from .adapter import (
+    ar_trust_is_the_source,
+    clean_rows_keep_their_bits,
+    is_the_source_in_transformers,
+    weights_are_the_sources,
+)
 from .decoding import ar_trust_is_causal, opens_in_transformers, rejected_draft_leaves_no_trace, split_is_whole
 from .streams import clean_logits, no_leak, views_share_a_row
 from .subject import Result, Subject, open_subject
@@ -31,14 +39,27 @@ def verify(
     seed: int = 0,
     passes: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
+    adapter: str | Path | None = None,
+    source: str | Path | None = None,
 ) -> Iterator[Result]:
     """Measure invariants 1 to 7 on a checkpoint or model directory (float32 on the CPU); results come one by one.
 
+    For a checkpoint with an adapter also checks 8 to 11 of `flarec.verify.adapter`; 10 compares with `source`, the
+    model that it was made from, and is left out without it. adapter: of a model whose adapter lies elsewhere.
+
     Raises `CheckpointError` or `UsageError` for a directory that cannot be opened.
     """
-    subject = open_subject(path, kernels=kernels, seed=seed, passes=passes, plugins=plugins)
+    subject = open_subject(path, kernels=kernels, seed=seed, passes=passes, plugins=plugins, adapter=adapter)
+    if source is not None and subject.adapted is None:
+        raise UsageError(f"{path} has no adapter, so its model is not its source; leave the source out")
     for check in INVARIANTS.values():
         yield check(subject)
+    if subject.adapted is not None:
+        yield weights_are_the_sources(subject)
+        yield clean_rows_keep_their_bits(subject)
+        if source is not None:
+            yield is_the_source_in_transformers(subject, source)
+        yield ar_trust_is_the_source(subject)
 
 
 __all__ = [

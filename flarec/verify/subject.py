@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flarec.checkpoint.directory import open_checkpoint
-from flarec.checkpoint.lowered import lowered
+from flarec.checkpoint.directory import Checkpoint, open_checkpoint
+from flarec.checkpoint.lowered import pipeline_of
 from flarec.errors import CheckpointError
 from flarec.frontend.export import capture
+from flarec.ir.pipeline import Pass
 from flarec.ir.program import Program
+from flarec.passes import AdaptNoisyStream, lower
 from flarec.passes.embed_mask import PARAMETER
 from flarec.passes.plugins import load_plugins
 
@@ -26,6 +28,15 @@ READOUTS = ("block_end", "causal")
 
 
 @dataclass(frozen=True)
+class Adapted:
+    """The same model without its adapter: programs that share all other parameters with those of the subject."""
+
+    checkpoint: Checkpoint
+    train: Program
+    decode: Program
+
+
+@dataclass(frozen=True)
 class Subject:
     """The lowered programs, how they decode, and the model in plain transformers as an independent witness.
 
@@ -33,6 +44,7 @@ class Subject:
     source          the model in plain transformers, None where invariants 1 and 6 are not asked for
     mask_token_id   input id of masked positions; for a model that was not converted any id serves
     readouts        of the checkpoint's blocks; suppress: ids that are never generated
+    adapted         of a checkpoint with an adapter: what its checks look at
     """
 
     train: Program
@@ -43,6 +55,7 @@ class Subject:
     readouts: tuple[str, ...] = READOUTS
     suppress: tuple[int, ...] = ()
     seed: int = 0
+    adapted: Adapted | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -93,13 +106,14 @@ def open_subject(
     seed: int = 0,
     passes: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
+    adapter: str | Path | None = None,
 ) -> Subject:
     """Open a checkpoint or model in float32 on the CPU, capture it and lower both programs, checking every pass.
 
     Raises `CheckpointError` for a directory that is damaged or holds no model.
     """
     load_plugins(plugins)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, adapter=adapter)
     if checkpoint.manifest is not None and not checkpoint.foreign:
         checkpoint.manifest.check_files(checkpoint.home, whole=True)
     manifest = checkpoint.manifest
@@ -110,10 +124,13 @@ def open_subject(
     vector = manifest is not None and manifest.mask.kind == "vector"
     if vector and PARAMETER not in program.extra:
         raise CheckpointError(f"{checkpoint.path} has no mask vector ({PARAMETER}); copy the checkpoint again")
-    train, decode = (
-        lowered(checkpoint, program, target, kernels=kernels, foreign=passes, plugins=plugins, debug=True)
+    steps = {
+        target: pipeline_of(manifest, target, kernels=kernels, foreign=passes, plugins=plugins)
         for target in ("train", "decode")
-    )
+    }
+    # training leaves out the gradients of the clean stream over a frozen model, which invariants 2 and 7 look at
+    steps["train"] = [step for step in steps["train"] if step.name != "split-streams"]
+    train, decode = (lower(program, target, steps=chosen, debug=True) for target, chosen in steps.items())
     if manifest is None:
         return Subject(train, decode, source, mask_token_id=0, seed=seed)
     return Subject(
@@ -125,4 +142,10 @@ def open_subject(
         readouts=tuple(dict.fromkeys(manifest.decode.readouts.values())) or READOUTS,
         suppress=() if vector else (manifest.mask.token_id,),
         seed=seed,
+        adapted=_without_adapter(checkpoint, program, steps) if checkpoint.adapter is not None else None,
     )
+
+
+def _without_adapter(checkpoint: Checkpoint, program: Program, steps: Mapping[str, list[Pass]]) -> Adapted:
+    own = {target: [step for step in chosen if step.name != AdaptNoisyStream.name] for target, chosen in steps.items()}
+    return Adapted(checkpoint, *(lower(program, target, steps=own[target]) for target in ("train", "decode")))
