@@ -80,7 +80,7 @@ def test_weights_that_changed(made: tuple[Path, Path], subject: Subject, tmp_pat
 def test_an_adapter_on_all_rows(subject: Subject) -> None:
     """What peft would compute: clean rows move, and the text is another."""
     assert clean_rows_keep_their_bits(subject).passed and ar_trust_is_the_source(subject, cases=2).passed
-    broken = dataclasses.replace(subject, **{name: on_all_rows(getattr(subject, name)) for name in ("train", "decode")})
+    broken = dataclasses.replace(subject, train=on_all_rows(subject.train), decode=on_all_rows(subject.decode))
     result = clean_rows_keep_their_bits(broken)
     assert not result.passed and result.difference > 0.1
     assert not ar_trust_is_the_source(broken, cases=2).passed

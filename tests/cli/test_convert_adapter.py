@@ -1,0 +1,77 @@
+"""`flarec convert` with an adapter recipe: the source's own files, the trained adapter, and what opens them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import flarec as package
+from flarec.checkpoint.directory import open_checkpoint
+from flarec.checkpoint.manifest import Manifest
+from flarec.verify import open_subject
+from flarec.verify.adapter import clean_rows_keep_their_bits
+from tests.checkpoints import tree
+from tests.cli.conversions import QUICK, flarec, write_data
+from tests.models import tiny_checkpoint
+
+RECIPE = ["--recipe", "draft", "--set", "adapter.rank=4", "--set", "adapter.alpha=16", "--set", "objective.ar_weight=0"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("adapters")
+    write_data(place / "data.jsonl")
+    tiny_checkpoint(place, "bamba")
+    return place
+
+
+def arguments(place: Path, out: str, *more: str) -> list[object]:
+    return ["convert", place / "bamba", "--data", place / "data.jsonl", "--out", place / out, *QUICK, *RECIPE, *more]
+
+
+def test_the_model_is_the_source_and_the_adapter_is_trained(place: Path) -> None:
+    """Its own directory and the adapter alone have the same adapter; a link costs no second copy of the weights."""
+    before = tree(place / "bamba")
+    result = flarec(*arguments(place, "whole", "--link"))
+    assert result.exit_code == 0, result.output
+    alone = flarec(*arguments(place, "alone", "--adapter-only"))
+    assert alone.exit_code == 0, alone.output
+    assert f"flarec generate {place / 'bamba'} --adapter {place / 'alone'}" in alone.stderr.replace("\n", "")
+    whole = tree(place / "whole")
+    assert tree(place / "bamba") == before == {name: whole[name] for name in before}
+    assert (place / "bamba/model.safetensors").samefile(place / "whole/model.safetensors")
+    assert not list((place / "alone").glob("model*"))
+    manifest = Manifest.read(place / "alone")
+    assert manifest is not None and manifest.adapter is not None
+    assert (manifest.adapter.rank, manifest.adapter.alpha, manifest.adapter.modules) == (4, 16.0, "all-linear")
+    assert manifest.mask.kind == "vector" and manifest.metrics["diffusion_loss"] > 0
+    config = json.loads((place / "alone/adapter/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 16.0)
+
+    one = open_checkpoint(place / "whole").load_extra()
+    other = open_checkpoint(place / "bamba", adapter=place / "alone").load_extra()
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert all(one[name].any() for name in one), "everything was trained"
+    subject = open_subject(place / "bamba", adapter=place / "alone")
+    checked = clean_rows_keep_their_bits(subject)
+    assert checked.passed and checked.notes == (), checked
+    source = package.load(place / "bamba").generate("say red one", max_new_tokens=8)
+    assert package.load(place / "whole").generate("say red one", max_new_tokens=8).token_ids == source.token_ids
+
+
+def test_options_of_an_adapter_need_one(place: Path) -> None:
+    before, words = tree(place), ["convert", place / "bamba", "--data", place / "data.jsonl", "--out", place / "no"]
+    for option in ("--adapter-only", "--link"):
+        result = flarec(*words, *QUICK, option)
+        assert result.exit_code == 2
+        assert f"{option} is for an adapter, and this recipe trains the model itself; set adapter.rank" in result.stderr
+    assert tree(place) == before
+
+
+def test_an_adapter_is_no_source(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "flarec_noisy_rows_only": "x"}')
+    result = flarec("convert", tmp_path, "--data", place / "data.jsonl", "--out", place / "no", *QUICK)
+    assert result.exit_code == 2 and "is a noise-row adapter of flarec and cannot be merged" in result.stderr
