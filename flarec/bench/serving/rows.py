@@ -12,7 +12,7 @@ from . import ours, stock
 from .models import ServingSession
 
 TOKENS_PER_FORWARD = 2.65
-"""Of AR-Trust, where a rate is wanted: what the demo's checkpoint reaches. What a step accepts leaves its cost alone."""
+"""Of AR-Trust, where a rate is wanted: what the demo reaches. A step costs the same whatever it accepts."""
 REQUESTS = (1, 8, 32)
 LONG = 32768
 PROMPT = 8192
