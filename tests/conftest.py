@@ -31,6 +31,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("flarec")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--exact-cases", type=int, metavar="N", help="cases of tests/decode/test_exact.py, over all families"
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect tests marked `gpu` on a machine without CUDA: pytest's closing line counts them."""
     if torch.cuda.is_available():

@@ -1,0 +1,97 @@
+"""AR-Trust gives the tokens of causal decoding, whatever runs beside it: random scenarios on real (tiny) models.
+
+A scenario draws a family, a readout, a policy of drafts, a block size, slots, chunks of prompts, and whether steps go
+through the buffers of graphs; its requests arrive, stop and are cancelled at random. A case is a request. The default
+suite runs a sample; `make test-exact CASES=10000` runs as many as one likes.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from flarec.base.generation import DRAFTS
+from flarec.decode import Engine
+from flarec.decode.request import Request
+from flarec.layout import READOUTS
+from flarec.passes import lower
+from flarec.verify import Subject
+from flarec.verify.decoding import _near_tie, random_sampling
+from tests.decode.test_graphs import with_graphs
+from tests.models import ALL_FAMILIES, FAMILIES, VOCABULARY, captured, shared_model
+
+REQUESTS = 6
+SAMPLE = 9 * REQUESTS
+MASK = VOCABULARY - 1
+
+
+@functools.cache
+def subject(family: str) -> Subject:
+    decode = lower(captured(family), "decode")
+    return Subject(decode, decode, shared_model(family), mask_token_id=MASK, block_size=3, suppress=(MASK,))
+
+
+def scenario(seed: int, families: tuple[str, ...]) -> tuple[int, int, list[str]]:
+    """(cases, near ties, differences) of one."""
+    rng = random.Random(seed)
+    family, size, readout = rng.choice(families), rng.choice([1, 2, 3, 5]), rng.choice(sorted(READOUTS))
+    drafts = rng.choice([name for name in DRAFTS if name != "auto" or readout == "causal"])
+    made = subject(family)
+    engine = Engine(
+        made.decode, mask_token_id=MASK, block_size=size, readouts={"ar-trust": readout}, eos_ids=(),
+        max_positions=400, suppress=[MASK],
+    )  # fmt: skip
+    graphs = rng.random() < 0.5
+    if graphs:
+        with_graphs(engine)
+    engine._serving = engine._scheduler(rng.choice([1, 2, 4]), rng.choice([3, 8, 512]))
+    prompts = [[rng.randrange(MASK) for _ in range(rng.randint(1, 14))] for _ in range(REQUESTS)]
+    each = [replace(random_sampling(rng), max_new_tokens=rng.randint(1, 14)) for _ in prompts]
+    expected = engine.generate(prompts, each, mode="causal")
+    eos = [
+        [item.token_ids[rng.randrange(len(item.token_ids))]] if rng.random() < 0.3 else [] for item in expected
+    ]  # fmt: skip
+    waiting, running = list(range(REQUESTS)), dict[int, Request]()
+    while waiting or engine.busy:
+        for index in waiting[: rng.choice([0, 1, 3])]:
+            waiting.remove(index)
+            running[index] = engine.add(prompts[index], each[index], mode="ar-trust", drafts=drafts, eos_ids=eos[index])
+        alive = [request for request in running.values() if not request.finished]
+        if alive and rng.random() < 0.08:
+            engine.cancel(rng.choice(alive))
+        engine.step()
+    ties, wrong = 0, []
+    for index, request in running.items():
+        whole = expected[index].token_ids
+        ends = next((place + 1 for place, token in enumerate(whole) if token in eos[index]), len(whole))
+        found = request.generation()
+        wanted = whole[: len(found.token_ids) if found.stop_reason == "cancelled" else ends]
+        if found.token_ids == wanted:
+            continue
+        length = min(len(wanted), len(found.token_ids))
+        a, b = wanted[:length], found.token_ids[:length]
+        if a != b and _near_tie(made, prompts[index], each[index], a, b):
+            ties += 1
+        else:
+            wrong.append(
+                f"scenario {seed}: {family}, blocks of {size}, {readout}, {drafts}, graphs {graphs}, request {index}, "
+                f"{each[index]}: causal {wanted}, AR-Trust {found.token_ids}"
+            )
+    return REQUESTS, ties, wrong
+
+
+def test_ar_trust_equals_causal(pytestconfig: pytest.Config) -> None:
+    asked: Any = pytestconfig.getoption("--exact-cases")
+    families = FAMILIES if asked is None else ALL_FAMILIES
+    cases = ties = seed = 0
+    wrong: list[str] = []
+    while cases < (asked or SAMPLE):
+        more, tied, found = scenario(seed, families)
+        cases, ties, wrong, seed = cases + more, ties + tied, wrong + found, seed + 1
+    print(f"{cases} cases, {ties} near ties, {len(wrong)} differences")
+    assert not wrong, "\n".join(wrong[:5])
+    assert ties <= cases // 100, f"{ties} near ties of {cases}"
