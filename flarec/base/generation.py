@@ -15,7 +15,7 @@ from ..errors import GenerationError
 from .fields import LARGEST, allowed_values, field_types, is_number, key, plain, shown, shows_fields, whole_number
 
 Mode = Literal["causal", "ar-trust", "diffusion-trust"]
-Drafts = Literal["branches", "single"]
+Drafts = Literal["branches", "single", "auto"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 DRAFTS: tuple[Drafts, ...] = get_args(Drafts)
 
@@ -41,7 +41,8 @@ class GenerationOptions:
     seed: int = key(0, "Equal seeds give equal texts.", low=0, high=LARGEST, metavar="N")
     stop: tuple[str, ...] = key((), "Stop before this text (repeatable).", metavar="TEXT")
     drafts: Drafts | None = key(
-        None, "ar-trust: a draft block per possible accepted length, or one. Default: the checkpoint's."
+        None, "ar-trust: a draft block per possible accepted length, one block, or what is fastest here. Default: the "
+        "checkpoint's.",
     )
     threshold: float | None = key(
         None, "diffusion-trust: commit every position this confident. Default: the checkpoint's.",

@@ -23,6 +23,7 @@ from .modes.ar_trust import ARTrustMode
 from .modes.causal import CausalMode
 from .modes.diffusion_trust import DiffusionTrustMode
 from .plan import DecodeProgram
+from .policy import DraftPolicy, sizes_of
 from .request import Generation, OnTokens, Prompts, Request, StopCheck, Stopping
 from .rows import Mode
 from .scheduler import Lane, Scheduler
@@ -95,6 +96,7 @@ class Engine:
         self.shelf: Shelf | None = None
         if graphs == "auto" and program.device.type == "cuda":
             self.shelf = Shelf(lambda: CudaReplays(program.device))
+        self._policies: dict[str, DraftPolicy] = {}  # what was learned about this model here serves the next call
         self._serving = self._scheduler(self.slots, PREFILL_CHUNK)
         self._added = 0
 
@@ -196,7 +198,10 @@ class Engine:
         """What decodes a request whose options are complete."""
         assert options.drafts is not None and options.threshold is not None and options.denoising_steps is not None
         if options.mode == "ar-trust":
-            return ARTrustMode(self._blocks("ar-trust"), options.drafts)
+            blocks, policy = self._blocks("ar-trust"), None
+            if options.drafts == "auto":
+                policy = self._policies.setdefault(options.mode, DraftPolicy(sizes_of(blocks.size, blocks.readout)))
+            return ARTrustMode(blocks, branches=options.drafts != "single", policy=policy)
         if options.mode == "diffusion-trust":
             return DiffusionTrustMode(self._blocks("diffusion-trust"), options.threshold, options.denoising_steps)
         return CausalMode()

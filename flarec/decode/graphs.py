@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter as clock
 from typing import Any, Protocol
 
 import torch
@@ -178,7 +179,7 @@ class Store:
         others = [self.cache.accepted, self.cache.length, self.active, *self.state.values(), *self.sampling.tensors()]
         return cached + [(tensor, 0) for tensor in others]
 
-    def move(self, source: int, target: int) -> None:
+    def copy(self, source: int, target: int) -> None:
         """Copy one slot over another."""
         for tensor, axis in self.per_slot():
             tensor.narrow(axis, target, 1).copy_(tensor.narrow(axis, source, 1))
@@ -230,9 +231,12 @@ class StaticRows(Rows):
         shape = self.mode.shape(self)
         capacity = min(power_of_two(self.longest() + shape.clean, SMALLEST_CAPACITY), self.store.cache.capacity)
         key = GraphKey(shape, capacity, self.truncated, self.sampled)
+        settled, start = key in self.store.replays or bool(self.stats.eager), clock()
         self._run(key)
         values = self.store.results[: len(self.requests), : self.store.widths[key]]
         self._report(self.store.recorder.read(values))
+        if settled:
+            self.mode.timed(shape, clock() - start)
 
     def _run(self, key: GraphKey) -> None:
         store = self.store
@@ -282,7 +286,7 @@ class StaticRows(Rows):
                 continue
             last = len(self.requests) - 1
             if slot != last:
-                self.store.move(last, slot)
+                self.store.copy(last, slot)
                 self.requests[slot] = self.requests[last]
             self.requests.pop()
             self.store.clear(last)

@@ -69,7 +69,7 @@ class Request:
     index    its place in the caller's list, or how many were added before it
     limit    largest number of new tokens, >= 1
     options  complete
-    ready    a note of its mode: drafts are there, or the block is full
+    ready    a note of its mode: how many drafts it has, or whether its block is full
     failure  what ended it if an error did
     """
 
@@ -78,7 +78,7 @@ class Request:
     limit: int
     stopping: Stopping
     options: GenerationOptions
-    ready: bool = False
+    ready: int = 0
     failure: Exception | None = None
     tokens: list[int] = field(default_factory=list)
     forwards: int = 0

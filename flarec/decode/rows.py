@@ -7,6 +7,7 @@ elsewhere come in (`join`). What a row computes depends on no other row and on n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter as clock
 from typing import Protocol
 
 import torch
@@ -56,6 +57,10 @@ class Mode(Protocol):
 
     def report(self, request: Request, values: list[int]) -> None:
         """What `start` or `read` returned for this request."""
+        ...
+
+    def timed(self, shape: StepShape, seconds: float) -> None:
+        """How long a step of this shape took, with all that belongs to it."""
         ...
 
 
@@ -124,8 +129,11 @@ class Rows(Stepper):
     def step(self) -> None:
         """One forward of every request, and what follows from it."""
         shape = self.mode.shape(self)
+        known, start = shape in self.plans, clock()
         self.cache.reserve(self.longest() + shape.clean)
         self._report(self.compute(shape).tolist())
+        if known:  # a first one may compile
+            self.mode.timed(shape, clock() - start)
 
     def compute(self, shape: StepShape) -> Tensor:
         """The part of a step that is a function of tensors; returns what `Mode.report` is given [rows, n] int64."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from flarec.base.generation import DRAFTS
+from torch.nn.functional import pad
 
 from ..plan import StepShape
+from ..policy import DraftPolicy
 from ..request import Request
 from ..rows import Rows
 from ..stepper import BlockSpec
@@ -22,28 +22,29 @@ from ..stepper import BlockSpec
 class ARTrustMode:
     """State: pending [rows], drafts [rows, block size] and have [rows], how many of them are drafts.
 
-    drafts = "branches": one block after every clean row, so whatever is accepted, the next block is there;
-    "single": one block after the last draft, so a rejection costs a forward with one clean row.
-    `Request.ready`: it has drafts for the next step.
+    branches: one block after every clean row, so whatever is accepted, the next block is there; else one block after
+    the last draft, so that a rejection costs a forward with one clean row.
+    policy: decides how long the blocks of a step are; None: as long as they were trained.
+    `Request.ready`: drafts that it has for the next step.
     """
 
-    def __init__(self, blocks: BlockSpec, drafts: str) -> None:
-        assert drafts in DRAFTS
+    def __init__(self, blocks: BlockSpec, *, branches: bool = True, policy: DraftPolicy | None = None) -> None:
         self.blocks = blocks
         self.pending = 1 + blocks.size
-        self.branches = drafts == "branches"
+        self.branches = branches
+        self.policy = policy
 
     def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
         token, _ = rows.choose(clean, rows.ahead(1))
         self._keep(rows, token, noisy[:, 0], torch.ones_like(rows.cache.length, dtype=torch.bool))
-        return torch.cat([torch.full_like(token, -1), torch.ones_like(token), token], dim=1)
+        have = rows.state["have"][:, None]
+        return torch.cat([torch.full_like(token, -1), have, token], dim=1)
 
     def shape(self, rows: Rows) -> StepShape:
-        size = self.blocks.size
-        clean = 1 + size if any(request.ready for request in rows.requests) else 1
-        return StepShape(
-            rows.width, clean, clean, clean if self.branches else 1, size, size, self.blocks.readout
-        )
+        clean = 1 + max(request.ready for request in rows.requests)
+        size = self.policy.next(rows.width) if self.policy is not None else self.blocks.size
+        blocks = (clean if self.branches else 1) if size else 0
+        return StepShape(rows.width, clean, clean, blocks, max(size, 1), size, self.blocks.readout)
 
     def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor]:
         state, noisy = rows.state, shape.length - shape.clean
@@ -60,7 +61,9 @@ class ARTrustMode:
         accepted = right.long().cumprod(dim=1).sum(dim=1)
         rows.accept(accepted + 1)
         token = choice.gather(1, accepted[:, None])
-        if self.branches:  # the block anchored right after the accepted rows
+        if not shape.blocks:
+            rows.state |= {"pending": token[:, 0].clamp_min(0), "have": torch.zeros_like(have)}
+        elif self.branches:  # the block anchored right after the accepted rows
             place = accepted[:, None, None, None].expand(-1, 1, *noisy.shape[2:])
             self._keep(rows, token, noisy.gather(1, place)[:, 0], accepted >= 0)
         else:  # the only one, useless unless all drafts were accepted
@@ -68,19 +71,27 @@ class ARTrustMode:
         return torch.cat([accepted[:, None], rows.state["have"][:, None], choice], dim=1)
 
     def _keep(self, rows: Rows, token: Tensor, logits: Tensor, useful: Tensor) -> None:
-        """Note the next pending token [rows, 1], and the drafts of one block per row. logits [rows, size, V]."""
-        size = self.blocks.size
-        draft, _ = rows.choose(logits, rows.ahead(size) + 1)
+        """Note the next pending token [rows, 1], and the drafts of one block per row. logits [rows, b, V]."""
+        count = logits.shape[1]
+        draft, _ = rows.choose(logits, rows.ahead(count) + 1)
         # what cannot be chosen is a draft like any other: to be rejected
         rows.state |= {
-            "pending": token[:, 0].clamp_min(0), "drafts": draft.clamp_min(0), "have": size * useful.long()
-        }  # fmt: skip
+            "pending": token[:, 0].clamp_min(0),
+            "drafts": pad(draft.clamp_min(0), (0, self.blocks.size - count)),
+            "have": count * useful.long(),
+        }
 
     def report(self, request: Request, values: list[int]) -> None:
         accepted, have, *tokens = values
-        request.ready = have > 0
+        held, request.ready = request.ready, have
         if accepted < 0:  # the start
             request.emit(tokens)
             return
+        if self.policy is not None:
+            self.policy.accepted(held, accepted)
         request.count(accepted)
         request.emit(tokens[: accepted + 1])
+
+    def timed(self, shape: StepShape, seconds: float) -> None:
+        if self.policy is not None:
+            self.policy.timed(shape.rows, shape.clean - 1, shape.block_heads, seconds)

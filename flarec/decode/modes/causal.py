@@ -35,3 +35,6 @@ class CausalMode:
 
     def report(self, request: Request, values: list[int]) -> None:
         request.emit(values)
+
+    def timed(self, shape: StepShape, seconds: float) -> None:
+        pass
