@@ -94,8 +94,19 @@ class _Opaque:
 def _forward(call: str, tensors: list[Tensor], numbers: list[int]) -> list[Tensor]:
     with torch.no_grad():
         results = _Opaque.read(call).run(tensors, numbers)
-    # results of their own: no views of operands or of one another
-    return [result.clone(memory_format=torch.contiguous_format) for result in results]
+    return _of_their_own(results, tensors)
+
+
+def _of_their_own(results: list[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Dense results that are no views of operands or of one another; a copy only of one that is not."""
+    taken = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    found = []
+    for result in results:
+        place = result.untyped_storage().data_ptr()
+        alone = result.is_contiguous() and place not in taken
+        found.append(result if alone else result.clone(memory_format=torch.contiguous_format))
+        taken.add(place)
+    return found
 
 
 @_forward.register_fake

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from flarec import ops
 from flarec.decode.cache import Cache
+from flarec.frontend.export import capture
 from flarec.ir.program import Program
 from flarec.layout import Block, Layout, build_layout
-from flarec.ops.opaque import _forward, pack
+from flarec.ops.opaque import _forward, _of_their_own, pack
 from flarec.passes import lower
-from tests.models import captured_float64
+from tests.models import captured_float64, tiny_model
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES = {
     "qwen3": {"softmax_attention"},
     "lfm2": {"short_conv"},
@@ -81,6 +83,35 @@ def test_a_decode_step_is_one_graph(family: str) -> None:
     logits = [one.step(ids, step, given["head_rows"], kept)[real] for one, kept in ((fast, mine), (program, other))]
     assert_equal([logits[0], *mine.tensors.values()], [logits[1], *other.tensors.values()])
     assert any(not torch.equal(now, cache.tensors[name]) for name, now in mine.tensors.items())
+
+
+def test_a_decode_step_with_triton_kernels_is_one_graph() -> None:
+    """No launcher breaks it: each is one op, and none of its results is copied that is a tensor of its own."""
+    program = lower(capture(tiny_model("qwen3_5_text").to(DEVICE)), "decode", kernels="triton")
+    cache = Cache.allocate(program.cache_slots, 1, 64, DEVICE)
+    prefill = build_layout([[5]], [[]], device=DEVICE)
+    ids, given = arguments(program, prefill)
+    program.step(ids.to(DEVICE), prefill, given["head_rows"].to(DEVICE), cache)
+    cache.accept(torch.tensor([5], device=DEVICE))
+    step = build_layout([[2]], [[Block(0, 6, 2)]], cached=[5], device=DEVICE)
+    ids, given = arguments(program, step, seed=1)
+    mine, other = copy.deepcopy(cache), copy.deepcopy(cache)
+    torch._dynamo.reset()
+    fast = program.compiled(backend="aot_eager", dynamic=False)
+    logits = [one.step(ids.to(DEVICE), step, given["head_rows"].to(DEVICE), kept) for one, kept in
+              ((fast, mine), (program, other))]  # fmt: skip
+    for ours, theirs in zip([logits[0], *mine.tensors.values()], [logits[1], *other.tensors.values()], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(now, cache.tensors[name]) for name, now in mine.tensors.items())
+
+
+def test_only_results_that_are_views_are_copied() -> None:
+    x = torch.randn(4, 6)
+    fresh, turned, twice = torch.randn(2, 3), torch.randn(3, 2).t(), torch.randn(8)
+    found = _of_their_own([fresh, turned, x[1:], twice[:4], twice[4:]], [x])
+    assert found[0] is fresh and found[3].data_ptr() == twice.data_ptr()
+    assert all(result.is_contiguous() for result in found)
+    assert len({result.untyped_storage().data_ptr() for result in [x, *found]}) == 6
 
 
 @pytest.mark.slow
