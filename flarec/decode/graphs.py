@@ -23,7 +23,7 @@ from torch import Tensor
 from flarec.ir.slots import CacheSlot
 
 from .cache import Cache
-from .plan import StepShape
+from .plan import StepPlan, StepShape
 from .rows import Rows
 from .sampling import SamplingRows
 from .stats import DecodeStats
@@ -144,6 +144,7 @@ class Store:
     state     what the mode keeps
     active    [slots] bool: whether a request is in the slot
     results   [slots, width] int64: what `Mode.read` returned, in its first columns
+    suppress, plans   of `Rows`: graphs read their tensors, which must live as long as they do
     """
 
     slots: int
@@ -154,6 +155,8 @@ class Store:
     sampling: SamplingRows
     active: Tensor
     results: Tensor
+    suppress: Tensor | None
+    plans: dict[StepShape, StepPlan]
     uses: dict[GraphKey, int] = field(default_factory=dict)
     widths: dict[GraphKey, int] = field(default_factory=dict)
     replays: dict[GraphKey, Function] = field(default_factory=dict)
@@ -171,7 +174,8 @@ class Store:
         sampling = like.sampling.changed(lambda values: values.new_zeros(slots), False, False)
         active = torch.zeros(slots, dtype=torch.bool, device=device)
         results = torch.zeros(slots, pending + 4, dtype=torch.int64, device=device)
-        return Store(slots, pending, recorder, cache, state, sampling, active, results)
+        kept = None if like.suppress is None else like.suppress.clone()
+        return Store(slots, pending, recorder, cache, state, sampling, active, results, kept, {})
 
     def per_slot(self) -> list[tuple[Tensor, int]]:
         """Every buffer that has a row per slot, and the axis of the slots."""
@@ -203,7 +207,7 @@ class StaticRows(Rows):
 
     def __init__(self, store: Store, like: Rows, stats: DecodeStats) -> None:
         self.program, self.mode, self.blocks = like.program, like.mode, like.blocks
-        self.device, self.suppress, self.plans = like.device, like.suppress, like.plans
+        self.device, self.suppress, self.plans = like.device, store.suppress, store.plans
         self.store = store
         self.stats = stats
         self.requests = []

@@ -11,7 +11,7 @@ import pytest
 
 from flarec.base.generation import GenerationOptions
 from flarec.decode import Engine
-from flarec.decode.graphs import Function, PlainReplays
+from flarec.decode.graphs import Function, PlainReplays, StaticRows
 from flarec.decode.stores import Shelf
 from tests.decode.fake_model import FakeModel
 from tests.decode.helpers import make_engine, random_options, random_prompts
@@ -148,3 +148,25 @@ def test_sampling_kinds_are_graphs_of_their_own() -> None:
         result = engine.generate([[1, 2]], options, mode="ar-trust")[0]
         assert engine.stats.graphs == before + 1
         assert result.token_ids == make_engine(FakeModel(agreement=0.8), 3)[0].generate([[1, 2]], options)[0].token_ids
+
+
+def test_what_graphs_read_lives_as_long_as_they_do() -> None:
+    """A graph holds addresses: every tensor of a step belongs to its store, not to the call that made it."""
+    engine, _ = make_engine(FakeModel(agreement=0.8), 3)
+    with_graphs(engine)
+    stores, masks, plans = [], [], []
+    for prompt in ([1, 2], [3]):
+        engine.add(prompt, mode="ar-trust", max_new_tokens=30, suppress=[4])
+        for _ in range(5):
+            engine.step()
+        (lane,) = engine._serving.lanes.values()
+        rows: Any = lane.running
+        assert isinstance(rows, StaticRows)
+        stores.append(rows.store)
+        masks.append(rows.suppress)
+        plans.append(dict(rows.plans))
+        assert rows.suppress is rows.store.suppress is not lane.suppress and rows.plans is rows.store.plans
+        while engine.busy:
+            engine.step()
+    assert stores[0] is stores[1] and masks[0] is masks[1]
+    assert all(plans[1][shape] is plan for shape, plan in plans[0].items())
