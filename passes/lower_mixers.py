@@ -67,8 +67,9 @@ class LowerMixers(Pass):
                 f"use --kernels {ops.TORCH}"
             )
         operands = dict(node.kwargs)
-        if form.reads is not None:
-            layout, derivation = operands.pop("layout"), form.reads(site)
+        derivation = form.derivation(site)
+        if derivation is not None:
+            layout = operands.pop("layout")
             program.derivations[derivation.name] = derivation  # equal sites read the same one
             operands[derivation.operand] = program.placeholder(derivation.name)
             if site.step:

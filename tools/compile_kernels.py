@@ -25,13 +25,15 @@ from torch import Tensor
 
 from flarec.bench import conv, decode
 from flarec.bench.problems import Conv, DecodeStep, Linear, Softmax, StreamSizes
-from flarec.bench.rows import ATTENTION, CONV, KDA, LAYER, MAMBA, STEP
+from flarec.bench.rows import ATTENTION, CONV, KDA, LAYER, MAMBA, STEP, WIDE_ATTENTION
 from flarec.kernels.linear_attention.tiles.schedule import TileSchedule, largest_chunk
 from flarec.kernels.linear_attention.tiles.train import two_stream
 from flarec.kernels.sampling import triton_choice
 from flarec.kernels.short_conv.triton_conv import ConvSchedule
 from flarec.kernels.softmax_attention import triton_attention
 from flarec.kernels.softmax_attention.attention_schedule import AttentionSchedule
+from flarec.kernels.softmax_attention.step.launch import step as attention_step
+from flarec.layout import Block, build_layout
 from tools.compiled_code import faults, nvdisasm
 
 SHORT = StreamSizes(rows=1, tokens=64)
@@ -140,6 +142,17 @@ def compile_attention(problem: Softmax) -> None:
     )
 
 
+def compile_attention_step(problem: Softmax) -> None:
+    """Four clean rows and a block behind each, over a long cache; and over a short one, which is not split."""
+    blocks = [Block(0, 200 + i, 3) for i in range(1, 5)]
+    layout = build_layout([[4]], [blocks], cached=[200])
+    for capacity in (256, 32768):
+        heads = (problem.heads, problem.key_heads, problem.key_heads)
+        q, k, v = (torch.zeros(1, n, layout.length, problem.dim, dtype=problem.dtype) for n in heads)
+        cache = torch.zeros(1, problem.key_heads, capacity, problem.dim, dtype=problem.dtype)
+        attention_step(q, k, v, cache, cache.clone(), layout, scale=problem.scale)
+
+
 def compile_decode(problem: DecodeStep) -> None:
     decode.step(replace(problem, batch=1), torch.device("cpu"), 0)()
 
@@ -156,6 +169,8 @@ OPS: dict[str, tuple[Callable[[Any], None], Any]] = {
     "mamba2": (compile_linear, MAMBA),
     "conv": (compile_conv, CONV),
     "attention": (compile_attention, ATTENTION),
+    "attention-step": (compile_attention_step, ATTENTION),
+    "attention-step-wide": (compile_attention_step, WIDE_ATTENTION),
     "decode": (compile_decode, STEP),
     "sampling": (compile_sampling, Sampling()),
 }

@@ -110,9 +110,9 @@ class Form:
 
     train     two streams: the op's operands and what `reads` derives from the layout
     step      a decode step: these, the op's slots, `accepted` and `layout`. None: the torch form serves
-    reads     the derivation of a site; None for an op that reads no layout
+    reads     the derivation of a site; None for an op that reads no layout, or where the function reads it itself
     refuses   why the functions cannot run a site, or None
-    omits     operands that `reads` has used up: the functions do not take them
+    omits     operands that `reads` has used up: the functions do not take them (step_omits: those of `step`, if others)
     opaque    which of the functions a compiled or exported graph calls as one op (`flarec.ops.opaque`), because
               tracers cannot or should not look inside: Python loops over a schedule, matrices of computed sizes
     in_place  operands that are read where they lie: a copy into another memory order before them is left out
@@ -123,12 +123,17 @@ class Form:
 
     train: Function
     step: Function | None = None
-    reads: Callable[[Site], Derivation] | None = None
+    reads: Callable[[Site], Derivation | None] | None = None
     refuses: Callable[[Site], str | None] | None = None
     omits: tuple[str, ...] = ()
+    step_omits: tuple[str, ...] | None = None
     opaque: tuple[Literal["train", "step"], ...] = ()
     in_place: tuple[str, ...] = ()
     frozen: bool = False
+
+    def derivation(self, site: Site) -> Derivation | None:
+        """What the function reads at this site beside its operands."""
+        return None if self.reads is None else self.reads(site)
 
 
 def _no_slots(site: Site) -> tuple[Slot, ...]:
@@ -210,10 +215,12 @@ class Mixer:
         """The target of a graph's node; imports what it calls. frozen_clean: clean tokens take no gradient."""
         takes = False
         if implementation == REFERENCE:
-            function, omits, opaque = self.cached if step else self.streams, (), True
+            function, omits, opaque = self.cached if step else self.streams, tuple[str, ...](), True
         else:
             form = self.forms[implementation]
-            function, omits = form.step if step else form.train, form.omits  # type: ignore[assignment]
+            function, omits = form.step if step else form.train, form.omits
+            if step and form.step_omits is not None:
+                omits = form.step_omits
             opaque = ("step" if step else "train") in form.opaque
             takes = form.frozen
         assert function is not None, f"{self.name} has no {implementation} form of a {'step' if step else 'row'}"

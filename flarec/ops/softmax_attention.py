@@ -120,9 +120,11 @@ SOFTMAX_ATTENTION = Mixer(
         ),
         "triton": Form(
             train="flarec.kernels.softmax_attention.triton_attention:two_stream",
-            reads=lambda site: AttentionIntervals(site["window"]),
+            step="flarec.kernels.softmax_attention.step.launch:step",
+            reads=lambda site: None if site.step else AttentionIntervals(site["window"]),
             refuses=_refuses,
             omits=("window",),
+            step_omits=(),
             frozen=True,
         ),
     },

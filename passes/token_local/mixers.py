@@ -67,8 +67,8 @@ def _check_call(target: Call, mixer: Mixer, operands: dict[str, Any], others: di
     slots = tuple(mixer.slots(site)) if target.step else ()
     returned = [slot for slot in slots if not slot.in_place]
     rest = dict(others)
-    if form is not None and form.reads is not None:
-        _check_derived(form, site, rest)
+    if form is not None and (wanted := form.derivation(site)) is not None:
+        _check_derived(form, site, wanted.operand, rest)
     if mixer.mixing != "none" and (form is None or target.step):
         _check_opaque("layout", rest.pop("layout", None), "layout")
     if returned:
@@ -80,14 +80,12 @@ def _check_call(target: Call, mixer: Mixer, operands: dict[str, Any], others: di
     return tuple(_next(caches[slot.operand], slot) for slot in returned)
 
 
-def _check_derived(form: Form, site: Site, rest: dict[str, Any]) -> None:
+def _check_derived(form: Form, site: Site, name: str, rest: dict[str, Any]) -> None:
     """The derivation that the form reads at this site, for whatever chunk size the pipeline asked."""
-    assert form.reads is not None
-    name = form.reads(site).operand
     operand = rest.pop(name, None)
     _check_opaque(name, operand, "derived")
     chunk = getattr(operand.detail, "chunk_size", None)
-    wanted = form.reads(Site(site.operands, site.step, chunk) if chunk else site)
+    wanted = form.derivation(Site(site.operands, site.step, chunk) if chunk else site)
     if type(operand.detail) is not type(wanted) or operand.detail != wanted:
         raise Refusal(f"reads {describe(operand)} as '{name}', which is another derivation than it needs", ONLY_MIXERS)
 

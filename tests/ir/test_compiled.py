@@ -193,7 +193,9 @@ def test_an_operand_may_be_absent() -> None:
     site |= {"scale": 1.0, "delta": True, "l2norm": True}
     reads = ops.LINEAR_ATTENTION.forms[ops.TORCH].reads
     assert reads is not None
-    schedule = reads(ops.Site(site)).build(layout, None)
+    derivation = reads(ops.Site(site))
+    assert derivation is not None
+    schedule = derivation.build(layout, None)
     state = {"state": torch.zeros(2, 1, 4, 4, dtype=torch.float64), "accepted": torch.tensor([0, 0]), "layout": layout}
     state |= dict.fromkeys(("pending_k", "pending_d"), torch.zeros(2, 0, 1, 4, dtype=torch.float64))
     for step in (False, True):
@@ -216,7 +218,9 @@ def test_the_op_of_a_kernel_is_sound() -> None:
     operands = {name: torch.randn(shape, generator=generator, dtype=torch.float64) / 2 for name in "qkvab"}
     operands["g"] = -torch.rand(shape, generator=generator, dtype=torch.float64)
     leaves = [operand.requires_grad_() for operand in operands.values()]
-    schedule = form.reads(ops.Site(operands)).build(LAYOUT, None)
+    derivation = form.reads(ops.Site(operands))
+    assert derivation is not None
+    schedule = derivation.build(LAYOUT, None)
 
     def loss(*tensors: Tensor) -> Tensor:
         named = dict(zip(operands, tensors, strict=True))

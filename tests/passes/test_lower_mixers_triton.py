@@ -19,7 +19,7 @@ from flarec.ir.pipeline import run_pipeline
 from flarec.ir.program import Program, target_name
 from flarec.ops.linear_attention import StepTiles, Tiles
 from flarec.ops.short_conv import ConvOrder
-from flarec.ops.softmax_attention import AttentionIntervals, SoftmaxMask
+from flarec.ops.softmax_attention import AttentionIntervals
 from flarec.passes import lower
 from flarec.passes.lower_mixers import LowerMixers
 from flarec.passes.properties import CHECKS
@@ -29,9 +29,8 @@ from tests.passes.snippets import before_and_after, count, example
 
 pytest.importorskip("triton")
 
-TRAINING = (ops.SOFTMAX_ATTENTION, ops.SHORT_CONV, ops.LINEAR_ATTENTION)
-DECODING = (ops.SHORT_CONV, ops.LINEAR_ATTENTION)
-"""Ops with a Triton form."""
+MIXERS = (ops.SOFTMAX_ATTENTION, ops.SHORT_CONV, ops.LINEAR_ATTENTION)
+"""Ops with a Triton form, for training and for decoding."""
 
 
 def triton_calls(program: Program, mixer: ops.Mixer, step: bool = False) -> int:
@@ -62,7 +61,7 @@ def test_every_site_of_the_training_graph_gets_its_triton_form() -> None:
 )
 def test_no_mixer_of_any_family_is_refused(family: str) -> None:
     """What has a Triton form takes it; the rest is torch by rule, not because a size did not fit."""
-    for target, mixers, step in (("train", TRAINING, False), ("decode", DECODING, True)):
+    for target, mixers, step in (("train", MIXERS, False), ("decode", MIXERS, True)):
         after = lower(captured(family), target, kernels="triton")
         before = lower(captured(family), target, kernels="torch")
         for mixer in mixers:
@@ -80,13 +79,14 @@ def test_the_convolution_reads_the_projection_without_a_copy() -> None:
                 assert x.target is torch.ops.aten.transpose.int
 
 
-def test_the_decoding_graph_keeps_attention_over_the_cache_with_torch() -> None:
+def test_attention_over_the_cache_reads_the_layout_and_derives_nothing() -> None:
     _, after = before_and_after("lower-mixers", "bamba", kernels="triton")
     assert triton_calls(after, ops.LINEAR_ATTENTION, step=True) == 2
     assert triton_calls(after, ops.SHORT_CONV, step=True) == 2
-    assert len(after.calls(ops.SOFTMAX_ATTENTION.call("torch", step=True))) == 2
+    attention = after.calls(ops.SOFTMAX_ATTENTION.call("triton", step=True))
+    assert len(attention) == 2 and all(node.kwargs["layout"].name == "layout" for node in attention)  # type: ignore[union-attr]
     assert after.derivations["step_tiles"] == StepTiles(64)
-    assert after.derivations["softmax_mask"] == SoftmaxMask(None)
+    assert "softmax_mask" not in after.derivations
 
 
 # a fixed decay, a conv of width 3, soft caps with windows, a recurrence without a Triton form, mixers side by side

@@ -1,0 +1,166 @@
+"""The decode step of softmax attention: the cache is read in place, split over programs, and the parts are combined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from flarec.errors import UsageError
+from flarec.layout import Layout
+
+from ..triton_attention import supports
+from ..triton_tiles import precision, score_factors
+from .kernel import FAR, combine_kernel, step_kernel
+
+PROCESSORS = 132  # of an H100
+MOST_SPLITS = 64
+
+
+@dataclass(frozen=True)
+class Launch:
+    """queries: (token, head) rows of a program; keys: of a tile; splits: programs that share a row's cache."""
+
+    queries: int
+    keys: int
+    splits: int
+    warps: int = 4
+    stages: int = 2
+
+
+def launch_of(dtype: torch.dtype, dim: int, rows: int, pairs: int, capacity: int) -> Launch:
+    """For `rows` (token, head) rows of each of `pairs` (request, key head) pairs, and a cache of `capacity` positions.
+
+    Two programs per multiprocessor, if each gets four tiles of keys where the cache is full.
+    """
+    wide, exact = dim > 128, dtype == torch.float32
+    most, keys = (16 if wide else 32, 16 if wide else 32) if exact else (64, 32 if wide else 64)
+    queries = min(most, max(16, triton.next_power_of_2(rows)))
+    tiles = -(-rows // queries)
+    splits = max(1, min(-(-2 * PROCESSORS // (pairs * tiles)), capacity // (4 * keys), MOST_SPLITS))
+    return Launch(queries, keys, splits, warps=8 if exact or queries == 64 else 4, stages=1 if exact else 2)
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention output [B, T, H, Dv] in q's dtype, 0 on padding, which is never read; meaning as in `reference_step`.
+
+    q [B, H, T, Dqk], k [B, Hkv, T, Dqk], v [B, Hkv, T, Dv], caches [B, Hkv, M, D]: bfloat16, float16 or float32, sums
+    float32. The layout's clean keys and values are written into the caches in place. Nothing is read from the device,
+    so the layout is not checked: its clean tokens are those of document 0 at positions cached, cached + 1, ... < M.
+    Raises `UsageError` for what `supports` refuses and for operands that do not belong together.
+    """
+    _check(q, k, v, k_cache, v_cache, layout, scale, softcap)
+    out: Tensor = step_op(
+        q, k, v, k_cache, v_cache, layout.clean_document, layout.clean_position, layout.noisy_block,
+        layout.noisy_position, layout.block_anchor, layout.block_readout, layout.cached, scale, window, softcap,
+    )  # fmt: skip
+    return out
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, layout: Layout, scale: float,
+    softcap: float | None,
+) -> None:  # fmt: skip
+    rows, heads, length, dim = q.shape
+    key_heads, value_dim, capacity = v.shape[1], v.shape[3], k_cache.shape[2]
+    fits = k.shape == (rows, key_heads, length, dim) and v.shape == (rows, key_heads, length, value_dim)
+    fits &= k_cache.shape == (rows, key_heads, capacity, dim)
+    fits &= v_cache.shape == (rows, key_heads, capacity, value_dim)
+    if not fits or (layout.rows, layout.length) != (rows, length):
+        raise UsageError(
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} and the caches {list(k_cache.shape)}, "
+            f"{list(v_cache.shape)} do not fit a layout of {layout.rows} rows of {layout.length} tokens"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise UsageError(f"q, k and v have different dtypes: {q.dtype}, {k.dtype}, {v.dtype}")
+    if softcap is not None and softcap <= 0:
+        raise UsageError(f"a softcap of {softcap} is not positive")
+    reason = supports(q.dtype, heads, key_heads, dim, value_dim, scale=scale)
+    if reason is not None:
+        raise UsageError(f"the Triton attention cannot run this: {reason}; use the torch implementation")
+
+
+@torch.library.custom_op("flarec::softmax_attention_step", mutates_args=("k_cache", "v_cache"))
+def step_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    clean_document: Tensor,
+    clean_position: Tensor,
+    noisy_block: Tensor,
+    noisy_position: Tensor,
+    block_anchor: Tensor,
+    block_readout: Tensor,
+    cached: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """`step` with the layout's tensors as operands."""
+    launch = launch_of(
+        q.dtype, max(q.shape[3], v.shape[3]), q.shape[1] // max(k.shape[1], 1) * q.shape[2], k.shape[0] * k.shape[1],
+        k_cache.shape[2],
+    )  # fmt: skip
+    layout = (clean_document, clean_position, noisy_block, noisy_position, block_anchor, block_readout, cached)
+    return run(q, k, v, k_cache, v_cache, layout, scale=scale, window=window, softcap=softcap, launch=launch)
+
+
+@step_op.register_fake
+def _(q, k, v, *_):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+def _last_stride_one(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@torch.no_grad()
+def run(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, layout: tuple[Tensor, ...], *, scale: float,
+    window: int | None, softcap: float | None, launch: Launch,
+) -> Tensor:  # fmt: skip
+    """`step` by this launch; layout: the tensors of `step_op`, in its order."""
+    rows, heads, length, dim = q.shape
+    key_heads, value_dim = v.shape[1], v.shape[3]
+    clean, noisy, blocks = layout[0].shape[1], layout[2].shape[1], layout[4].shape[1]
+    q, k, v = (_last_stride_one(x) for x in (q, k, v))
+    layout = tuple(x.contiguous() for x in layout)
+    out = torch.empty(rows, length, heads, value_dim, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    split = launch.splits > 1
+    part = torch.empty(launch.splits, *out.shape, dtype=torch.float32, device=q.device) if split else out
+    sums = [torch.empty(launch.splits * rows * length * heads if split else 0, dtype=torch.float32, device=q.device)
+            for _ in range(2)]  # fmt: skip
+    group = heads // key_heads
+    tiles = -(-length * group // launch.queries)
+    strides = [stride for x in (q, k, v, k_cache, v_cache) for stride in x.stride()[:3]]
+    value_block = triton.next_power_of_2(value_dim)
+    step_kernel[(rows * key_heads * tiles, launch.splits)](
+        q, k, v, k_cache, v_cache, *layout, part, *sums, *strides, *score_factors(scale, softcap),
+        key_heads, clean, noisy, blocks, k_cache.shape[2], window or FAR.value, tiles,
+        GROUP=group, D=dim, DV=value_dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_DV=value_block,
+        BLOCK_M=launch.queries, BLOCK_N=launch.keys, SPLITS=launch.splits, SOFTCAP=softcap is not None,
+        PRECISION=precision(q), num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    if split:
+        combine_kernel[(rows * length * heads,)](
+            part, *sums, out, rows * length * heads, DV=value_dim, BLOCK_DV=value_block, SPLITS=launch.splits,
+            BLOCK_S=triton.next_power_of_2(launch.splits), num_warps=4,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,175 @@
+"""The Triton decode step of softmax attention against the loop over tokens: outputs, caches, what it never reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flarec import ops
+from flarec.errors import UsageError
+from flarec.kernels.softmax_attention.reference import reference_step
+from flarec.layout import Block, Layout, build_layout
+from tests.oracles.layouts import layouts
+
+pytest.importorskip("triton")
+
+from flarec.kernels.softmax_attention.step import launch as step_launch
+from flarec.kernels.softmax_attention.step.launch import MOST_SPLITS, Launch, launch_of
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+step: Any = step_launch.step  # untyped: tests unpack tensors before further positional arguments
+run: Any = step_launch.run
+oracle: Any = reference_step
+
+
+def operands(
+    layout: Layout, capacity: int, heads: int, group: int, dim: int, value_dim: int, dtype: torch.dtype, seed: int = 0
+) -> list[Tensor]:
+    """q, k, v and caches; NaN on padding and in cache slots that hold nothing."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(count: int, tokens: int, size: int) -> Tensor:
+        return torch.randn(layout.rows, count, tokens, size, generator=generator, dtype=torch.float64).to(dtype)
+
+    sizes = ((heads * group, layout.length, dim), (heads, layout.length, dim), (heads, layout.length, value_dim))
+    made = [normal(*size) for size in (*sizes, (heads, capacity, dim), (heads, capacity, value_dim))]
+    padding = (layout.token_document() < 0)[:, None, :, None]
+    empty = (torch.arange(capacity) >= layout.cached[:, None])[:, None, :, None]
+    return [x.masked_fill(padding if i < 3 else empty, torch.nan) for i, x in enumerate(made)]
+
+
+def compare(layout: Layout, given: list[Tensor], rtol: float, launch: Launch | None = None, **options: Any) -> None:
+    layout = layout.validate()
+    exact = [x.double() for x in given]
+    wanted = oracle(*exact, layout, **options)
+    moved, there = [x.to(DEVICE, copy=True) for x in given], layout.to(DEVICE)
+    if launch is None:
+        found = step(*moved, there, **options)
+    else:
+        names = ("clean_document", "clean_position", "noisy_block", "noisy_position", "block_anchor", "block_readout")
+        tensors = tuple(getattr(there, name) for name in (*names, "cached"))
+        found = run(*moved, tensors, launch=launch, **{"window": None, "softcap": None} | options)
+    assert found.dtype == given[0].dtype
+    error = (found.cpu().double() - wanted).norm() / wanted.norm()
+    assert float(error) < rtol, f"{float(error):.1e}"
+    padding = layout.token_document() < 0
+    assert not found.cpu()[padding].any()
+    for cache, new in zip(moved[3:], exact[3:], strict=True):
+        assert torch.equal(cache.cpu().double().nan_to_num(7), new.nan_to_num(7))
+
+
+STEP = build_layout(
+    [[3], [1], []],
+    [[Block(0, 21, 2), Block(0, 23, 2, readout="causal")], [Block(0, 5, 3)], [Block(0, 9, 2)]],
+    cached=[20, 4, 9],
+)
+"""Three requests: drafts and branches, one row and one block, and a block that starts at the cache's end."""
+SHAPES = [
+    (2, 2, 16, 16, None, None),
+    (1, 4, 24, 16, 7, None),  # a window, and keys wider than values
+    (2, 1, 40, 20, None, 3.0),  # a soft cap, and widths that are no powers of two
+]
+
+
+@pytest.mark.parametrize(("heads", "group", "dim", "value_dim", "window", "softcap"), SHAPES)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_step_is_the_loop(
+    heads: int, group: int, dim: int, value_dim: int, window: int | None, softcap: float | None, splits: int
+) -> None:
+    given = operands(STEP, 32, heads, group, dim, value_dim, torch.float32)
+    launch = Launch(queries=16, keys=16 if CUDA else 8, splits=splits, stages=1)
+    compare(STEP, given, 2e-6, launch, scale=dim**-0.5, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 6e-3), (torch.float16, 1e-3)])
+def test_low_precision(dtype: torch.dtype, rtol: float) -> None:
+    """Against float64 on the same operands: weights and output are rounded once each, and the interpreter cuts off."""
+    compare(STEP, operands(STEP, 32, 2, 2, 32, 32, dtype), rtol, scale=0.2)
+
+
+@settings(max_examples=8 if not CUDA else 60)
+@given(
+    layout=layouts(single_document=True, max_clean=6, max_block=3),
+    window=st.one_of(st.none(), st.integers(1, 6)),
+    splits=st.integers(1, 2),
+    seed=st.integers(0, 99),
+)
+def test_any_layout(layout: Layout, window: int | None, splits: int, seed: int) -> None:
+    capacity = int((layout.cached + layout.clean_length).max()) + 2
+    given = operands(layout, capacity, 1, 2, 16, 16, torch.float32, seed)
+    if not given[0].numel():
+        return
+    compare(layout, given, 2e-6, Launch(16, 16, splits, stages=1), scale=0.3, window=window)
+
+
+def test_operands_may_lie_anywhere_and_must_fit() -> None:
+    given = operands(STEP, 32, 2, 2, 16, 16, torch.float32)
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in given]
+    compare(STEP, turned, 2e-6, scale=0.25)
+    q, k, v, k_cache, v_cache = given
+    wrong: list[tuple[list[Tensor], float | None, str]] = [
+        ([q, k, v[..., :8], k_cache, v_cache], None, "do not fit"),
+        ([q, k[:, :, 1:], v, k_cache, v_cache], None, "do not fit"),
+        ([q, k.double(), v, k_cache, v_cache], None, "different dtypes"),
+        ([q, k, v, k_cache, v_cache], -1.0, "not positive"),
+        ([q[..., :8], k[..., :8], v, k_cache[..., :8], v_cache], None, "outside"),
+    ]
+    for tensors, softcap, message in wrong:
+        with pytest.raises(UsageError, match=message):
+            step(*tensors, STEP, scale=0.3, softcap=softcap)
+
+
+def test_launches_fill_the_device_and_leave_short_caches_whole() -> None:
+    for dim in (64, 128, 256):
+        for rows in (1, 4, 64, 2000):
+            for pairs in (1, 2, 256):
+                for capacity in (0, 64, 32768):
+                    launch = launch_of(torch.bfloat16, dim, rows, pairs, capacity)
+                    assert 16 <= launch.queries <= 64 and 1 <= launch.splits <= MOST_SPLITS
+                    assert launch.splits == 1 or launch.splits * 4 * launch.keys <= capacity
+    assert launch_of(torch.bfloat16, 256, 64, 2, 32768).splits == MOST_SPLITS
+    assert launch_of(torch.bfloat16, 256, 4, 2, 64).splits == 1
+
+
+def test_a_compiler_sees_one_op_that_writes_the_caches() -> None:
+    q, k, v, k_cache, v_cache = (x.to(DEVICE) for x in operands(STEP, 32, 1, 1, 16, 16, torch.float32))
+    call = ops.SOFTMAX_ATTENTION.call(ops.TRITON, step=True)
+    layout, options = STEP.to(DEVICE), {"scale": 0.25, "window": None, "softcap": None}
+
+    def attend(keys: Tensor, values: Tensor) -> Tensor:
+        out: Tensor = call(q=q, k=k, v=v, k_cache=keys, v_cache=values, layout=layout, **options)
+        return out
+
+    mine, other = [k_cache.clone(), v_cache.clone()], [k_cache.clone(), v_cache.clone()]
+    torch._dynamo.reset()
+    fast = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert torch.equal(fast(*mine), attend(*other))
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(mine, other, strict=True))
+    assert not torch.equal(mine[0].nan_to_num(7), k_cache.nan_to_num(7))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "group", "dim", "value_dim"), [(2, 4, 256, 256), (2, 4, 128, 128), (4, 1, 192, 128)])
+def test_real_sizes_on_a_gpu(dtype: torch.dtype, heads: int, group: int, dim: int, value_dim: int) -> None:
+    """Long caches of different lengths, drafts with a branch behind each, chosen launches, also from a CUDA graph."""
+    held = [9000, 317]
+    blocks = [[Block(0, start + i, 3) for i in range(1, 5)] for start in held]
+    layout = build_layout([[4], [4]], blocks, cached=held)
+    given = operands(layout, 9216, heads, group, dim, value_dim, dtype)
+    rtol = 2e-5 if dtype == torch.float32 else 6e-3
+    for window in (None, 1000):
+        compare(layout, [x.clone() for x in given], rtol, scale=dim**-0.5, window=window)
+    moved, there = [x.cuda() for x in given], layout.to("cuda")
+    eager = step(*moved, there, scale=0.1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step(*moved, there, scale=0.1)
+    graph.replay()
+    assert torch.equal(found, eager)
