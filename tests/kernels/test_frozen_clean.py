@@ -87,7 +87,8 @@ def run(mixer: Mixer, operands: dict[str, Any], layout: Layout, *, frozen: bool)
     }
     tokens = {name: value for name, value in given.items() if isinstance(value, Tensor) and name in mixer.axes}
     form = mixer.forms["torch"]
-    derivation = form.reads(Site(operands, chunk_size=4))  # type: ignore[misc]
+    derivation = form.derivation(Site(operands, chunk_size=4))
+    assert derivation is not None
     call = mixer.call("torch", frozen_clean=frozen)
     extra = {"clean_positions": layout.clean_position} if frozen else {}
     out = call(**given, **{derivation.operand: derivation.build(layout, None)}, **extra)
