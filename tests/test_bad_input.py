@@ -114,6 +114,8 @@ CASES: list[tuple[str, Callable[[Place], Any], list[str], str]] = [
     ("block size 0", nothing, [*CONVERT, "--set", "diffusion.block_size=0"], "diffusion.block_size = 0 is not allowed"),
     ("block larger than a row", nothing, [*CONVERT, "--max-length", "16", "--set", "diffusion.block_size=17"],
      "diffusion.block_size = 17 is larger than data.max_length = 16"),
+    ("earlier block larger than a row", nothing, [*CONVERT, "--max-length", "16", "--set",
+     "diffusion.earlier_block_sizes=17:0.5"], "diffusion.earlier_block_sizes = 17 is larger than data.max_length = 16"),
     ("no steps", nothing, [*CONVERT, "--steps", "0"], "optimizer.steps = 0 is not allowed"),
     ("rows longer than the context", nothing, [*CONVERT, "--max-length", "1025"],
      "longer than the model's context of 1024 positions"),

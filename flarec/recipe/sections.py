@@ -161,6 +161,11 @@ class Diffusion(BlockKind):
                 f"places only; lower it, or raise {self.path}.block_size"
             )
 
+    def block_sizes(self) -> list[tuple[str, int]]:
+        """(key, size) of every size that blocks have during a run."""
+        earlier = [(f"{self.path}.earlier_block_sizes", size) for size, _ in self._block_sizes()]
+        return [(f"{self.path}.block_size", self.block_size), *earlier]
+
     def _block_sizes(self) -> list[tuple[int, float]]:
         path, metadata = f"{self.path}.earlier_block_sizes", type(self).__dataclass_fields__["block_size"].metadata
 

@@ -37,11 +37,12 @@ class Options(Arguments):
         given = [f"{key}={value}" for key, value in short.items() if value is not None]
         recipe = load_recipe(self.recipe).override([*self.overrides, *given])
         recipe = replace(recipe, passes=(*recipe.passes, *self.passes))
-        if recipe.diffusion.block_size > recipe.data.max_length:
-            raise RecipeError(
-                f"diffusion.block_size = {recipe.diffusion.block_size} is larger than data.max_length = "
-                f"{recipe.data.max_length}; choose a smaller block or longer rows"
-            )
+        for key, size in recipe.diffusion.block_sizes():
+            if size > recipe.data.max_length:
+                raise RecipeError(
+                    f"{key} = {size} is larger than data.max_length = {recipe.data.max_length}; choose a smaller block "
+                    "or longer rows"
+                )
         return recipe
 
     def check_output(self, source: Path, *, locked: bool = False) -> None:
