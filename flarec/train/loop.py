@@ -20,6 +20,7 @@ from .feed import Feed, MicroBatch, moved
 from .mask_token import MaskToken
 from .objective.batch import Batch
 from .objective.head_loss import losses_of
+from .objective.kinds import LOSSES
 from .objective.loss import Metrics
 from .precision import Weights
 from .router import ExpertLoad
@@ -38,6 +39,7 @@ class Step:
     losses    [micro batches] weighted contributions to the step's loss
     gradient  [] global gradient norm before clipping
     rows      the packed rows, `micro_rows` of them per micro batch
+    learned   names of the losses that its noisy blocks had
     experts   load of the expert layers, None for a model without them
     done      CUDA event behind the step's copies, None on a CPU
     """
@@ -51,6 +53,7 @@ class Step:
     micro_rows: int
     clean_tokens: int
     noisy_tokens: int
+    learned: Sequence[str] = ()
     experts: ExpertLoad | None = None
     done: Any = None
 
@@ -74,6 +77,7 @@ class Step:
             "lr": self.lr,
             "clean_tokens": self.clean_tokens,
             "noisy_tokens": self.noisy_tokens,
+            "diffusion_losses": list(self.learned),
             **({"router": self.experts.summary()} if self.experts is not None else {}),
         }
 
@@ -155,9 +159,11 @@ class Trainer:
             losses, gradient, metrics, experts = moved(found, torch.device("cpu"))
             done = torch.cuda.current_stream(self.program.device).record_event()
         clean, noisy = (sum(getattr(x, name) for x in given.batches) for name in ("clean_tokens", "noisy_tokens"))
+        learned = [name for name in LOSSES if any(name in batch.losses for batch in given.batches)]
         return Step(
-            self.step, lr, losses, gradient, metrics, given.rows, options.micro_rows, clean, noisy, experts, done
-        )
+            self.step, lr, losses, gradient, metrics, given.rows, options.micro_rows, clean, noisy, learned, experts,
+            done,
+        )  # fmt: skip
 
     def accumulate(self, batches: Sequence[Batch]) -> tuple[Tensor, Metrics, ExpertLoad | None]:
         """Gradients of the micro batches (on the host) of one step, added up: (losses [micro batches], summed metrics

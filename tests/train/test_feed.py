@@ -47,6 +47,7 @@ def test_steps_are_the_same_and_resume_bit_for_bit(name: str, overrides: list[st
     if overrides:
         sizes = [len(line["one_minus_tv"]) for line in expected]  # type: ignore[arg-type]
         assert sizes == [1, 1, 2, 2, 3, 3]
+        assert [line["diffusion_losses"] for line in expected] == [["kl"]] * 3 + [["el"]] * 3
         assert [line["diffusion_loss"] < 0 for line in expected] == [False] * 3 + [True] * 3  # type: ignore[operator]
 
     first = trainer(chosen, ahead=True)

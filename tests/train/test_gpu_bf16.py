@@ -12,7 +12,6 @@ from torch import Tensor
 from flarec.frontend.export import capture
 from flarec.kernels.row_losses import implementation
 from flarec.passes import lower
-from flarec.recipe import load_recipe
 from flarec.train.data.packing import RowStream
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import choose_mask_token, initialise_mask_token
@@ -23,7 +22,7 @@ from flarec.train.objective.loss import Scales, loss
 from flarec.train.objective.noise import step_generator
 from tests.models import tiny_model, tiny_tokenizer
 from tests.train.documents import MASK
-from tests.train.objective.test_loss import ROWS
+from tests.train.objective.test_loss import ROWS, diffusion_of
 from tests.train.small_run import recipe, source
 
 pytestmark = pytest.mark.gpu
@@ -107,14 +106,14 @@ def test_waiting_would_be_seen() -> None:
 
 
 @pytest.mark.parametrize("form", ["triton", "torch"])
-@pytest.mark.parametrize("name", ["flare", "draft", "dual"])
+@pytest.mark.parametrize("name", ["flare", "draft", "dual", "el", "dual, tv until fail"])
 @pytest.mark.parametrize("chunk", [16, 4096])
 def test_the_head_in_chunks(form: str, name: str, chunk: int) -> None:
     """bfloat16 hidden rows and head against float64 on the same numbers; one chunk, and several added up in float32.
 
     The budget is what bfloat16 logits cost anyway: the error of the losses on whole logits."""
     vocab, width = 5000, 64
-    batch = build_batch(ROWS * 4, load_recipe(name).diffusion, MASK, step_generator(0, 0))
+    batch = build_batch(ROWS * 4, diffusion_of(name), MASK, step_generator(0, 0))
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (
         torch.randn(n, width, generator=generator).to("cuda", BF16).requires_grad_()
