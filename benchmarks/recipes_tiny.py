@@ -2,8 +2,8 @@
 
     python benchmarks/recipes_tiny.py --device cuda --steps 200 --out benchmarks/results/tiny-recipes.json
 
-Every recipe gets the same data order, steps, rows and learning rate. The published rate (1e-5) is far too small for a
-model of this size, so the runs share one that suits it.
+Every recipe gets the same data order, steps and rows. The published rate (1e-5) is far too small for a model of this
+size, so the runs that train all of it share one that suits it; adapters have that of their recipes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ SHARED = (
     "optimizer.schedule=cosine", "optimizer.warmup_steps=20", "optimizer.batch_rows=4", "optimizer.micro_rows=4",
     "data.max_length=512", "evaluation.every=0",
 )  # fmt: skip
+FULL_RATE = "optimizer.lr=3e-4"
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tasks", type=int, default=100)
     parser.add_argument("--recipes", default="flare,draft,dual", help="names or files, separated by commas")
-    parser.add_argument("--set", action="append", default=["optimizer.lr=3e-4"], metavar="KEY=VALUE")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--commit", default=None, help="commit of the tree, where git cannot tell")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tiny-recipes.json"))
     options = parser.parse_args()
@@ -48,7 +49,8 @@ def _convert(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--recipe", recipe, "--out", folder]
         command += ["--device", options.device, "--steps", str(options.steps), "--tasks", str(options.tasks)]
-        for item in (*SHARED, *options.set):
+        rate = [] if recipe.startswith("adapter") else [FULL_RATE]
+        for item in (*SHARED, *rate, *options.set):
             command += ["--set", item]
         subprocess.run(command, cwd=ROOT, check=True)
         report: dict[str, Any] = json.loads((Path(folder) / "report.json").read_text())

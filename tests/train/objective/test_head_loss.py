@@ -35,6 +35,7 @@ TAILS: dict[str, Tail | None] = {
 RECIPES = {
     **CHOICES,
     "grids": ("draft", ["diffusion.grids=3"]),
+    "random offset": ("draft", ["diffusion.grid_offset=random", "diffusion.slot_weights=accept-until-fail"]),
     "grids, el": ("draft", ["diffusion.grids=4", "diffusion.loss=el"]),
     "two views, KL": ("flare", ["diffusion.loss=kl", "diffusion.supervise=masked-target"]),
 }
