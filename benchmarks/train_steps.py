@@ -364,8 +364,8 @@ def rows_of(results: dict[str, dict[str, Any]], rate: float, clean: int) -> list
         ratio = found["seconds"] / plain["seconds"] if found and plain else None
         line("adapter-to-ar", "adapter: time per clean token to ar's", "x", ratio, "adapter", 1.6, 1.2, why="no ar")
         common = max(set(pair["adapter"]) & set(pair["ar"]), default=0)
-        peaks = [pair[part][common]["peak_gib"] for part in ("adapter", "ar")] if common else [None, None]
-        ratio = peaks[0] / peaks[1] if None not in peaks else None
+        ours, theirs = (pair[part].get(common, {}).get("peak_gib") for part in ("adapter", "ar"))
+        ratio = ours / theirs if ours and theirs else None
         line("adapter-memory-to-ar", f"adapter: peak memory to ar's, {common} rows each", "x", ratio, "adapter",
              0.4, 0.3, why="ar not run")  # fmt: skip
     for part, result in results.items():
