@@ -22,6 +22,7 @@ from flarec.frontend.tiny import build_tiny
 from flarec.ir.program import Program
 from flarec.passes import lower
 from flarec.recipe import load_recipe
+from flarec.train.adapter import adapter_of
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import MaskToken
 from flarec.train.objective.batch import build_batches
@@ -53,7 +54,7 @@ def trainer(family: str) -> Trainer:
 def peak_bytes(run: Trainer) -> int:
     """The most that torch's CPU allocator handed out in a step beside weights, gradients and moments."""
     run.advance()  # makes gradients and moments
-    batches = build_batches(run.rows.rows(BATCH), RECIPE.diffusion, run.mask.token_id, step_generator(0, 0))
+    batches = build_batches(run.rows.rows(BATCH), run.recipe.diffusion, run.mask.token_id, step_generator(0, 0))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run.accumulate(batches)
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
@@ -76,6 +77,24 @@ def test_training_memory_is_what_torch_allocates(family: str) -> None:
     assert 0 <= parts["AdamW moments"] - 8 * count < 4096, "step counters"
     assert parts["activations"] == pytest.approx(peak_bytes(run), rel=0.05)
     assert simulated(family).memory.total == sum(parts.values())
+
+
+def test_memory_of_an_adapter_is_what_torch_allocates() -> None:
+    """A frozen model without gradients and moments, and activations of noisy rows."""
+    chosen = load_recipe("draft").override(
+        [f"optimizer.batch_rows={BATCH}", f"optimizer.micro_rows={BATCH}", "adapter.rank=8", "objective.ar_weight=0"]
+    )
+    program = lower(real("qwen3_5_text"), "train", mask_vector=True, adapter=adapter_of(chosen))
+    parts = simulate_training(program, chosen, length=LENGTH, batch=BATCH, device=CPU).memory.parts
+    mask = MaskToken("vector", program.vocab_size)
+    run = Trainer(program, chosen, mask, full_rows(LENGTH, BATCH, chosen), seed=0)
+    count = sum(parameter.numel() for parameter in run.parameters.values())
+    every = sum(parameter.numel() for parameter in program.parameters().values())
+    assert 10 * count < every
+    assert parts["gradients"] == 4 * count
+    assert 0 <= parts["weights"] - 4 * every < 4096
+    assert 0 <= parts["AdamW moments"] - 8 * count < 8192, "step counters"
+    assert parts["activations"] == pytest.approx(peak_bytes(run), rel=0.05)
 
 
 def test_more_tokens_and_views_need_more() -> None:
