@@ -12,7 +12,7 @@ from torch import Tensor
 from flarec.layout import Block, Layout, build_layout
 
 pytest.importorskip("triton")
-from flarec.kernels.linear_attention.tiles import launch
+from flarec.kernels.linear_attention.tiles.problem import Problem
 from flarec.kernels.linear_attention.tiles.schedule import TileSchedule
 from flarec.kernels.linear_attention.tiles.train import two_stream as linear_attention
 from flarec.kernels.softmax_attention.attention_schedule import AttentionSchedule
@@ -82,7 +82,7 @@ def test_linear_attention(gate: str, delta: bool, l2norm: bool) -> None:
 
 def test_a_frozen_backward_launches_no_kernel_of_clean_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
-    known = launch.Problem.launch
+    known = Problem.launch
 
     def noted(self: Any, name: str, *args: Any, **kwargs: Any) -> None:
         names.append(name)
@@ -92,11 +92,11 @@ def test_a_frozen_backward_launches_no_kernel_of_clean_rows(monkeypatch: pytest.
     tensors = {name: randn(seed, rows, length, 1, 16) for seed, name in enumerate(("q", "k", "v"))}
     tensors["beta"] = randn(4, rows, length, 1).sigmoid()
     schedule = TileSchedule.from_layout(LAYOUT.to("cpu"), chunk_size=16).to(DEVICE)
-    leaves = {name: value.requires_grad_() for name, value in tensors.items()}
+    leaves: Any = {name: value.requires_grad_() for name, value in tensors.items()}
     out = linear_attention(
         **leaves, g=None, schedule=schedule, scale=0.3, delta=True, l2norm=False, frozen_clean=LAYOUT.clean_length
     )
-    monkeypatch.setattr(launch.Problem, "launch", noted)
+    monkeypatch.setattr(Problem, "launch", noted)
     out.sum().backward()
     assert names == ["noisy_queries_grad", "noisy_keys_grad"]
 
