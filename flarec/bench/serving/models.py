@@ -68,9 +68,9 @@ class ServingSession(Session):
     def vocabulary(self) -> int:
         return SHAPES[self.shape]["vocab_size"]
 
-    def engine(self, slots: int, *, graphs: str = "auto") -> Engine:
+    def engine(self, slots: int, *, graphs: str = "auto", kind: type[Engine] = Engine) -> Engine:
         mask = self.vocabulary - 1
-        return Engine(
+        return kind(
             self.program, mask_token_id=mask, block_size=self.block, eos_ids=(), max_positions=1 << 20, slots=slots,
             readouts={"ar-trust": "causal", "diffusion-trust": "block_end"}, suppress=(mask,), graphs=graphs,
         )  # fmt: skip

@@ -5,13 +5,18 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from flarec.base.generation import GenerationOptions, Mode
+from flarec.base.generation import GenerationOptions
+from flarec.base.generation import Mode as ModeName
+from flarec.decode import Engine
+from flarec.decode.modes.ar_trust import ARTrustMode
 from flarec.decode.prefill import Prefill
-from flarec.decode.rows import Rows
+from flarec.decode.rows import Mode, Rows
 from flarec.kernels.sampling import choose
 
 from .models import ServingSession
@@ -29,7 +34,7 @@ class StepTime:
 
 
 def step_time(
-    session: ServingSession, mode: Mode, requests: int, *, context: int | None = None, graphs: str = "auto"
+    session: ServingSession, mode: ModeName, requests: int, *, context: int | None = None, graphs: str = "auto"
 ) -> StepTime:
     """A step of `requests` requests in one mode. The shape of a step does not depend on what is accepted."""
     steps = session.steps if graphs == "auto" else min(session.steps, 20)
@@ -102,3 +107,72 @@ def sampling_ms(session: ServingSession, rows: int) -> float:
         return session.clock.graph_ms([lambda: choose(*given, confidence=False)])
 
     return session.measured(("sampling", rows), measure)
+
+
+class ReplayedAcceptance(ARTrustMode):
+    """Drafts are right with a given probability, whatever the logits say: a hash of the row's position decides.
+
+    All work of a step is done. share [1] float32 on the device, so that graphs follow it.
+    """
+
+    share: Tensor
+
+    def judge(self, rows: Rows, drafts: Tensor, choice: Tensor) -> Tensor:
+        place = rows.ahead(drafts.shape[1]) * 7919 + 104729 * torch.arange(len(drafts), device=rows.device)[:, None]
+        mixed = (place * 2654435761) % 4294967296
+        mixed = ((mixed // 65536) ^ mixed) * 2246822519 % 4294967296
+        return ((mixed // 256) % 65536).float() < 65536 * self.share
+
+
+def share_of(tokens: float, block: int) -> float:
+    """The probability at which `block` drafts yield this many tokens per step."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**i for i in range(block + 1)) < tokens else (low, middle)
+    return low
+
+
+class ReplayingEngine(Engine):
+    """Chooses how much to draft (`--drafts auto`) over replayed acceptance."""
+
+    share: Tensor
+
+    def _mode(self, options: GenerationOptions) -> Mode:
+        mode = super()._mode(options)
+        if isinstance(mode, ARTrustMode):
+            mode.__class__ = ReplayedAcceptance
+            mode.share = self.share  # type: ignore[attr-defined]
+        return mode
+
+
+def chosen_rates(session: ServingSession, requests: int, wanted: Sequence[float]) -> dict[float, float]:
+    """Tokens per second of `--drafts auto` by tokens per forward of whole blocks, to those of causal steps."""
+
+    def measure() -> dict[float, float]:
+        engine = session.engine(requests, kind=ReplayingEngine)
+        assert isinstance(engine, ReplayingEngine)
+        engine.share = torch.zeros(1, device=session.device)
+        plain = step_time(session, "causal", requests)
+        options = GenerationOptions(mode="ar-trust", drafts="auto", max_new_tokens=1 << 14)
+        found: dict[float, float] = {}
+        for tokens in wanted:
+            engine.share.fill_(share_of(tokens, session.block))
+            running = [engine.add(prompt, options) for prompt in session.prompts(requests)]
+            while any(not request.tokens for request in running):
+                engine.step()
+            for _ in range(session.steps // 2):  # captures, and finds out what pays
+                engine.step()
+            session.wait()
+            before, start = sum(len(request.tokens) for request in running), time.perf_counter()
+            for _ in range(session.steps):
+                engine.step()
+            seconds = time.perf_counter() - start
+            made = sum(len(request.tokens) for request in running) - before
+            found[tokens] = made / seconds / (1e3 * requests / plain.ms)
+            for request in running:  # contexts stay near those of the causal steps
+                engine.cancel(request)
+            engine.step()
+        return found
+
+    return session.measured(("chosen", requests, tuple(wanted)), measure)

@@ -14,6 +14,8 @@ from .models import ServingSession
 TOKENS_PER_FORWARD = 2.65
 """Of AR-Trust, where a rate is wanted: what the demo reaches. A step costs the same whatever it accepts."""
 REQUESTS = (1, 8, 32)
+ACCEPTANCE = (1.0, 1.5, 2.65, 3.5)
+"""Tokens per step of whole blocks that are replayed."""
 LONG = 32768
 PROMPT = 8192
 Measure = Callable[[ServingSession], Measured]
@@ -76,6 +78,16 @@ def _alone(mode: Mode, requests: int, graphs: str = "auto") -> Measure:
     return measure
 
 
+def _chosen(session: ServingSession) -> Measured:
+    """The lowest of all: requests and acceptance."""
+    found = {requests: ours.chosen_rates(session, requests, ACCEPTANCE) for requests in (1, 8, 64)}
+    values: dict[str, float | None] = {
+        f"{requests} requests, {tokens:g} per step": rate for requests, rates in found.items()
+        for tokens, rate in rates.items()
+    }  # fmt: skip
+    return Measured(min(value for value in values.values() if value is not None), values)
+
+
 def _generate(requests: int) -> Measure:
     return lambda session: Measured(stock.generate_ms(session, requests))
 
@@ -102,6 +114,7 @@ ROWS: tuple[Case, ...] = (
         _row(f"ar-trust-rate-{c}", f"AR-Trust tokens/s to stock graph, C = {c}", _rate(c), *RATES[c], at_least=True)
         for c in REQUESTS
     ),
+    _row("drafts-auto", "--drafts auto to our causal graph, lowest", _chosen, 0.98, at_least=True),
     _row("waits", "waits for the device per step", _waits, 1.0, unit="waits"),
     _row("sampling-16", "16 rows, top-k and top-p", _sampling, 0.15, 0.08, unit="ms"),
     _row("prefill", "prefill of 8k tokens to stock", _prefill, 1.1, 0.9),

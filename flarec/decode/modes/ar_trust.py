@@ -57,7 +57,8 @@ class ARTrustMode:
     def read(self, rows: Rows, shape: StepShape, clean: Tensor, noisy: Tensor) -> Tensor:
         drafts, have, count = rows.state["drafts"], rows.state["have"], shape.clean - 1
         choice, _ = rows.choose(clean, rows.ahead(count + 1) + 1)
-        right = (drafts[:, :count] == choice[:, :-1]) & (torch.arange(count, device=rows.device) < have[:, None])
+        right = self.judge(rows, drafts[:, :count], choice[:, :-1])
+        right = right & (torch.arange(count, device=rows.device) < have[:, None])
         accepted = right.long().cumprod(dim=1).sum(dim=1)
         rows.accept(accepted + 1)
         token = choice.gather(1, accepted[:, None])
@@ -69,6 +70,10 @@ class ARTrustMode:
         else:  # the only one, useless unless all drafts were accepted
             self._keep(rows, token, noisy[:, 0], accepted == have)
         return torch.cat([accepted[:, None], rows.state["have"][:, None], choice], dim=1)
+
+    def judge(self, rows: Rows, drafts: Tensor, choice: Tensor) -> Tensor:
+        """[rows, n] bool: which drafts are right. A benchmark that replays acceptance says something else here."""
+        return drafts == choice
 
     def _keep(self, rows: Rows, token: Tensor, logits: Tensor, useful: Tensor) -> None:
         """Note the next pending token [rows, 1], and the drafts of one block per row. logits [rows, b, V]."""
