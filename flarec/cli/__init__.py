@@ -21,6 +21,7 @@ COMMANDS: dict[str, str] = {
     "convert": "Train a source model into a dual-mode checkpoint.",
     "answers": "Let a source model write its own training data.",
     "generate": "Generate text with a checkpoint or a source model.",
+    "chat": "Talk with a checkpoint or a source model in the terminal.",
     "eval": "Held-out loss, exact-match accuracy and tokens per forward on a data file.",
     "inspect": "Show a model's program, layer by layer, and what each pass changed.",
     "verify": "Check a checkpoint against the invariants of the method.",

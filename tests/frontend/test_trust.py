@@ -130,6 +130,7 @@ ON_A_SOURCE = {
     "doctor": ["doctor", "model", "--quick"],
     "doctor of a file": ["doctor", "model/config.json", "--quick"],
     "generate": ["generate", "model", "red"],
+    "chat": ["chat", "model"],
     "eval": ["eval", "model", *DATA],
     "verify": ["verify", "model"],
 }

@@ -1,0 +1,124 @@
+"""`flarec chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flarec.base.generation import MODES, GenerationOptions
+from flarec.base.interrupts import Interrupts
+from flarec.errors import GenerationError
+
+from .loading import open_model
+from .options import adapter_option, foreign_options, generation_options, plugin_options, runtime_options
+
+if TYPE_CHECKING:
+    from flarec.api import Model, Output
+
+HELP = "/mode NAME changes the mode, /stats shows the last answer's numbers, /reset forgets, /quit ends"
+
+
+@click.command("chat")
+@click.argument("checkpoint", metavar="CKPT")
+@generation_options(
+    "mode", "threshold", "denoising_steps", "drafts", "max_new_tokens", "temperature", "top_k", "top_p", "seed",
+)
+@runtime_options
+@foreign_options
+@adapter_option
+@plugin_options
+def command(
+    checkpoint: str, device: str, dtype: str | None, kernels: str, graphs: str, mask_token_id: int | None,
+    block_size: int | None, adapter: Path | None, plugins: tuple[str, ...], passes: tuple[str, ...], **keywords: Any,
+) -> None:  # fmt: skip
+    """Talk with a converted checkpoint CKPT, or with any supported model that has a chat template.
+
+    A line is a message; answers stream. /mode NAME changes the mode, /stats shows the last answer's numbers, /reset
+    forgets the conversation, /quit or the end of the input ends.
+    """
+    options = GenerationOptions(**keywords)
+    model = open_model(
+        checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
+        passes=passes, plugins=plugins, graphs=graphs, adapter=adapter,
+    )  # fmt: skip
+    click.echo(HELP, err=True)
+    conversation = Conversation(model, options)
+    while (line := _line()) is not None:
+        if not conversation.take(line.strip()):
+            return
+
+
+def _line() -> str | None:
+    """The next line, None at the end of the input."""
+    click.echo("> ", nl=False, err=True)
+    return sys.stdin.readline() or None
+
+
+class Conversation:
+    """Messages so far, and how the next answer is made. An answer that an error ends leaves the messages as they were.
+    """
+
+    def __init__(self, model: Model, options: GenerationOptions) -> None:
+        self.model = model
+        self.options = model.complete(options)
+        self.messages: list[dict[str, str]] = []
+        self.last: Output | None = None
+
+    def take(self, line: str) -> bool:
+        """Do what a line says. False to end."""
+        name, _, argument = line.partition(" ")
+        if line == "/quit":
+            return False
+        if line == "/reset":
+            self.messages.clear()
+        elif line == "/stats":
+            self._stats()
+        elif name == "/mode":
+            self._mode(argument.strip())
+        elif name.startswith("/"):
+            click.echo(HELP, err=True)
+        elif line:
+            self._answer(line)
+        return True
+
+    def _answer(self, text: str) -> None:
+        asked = [*self.messages, {"role": "user", "content": text}]
+        with Interrupts() as interrupts:
+
+            def show(_: int, piece: str) -> None:
+                interrupts.check()
+                click.echo(piece, nl=False)
+
+            try:
+                output: Output = self.model.generate([asked], self.options, on_text=show)[0]
+            except GenerationError as error:
+                click.echo(f"Error: {error}", err=True)
+                return
+        click.echo()
+        self.last = output
+        self.messages = [*asked, {"role": "assistant", "content": output.text}]
+
+    def _mode(self, name: str) -> None:
+        try:
+            if name not in MODES:
+                raise GenerationError(f"unknown mode {name or 'without a name'}; choose {', '.join(MODES)}")
+            self.options = self.model.complete(replace(self.options, mode=name))
+        except GenerationError as error:
+            click.echo(f"Error: {error}", err=True)
+
+    def _stats(self) -> None:
+        if self.last is None:
+            click.echo("no answer yet", err=True)
+            return
+        last = self.last
+        rate = last.new_tokens / last.seconds if last.seconds else 0.0
+        click.echo(
+            f"{last.mode}: {last.new_tokens} tokens, {last.tokens_per_forward:.2f} per forward, {rate:.1f} tokens/s, "
+            f"stopped by {last.stop_reason}", err=True,
+        )  # fmt: skip
+        for line in self.model.engine.stats.lines():
+            click.echo(line, err=True)
