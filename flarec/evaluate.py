@@ -7,23 +7,26 @@ Records are those of training (`messages`, `prompt` and `response`, or `text`). 
 from __future__ import annotations
 
 import math
-import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
+import regex
 import torch
 
 from .api import Model, Output
-from .base.fields import whole_number
+from .base.fields import shown, whole_number
 from .base.generation import GenerationKeywords, GenerationOptions, merged, takes_options
 from .decode import Cache, Stepper
-from .errors import DataError, UsageError
+from .errors import DataError, FlarecWarning, UsageError
 from .train.data.files import BadRecord, read_records
 from .train.data.sources import record_encoder
 
+PATTERN_SECONDS = 5.0
+"""How long a record's pattern may take on an answer: some take years."""
 SCORE_ROWS = 1024  # clean rows per forward while scoring: bounds the logits
 
 
@@ -35,7 +38,7 @@ class Example:
     responses: tuple[tuple[int, int], ...]
     prompt: list[int]
     answer: str | None = None
-    pattern: re.Pattern[str] | None = None
+    pattern: Any = None
 
 
 def read_examples(path: str | Path, model: Model, *, limit: int | None = None) -> list[Example]:
@@ -75,22 +78,34 @@ def _examples(
         raise DataError(f"{where}: no records; give a file with data")
 
 
-def _question(record: Mapping[str, Any]) -> tuple[str, re.Pattern[str]] | tuple[None, None]:
+def _question(record: Mapping[str, Any]) -> tuple[str, Any] | tuple[None, None]:
     answer, pattern = record.get("answer"), record.get("pattern")
     if answer is None or pattern is None:
         return None, None
     try:
-        compiled = re.compile(str(pattern))
-    except re.error as error:
-        raise BadRecord(f"pattern {pattern!r} is not a regular expression ({error})") from None
+        compiled = regex.compile(str(pattern))
+    except (regex.error, RecursionError, OverflowError, ValueError) as error:
+        raise BadRecord(f"pattern {shown(pattern)} is not a regular expression ({error})") from None
     if compiled.groups < 1:
-        raise BadRecord(f"pattern {pattern!r} has no group; put parentheses around the answer")
+        raise BadRecord(f"pattern {shown(pattern)} has no group; put parentheses around the answer")
     return str(answer), compiled
 
 
-def found_answer(pattern: re.Pattern[str], text: str) -> str | None:
-    """The last match of the pattern's first group, stripped; None without a match."""
-    found = [match[1] for match in pattern.finditer(text)]
+def found_answer(pattern: Any, text: str) -> str | None:
+    """The last match of the pattern's first group (`regex`), stripped; None without a match.
+
+    A pattern that takes longer than `PATTERN_SECONDS` counts as one without a match, with a `FlarecWarning`.
+    """
+    try:
+        found = [match[1] for match in pattern.finditer(text, timeout=PATTERN_SECONDS)]
+    except TimeoutError:
+        warnings.warn(
+            f"the pattern {shown(pattern.pattern)} took longer than {PATTERN_SECONDS:g} s on an answer, which counts "
+            "as wrong; write it without nested repetitions",
+            FlarecWarning,
+            stacklevel=2,
+        )
+        return None
     return found[-1].strip() if found and found[-1] is not None else None
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import regex
 import torch
 from transformers import AutoModelForCausalLM
 
 from flarec import evaluate as module
 from flarec.api import Model, load
-from flarec.errors import DataError, UsageError
+from flarec.errors import DataError, FlarecWarning, UsageError
 from flarec.evaluate import evaluate, found_answer, read_examples, response_loss, to_examples
 from tests.checkpoints import MASK_ROW, converted
 
@@ -163,7 +163,24 @@ def test_accuracy_counts_answers_that_match(model: Model) -> None:
     ],
 )
 def test_found_answer(pattern: str, text: str, answer: str | None) -> None:
-    assert found_answer(re.compile(pattern), text) == answer
+    assert found_answer(regex.compile(pattern), text) == answer
+
+
+def test_a_pattern_that_would_take_years(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stopped and said, and counts as one that found nothing; others go on."""
+    monkeypatch.setattr("flarec.evaluate.PATTERN_SECONDS", 0.01)
+    endless = regex.compile(r"(?:(a|b|ab)(c|bcd)?(d*)|a*|b*|(?:ab)*)*(?:x+x+)+y")
+    with pytest.warns(FlarecWarning, match="counts as wrong; write it without nested repetitions"):
+        assert found_answer(endless, "x" * 5000 + "abcd" * 200) is None
+    assert found_answer(regex.compile("(x)y"), "xy") == "x"
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(" * 5000, "a{99999999999999999999}(b)", "(?P<x>a)(?P<x", "[", "(a)\\9", "(?i)(", 3, ["a"]]
+)
+def test_patterns_that_are_none(pattern: Any, model: Model) -> None:
+    with pytest.raises(DataError, match=r"records, line 1: pattern .*; fix the line"):
+        to_examples([{**CHATS[0], "answer": "x", "pattern": pattern}], model)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,14 @@ import errno
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
 
+LONGEST_NAME = 230
+"""Bytes of an output's name: file systems take 255, and temporary names are longer."""
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
@@ -32,6 +35,35 @@ def check_apart(outputs: Sequence[Path], inputs: Iterable[Path], option: str = "
                 raise UsageError(f"{shown} {where}, which is written or replaced; choose another {option}")
             if _inside(_real(output), place):
                 raise UsageError(f"{output} lies in {shown}, which is read; choose another {option}")
+
+
+def why_no_file(path: Path) -> str:
+    """Why what is under a path cannot be read as a file, in words; empty if it can, or if nothing is there.
+
+    A pipe whose other end nobody opens would be waited for without end. Those that a shell opens for a command
+    (`/dev/stdin`, `/dev/fd/63`) are read.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return ""
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return ""
+    opened = str(path).startswith(("/dev/stdin", "/dev/fd/", "/proc/self/fd/"))
+    return "" if opened and stat.S_ISFIFO(mode) else "is a pipe, a socket or a device, not a file"
+
+
+def check_name(path: Path, option: str = "--out") -> None:
+    """Raise `UsageError` for the path of an output that has no name, or one to which nothing can be added."""
+    name = path.name
+    if name in ("", ".", ".."):
+        raise UsageError(f"the output {path} has no name; choose another {option}")
+    if not name.isprintable():
+        raise UsageError(f"the name {name!a} of the output has unprintable characters; choose another {option}")
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise UsageError(
+            f"the name {name[:40]}... of the output is longer than {LONGEST_NAME} bytes; choose a shorter {option}"
+        )
 
 
 def write_file(path: Path, data: str | bytes, option: str = "--out") -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .files import why_no_file
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
@@ -19,6 +20,8 @@ def read_prompts(path: Path, option: str = "--prompts") -> Iterator[tuple[int, A
     without prompts.
     """
     found = False
+    if reason := why_no_file(path):
+        raise DataError(f"{option} {path} {reason}; write its contents to a file")
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -44,7 +47,7 @@ def _parse(line: str, where: str) -> Any:
     """The prompt of a JSONL record: text, or messages up to the turn that the model writes."""
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from None
     if isinstance(record, dict) and isinstance(record.get("prompt"), str):
         return record["prompt"]

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from ..base.files import why_no_file
 from ..base.hashes import sha256_of
 from ..errors import CheckpointError, FlarecWarning, UsageError, first_line
 from ..frontend.loading import is_wrapper, load_model, read_config
@@ -199,11 +200,12 @@ def open_checkpoint(
     that is foreign, damaged or of a newer format, or with a missing or changed file; `UsageError` for the numbers.
     """
     directory = resolve(path)
-    if not (directory / "config.json").is_file():
+    if not (directory / "config.json").exists():
         refuse_bare_adapter(directory)
         raise CheckpointError(
             f"{directory} is not a model directory (no config.json); give a checkpoint or a Hugging Face model"
         )
+    _check_entries(directory)
     manifest = Manifest.read(directory)
     if adapter is not None:
         if mask_token_id is not None or block_size is not None:
@@ -228,6 +230,16 @@ def open_checkpoint(
         raise UsageError(f"{directory / MANIFEST} states the mask token and the block size; leave them out")
     manifest.check_files(directory, whole=whole)
     return Checkpoint(directory, manifest, adapter=directory / FOLDER if manifest.adapter is not None else None)
+
+
+def _check_entries(directory: Path) -> None:
+    """Raise `CheckpointError` for an entry whose opening could wait without end."""
+    try:
+        for path in sorted(directory.iterdir()):
+            if reason := why_no_file(path):
+                raise CheckpointError(f"{path} {reason}; copy the model again")
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read ({error.strerror})") from error
 
 
 def _was_converted(directory: Path) -> bool:

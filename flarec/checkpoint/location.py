@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -13,9 +14,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def resolve(path: str | Path) -> Path:
     """A local directory as it is; a hub id becomes the directory of its downloaded snapshot."""
     directory = Path(path)
-    if directory.is_dir():
+    if os.path.isdir(directory):  # unlike Path.is_dir without an error for what is too long to be a path
         return directory
-    if directory.exists():
+    if os.path.exists(directory):
         raise CheckpointError(f"{directory} is a file, not a model directory; give the directory that holds it")
     if not HUB_ID.fullmatch(str(path)):
         raise CheckpointError(f"{path} does not exist; give a checkpoint or model directory, or a hub id (owner/name)")

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from ..base.files import why_no_file
 from ..base.hashes import FileEntry
 from ..errors import CheckpointError, UsageError
 from .schema import problem
@@ -160,6 +161,8 @@ class Manifest:
     def read(directory: Path) -> Manifest | None:
         """The manifest of a directory, None if it has none (a model that was not converted)."""
         path = directory / NAME
+        if reason := why_no_file(path):
+            raise CheckpointError(f"{path} {reason}; copy the checkpoint again")
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:

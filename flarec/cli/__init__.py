@@ -6,6 +6,8 @@ users end with one line on stderr and `exit_code` (2 for wrong usage, 1 for a fa
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import os
 import sys
@@ -60,6 +62,18 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        _open_closed_outputs()
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except OSError as error:  # --help and --version are written here
+            if error.errno == errno.EPIPE:
+                raise
+            _show(f"Error: the output cannot be written: {error.strerror}")
+            sys.exit(1)
+
     def invoke(self, ctx: click.Context) -> Any:
         # stdout and stderr belong to the command: the libraries' own notices only confuse (set a variable to see them)
         for name, value in QUIET.items():
@@ -73,19 +87,54 @@ class LazyGroup(click.Group):
                     if issubclass(kind, FlarecWarning)
                     else show(text, kind, *place, **more)
                 )
-                return super().invoke(ctx)
+                result = super().invoke(ctx)
+                sys.stdout.flush()
+                return result
         except FlarecError as error:
             if ctx.meta.get(DEBUG):
                 raise
             _end(ctx, f"Error: {error}", error.exit_code)
+        except OSError as error:  # of what no command expects: an output that is full, a disk that fails
+            if ctx.meta.get(DEBUG) or error.errno == errno.EPIPE:  # click ends in silence when nobody reads on
+                raise
+            where = f"{error.filename} cannot be used" if error.filename else "the output cannot be written"
+            _end(ctx, f"Error: {where}: {error.strerror or error}", 1)
         except KeyboardInterrupt:
             _end(ctx, "Interrupted.", INTERRUPTED)
 
 
 def _end(ctx: click.Context, message: str, code: int) -> NoReturn:
-    sys.stdout.flush()
-    click.echo(message, err=True)
+    _show(message)
     ctx.exit(code)
+
+
+def _show(message: str) -> None:
+    """A last line on stderr, behind what stdout still has to say, if they can be written."""
+    for stream, show in ((sys.stdout, sys.stdout.flush), (sys.stderr, lambda: click.echo(message, err=True))):
+        try:
+            show()
+        except OSError:
+            _give_up(stream)
+
+
+def _give_up(stream: Any) -> None:
+    """What is still to be written to a stream goes nowhere: Python would try again at its end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _open_closed_outputs() -> None:
+    """A process may be started with closed outputs (`>&-`): Python then has none, and what is opened next would get
+    their numbers."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, os.fdopen(number, "w"))
 
 
 def _take_debug(command: click.Command) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def _table(source: str, folder: Path, seen: tuple[str, ...], files: list[Path] |
         identity, text, folder = source, recipes.read(source), Path()
     else:
         path = folder / source
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file without an error for what is too long to be a path
             near = difflib.get_close_matches(source, recipes.NAMES, 1)
             hint = f"did you mean {near[0]}?" if near else f"built-in recipes are {', '.join(recipes.NAMES)}."
             raise RecipeError(f'"{source}" is neither a built-in recipe nor a TOML file; {hint}')

@@ -135,6 +135,6 @@ def read_value(name: str, value: Any, hint: Any, metadata: Any) -> Any:
 
 
 def _text(name: str, value: Any) -> str:
-    if not isinstance(value, (str, Path)):
+    if not isinstance(value, (str, Path)) or "\0" in str(value) or value == "":
         raise UsageError(f"{name} is {shown(value)}; give text or a path")
     return str(value)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..base.files import replace_file
+from ..base.files import replace_file, why_no_file
+from ..errors import TrainingError
 from .state import writing
 
 
@@ -16,6 +17,8 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, resume_at: int = 0) -> None:
         self.path = path
+        if reason := why_no_file(path):
+            raise TrainingError(f"{path} {reason}; start again with --overwrite")
         with writing(path):
             kept = [line for line in read_metrics(path) if line["step"] <= resume_at] if path.exists() else []
             replace_file(path, "".join(_line(values) for values in kept), path.with_suffix(".writing"))

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..base.files import check_apart
+from ..base.files import check_apart, check_name
 from ..base.lock import check_free
 from ..checkpoint.own import check_destination, is_own
 from ..errors import RecipeError, UsageError
@@ -50,6 +50,7 @@ class Options(Arguments):
 
         source: the directory that holds the source. locked: this process holds the lock on the output. Changes nothing.
         """
+        check_name(self.output)
         out, state = self.output, self.state_directory
         data = [parse_source(text).path for text in [*self.data, *self.eval_data]]
         inputs = [Path(self.source), source, *data, *recipe_files(self.recipe), *map(Path, self.plugins)]

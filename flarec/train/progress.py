@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -64,7 +65,8 @@ class ConsoleReporter(Reporter):
         self._last = 0.0
 
     def note(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        with contextlib.suppress(OSError):  # nobody reads it any more, or the log's disk is full: the run goes on
+            self.console.print(text, markup=False)
 
     def begin(self, done: int, steps: int) -> None:
         self._steps = steps

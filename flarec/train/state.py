@@ -25,7 +25,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..base.files import flush, flush_tree, is_mount, replace_file
+from ..base.files import flush, flush_tree, is_mount, replace_file, why_no_file
 from ..errors import CheckpointError, TrainingError, UsageError, first_line
 from .saves import SavedState, read_save, write_save
 
@@ -154,6 +154,8 @@ class StateDirectory:
         others.sort(key=_step_of, reverse=True)
         path = self.path / LATEST
         try:
+            if reason := why_no_file(path):
+                return others, [f"{path} {reason}"]
             name = path.read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             return others, []
@@ -211,6 +213,8 @@ class StateDirectory:
     def saved_step(self) -> int | None:
         """The step that `latest` names, None if it names none; the save itself is not looked at."""
         with contextlib.suppress(OSError, UnicodeDecodeError):
+            if why_no_file(self.path / LATEST):
+                return None
             name = (self.path / LATEST).read_text(encoding="utf-8").strip()
             return _step_of(name) if _SAVE.fullmatch(name) else None
         return None
@@ -227,7 +231,7 @@ class StateDirectory:
         """What run.json holds; None if it is no JSON file."""
         path = self.path / RUN
         try:
-            return None if path.is_symlink() else json.loads(path.read_text(encoding="utf-8"))
+            return None if path.is_symlink() or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...base.files import why_no_file
 from ...errors import DataError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -29,16 +31,18 @@ class SourceSpec:
 def parse_source(text: str) -> SourceSpec:
     """`PATH[:WEIGHT]`: the weight is a number above 0 after the last colon. Raises `DataError`."""
     match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|nan|inf)", text)
-    path, weight = (match[1], float(match[2])) if match and not Path(text).exists() else (text, 1.0)
+    path, weight = (match[1], float(match[2])) if match and not os.path.exists(text) else (text, 1.0)
     if not 0 < weight < float("inf"):
         raise DataError(f"--data {text}: the weight {weight:g} is not a number above 0")
-    if not Path(path).exists():
+    if not os.path.exists(path):  # also for what is too long to be a path
         raise DataError(f"--data {text}: {path} does not exist")
     return SourceSpec(Path(path), weight)
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
     """(line or row number from 1, record or the reason why it is bad). Raises `DataError` if the file is unreadable."""
+    if reason := why_no_file(path):
+        raise DataError(f"{path} {reason}; write its contents to a file")
     if path.is_dir():
         return _read_directory(path)
     if path.suffix == ".parquet":
@@ -67,8 +71,8 @@ def _parse_line(line: bytes) -> dict[str, Any] | BadRecord:
         return BadRecord("not UTF-8 text")
     except json.JSONDecodeError as error:
         return BadRecord(f"not JSON ({error.msg} at column {error.colno})")
-    except RecursionError:
-        return BadRecord("not JSON that can be read (nested too deeply)")
+    except (RecursionError, ValueError):
+        return BadRecord("not JSON that can be read (nested too deeply, or a number with too many digits)")
     if not isinstance(record, dict):
         return BadRecord(f"a JSON {type(record).__name__}, not an object with messages, prompt and response, or text")
     return record
