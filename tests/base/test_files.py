@@ -189,8 +189,8 @@ MAY_REMOVE = {
     "flarec/frontend/cache.py": "files of the program cache, by name and first line",
 }
 """Modules that remove, replace or rename something, and what."""
-REMOVING = {"rmtree", "unlink", "rmdir", "remove_dirs", "removedirs", "rename", "renames", "move"}
-OF_OS = {"remove", "replace", "truncate"}
+REMOVING = {"rmtree", "unlink", "rmdir", "remove_dirs", "removedirs", "rename", "renames"}
+OF_OS, OF_SHUTIL = {"remove", "replace", "truncate"}, {"move"}
 
 
 def removals(source: str) -> list[int]:
@@ -199,7 +199,8 @@ def removals(source: str) -> list[int]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
-            if node.func.attr in REMOVING or (node.func.attr in OF_OS and owner == "os"):
+            methods = REMOVING | {"os": OF_OS, "shutil": OF_SHUTIL}.get(owner, set())
+            if node.func.attr in methods:
                 found.append(node.lineno)
     return found
 
@@ -207,6 +208,6 @@ def removals(source: str) -> list[int]:
 def test_few_places_remove_anything() -> None:
     found = {str(path.relative_to(ROOT)) for path in PACKAGE_FILES if removals(path.read_text())}
     assert found == set(MAY_REMOVE)
-    assert removals("import os, shutil\nshutil.rmtree(x)\nPath(x).unlink()\nos.replace(a, b)\n'a'.replace('a', b)") == [
-        2, 3, 4,
+    assert removals("import os, shutil\nshutil.rmtree(x)\nPath(x).unlink()\nos.replace(a, b)\nshutil.move(a, b)\nslot.move(a)") == [
+        2, 3, 4, 5,
     ]  # fmt: skip
