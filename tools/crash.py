@@ -1,7 +1,7 @@
-"""Kill conversions at random, resume them, and compare with one that nobody touched: `python -m tools.crash --trials 100`.
+"""Kill conversions at random, resume them, compare with one that nobody touched: `python -m tools.crash --trials 100`.
 
-A trial is `flarec convert` of a tiny model in a process of its own, which kills itself (SIGKILL) right before a randomly
-chosen event: an optimizer step, a call of the file system on the trial's files, or somewhere within the writing of a
+A trial is `flarec convert` of a tiny model in a process of its own, which kills itself (SIGKILL) right before a random
+event: an optimizer step, a call of the file system on the trial's files, or somewhere within the writing of a
 weight file, which is cut short. What is left is resumed, killed again up to two times, and at last left alone. Then
 
 * the weights, the tokenizer and the configurations are bit for bit those of the undisturbed run, and the log has the
@@ -125,12 +125,14 @@ def prepare(place: Path, before: str) -> None:
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
-    lines = read_metrics(folder / "metrics.jsonl")
-    return [
-        {key: value for key, value in line.items() if key not in TIMES and key != "evaluation"}
-        | ({"evaluation": {k: v for k, v in line["evaluation"].items() if k not in TIMES}} if "evaluation" in line else {})
-        for line in lines
-    ]
+    def timeless(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: timeless(value) if isinstance(value, dict) else value
+            for key, value in values.items()
+            if key not in TIMES
+        }
+
+    return [timeless(line) for line in read_metrics(folder / "metrics.jsonl")]
 
 
 def differences(place: Path, whole: Path) -> list[str]:

@@ -138,7 +138,8 @@ def _is_complete(run: Run) -> bool:
     if directory.in_use and run.options.overwrite and not trained:
         return False
     with contextlib.suppress(OSError, UsageError):  # another run's state stays
-        directory.check_identity(identity)
+        if directory.in_use:
+            directory.check_identity(identity)
         directory.remove()
     return True
 

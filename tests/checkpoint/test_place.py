@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,8 +20,7 @@ from flarec.checkpoint.own import check_destination
 from flarec.checkpoint.place import Place, recover
 from flarec.errors import CheckpointError
 from tests.checkpoints import own_folder, tree
-
-CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "write", "open", "chmod")
+from tests.crashes import FAILURES, Watch, failing
 
 
 def fill(folder: Path) -> None:
@@ -93,34 +91,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-class Watch:
-    """Calls of `os` (and the exchange) counted; `at` runs before each."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: Callable[[int], object]) -> None:
-        self.count, self.at, self.on = 0, at, False
-        for owner, name in [*((os, name) for name in CALLS), (place, "exchange")]:
-            monkeypatch.setattr(owner, name, self.watched(getattr(owner, name)))
-
-    def watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def watching(*args: Any, **options: Any) -> Any:
-            if self.on:
-                self.on, self.count = False, self.count + 1
-                try:
-                    self.at(self.count - 1)
-                finally:
-                    self.on = True
-            return call(*args, **options)
-
-        return watching
-
-    def __enter__(self) -> Watch:
-        self.on = True
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.on = False
-
-
 def test_a_kill_between_any_two_calls(
     before: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +101,8 @@ def test_a_kill_between_any_two_calls(
     first = contents(work / "out")
 
     with monkeypatch.context() as patch:
-        watch = Watch(patch, lambda number: shutil.copytree(work, tmp_path / f"killed-{number}", symlinks=True))
+        watch = Watch(patch, lambda number: shutil.copytree(work, tmp_path / f"killed-{number}", symlinks=True),
+                      (place, "exchange"))  # fmt: skip
         with watch:
             write(work / "out")
     assert contents(work / "out") == "new"
@@ -162,43 +133,34 @@ def test_out_is_never_absent_where_the_system_exchanges(tmp_path: Path, monkeypa
     probe = [own_folder(tmp_path / name, "x") for name in ("one", "two")]
     if not files.exchange(*probe):
         pytest.skip("this file system does not exchange")
-    with Watch(monkeypatch, lambda number: contents(out) in ("old", "new") or pytest.fail("absent")) as watch:
+    seen: set[str] = set()
+    with Watch(monkeypatch, lambda number: seen.add(contents(out)), (place, "exchange")) as watch:
         write(out)
-    assert watch.count > 10
+    assert watch.count > 10 and seen == {"old", "new"}
 
 
-@pytest.mark.parametrize(("code", "lasting"), [(errno.ENOSPC, True), (errno.EIO, False), (errno.EINTR, False)])
+@pytest.mark.parametrize(("code", "lasting"), FAILURES)
 def test_an_error_at_any_call(
     before: Callable[[Path], Any], code: int, lasting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, or from then on: the old one or the new one is there, whole, and the next run cleans up."""
-    for number in itertools.count():
+    for number, watch in enumerate(failing(monkeypatch, code, lasting, (place, "exchange"))):
         work = tmp_path / f"work-{number}"
         work.mkdir()
         before(work / "out")
         first, possible = contents(work / "out"), ["new"]
-
-        def fail(call: int, at: int = number) -> None:
-            if call == at or (lasting and call > at):
-                raise OSError(code, os.strerror(code))
-
-        with monkeypatch.context() as patch:
-            watch = Watch(patch, fail)
-            try:
-                with watch:
-                    write(work / "out")
-            except OSError as error:
-                assert error.errno == code
-                possible.append(first)
+        try:
+            with watch:
+                write(work / "out")
+        except OSError as error:
+            assert error.errno == code
+            possible.append(first)
         with OutputLock(work / "out") as lock:
             recover(work / "out", lock)
         assert contents(work / "out") in possible
         assert [path.name for path in work.iterdir() if path.name != "out"] == []
         write(work / "out")
         assert contents(work / "out") == "new"
-        if watch.count <= number:  # there are no more calls
-            break
-    assert number > 10
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +14,15 @@ import pytest
 import torch
 
 from flarec.base.hashes import FileEntry
-from flarec.errors import CheckpointError
+from flarec.errors import CheckpointError, TrainingError, UsageError
+from flarec.train import saves
 from flarec.train.saves import FILES, MODEL, STATE, SavedState, check_tensors, check_values, read_save
 from flarec.train.state import StateDirectory
+from tests.crashes import FAILURES, Watch, failing
 
 FIRST, SECOND = "state-00000003", "state-00000006"
-EVALUATION = {"tokens_per_forward": 1.5, "all_masked_accuracy": [0.5, None], "one_minus_tv": [0.1, 0.2], "ar_loss": 2.0}
+EVALUATION = {"tokens_per_forward": 1.5, "all_masked_accuracy": [0.5, None], "one_minus_tv": [0.1, 0.2], "ar_loss": 2.0,
+              "expected_accepted": 1.2}  # fmt: skip
 VALUES: dict[str, Any] = {
     "step": 6,
     "rows": {},
@@ -207,3 +212,100 @@ def test_tensors_of_another_model() -> None:
     for model, optimizer in wrong:
         with pytest.raises(CheckpointError, match="belongs to another model"):
             check_tensors(SavedState(model, optimizer, {}), masters)
+
+
+# --- crash points
+
+
+def fresh(path: Path) -> StateDirectory:
+    made = StateDirectory(path)
+    made.create({"seed": 0})
+    made.save(3, state(3))
+    return made
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def test_a_kill_between_any_two_calls_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    """From the making of the folder to its removal: what is left resumes at a save that is whole, or begins anew."""
+    work = tmp_path / "work"
+    path = work / "out.partial"
+    work.mkdir()
+    steps: list[int] = [0]
+
+    def snapshot(number: int) -> None:
+        shutil.copytree(work, tmp_path / f"killed-{number}")
+        possible[number] = {steps[-1], *steps[-2:]}
+
+    possible: dict[int, set[int]] = {}
+    with monkeypatch.context() as patch, Watch(patch, snapshot, (saves, "save_file")) as watch:
+        made = StateDirectory(path)
+        made.create({"seed": 0})
+        for step in (3, 6, 9):
+            steps.append(step)
+            made.save(step, state(step))
+        removing = watch.count
+        made.remove()
+    assert list(work.iterdir()) == [] and watch.count > 50
+    for number in range(watch.count):
+        left = StateDirectory(tmp_path / f"killed-{number}" / "out.partial")
+        lines: list[str] = []
+        if left.in_use:
+            left.check_identity({"seed": 0})
+            found = left.latest(lines.append)
+            step = found.values["step"] if found is not None else 0
+            if number >= removing:  # what is gone by then is not trained on
+                assert step in (0, 3, 6, 9)
+            else:
+                assert step in possible[number], (number, step, lines)
+                assert lines == [], "nothing is damaged"
+        else:
+            left.create({"seed": 0})
+            step = 0
+        left.save(12, state(12))
+        assert resumed(StateDirectory(left.path)) == (12, [])
+        left.remove()
+        assert not left.path.exists()
+
+
+@pytest.mark.parametrize(("code", "lasting"), FAILURES)
+def test_an_error_at_any_call_of_a_save(
+    code: int, lasting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    """One sentence; the save before stays, and the same run, or the next one, saves as if nothing had been."""
+    for number, watch in enumerate(failing(monkeypatch, code, lasting, (saves, "save_file"))):
+        made = fresh(tmp_path / f"{number}.partial")
+        try:
+            with watch:
+                made.save(6, state(6))
+        except TrainingError as error:
+            assert str(error).startswith("cannot write ") and os.strerror(code) in str(error)
+            assert resumed(StateDirectory(made.path))[0] in (3, 6)
+        else:
+            assert resumed(StateDirectory(made.path)) == (6, [])
+        again = made if number % 2 else StateDirectory(made.path)
+        if again is not made:
+            again.latest()
+        again.save(9, state(9))
+        assert resumed(StateDirectory(made.path)) == (9, [])
+        left = {path.name for path in made.path.iterdir()} - {"latest", "run.json", "state-00000009"}
+        assert left in ({FIRST}, {SECOND})
+
+
+@pytest.mark.parametrize(("code", "lasting"), FAILURES)
+def test_an_error_at_any_call_of_a_beginning(
+    code: int, lasting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    """A folder that cannot be made is none, and in nobody's way."""
+    for number, watch in enumerate(failing(monkeypatch, code, lasting)):
+        made = StateDirectory(tmp_path / f"{number}.partial")
+        with contextlib.suppress(TrainingError, UsageError), watch:
+            made.create({"seed": 0})
+        if not made.in_use:
+            made.create({"seed": 0})
+        made.check_identity({"seed": 0})
+        made.save(3, state(3))
+        assert resumed(StateDirectory(made.path)) == (3, [])
