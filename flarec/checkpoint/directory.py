@@ -200,12 +200,12 @@ def open_checkpoint(
     that is foreign, damaged or of a newer format, or with a missing or changed file; `UsageError` for the numbers.
     """
     directory = resolve(path)
+    _check_entries(directory)
     if not (directory / "config.json").exists():
         refuse_bare_adapter(directory)
         raise CheckpointError(
             f"{directory} is not a model directory (no config.json); give a checkpoint or a Hugging Face model"
         )
-    _check_entries(directory)
     manifest = Manifest.read(directory)
     if adapter is not None:
         if mask_token_id is not None or block_size is not None:
@@ -213,6 +213,8 @@ def open_checkpoint(
         if manifest is not None:
             raise CheckpointError(f"{directory} is a converted checkpoint, which takes no adapter; give its source")
         manifest = open_adapter(Path(adapter))
+        if whole:
+            manifest.check_files(Path(adapter), whole=True)
         check_source(directory, manifest, Path(adapter))
         return Checkpoint(directory, manifest, adapter=Path(adapter) / FOLDER)
     if manifest is None:

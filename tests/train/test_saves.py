@@ -253,18 +253,13 @@ def test_a_kill_between_any_two_calls_of_a_save(tmp_path: Path, monkeypatch: pyt
     for number in range(watch.count):
         left = StateDirectory(tmp_path / f"killed-{number}" / "out.partial")
         lines: list[str] = []
-        if left.in_use:
+        if left.in_use and number < removing:
             left.check_identity({"seed": 0})
             found = left.latest(lines.append)
-            step = found.values["step"] if found is not None else 0
-            if number >= removing:  # what is gone by then is not trained on
-                assert step in (0, 3, 6, 9)
-            else:
-                assert step in possible[number], (number, step, lines)
-                assert lines == [], "nothing is damaged"
-        else:
+            assert (found.values["step"] if found is not None else 0) in possible[number]
+            assert lines == [], "nothing is damaged"
+        else:  # the checkpoint is in its place: nobody resumes any more
             left.create({"seed": 0})
-            step = 0
         left.save(12, state(12))
         assert resumed(StateDirectory(left.path)) == (12, [])
         left.remove()
