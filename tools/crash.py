@@ -55,10 +55,10 @@ class Events:
         self.folder, self.kill_at, self.chance, self.count = str(folder), kill_at, chance, 0
         for name in CALLS:
             setattr(os, name, self.counted(getattr(os, name), lambda args: self.ours(args)))
-        placing.exchange = self.counted(placing.exchange, lambda args: True)  # type: ignore[assignment]
+        vars(placing)["exchange"] = self.counted(vars(placing)["exchange"], lambda args: True)
         Trainer.advance = self.counted(Trainer.advance, lambda args: True)  # type: ignore[method-assign]
         for module in (saves, writing):
-            module.save_file = self.cut_short(module.save_file)  # type: ignore[attr-defined]
+            vars(module)["save_file"] = self.cut_short(vars(module)["save_file"])
 
     def ours(self, args: tuple[Any, ...]) -> bool:
         if not args or isinstance(args[0], int):
@@ -102,7 +102,7 @@ def convert(place: Path, out: str, *more: str, kill_at: int | None = None, seed:
         os.dup2(log, 1)
         os.dup2(log, 2)
         if not exchange:
-            placing.exchange = lambda one, other: False  # type: ignore[assignment]
+            vars(placing)["exchange"] = lambda one, other: False
         events = Events(place / out, kill_at, random.Random(seed))
         words = ["convert", "../source", "--data", "../data.jsonl", "--out", out, *QUICK, "--steps", "5", *more]
         try:
