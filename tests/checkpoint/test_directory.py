@@ -370,6 +370,29 @@ def test_an_edited_file_is_named(copy: Path, name: str) -> None:
         open_checkpoint(copy)
 
 
+def test_a_flipped_byte_or_a_truncation_anywhere_is_noticed(copy: Path) -> None:
+    """Of every file: its ends, and places all over it. The card alone is free to edit."""
+    manifest = Manifest.read(copy)
+    assert manifest is not None
+    noticed = set()
+    for name in manifest.files:
+        path = copy / name
+        data = path.read_bytes()
+        for place in sorted({0, len(data) - 1, *range(0, len(data), len(data) // 9 + 1)}):
+            flipped = bytearray(data)
+            flipped[place] ^= 1 << place % 8
+            for damaged in (bytes(flipped), data[:place]):
+                path.write_bytes(damaged)
+                if name == "README.md":
+                    assert open_checkpoint(copy, whole=True).manifest is not None
+                    continue
+                with pytest.raises(CheckpointError, match=f"{name} (was changed|is truncated)"):
+                    open_checkpoint(copy)
+                noticed.add(name)
+        path.write_bytes(data)
+    assert noticed == {*manifest.files} - {"README.md"}
+
+
 def test_a_missing_file_is_named(copy: Path) -> None:
     (copy / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer.json is missing"):
