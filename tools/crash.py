@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,8 @@ def convert(place: Path, out: str, *more: str, kill_at: int | None = None, seed:
             code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
         Path("events").write_text(str(events.count))
     finally:
         sys.stdout.flush()
@@ -163,7 +166,7 @@ def trial(place: Path, number: int, seed: int, events: dict[str, int], whole: Pa
         if code == 0:
             return kills, differences(place, whole)
         if code != -signal.SIGKILL:
-            return kills, [f"exit code {code}: {(place / 'log').read_text().strip().splitlines()[-1]}"]
+            return kills, [f"exit code {code}: {(place / 'log').read_text().strip()[-400:]}"]
         assert kill_at is not None
         kills.append(kill_at)
     raise AssertionError("the last attempt is not killed")
