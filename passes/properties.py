@@ -15,6 +15,7 @@ from .adapt_noisy_stream import check_noisy_adapted
 from .count_experts import check_experts_counted
 from .duplicate_streams import PositionIds
 from .embed_mask import PARAMETER
+from .lower_mixers import LowerMixers
 from .split_head import check_head_split
 from .split_streams import check_streams_split
 from .token_local import Watch
@@ -83,8 +84,8 @@ def check_cached(program: Program) -> None:
 
 def check_lowered(program: Program) -> None:
     """No mixer is left to the reference unless that was asked for, and every derived tensor is read."""
-    step = next((r.step for r in reversed(program.history) if r.step.startswith("lower-mixers")), "")
-    reference = "reference" in step
+    lowering = [record for record in program.history if record.name == LowerMixers.name]
+    reference = bool(lowering) and lowering[-1].options["implementation"] == ops.REFERENCE
     for node, _ in ops.sites(program.graph):
         if not reference and (not isinstance(node.target, ops.Call) or node.target.implementation == ops.REFERENCE):
             raise PropertyError(f"{locate(node)} still runs the reference")

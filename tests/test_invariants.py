@@ -17,7 +17,7 @@ import torch
 from flarec.decode import Engine
 from flarec.kernels.linear_attention.panels.schedule import StateSchedule
 from flarec.layout import Layout
-from flarec.ops.linear_attention import Schedule
+from flarec.ops.linear_attention import Chunks
 from flarec.ops.short_conv import ConvWindows
 from flarec.ops.softmax_attention import SoftmaxMask
 from flarec.passes import lower
@@ -181,7 +181,7 @@ class EverythingVisible(SoftmaxMask):
         return torch.ones_like(super().build(layout, capacity))
 
 
-class OneDocument(Schedule):
+class OneDocument(Chunks):
     """A state schedule that does not know documents: states flow from one into the next."""
 
     def build(self, layout: Layout, capacity: int | None) -> StateSchedule:

@@ -212,7 +212,9 @@ def run_pipeline(
         seconds = time.perf_counter() - start
         provides = names_of(step.provides)
         program.properties = program.properties - names_of(step.invalidates) | provides
-        program.history += (Record(step.text(), names, delta, seconds, tuple(sorted(provides))),)
+        options = {f.name: getattr(step, f.name) for f in fields(step)}
+        done = Record(step.text(), names, delta, seconds, tuple(sorted(provides)), step.name, options)
+        program.history += (done,)
         _look(watch, program, f"pass '{step.name}'")
         if on_pass is not None:
             on_pass(step.text(), program)

@@ -45,13 +45,15 @@ class Derivation(Protocol):
 
 @dataclass(frozen=True)
 class Record:
-    """What one pass did: its text with options, rewritten nodes, change of op counts, seconds."""
+    """What one pass did: its text with options, rewritten nodes, change of op counts, seconds; its name and options."""
 
     step: str
     sites: tuple[str, ...]
     delta: Mapping[str, int]
     seconds: float
     provides: tuple[str, ...]
+    name: str = "capture"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class CacheTensors(Protocol):

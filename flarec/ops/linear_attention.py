@@ -37,7 +37,7 @@ def _fake(
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Chunks:
     """`StateSchedule`: chunks of clean tokens and the noisy blocks that start from their states."""
 
     chunk_size: int = 64
@@ -175,7 +175,7 @@ LINEAR_ATTENTION = Mixer(
         "torch": Form(
             train="flarec.kernels.linear_attention.panels.chunk:two_stream",
             step="flarec.kernels.linear_attention.panels.decode:step",
-            reads=lambda site: Schedule(site.chunk_size),
+            reads=lambda site: Chunks(site.chunk_size),
             opaque=("train", "step"),
             frozen=True,
         ),

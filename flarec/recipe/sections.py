@@ -411,15 +411,15 @@ class Recipe(Section):
         assert isinstance(recipe, Recipe)
         return recipe
 
-    def describe(self) -> list[Entry]:
+    def describe(self) -> list[RecipeKey]:
         """Every key with its value in this recipe, its documentation and what is allowed, in file order."""
         return [
-            Entry(path, _lookup(self, path), f"{metadata['doc']} [{allowed_values(hint, metadata)}]".lstrip())
+            RecipeKey(path, _lookup(self, path), f"{metadata['doc']} [{allowed_values(hint, metadata)}]".lstrip())
             for path, (_, hint, metadata) in _keys(Recipe)
         ]
 
 
-class Entry(NamedTuple):
+class RecipeKey(NamedTuple):
     """One documented key."""
 
     key: str

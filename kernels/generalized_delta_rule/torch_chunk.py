@@ -24,7 +24,7 @@ from .schedule import DeltaSchedule
 
 
 @dataclass(frozen=True)
-class Rows:
+class DeltaRows:
     """Tokens of chunks or blocks, [m, H, C, .]; missing ones are 0, which changes no state."""
 
     q: Tensor
@@ -161,13 +161,13 @@ def _clean(
     return clean, u, entry, _outputs(clean, solved, u, entry, goes_on)
 
 
-def _gather(operands: tuple[Tensor, ...], token: Tensor) -> Rows:
+def _gather(operands: tuple[Tensor, ...], token: Tensor) -> DeltaRows:
     """Rows of the tokens [m, C] from operands [B, T, H, .]."""
     taken = []
     for x in operands:
         flat = torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])])
         taken.append(flat.index_select(0, token.reshape(-1)).unflatten(0, token.shape).transpose(1, 2))
-    return Rows(*taken)
+    return DeltaRows(*taken)
 
 
 def _before(g: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def _behind(g: Tensor) -> Tensor:
     return _before(g.flip(2)).flip(2)
 
 
-def _pairs(rows: Rows, same: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _pairs(rows: DeltaRows, same: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pair weights [m, H, C, C]: what a token t erases of an earlier j's b and k, what it reads of them.
 
     With d_tj = exp(sum of g over j+1 .. t): a_t d_{t-1,j} b_j and k_j for j < t, q_t d_tj b_j and k_j for j <= t,
@@ -200,7 +200,7 @@ def _pairs(rows: Rows, same: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return erase_b, erase_k, read_b, read_k
 
 
-def _solve(rows: Rows, same: Tensor, goes_on: Tensor) -> Solved:
+def _solve(rows: DeltaRows, same: Tensor, goes_on: Tensor) -> Solved:
     """same [m, C, C]: tokens of one document; goes_on [m, C]: tokens that read the state before the chunk."""
     recomputed = torch.is_grad_enabled()
     pairs = checkpoint(_pairs, rows, same, use_reentrant=False) if recomputed else _pairs(rows, same)
@@ -218,16 +218,18 @@ def _weights(g: Tensor, mask: Tensor) -> Tensor:
     return _behind(g).masked_fill(~mask[:, None, :, None], float("-inf")).exp()
 
 
-def _outputs(rows: Rows, solved: Solved, u: Tensor, state: Tensor, goes_on: Tensor) -> Tensor:
+def _outputs(rows: DeltaRows, solved: Solved, u: Tensor, state: Tensor, goes_on: Tensor) -> Tensor:
     """Each token's own state, read by its query: [m, H, C, V]."""
     from_state = rows.q * rows.g.cumsum(2).exp() * goes_on[:, None, :, None]
     return from_state @ state + solved.read_b @ u + solved.read_k @ rows.v
 
 
-def _blocks(operands: tuple[Tensor, ...], schedule: DeltaSchedule, clean: Rows, u: Tensor, entry: Tensor) -> Tensor:
+def _blocks(
+    operands: tuple[Tensor, ...], schedule: DeltaSchedule, clean: DeltaRows, u: Tensor, entry: Tensor
+) -> Tensor:
     """Outputs of the blocks [n, H, S, V], each from the clean state at its anchor."""
     chunk, inside = schedule.block_chunk, schedule.block_inside
-    home = Rows(*(getattr(clean, name).index_select(0, chunk) for name in ("q", "k", "v", "g", "a", "b")))
+    home = DeltaRows(*(getattr(clean, name).index_select(0, chunk) for name in ("q", "k", "v", "g", "a", "b")))
     own = schedule.block_document[:, None]
     document = schedule.chunk_document.flatten(0, 1).index_select(0, chunk)
     slots = torch.arange(document.shape[1], device=document.device)

@@ -26,7 +26,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class Launch:
+class ConvLaunch:
     """How one kernel is launched. `steps` x `block`: steps and channels of a program (the backward walks its steps, one
     at a time). `ahead`: how many steps before its use the backward asks for a row."""
 
@@ -37,16 +37,16 @@ class Launch:
     registers: int | None = None
 
 
-def forward_launch(dtype: torch.dtype, channels: int, *, plain: bool = False) -> Launch:
+def forward_launch(dtype: torch.dtype, channels: int, *, plain: bool = False) -> ConvLaunch:
     """16 bytes a thread and row: four rows a thread over 512 channels of 16 bits, or one over 256.
 
     plain: no window. One costs registers, and a decode step has few tokens to spread over the device.
     """
     block, steps = (1024, 8) if plain else (512, 4)
-    return Launch(block=min(block // dtype.itemsize, triton.next_power_of_2(channels)), steps=steps, warps=4)
+    return ConvLaunch(block=min(block // dtype.itemsize, triton.next_power_of_2(channels)), steps=steps, warps=4)
 
 
-def backward_launch(dtype: torch.dtype, width: int, channels: int, *, plain: bool = False) -> Launch:
+def backward_launch(dtype: torch.dtype, width: int, channels: int, *, plain: bool = False) -> ConvLaunch:
     """One warp, 16 bytes a thread: it holds 4 W - 2 vectors of sums and taps. 8 bytes where those would not fit.
 
     plain: no bias, no window. There 168 registers, 12 warps on a multiprocessor, were fastest (H100).
@@ -54,7 +54,7 @@ def backward_launch(dtype: torch.dtype, width: int, channels: int, *, plain: boo
     sixteen = dtype.itemsize == 2
     vector = 4 if sixteen and width > 4 else 16 // dtype.itemsize
     block = min(32 * vector, triton.next_power_of_2(channels))
-    return Launch(block=block, ahead=8, registers=168 if plain and sixteen and width == 4 else None)
+    return ConvLaunch(block=block, ahead=8, registers=168 if plain and sixteen and width == 4 else None)
 
 
 def two_stream(
@@ -175,7 +175,7 @@ def _forward(
     silu: bool,
     *,
     kept: Tensor | None = None,
-    launch: Launch | None = None,
+    launch: ConvLaunch | None = None,
 ) -> Tensor:
     """Launch `forward_kernel`; `kept` is filled if given. `launch` overrides the choice of `forward_launch`."""
     x = _read_in_place(x)
@@ -206,7 +206,7 @@ def _backward(
     cached: Tensor,
     silu: bool,
     *,
-    launch: Launch | None = None,
+    launch: ConvLaunch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(dx, gradients [W + 1, C] of weight and bias, dwindow) by one launch and one sum over its programs."""
     x, dy = _read_in_place(x), _read_in_place(dy)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .attention_schedule import QUERY_STEP, AttentionSchedule
 from .triton_forward import dot, load_intervals, load_rows, masked_tile, plan_keys, query_tile, tanh
-from .triton_tiles import Tiles, precision, score_factors
+from .triton_tiles import ScoreTiles, precision, score_factors
 
 
 @triton.jit
@@ -231,8 +231,8 @@ def backward(
     *,
     scale: float,
     softcap: float | None,
-    query_tiles: Tiles,
-    key_tiles: Tiles,
+    query_tiles: ScoreTiles,
+    key_tiles: ScoreTiles,
     frozen: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, laid out as these; `out` and `lse` are `forward`'s, grad [B, T, H, Dv] has last stride

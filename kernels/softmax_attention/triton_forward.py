@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_schedule import AttentionSchedule
-from .triton_tiles import Tiles, precision, score_factors
+from .triton_tiles import ScoreTiles, precision, score_factors
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def forward(
     *,
     scale: float,
     softcap: float | None,
-    tiles: Tiles,
+    tiles: ScoreTiles,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, T, H, Dv] in q's dtype and log2 of the sums of 2^score [B, H, T] float32 (0 on padding).
 

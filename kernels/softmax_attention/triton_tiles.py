@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Tiles:
+class ScoreTiles:
     """Queries and keys per tile, warps per program, stages of the software pipeline."""
 
     queries: int
@@ -22,11 +22,11 @@ class Tiles:
 
 @dataclass(frozen=True)
 class LaunchTable:
-    """One `Tiles` per kernel; `keys` of the key gradient divides the schedule's key tile, `queries` its QUERY_STEP."""
+    """A kernel's tiles each; `keys` of the key gradient divides the schedule's key tile, `queries` its QUERY_STEP."""
 
-    forward: Tiles
-    query_gradient: Tiles
-    key_gradient: Tiles
+    forward: ScoreTiles
+    query_gradient: ScoreTiles
+    key_gradient: ScoreTiles
 
 
 def launch_table(dim: int, value_dim: int, dtype: torch.dtype) -> LaunchTable:
@@ -34,15 +34,15 @@ def launch_table(dim: int, value_dim: int, dtype: torch.dtype) -> LaunchTable:
     wide = max(dim, value_dim)
     if dtype == torch.float32:
         if wide <= 64:
-            return LaunchTable(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))
+            return LaunchTable(ScoreTiles(32, 32, 8, 1), ScoreTiles(32, 32, 8, 1), ScoreTiles(32, 32, 8, 1))
         if wide <= 128:
-            return LaunchTable(Tiles(32, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(32, 32, 8, 1))
-        return LaunchTable(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1))
+            return LaunchTable(ScoreTiles(32, 32, 8, 1), ScoreTiles(16, 16, 8, 1), ScoreTiles(32, 32, 8, 1))
+        return LaunchTable(ScoreTiles(16, 16, 8, 1), ScoreTiles(16, 16, 8, 1), ScoreTiles(16, 16, 8, 1))
     if wide <= 64:
-        return LaunchTable(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 128, 8, 3))
+        return LaunchTable(ScoreTiles(128, 64, 4, 3), ScoreTiles(64, 64, 4, 3), ScoreTiles(64, 128, 8, 3))
     if wide <= 128:
-        return LaunchTable(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))
-    return LaunchTable(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 64, 8, 2))
+        return LaunchTable(ScoreTiles(128, 64, 8, 3), ScoreTiles(128, 64, 8, 2), ScoreTiles(64, 128, 8, 2))
+    return LaunchTable(ScoreTiles(128, 64, 8, 2), ScoreTiles(128, 32, 8, 2), ScoreTiles(32, 64, 8, 2))
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .call import Call, Rule
+from .call import OpCall, Rule
 from .values import (
     Axes,
     Dim,
@@ -23,16 +23,16 @@ from .values import (
 from .views import VIEWS
 
 
-def elementwise(call: Call) -> list[Axes]:
+def elementwise(call: OpCall) -> list[Axes]:
     return [broadcast(*(operand.axes for operand in call.tensors()))] * len(call.shapes)
 
 
-def like_self(call: Call) -> Axes:
+def like_self(call: OpCall) -> Axes:
     """A copy, or a new tensor, in the shape of the first operand; another operand gives its dtype only."""
     return call.axes(next(iter(call.operands)))
 
 
-def written(call: Call) -> Axes:
+def written(call: OpCall) -> Axes:
     """In place: what is written may hold tokens only where the tensor that is written to does."""
     axes = call.axes("self")
     if broadcast(*(operand.axes for operand in call.tensors())) != axes:
@@ -40,7 +40,7 @@ def written(call: Call) -> Axes:
     return axes
 
 
-def reduced(call: Call) -> list[Axes]:
+def reduced(call: OpCall) -> list[Axes]:
     axes = call.axes("self")
     dims = set(call.dims("dim")) if "dim" in call.operands else set(range(len(axes)))
     for dim in dims:
@@ -52,7 +52,7 @@ def reduced(call: Call) -> list[Axes]:
     return [one] * len(call.shapes)
 
 
-def along(call: Call) -> list[Axes]:
+def along(call: OpCall) -> list[Axes]:
     """softmax, cumsum, sort, flip, roll: over dimensions that keep their size."""
     axes = call.axes("self")
     for dim in call.dims("dims" if "dims" in call.operands else "dim"):
@@ -60,14 +60,14 @@ def along(call: Call) -> list[Axes]:
     return [axes] * len(call.shapes)
 
 
-def topk(call: Call) -> list[Axes]:
+def topk(call: OpCall) -> list[Axes]:
     axes = call.axes("self")
     dim = call.dim()
     call.free(axes[dim])
     return [(*axes[:dim], call.features(dim), *axes[dim + 1 :])] * 2
 
 
-def normalized(call: Call) -> Axes | list[Axes]:
+def normalized(call: OpCall) -> Axes | list[Axes]:
     axes = call.axes("input")
     count = len(call.operands["normalized_shape"])
     for dim in axes[len(axes) - count :]:
@@ -77,7 +77,7 @@ def normalized(call: Call) -> Axes | list[Axes]:
     return axes if len(call.shapes) == 1 else [axes, statistics, statistics]
 
 
-def linear(call: Call) -> Axes:
+def linear(call: OpCall) -> Axes:
     axes, weight = call.axes("input"), call.axes("weight")
     call.free(axes[-1], "contracts over tokens")
     call.uniform("weight", "bias")
@@ -93,11 +93,11 @@ def _product(left: Axes, right: Axes) -> Axes:
     return (*broadcast(left[:-2], right[:-2]), *rows, *columns)
 
 
-def matmul(call: Call) -> Axes:
+def matmul(call: OpCall) -> Axes:
     return _product(call.axes("self"), call.axes("other" if "other" in call.operands else "mat2"))
 
 
-def product_and_sum(call: Call) -> Axes:
+def product_and_sum(call: OpCall) -> Axes:
     names = ("batch1", "batch2") if "batch1" in call.operands else ("mat1", "mat2")
     product = _product(call.axes(names[0]), call.axes(names[1]))
     if broadcast(call.axes("self"), product) != product:
@@ -105,7 +105,7 @@ def product_and_sum(call: Call) -> Axes:
     return product
 
 
-def joined_along(call: Call) -> Axes:
+def joined_along(call: OpCall) -> Axes:
     """cat, stack: the other dimensions of all operands are the same."""
     operands = [operand.axes for operand in call.operands["tensors"]]
     rank, stacked = len(operands[0]), call.op.name() == "aten::stack"
@@ -119,7 +119,7 @@ def joined_along(call: Call) -> Axes:
     return (*rest[0][:dim], call.features(dim), *rest[0][dim:])
 
 
-def picked(call: Call) -> Axes:
+def picked(call: OpCall) -> Axes:
     """gather, scatter: an index per element along a dimension of features; all operands lie alike in the others."""
     axes, index = call.axes("self"), call.axes("index")
     dim = call.dim()
@@ -134,7 +134,7 @@ def picked(call: Call) -> Axes:
     return index if call.op.name() == "aten::gather" else axes
 
 
-def index_select(call: Call) -> Axes:
+def index_select(call: OpCall) -> Axes:
     """Rows of a table; `head_rows` alone may pick tokens, from all tokens of all rows in their order."""
     axes, index = call.axes("self"), call.operands["index"]
     dim = call.dim()
@@ -148,7 +148,7 @@ def index_select(call: Call) -> Axes:
     return (*axes[:dim], *chosen, *axes[dim + 1 :])
 
 
-def indexed(call: Call) -> Axes:
+def indexed(call: OpCall) -> Axes:
     """`table[:, index]`: one index, of integers, into a dimension of features."""
     axes, indices = call.axes("self"), call.operands["indices"]
     places = [(dim, index) for dim, index in enumerate(indices) if index is not None]
@@ -159,16 +159,16 @@ def indexed(call: Call) -> Axes:
     return (*axes[:dim], *index.axes, *axes[dim + 1 :])
 
 
-def embedding(call: Call) -> Axes:
+def embedding(call: OpCall) -> Axes:
     call.uniform("weight")
     return (*call.axes("indices"), *call.axes("weight")[1:])
 
 
-def new(call: Call) -> Axes:
+def new(call: OpCall) -> Axes:
     return tuple(map(constant_dim, call.shapes[0]))
 
 
-def arange(call: Call) -> Axes:
+def arange(call: OpCall) -> Axes:
     size = call.out(0)
     if size[0] != size[1]:
         raise Refusal(

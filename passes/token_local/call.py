@@ -20,7 +20,7 @@ REGISTER_FAKE = "give the op a fake implementation (torch.library.register_fake)
 
 
 @dataclass
-class Call:
+class OpCall:
     """A call of an op.
 
     operands: by schema name, defaults filled in; tensors are `Tensor`, sizes that depend on the input `Number`
@@ -154,5 +154,5 @@ def results(axes: list[Axes], shapes: list[tuple[Pair, ...]], dtypes: list[torch
     return tuple(made)
 
 
-Rule = Callable[[Call], Axes | list[Axes]]
+Rule = Callable[[OpCall], Axes | list[Axes]]
 """Dimensions of the result, or of every result. Raises `Refusal`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from flarec.errors import UsageError
 from flarec.ir.spec import HEAD_ROWS, LENGTH, ROWS
 
-from .call import MEMO, META, Call
+from .call import MEMO, META, OpCall
 from .values import Axes, Dim, Refusal, holds_tokens, size_of
 from .values import Tensor as Value
 
@@ -37,7 +37,7 @@ class Declared:
     operands: tuple[Meaning | None, ...]
     results: tuple[Meaning, ...]
 
-    def axes(self, call: Call) -> list[Axes]:
+    def axes(self, call: OpCall) -> list[Axes]:
         """The rule of a declared op: its operands hold tokens where those of the example did."""
         where: dict[str | int, Dim] = {}
         names = [argument.name for argument in call.op._schema.arguments]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from .call import Call, Rule
+from .call import OpCall, Rule
 from .values import Axes, Number, Refusal, constant_dim, holds_tokens, joined, regroup, size_pair
 
 
-def reshape(call: Call) -> Axes:
+def reshape(call: OpCall) -> Axes:
     return regroup(call.axes("self"), list(call.shapes[0]))
 
 
-def expand(call: Call) -> Axes:
+def expand(call: OpCall) -> Axes:
     axes, sizes = call.axes("self"), call.shapes[0]
     new = len(sizes) - len(axes)
     return tuple(
@@ -18,7 +18,7 @@ def expand(call: Call) -> Axes:
     )
 
 
-def transpose(call: Call) -> Axes:
+def transpose(call: OpCall) -> Axes:
     order = list(call.axes("self"))
     if order:
         first, second = call.dim("dim0"), call.dim("dim1")
@@ -26,22 +26,22 @@ def transpose(call: Call) -> Axes:
     return tuple(order)
 
 
-def turned(call: Call) -> Axes:
+def turned(call: OpCall) -> Axes:
     return call.axes("self")[::-1]
 
 
-def permute(call: Call) -> Axes:
+def permute(call: OpCall) -> Axes:
     axes = call.axes("self")
     return tuple(axes[dim] for dim in call.dims("dims"))
 
 
-def unsqueeze(call: Call) -> Axes:
+def unsqueeze(call: OpCall) -> Axes:
     axes, dim = list(call.axes("self")), call.operands["dim"]
     axes.insert(dim if dim >= 0 else dim + len(axes) + 1, ())
     return tuple(axes)
 
 
-def squeeze(call: Call) -> Axes:
+def squeeze(call: OpCall) -> Axes:
     """Not of a token dimension: where there is one token (or row) it would be dropped, and the others move."""
     axes = call.axes("self")
     dims = set(call.dims("dim")) if "dim" in call.operands else set(range(len(axes)))
@@ -50,7 +50,7 @@ def squeeze(call: Call) -> Axes:
     return tuple(axis for dim, axis in enumerate(axes) if not (dim in dims and axis == ()))
 
 
-def repeat(call: Call) -> Axes:
+def repeat(call: OpCall) -> Axes:
     axes, times = call.axes("self"), call.operands["repeats"]
     new = len(times) - len(axes)
     result = []
@@ -64,7 +64,7 @@ def repeat(call: Call) -> Axes:
     return tuple(result)
 
 
-def repeat_interleave(call: Call) -> Axes:
+def repeat_interleave(call: OpCall) -> Axes:
     axes = list(call.axes("self"))
     dim = call.dim()
     call.free(axes[dim], "repeats tokens")
@@ -72,7 +72,7 @@ def repeat_interleave(call: Call) -> Axes:
     return tuple(axes)
 
 
-def piece(call: Call) -> Axes | list[Axes]:
+def piece(call: OpCall) -> Axes | list[Axes]:
     """slice, narrow, split, chunk: a part of a dimension of features, or all of a dimension of tokens."""
     axes = call.axes("self")
     dim = call.dim()
@@ -86,7 +86,7 @@ def piece(call: Call) -> Axes | list[Axes]:
     return parts if call.op.name() in LISTS else parts[0]
 
 
-def _for_every_length(call: Call) -> bool:
+def _for_every_length(call: OpCall) -> bool:
     """Whether what takes all of a dimension for two lengths does so for every length."""
     start, end = call.operands.get("start"), call.operands.get("end")
     if call.operands.get("step", 1) != 1:
@@ -94,7 +94,7 @@ def _for_every_length(call: Call) -> bool:
     return (start in (None, 0) or isinstance(start, Number)) and (end is None or isinstance(end, Number) or end >= ALL)
 
 
-def without(call: Call) -> Axes | list[Axes]:
+def without(call: OpCall) -> Axes | list[Axes]:
     """select, unbind: one place of a dimension of features."""
     axes = call.axes("self")
     dim = call.dim()
@@ -103,13 +103,13 @@ def without(call: Call) -> Axes | list[Axes]:
     return [rest] * len(call.shapes) if call.op.name() in LISTS else rest
 
 
-def as_complex(call: Call) -> Axes:
+def as_complex(call: OpCall) -> Axes:
     axes = call.axes("self")
     call.free(axes[-1])
     return axes[:-1]
 
 
-def as_real(call: Call) -> Axes:
+def as_real(call: OpCall) -> Axes:
     return (*call.axes("self"), joined([2]))
 
 

@@ -23,7 +23,7 @@ from ..adapt_noisy_stream import NoisyRows
 from ..duplicate_streams import PositionIds
 from ..split_streams import StreamPositions
 from . import aten
-from .call import MEMO, Call, bind, found, results, run_on_meta
+from .call import MEMO, OpCall, bind, found, results, run_on_meta
 from .declared import OPS as DECLARED
 from .mixers import ONLY_MIXERS, counted, describe, result_of
 from .shapes import known_shapes
@@ -207,7 +207,7 @@ def _known(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     _check_operands(target, operands)
     shapes, dtypes, kind = known_shapes(target, operands) or run_on_meta(target, operands)
     try:
-        axes = rule(Call(target, operands, shapes))
+        axes = rule(OpCall(target, operands, shapes))
     except IndexError as error:
         raise Refusal("has no shape that can be inferred: too few dimensions") from error
     made = results(axes if isinstance(axes, list) else [axes], shapes, dtypes)

@@ -30,7 +30,7 @@ from triton.runtime import interpreter
 from flarec.kernels.softmax_attention.triton_attention import supports, two_stream
 from flarec.kernels.softmax_attention.triton_backward import backward
 from flarec.kernels.softmax_attention.triton_forward import forward
-from flarec.kernels.softmax_attention.triton_tiles import Tiles
+from flarec.kernels.softmax_attention.triton_tiles import ScoreTiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 op: Any = two_stream  # untyped: tests unpack inputs before further positional arguments
@@ -257,7 +257,7 @@ def test_small_tiles_equal_reference(layout: Layout, window: int | None, seed: i
     padding = (layout.token_document() < 0)[:, None, :, None]
     q, k, v = (x.masked_fill(padding, float("nan")) for x in (q, k, v))
     schedule = AttentionSchedule.from_layout(layout, window=window, key_tile=32)
-    small = Tiles(16, 16, 4, 1)
+    small = ScoreTiles(16, 16, 4, 1)
     out, lse = forward(q, k, v, schedule, **case.options, tiles=small)
     results = [out, *backward(grad, q, k, v, out, lse, schedule, **case.options, query_tiles=small, key_tiles=small)]
     for mine, (name, exact) in zip(results, expected.items(), strict=True):

@@ -8,7 +8,7 @@ import torch
 from flarec import ops
 from flarec.errors import PassError
 from flarec.ir.pipeline import run_pipeline
-from flarec.ops.linear_attention import Schedule
+from flarec.ops.linear_attention import Chunks
 from flarec.ops.short_conv import ConvWindows
 from flarec.ops.softmax_attention import SoftmaxMask
 from flarec.passes import lower
@@ -22,7 +22,7 @@ def test_before_and_after_of_the_docstring() -> None:
     before, after = before_and_after("lower-mixers", target="train")
     assert after.derivations["softmax_mask"] == SoftmaxMask(None)
     assert after.derivations["conv_windows_4"] == ConvWindows(4)
-    assert after.derivations["state_schedule"] == Schedule(64)
+    assert after.derivations["state_schedule"] == Chunks(64)
     (was,) = before.calls(ops.SOFTMAX_ATTENTION.call("reference"))
     (node,) = after.calls(ops.SOFTMAX_ATTENTION.call("torch"))
     expected = operands(was) | {"mask": "softmax_mask"}
@@ -59,7 +59,7 @@ def test_the_chunk_size_is_only_a_tile(chunk_size: int) -> None:
     steps = [LowerMixers(chunk_size=chunk_size)]
     before, whole = before_and_after("lower-mixers", target="train")
     other = run_pipeline(before, steps, CHECKS)
-    assert other.derivations["state_schedule"] == Schedule(chunk_size)
+    assert other.derivations["state_schedule"] == Chunks(chunk_size)
     ids, layout = example(5)
     rows = torch.arange(layout.rows * layout.length)
     with torch.no_grad():

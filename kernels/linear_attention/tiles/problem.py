@@ -13,7 +13,7 @@ from .schedule import TileSchedule
 
 
 @dataclass(frozen=True)
-class Launch:
+class TileLaunch:
     """Columns of V per program, warps per program, depth of the software pipeline."""
 
     tile_v: int
@@ -23,18 +23,18 @@ class Launch:
 
 # Measured on an H100 with K = V = 128 (benchmarks/NOTES.md); wider heads take narrower tiles of V.
 LAUNCHES = {
-    "chunk_gates": Launch(16, 1, 1),
-    "tile_gates": Launch(16, 4, 1),
-    "clean_inverse": Launch(64, 4, 1),
-    "clean_states": Launch(64, 4, 2),
-    "clean_outputs": Launch(128, 4, 1),
-    "noisy_outputs": Launch(128, 4, 1),
-    "noisy_queries_grad": Launch(128, 4, 1),
-    "noisy_keys_grad": Launch(128, 4, 1),
-    "chunk_grad": Launch(64, 4, 1),
-    "states_grad": Launch(64, 4, 2),
-    "clean_queries_grad": Launch(128, 4, 1),
-    "clean_keys_grad": Launch(128, 4, 1),
+    "chunk_gates": TileLaunch(16, 1, 1),
+    "tile_gates": TileLaunch(16, 4, 1),
+    "clean_inverse": TileLaunch(64, 4, 1),
+    "clean_states": TileLaunch(64, 4, 2),
+    "clean_outputs": TileLaunch(128, 4, 1),
+    "noisy_outputs": TileLaunch(128, 4, 1),
+    "noisy_queries_grad": TileLaunch(128, 4, 1),
+    "noisy_keys_grad": TileLaunch(128, 4, 1),
+    "chunk_grad": TileLaunch(64, 4, 1),
+    "states_grad": TileLaunch(64, 4, 2),
+    "clean_queries_grad": TileLaunch(128, 4, 1),
+    "clean_keys_grad": TileLaunch(128, 4, 1),
 }
 PER_TILE_OF_V = ("clean_states", "clean_outputs", "noisy_outputs", "chunk_grad", "states_grad")
 

@@ -18,7 +18,7 @@ from . import finish, finish_digits, grad, norm, weights, weights_digits
 
 
 @dataclass(frozen=True)
-class Launch:
+class ChannelLaunch:
     """Width of a program's tile (channels of K, or columns of V), warps, depth of the software pipeline, and the most
     registers of a thread (None: the compiler's choice)."""
 
@@ -30,25 +30,25 @@ class Launch:
 
 # Measured on an H100 with K = V = 128 (benchmarks/NOTES.md).
 LAUNCHES = {
-    "channel_clean": Launch(64, 4, 1),
-    "channel_block": Launch(64, 4, 1),
-    "channel_prefix": Launch(128, 4, 1),
-    "channel_clean_digits": Launch(64, 4, 1),
-    "channel_block_digits": Launch(32, 4, 1),
-    "channel_prefix_digits": Launch(32, 4, 1),
-    "channel_noisy_grad": Launch(128, 4, 1),
-    "channel_chunk_grad": Launch(128, 4, 1),
-    "channel_clean_grad": Launch(128, 4, 1),
-    "channel_tile_finish": Launch(32, 4, 1),
-    "channel_clean_finish": Launch(64, 4, 1),
-    "channel_norm_grad": Launch(128, 4, 1),
-    "channel_prefix_finish_digits": Launch(64, 8, 1),
-    "channel_block_finish_digits": Launch(32, 4, 1),
-    "channel_clean_finish_digits": Launch(64, 8, 1),
+    "channel_clean": ChannelLaunch(64, 4, 1),
+    "channel_block": ChannelLaunch(64, 4, 1),
+    "channel_prefix": ChannelLaunch(128, 4, 1),
+    "channel_clean_digits": ChannelLaunch(64, 4, 1),
+    "channel_block_digits": ChannelLaunch(32, 4, 1),
+    "channel_prefix_digits": ChannelLaunch(32, 4, 1),
+    "channel_noisy_grad": ChannelLaunch(128, 4, 1),
+    "channel_chunk_grad": ChannelLaunch(128, 4, 1),
+    "channel_clean_grad": ChannelLaunch(128, 4, 1),
+    "channel_tile_finish": ChannelLaunch(32, 4, 1),
+    "channel_clean_finish": ChannelLaunch(64, 4, 1),
+    "channel_norm_grad": ChannelLaunch(128, 4, 1),
+    "channel_prefix_finish_digits": ChannelLaunch(64, 8, 1),
+    "channel_block_finish_digits": ChannelLaunch(32, 4, 1),
+    "channel_clean_finish_digits": ChannelLaunch(64, 8, 1),
 }
 # Float32 rows of at most 64, which come in chunks of 64: with 4 warps ptxas makes wrong code of these two
 # (benchmarks/NOTES.md, "A compiler trap").
-SINGLE = {"channel_tile_finish": Launch(32, 8, 1), "channel_clean_finish": Launch(32, 8, 1)}
+SINGLE = {"channel_tile_finish": ChannelLaunch(32, 8, 1), "channel_clean_finish": ChannelLaunch(32, 8, 1)}
 PER_SLICE = ("channel_tile_finish", "channel_clean_finish")
 KERNELS: dict[str, Any] = {
     name: getattr(module, f"{name}_kernel")
@@ -65,7 +65,7 @@ KERNELS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def launch_of(p: Problem, name: str) -> Launch:
+def launch_of(p: Problem, name: str) -> ChannelLaunch:
     narrow = p.dtype == torch.float32 and p.block_k <= 64
     return SINGLE.get(name, LAUNCHES[name]) if narrow else LAUNCHES[name]
 
