@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .common import load_tile, log_weights, row_norm, store_tile
 from .gates import chunk_vectors, tile_vectors
+from .places import rows_of
 
 
 @triton.jit
@@ -73,8 +74,7 @@ def chunk_grad_kernel(
     head, chunk = pid % H, pid // H
     key_head = head // GROUP
     row, column = tl.arange(0, R), tl.arange(0, C)
-    clean_first = tl.load(chunk_token + chunk).to(tl.int64)
-    clean_count = tl.load(chunk_length + chunk)
+    clean_first, clean_count = rows_of(chunk, chunk_token, chunk_length)
     begin, end = tl.load(chunk_tile + chunk), tl.load(chunk_tile + chunk + 1)
     width = value_dim - vt * BV
     chunk_head = chunk.to(tl.int64) * H + head

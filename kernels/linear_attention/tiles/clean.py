@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .common import load_matrix, load_tile, log_weights, row_norm, store_tile, unit_triangular_inverse
+from .places import rows_of
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -46,8 +47,7 @@ def clean_inverse_kernel(
     if GATE == 2:
         lower = tl.where(below, tl.load(weights + place).to(tl.float32) * b[None, :], 0.0)
     else:
-        first = tl.load(chunk_token + chunk).to(tl.int64)
-        count = tl.load(chunk_length + chunk)
+        first, count = rows_of(chunk, chunk_token, chunk_length)
         keys = load_tile(k + (head // GROUP) * k_head, first, count, k_token, key_dim, C, BK, EXACT_K)
         norm = row_norm(keys, C, L2NORM)
         gam = b
@@ -204,8 +204,7 @@ def clean_outputs_kernel(
     vt, pid = pid % NV, pid // NV
     head, chunk = pid % H, pid // H
     row = tl.arange(0, C)
-    first = tl.load(chunk_token + chunk).to(tl.int64)
-    count = tl.load(chunk_length + chunk)
+    first, count = rows_of(chunk, chunk_token, chunk_length)
     chunk_head = pid.to(tl.int64)
     key_head = head // GROUP
     width = value_dim - vt * BV

@@ -17,6 +17,7 @@ from .common import (
     through_factor,
 )
 from .gates import chunk_vectors, tile_vectors
+from .places import rows_of
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -60,8 +61,7 @@ def clean_queries_grad_kernel(
     head, chunk = pid % H, pid // H
     key_head = head // GROUP
     row = tl.arange(0, C)
-    first = tl.load(chunk_token + chunk).to(tl.int64)
-    count = tl.load(chunk_length + chunk)
+    first, count = rows_of(chunk, chunk_token, chunk_length)
     chunk_head = pid.to(tl.int64)
     state = states + chunk_head * key_dim * value_dim
     out_stride = H * value_dim
@@ -159,8 +159,7 @@ def clean_keys_grad_kernel(
     head, chunk = pid % H, pid // H
     key_head = head // GROUP
     row, reader = tl.arange(0, C), tl.arange(0, R)
-    first = tl.load(chunk_token + chunk).to(tl.int64)
-    count = tl.load(chunk_length + chunk)
+    first, count = rows_of(chunk, chunk_token, chunk_length)
     begin, end = tl.load(chunk_tile + chunk), tl.load(chunk_tile + chunk + 1)
     chunk_head = pid.to(tl.int64)
     state, after = states + chunk_head * key_dim * value_dim, grad_states + chunk_head * key_dim * value_dim

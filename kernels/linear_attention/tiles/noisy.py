@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .common import load_matrix, load_tile, log_weights, row_norm, store_tile, unit_triangular_inverse
 from .gates import chunk_vectors, tile_vectors
+from .places import noisy_tile
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -74,20 +75,16 @@ def noisy_outputs_kernel(
     """
     pid = tl.program_id(0)
     vt, pid = pid % NV, pid // NV
-    head, tile = pid % H, pid // H
+    head, chunk_head, tile_head, meta, span, clean_span, vectors = noisy_tile(
+        pid, chunk_gam, chunk_beta, tile_logs, tile_beta, chunk_token, chunk_length, tile_chunk,
+        tile_first, tile_count, H, C, R,
+    )  # fmt: skip
+    first, count = span
+    clean_first, clean_count = clean_span
+    gams, betas, logs, own_betas = vectors
     key_head = head // GROUP
     row, column = tl.arange(0, R), tl.arange(0, C)
     width = value_dim - vt * BV
-    chunk = tl.load(tile_chunk + tile)
-    clean_first = tl.load(chunk_token + chunk).to(tl.int64)
-    clean_count = tl.load(chunk_length + chunk)
-    meta = tile.to(tl.int64) * R + row
-    first = tl.load(tile_first + tile).to(tl.int64)
-    count = tl.load(tile_count + tile)
-    chunk_head = chunk.to(tl.int64) * H + head
-    tile_head = tile.to(tl.int64) * H + head
-    gams, betas = chunk_gam + chunk_head * C, chunk_beta + chunk_head * C
-    logs, own_betas = tile_logs + tile_head * 3 * R, tile_beta + tile_head * R
     gam, clean_b = chunk_vectors(gams, betas, C, GATE)
     t, e, c, own_b = tile_vectors(logs, own_betas, R, GATE)
     before = column[None, :] < tl.load(tile_anchor + meta)[:, None]

@@ -22,6 +22,7 @@ from .common import (
     unit_triangular_inverse,
 )
 from .gates import chunk_vectors, tile_vectors
+from .places import noisy_tile
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -76,21 +77,16 @@ def noisy_queries_grad_kernel(
 ):
     """grad_q [B,T,H,K], grad_v [B,T,H,V] (= E), grad_beta [B,T,H] of the noisy rows; and, [M, H, R], what each row's
     query adds to the gradients of gam[anchor - 1] (grad_anchor) and of e (grad_stop). noisy_values are Z~ or v."""
-    pid = tl.program_id(0)
-    head, tile = pid % H, pid // H
+    head, chunk_head, tile_head, meta, span, clean_span, vectors = noisy_tile(
+        tl.program_id(0), chunk_gam, chunk_beta, tile_logs, tile_beta, chunk_token, chunk_length, tile_chunk,
+        tile_first, tile_count, H, C, R,
+    )  # fmt: skip
+    first, count = span
+    clean_first, clean_count = clean_span
+    gams, betas, logs, own_betas = vectors
     key_head = head // GROUP
     row, column = tl.arange(0, R), tl.arange(0, C)
-    chunk = tl.load(tile_chunk + tile)
-    clean_first = tl.load(chunk_token + chunk).to(tl.int64)
-    clean_count = tl.load(chunk_length + chunk)
-    meta = tile.to(tl.int64) * R + row
-    first = tl.load(tile_first + tile).to(tl.int64)
-    count = tl.load(tile_count + tile)
-    chunk_head = chunk.to(tl.int64) * H + head
-    tile_head = tile.to(tl.int64) * H + head
     state = states + chunk_head * key_dim * value_dim
-    gams, betas = chunk_gam + chunk_head * C, chunk_beta + chunk_head * C
-    logs, own_betas = tile_logs + tile_head * 3 * R, tile_beta + tile_head * R
     out_stride = H * value_dim
     error_base, out_base = grad_v + head * value_dim, grad_out + head * value_dim
     z_base, own_base = clean_values + head * z_head, noisy_values + head * z_head

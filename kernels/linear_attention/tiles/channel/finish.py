@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from ..common import load_tile, store_tile
-from .pairs import exact_sums, load_picked, load_unit, not_above, read_by, whole_norm
+from ..places import rows_of
+from .pairs import exact_sums, key_head_rows, load_picked, load_unit, not_above, read_by
 
 
 @triton.jit
@@ -73,17 +74,16 @@ def channel_tile_finish_kernel(
     tile_head = tile.to(tl.int64) * H + head
     if tl.load(chunk_direct + chunk * H + head) * tl.load(tile_direct + tile_head) == 0:
         return
-    key_head = head // GROUP
     row, column = tl.arange(0, R), tl.arange(0, C)
-    clean_first, clean_count = tl.load(chunk_token + chunk).to(tl.int64), tl.load(chunk_length + chunk)
+    clean_first, clean_count = rows_of(chunk, chunk_token, chunk_length)
     meta = tile.to(tl.int64) * R + row
-    first, count = tl.load(tile_first + tile).to(tl.int64), tl.load(tile_count + tile)
+    first, count = rows_of(tile, tile_first, tile_count)
     stride = H * key_dim
     clean_place = grad_clean_weights + tile_head * 2 * R * C + row[:, None] * C + column[None, :]
     block_place = block_weights + tile_head * 2 * R * R + row[:, None] * R + row[None, :]
-    k_base, q_base = k + key_head * k_head, q + key_head * q_head
-    k_norm = whole_norm(k_base, first, count, k_token, key_dim, R, BK, EXACT_K, L2NORM)
-    q_norm = whole_norm(q_base, first, count, q_token, key_dim, R, BK, EXACT_K, L2NORM)
+    k_base, q_base, k_norm, q_norm = key_head_rows(
+        q, k, head // GROUP, first, count, q_token, q_head, k_token, k_head, key_dim, R, BK, EXACT_K, L2NORM
+    )
 
     width = key_dim - s * BS
     place = head * key_dim + s * BS
@@ -194,7 +194,7 @@ def channel_clean_finish_kernel(
     if tl.load(chunk_direct + chunk_head) == 0:
         return
     row = tl.arange(0, C)
-    first, count = tl.load(chunk_token + chunk).to(tl.int64), tl.load(chunk_length + chunk)
+    first, count = rows_of(chunk, chunk_token, chunk_length)
     begin, end = tl.load(chunk_tile + chunk), tl.load(chunk_tile + chunk + 1)
     stride = H * key_dim
     chunk_row = chunk.to(tl.int64) * C

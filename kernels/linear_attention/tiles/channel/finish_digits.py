@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..common import load_tile, store_tile
+from ..places import rows_of
 from .pairs import (
     block_columns,
     block_last,
@@ -21,6 +22,7 @@ from .pairs import (
     direct_prefix_pairs,
     direct_prefix_rows,
     exact_sums,
+    key_head_rows,
     load_middle,
     load_picked,
     load_unit,
@@ -90,17 +92,16 @@ def channel_prefix_finish_digits_kernel(
     chunk = tl.load(tile_chunk + tile)
     if tl.load(chunk_direct + chunk.to(tl.int64) * H + head) * tl.load(tile_direct + pid) != 0:
         return
-    key_head = head // GROUP
     row, column = tl.arange(0, R), tl.arange(0, C)
-    clean_first, clean_count = tl.load(chunk_token + chunk).to(tl.int64), tl.load(chunk_length + chunk)
+    clean_first, clean_count = rows_of(chunk, chunk_token, chunk_length)
     meta = tile.to(tl.int64) * R + row
-    first, count = tl.load(tile_first + tile).to(tl.int64), tl.load(tile_count + tile)
+    first, count = rows_of(tile, tile_first, tile_count)
     stride = H * key_dim
     tile_head = tile.to(tl.int64) * H + head
     weight_place = grad_clean_weights + tile_head * 2 * R * C + row[:, None] * C + column[None, :]
-    k_base, q_base = k + key_head * k_head, q + key_head * q_head
-    k_norm = whole_norm(k_base, first, count, k_token, key_dim, R, BK, EXACT_K, L2NORM)
-    q_norm = whole_norm(q_base, first, count, q_token, key_dim, R, BK, EXACT_K, L2NORM)
+    k_base, q_base, k_norm, q_norm = key_head_rows(
+        q, k, head // GROUP, first, count, q_token, q_head, k_token, k_head, key_dim, R, BK, EXACT_K, L2NORM
+    )
     clean_norm = whole_norm(k_base, clean_first, clean_count, k_token, key_dim, C, BK, EXACT_K, L2NORM)
 
     for s in range(NS):
@@ -246,16 +247,15 @@ def channel_block_finish_digits_kernel(
     chunk = tl.load(tile_chunk + tile).to(tl.int64)
     if tl.load(chunk_direct + chunk * H + head) * tl.load(tile_direct + pid) != 0:
         return
-    key_head = head // GROUP
     row = tl.arange(0, R)
     meta = tile.to(tl.int64) * R + row
-    first, count = tl.load(tile_first + tile).to(tl.int64), tl.load(tile_count + tile)
+    first, count = rows_of(tile, tile_first, tile_count)
     stride = H * key_dim
     tile_head = tile.to(tl.int64) * H + head
     weight_place = block_weights + tile_head * 2 * R * R + row[:, None] * R + row[None, :]
-    k_base, q_base = k + key_head * k_head, q + key_head * q_head
-    k_norm = whole_norm(k_base, first, count, k_token, key_dim, R, BK, EXACT_K, L2NORM)
-    q_norm = whole_norm(q_base, first, count, q_token, key_dim, R, BK, EXACT_K, L2NORM)
+    k_base, q_base, k_norm, q_norm = key_head_rows(
+        q, k, head // GROUP, first, count, q_token, q_head, k_token, k_head, key_dim, R, BK, EXACT_K, L2NORM
+    )
 
     for s in range(NS):
         width = key_dim - s * BS
@@ -380,18 +380,17 @@ def channel_clean_finish_digits_kernel(
     head, chunk = pid % H, pid // H
     if tl.load(chunk_direct + pid) != 0:
         return
-    key_head = head // GROUP
     row = tl.arange(0, C)
-    first, count = tl.load(chunk_token + chunk).to(tl.int64), tl.load(chunk_length + chunk)
+    first, count = rows_of(chunk, chunk_token, chunk_length)
     begin, end = tl.load(chunk_tile + chunk), tl.load(chunk_tile + chunk + 1)
     stride = H * key_dim
     chunk_head = chunk.to(tl.int64) * H + head
     chunk_row = chunk.to(tl.int64) * C
     corner = chunk_head * C * C + row[:, None] * C + row[None, :]
     diagonal = row[:, None] == row[None, :]
-    k_base, q_base = k + key_head * k_head, q + key_head * q_head
-    k_norm = whole_norm(k_base, first, count, k_token, key_dim, C, BK, EXACT_K, L2NORM)
-    q_norm = whole_norm(q_base, first, count, q_token, key_dim, C, BK, EXACT_K, L2NORM)
+    k_base, q_base, k_norm, q_norm = key_head_rows(
+        q, k, head // GROUP, first, count, q_token, q_head, k_token, k_head, key_dim, C, BK, EXACT_K, L2NORM
+    )
     itself = tl.sum(tl.where(diagonal, tl.load(query_weights + corner).to(tl.float32), 0.0), 1)
 
     for s in range(NS):

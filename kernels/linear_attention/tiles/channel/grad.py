@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..common import load_matrix, load_tile, product_of_tiles, product_with_state, store_tile, unit_triangular_inverse
+from ..places import rows_of
 from .pairs import direct_block_pairs
 
 
@@ -58,8 +59,8 @@ def channel_noisy_grad_kernel(
     head, tile = pid % H, pid // H
     row, column = tl.arange(0, R), tl.arange(0, C)
     chunk = tl.load(tile_chunk + tile)
-    clean_first, clean_count = tl.load(chunk_token + chunk).to(tl.int64), tl.load(chunk_length + chunk)
-    first, count = tl.load(tile_first + tile).to(tl.int64), tl.load(tile_count + tile)
+    clean_first, clean_count = rows_of(chunk, chunk_token, chunk_length)
+    first, count = rows_of(tile, tile_first, tile_count)
     meta = tile.to(tl.int64) * R + row
     start = tl.load(tile_start + meta)
     chunk_head, tile_head = chunk.to(tl.int64) * H + head, tile.to(tl.int64) * H + head
@@ -255,7 +256,7 @@ def channel_chunk_grad_kernel(
     vt, pid = pid % NV, pid // NV
     head, chunk = pid % H, pid // H
     row, column = tl.arange(0, R), tl.arange(0, C)
-    clean_first, clean_count = tl.load(chunk_token + chunk).to(tl.int64), tl.load(chunk_length + chunk)
+    clean_first, clean_count = rows_of(chunk, chunk_token, chunk_length)
     begin, end = tl.load(chunk_tile + chunk), tl.load(chunk_tile + chunk + 1)
     width = value_dim - vt * BV
     stride, out_stride = H * key_dim, H * value_dim
@@ -270,7 +271,7 @@ def channel_chunk_grad_kernel(
     states_sum = tl.dot(tl.trans(grown), grad, input_precision=PRECISION)
     for step in range(0, end - begin):
         tile = begin.to(tl.int64) + step
-        first, count = tl.load(tile_first + tile).to(tl.int64), tl.load(tile_count + tile)
+        first, count = rows_of(tile, tile_first, tile_count)
         place = clean_weights + ((tile * H + head) * 2 + 1) * R * C + row[:, None] * C + column[None, :]
         grad = load_tile(out_base, first, count, out_stride, width, R, BV, EXACT_V)
         corrected_sum += tl.dot(tl.trans(tl.load(place)), grad, input_precision=PRECISION)
@@ -281,7 +282,7 @@ def channel_chunk_grad_kernel(
     if DELTA:
         for step in range(0, end - begin):
             tile = begin.to(tl.int64) + step
-            first, count = tl.load(tile_first + tile).to(tl.int64), tl.load(tile_count + tile)
+            first, count = rows_of(tile, tile_first, tile_count)
             place = clean_weights + (tile * H + head) * 2 * R * C + row[:, None] * C + column[None, :]
             error = load_tile(error_base, first, count, out_stride, width, R, BV, EXACT_V)
             error = (-error).to(error.dtype)
@@ -347,7 +348,7 @@ def channel_clean_grad_kernel(
     pid = tl.program_id(0)
     head, chunk = pid % H, pid // H
     row, kc = tl.arange(0, C), tl.arange(0, BK)
-    first, count = tl.load(chunk_token + chunk).to(tl.int64), tl.load(chunk_length + chunk)
+    first, count = rows_of(chunk, chunk_token, chunk_length)
     chunk_head = chunk.to(tl.int64) * H + head
     state, after = states + chunk_head * key_dim * value_dim, grad_states + chunk_head * key_dim * value_dim
     corner = chunk_head * C * C + row[:, None] * C + row[None, :]

@@ -56,6 +56,30 @@ def whole_norm(
 
 
 @triton.jit
+def key_head_rows(
+    q,
+    k,
+    key_head,
+    first,
+    count,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    key_dim,
+    ROWS: tl.constexpr,
+    BK: tl.constexpr,
+    EXACT_K: tl.constexpr,
+    L2NORM: tl.constexpr,
+):
+    """Where keys and queries of a head begin, and the reciprocal norms [ROWS] of those of a chunk or a tile."""
+    k_base, q_base = k + key_head * k_head, q + key_head * q_head
+    k_norm = whole_norm(k_base, first, count, k_token, key_dim, ROWS, BK, EXACT_K, L2NORM)
+    q_norm = whole_norm(q_base, first, count, q_token, key_dim, ROWS, BK, EXACT_K, L2NORM)
+    return k_base, q_base, k_norm, q_norm
+
+
+@triton.jit
 def load_unit(
     x,
     first,

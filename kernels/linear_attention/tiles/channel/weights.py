@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from ..common import LOG2E, load_tile, store_tile
-from .pairs import direct_block_pairs, exact_sums, load_picked, load_unit, not_above, whole_norm
+from ..places import rows_of
+from .pairs import direct_block_pairs, exact_sums, key_head_rows, load_picked, load_unit, not_above
 
 
 @triton.jit
@@ -58,14 +59,13 @@ def channel_clean_kernel(
     [N*C,H,K]; total [N,H,K]; weights A (delta only) and query_weights A_q [N,H,C,C]; chunk_direct [N,H] int32."""
     pid = tl.program_id(0)
     head, chunk = pid % H, pid // H
-    key_head = head // GROUP
     row = tl.arange(0, C)
-    first, count = tl.load(chunk_token + chunk).to(tl.int64), tl.load(chunk_length + chunk)
+    first, count = rows_of(chunk, chunk_token, chunk_length)
     stride = H * key_dim
     chunk_head, chunk_row = chunk.to(tl.int64) * H + head, chunk.to(tl.int64) * C
-    k_base, q_base = k + key_head * k_head, q + key_head * q_head
-    k_norm = whole_norm(k_base, first, count, k_token, key_dim, C, BK, EXACT_K, L2NORM)
-    q_norm = whole_norm(q_base, first, count, q_token, key_dim, C, BK, EXACT_K, L2NORM)
+    k_base, q_base, k_norm, q_norm = key_head_rows(
+        q, k, head // GROUP, first, count, q_token, q_head, k_token, k_head, key_dim, C, BK, EXACT_K, L2NORM
+    )
 
     key_weight = tl.zeros([C, C], dtype=tl.float32)
     query_weight = tl.zeros([C, C], dtype=tl.float32)
@@ -148,16 +148,15 @@ def channel_block_kernel(
     M); tile_direct [M,H] int32. Reads `cumulative` of the chunk."""
     pid = tl.program_id(0)
     head, tile = pid % H, pid // H
-    key_head = head // GROUP
     row = tl.arange(0, R)
     meta = tile.to(tl.int64) * R + row
-    first, count = tl.load(tile_first + tile).to(tl.int64), tl.load(tile_count + tile)
+    first, count = rows_of(tile, tile_first, tile_count)
     clean_first = tl.load(chunk_token + tl.load(tile_chunk + tile)).to(tl.int64)
     stride = H * key_dim
     tile_head = tile.to(tl.int64) * H + head
-    k_base, q_base = k + key_head * k_head, q + key_head * q_head
-    k_norm = whole_norm(k_base, first, count, k_token, key_dim, R, BK, EXACT_K, L2NORM)
-    q_norm = whole_norm(q_base, first, count, q_token, key_dim, R, BK, EXACT_K, L2NORM)
+    k_base, q_base, k_norm, q_norm = key_head_rows(
+        q, k, head // GROUP, first, count, q_token, q_head, k_token, k_head, key_dim, R, BK, EXACT_K, L2NORM
+    )
 
     key_weight = tl.zeros([R, R], dtype=tl.float32)
     query_weight = tl.zeros([R, R], dtype=tl.float32)
@@ -227,7 +226,7 @@ def channel_prefix_kernel(
         return
     row, column = tl.arange(0, R), tl.arange(0, C)
     clean_count = tl.load(chunk_length + chunk)
-    first, count = tl.load(tile_first + tile).to(tl.int64), tl.load(tile_count + tile)
+    first, count = rows_of(tile, tile_first, tile_count)
     anchor = tl.load(tile_anchor + tile.to(tl.int64) * R + row)
     stride = H * key_dim
     key_weight = tl.zeros([R, C], dtype=tl.float32)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..common import load_tile
+from ..places import rows_of
 from .pairs import (
     block_columns,
     block_last,
@@ -20,6 +21,7 @@ from .pairs import (
     direct_level,
     direct_prefix_pairs,
     direct_prefix_rows,
+    key_head_rows,
     load_middle,
     load_picked,
     load_unit,
@@ -69,13 +71,12 @@ def channel_clean_digits_kernel(
     head, chunk = pid % H, pid // H
     if tl.load(chunk_direct + pid) != 0:
         return
-    key_head = head // GROUP
     row = tl.arange(0, C)
-    first, count = tl.load(chunk_token + chunk).to(tl.int64), tl.load(chunk_length + chunk)
+    first, count = rows_of(chunk, chunk_token, chunk_length)
     stride = H * key_dim
-    k_base, q_base = k + key_head * k_head, q + key_head * q_head
-    k_norm = whole_norm(k_base, first, count, k_token, key_dim, C, BK, EXACT_K, L2NORM)
-    q_norm = whole_norm(q_base, first, count, q_token, key_dim, C, BK, EXACT_K, L2NORM)
+    k_base, q_base, k_norm, q_norm = key_head_rows(
+        q, k, head // GROUP, first, count, q_token, q_head, k_token, k_head, key_dim, C, BK, EXACT_K, L2NORM
+    )
 
     key_weight = tl.zeros([C, C], dtype=tl.float32)
     query_weight = tl.zeros([C, C], dtype=tl.float32)
@@ -150,17 +151,16 @@ def channel_block_digits_kernel(
     head, tile = pid % H, pid // H
     if tl.load(tile_direct + pid) != 0:
         return
-    key_head = head // GROUP
     row = tl.arange(0, R)
     meta = tile.to(tl.int64) * R + row
-    first, count = tl.load(tile_first + tile).to(tl.int64), tl.load(tile_count + tile)
+    first, count = rows_of(tile, tile_first, tile_count)
     start, stop = tl.load(tile_start + meta), tl.load(tile_stop + meta)
     last = block_last(start, R)
     before, read = row - start, stop - start  # rows of the block that key and query read
     stride = H * key_dim
-    k_base, q_base = k + key_head * k_head, q + key_head * q_head
-    k_norm = whole_norm(k_base, first, count, k_token, key_dim, R, BK, EXACT_K, L2NORM)
-    q_norm = whole_norm(q_base, first, count, q_token, key_dim, R, BK, EXACT_K, L2NORM)
+    k_base, q_base, k_norm, q_norm = key_head_rows(
+        q, k, head // GROUP, first, count, q_token, q_head, k_token, k_head, key_dim, R, BK, EXACT_K, L2NORM
+    )
 
     key_weight = tl.zeros([R, R], dtype=tl.float32)
     query_weight = tl.zeros([R, R], dtype=tl.float32)
@@ -242,16 +242,15 @@ def channel_prefix_digits_kernel(
     chunk = tl.load(tile_chunk + tile)
     if tl.load(chunk_direct + chunk.to(tl.int64) * H + head) != 0:
         return
-    key_head = head // GROUP
     row, column = tl.arange(0, R), tl.arange(0, C)
-    clean_first, clean_count = tl.load(chunk_token + chunk).to(tl.int64), tl.load(chunk_length + chunk)
+    clean_first, clean_count = rows_of(chunk, chunk_token, chunk_length)
     meta = tile.to(tl.int64) * R + row
-    first, count = tl.load(tile_first + tile).to(tl.int64), tl.load(tile_count + tile)
+    first, count = rows_of(tile, tile_first, tile_count)
     anchor, stop = tl.load(tile_anchor + meta), tl.load(tile_stop + meta)
     stride = H * key_dim
-    k_base, q_base = k + key_head * k_head, q + key_head * q_head
-    k_norm = whole_norm(k_base, first, count, k_token, key_dim, R, BK, EXACT_K, L2NORM)
-    q_norm = whole_norm(q_base, first, count, q_token, key_dim, R, BK, EXACT_K, L2NORM)
+    k_base, q_base, k_norm, q_norm = key_head_rows(
+        q, k, head // GROUP, first, count, q_token, q_head, k_token, k_head, key_dim, R, BK, EXACT_K, L2NORM
+    )
     clean_norm = whole_norm(k_base, clean_first, clean_count, k_token, key_dim, C, BK, EXACT_K, L2NORM)
 
     key_weight = tl.zeros([R, C], dtype=tl.float32)
