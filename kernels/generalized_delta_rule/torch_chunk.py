@@ -135,7 +135,7 @@ def _run(
 
 def _clean(
     operands: tuple[Tensor, ...], schedule: DeltaSchedule, initial_state: Tensor | None
-) -> tuple[Rows, Tensor, Tensor, Tensor]:
+) -> tuple[DeltaRows, Tensor, Tensor, Tensor]:
     """Of the clean chunks [B * N, H, ...]: their rows, u [C, V], the states before them [K, V], outputs [C, V]."""
     rows, chunks, size = schedule.chunk_token.shape
     clean = _gather(operands, schedule.chunk_token.view(rows * chunks, size))
