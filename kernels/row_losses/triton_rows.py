@@ -18,17 +18,17 @@ from .reference import MINUS_INFINITY, RowLosses, RowWeights
 
 
 @dataclass(frozen=True)
-class Launch:
+class RowLaunch:
     """Columns of a tile, and warps of a program. Two rows of a pair are in registers at once."""
 
     block: int
     warps: int
 
 
-def launch_of(vocab_size: int, dtype: torch.dtype) -> Launch:
+def launch_of(vocab_size: int, dtype: torch.dtype) -> RowLaunch:
     """16 bytes a thread and row, at most 4 loads of them in flight."""
     block = min(triton.next_power_of_2(vocab_size), 16384 // dtype.itemsize)
-    return Launch(block, max(1, min(16, block // 256)))
+    return RowLaunch(block, max(1, min(16, block // 256)))
 
 
 @triton.jit

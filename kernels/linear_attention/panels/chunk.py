@@ -12,7 +12,7 @@ from . import clean as clean_chunks
 from . import noisy as noisy_panels
 from .rows import (
     Gathered,
-    Rows,
+    PanelRows,
     gather,
     scatter,
     scatter_noisy,
@@ -190,7 +190,7 @@ class _FrozenClean(torch.autograd.Function):
         rows = gather(q, k, v, g, beta, schedule, l2norm=l2norm)
         clean_out, noisy_out, _, panels = _forward(rows, schedule, scale, delta, initial_state)
         own = rows.noisy  # copies: views would keep the clean rows alive
-        kept = Rows(*(x.clone() for x in (own.q, own.k, own.v, own.g, own.beta)))
+        kept = PanelRows(*(x.clone() for x in (own.q, own.k, own.v, own.g, own.beta)))
         norms = tuple(
             None if x is None else split_rows(x, schedule, v.shape[2])[1].clone() for x in (rows.q_norm, rows.k_norm)
         )

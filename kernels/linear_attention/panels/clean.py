@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .pair_decay import PairDecay, Prefixes, log_gradient, pair_decay
-from .rows import Rows
+from .rows import PanelRows
 from .schedule import StateSchedule
 
 
@@ -66,7 +66,7 @@ def unit_lower_inverse(strictly_lower: Tensor) -> Tensor:
     return inverse
 
 
-def forward(rows: Rows, schedule: StateSchedule, *, delta: bool, initial_state: Tensor | None) -> CleanChunks:
+def forward(rows: PanelRows, schedule: StateSchedule, *, delta: bool, initial_state: Tensor | None) -> CleanChunks:
     """States and corrected values of all chunks. initial_state [B, H, K, V] enters where document 0 of a row starts."""
     k, v, beta = rows.k, rows.v, rows.beta
     gam = rows.g.cumsum(dim=2)
@@ -110,7 +110,7 @@ def steps(schedule: StateSchedule) -> list[tuple[int, int, int]]:
     return out
 
 
-def outputs(rows: Rows, chunks: CleanChunks, scale: float) -> Tensor:
+def outputs(rows: PanelRows, chunks: CleanChunks, scale: float) -> Tensor:
     """[N, H, C, V]"""
     return ((rows.q * chunks.grown) @ chunks.states).add_(chunks.weights[:, :, -1] @ chunks.corrected).mul_(scale)
 
@@ -147,8 +147,14 @@ def _walk_back(
 
 
 def backward(
-    grad_out: Tensor, rows: Rows, chunks: CleanChunks, noisy: FromNoisy | None, schedule: StateSchedule, *, scale: float
-) -> tuple[Rows, Tensor]:
+    grad_out: Tensor,
+    rows: PanelRows,
+    chunks: CleanChunks,
+    noisy: FromNoisy | None,
+    schedule: StateSchedule,
+    *,
+    scale: float,
+) -> tuple[PanelRows, Tensor]:
     """Gradients of the chunk rows, and of the states that documents start in ([documents, H, K, V])."""
     q, k, beta = rows.q, rows.k, rows.beta
     grad = scale * grad_out
@@ -194,4 +200,4 @@ def backward(
         grad_gam += noisy.gam
     grad_g = grad_gam.flip(2).cumsum(dim=2).flip(2)
     starts = grad_states[: schedule.step_counts[0]] if schedule.step_counts else grad_states
-    return Rows(grad_q, grad_k, grad_v, grad_g, grad_beta), starts
+    return PanelRows(grad_q, grad_k, grad_v, grad_g, grad_beta), starts

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .clean import CleanChunks, FromNoisy, unit_lower_inverse
 from .pair_decay import PairDecay, Prefixes, log_gradient, pair_decay
-from .rows import Rows
+from .rows import PanelRows
 from .schedule import StateSchedule
 
 
@@ -86,7 +86,7 @@ def _by_tile(x: Tensor, schedule: StateSchedule) -> Tensor:
 
 
 def forward(
-    rows: Rows, clean: Rows, chunks: CleanChunks, schedule: StateSchedule, *, delta: bool, scale: float
+    rows: PanelRows, clean: PanelRows, chunks: CleanChunks, schedule: StateSchedule, *, delta: bool, scale: float
 ) -> tuple[Tensor, NoisyPanels]:
     """Outputs [M, H, R, V] of all noisy rows, and what the backward reads."""
     index = _indices(schedule, rows.v.dtype, delta)
@@ -143,8 +143,14 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor, rows: Rows, panels: NoisyPanels, schedule: StateSchedule, *, scale: float, frozen: bool = False
-) -> tuple[Rows, FromNoisy | None]:
+    grad_out: Tensor,
+    rows: PanelRows,
+    panels: NoisyPanels,
+    schedule: StateSchedule,
+    *,
+    scale: float,
+    frozen: bool = False,
+) -> tuple[PanelRows, FromNoisy | None]:
     """Gradients of the noisy rows, and their contributions to the gradients of the clean chunks (not if these are
     frozen)."""
     delta = panels.inverse is not None
@@ -192,7 +198,7 @@ def backward(
         grad_k = by_col + grad_rows[:, :, :, 0].flatten(2, 3)
 
     grad_g = _gate_gradient(grad_t, grad_e, index, schedule)
-    found = Rows(grad_q, grad_k, grad_v.flatten(2, 3), grad_g, grad_beta.flatten(2, 3))
+    found = PanelRows(grad_q, grad_k, grad_v.flatten(2, 3), grad_g, grad_beta.flatten(2, 3))
     return found, None if frozen else _for_clean(flat_grad, grad_key, through_anchor, panels, schedule)
 
 

@@ -12,7 +12,7 @@ from .schedule import StateSchedule
 
 
 @dataclass(frozen=True)
-class Rows:
+class PanelRows:
     """Inputs of chunks [N, H, C, .] or panels [M, H, R, .]; padding rows are 0. g has Kg = 1 or K channels; beta 1."""
 
     q: Tensor
@@ -26,8 +26,8 @@ class Rows:
 class Gathered:
     """All rows, and what the way back needs. `q_norm`, `k_norm` [rows, 1]: reciprocal norms, None without l2norm."""
 
-    clean: Rows
-    noisy: Rows
+    clean: PanelRows
+    noisy: PanelRows
     q_norm: Tensor | None
     k_norm: Tensor | None
 
@@ -67,7 +67,8 @@ def gather(
         flat_q.mul_(q_norm)
         flat_k.mul_(k_norm)
     pairs = [split_rows(x, schedule, heads) for x in (flat_q, flat_k, flat_v, flat_g, flat_beta)]
-    return Gathered(Rows(*(clean for clean, _ in pairs)), Rows(*(noisy for _, noisy in pairs)), q_norm, k_norm)
+    clean_rows, noisy_rows = (PanelRows(*(pair[stream] for pair in pairs)) for stream in (0, 1))
+    return Gathered(clean_rows, noisy_rows, q_norm, k_norm)
 
 
 def scatter(clean: Tensor, noisy: Tensor, schedule: StateSchedule, key_heads: int | None = None) -> Tensor:
