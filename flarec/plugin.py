@@ -9,8 +9,7 @@ from .ir.pipeline import Claims, Pass, Property
 from .ir.program import Derivation, Program, layer_of, locate, module_of, target_name
 from .ir.spec import LENGTH, ROWS, TensorSpec
 from .layout import Layout
-from .ops import Form, Mixer, Site, Slot, mixer_of, register, sites
-from .ops.mixer import Derivation as FormDerivation
+from .ops import Form, FormDerivation, Mixer, Site, Slot, mixer_of, register, sites
 from .ops.mixer import plain_layout
 from .passes.narrow_head import find_head
 from .passes.token_local import declare_token_local

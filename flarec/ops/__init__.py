@@ -7,7 +7,7 @@ N states per channel; over a layout T = Lc + Ln tokens (clean first); R pending 
 from .count_experts import STREAMS, count_experts, token_streams
 from .gated_recurrence import GATED_RECURRENCE
 from .linear_attention import LINEAR_ATTENTION
-from .mixer import REFERENCE, TORCH, TRITON, Call, Form, FormInput, Mixer, Site, Slot, plain_layout, state_dtype
+from .mixer import REFERENCE, TORCH, TRITON, Call, Form, FormDerivation, Mixer, Site, Slot, plain_layout, state_dtype
 from .moe_experts import MOE_EXPERTS
 from .selective_scan import SELECTIVE_SCAN
 from .short_conv import SHORT_CONV
@@ -27,7 +27,7 @@ __all__ = [
     "TRITON",
     "Call",
     "Form",
-    "FormInput",
+    "FormDerivation",
     "Mixer",
     "Site",
     "Slot",

@@ -42,7 +42,7 @@ def plain_layout(rows: int, length: int, device: torch.device) -> Layout:
     return build_layout([[length]] * rows, [[]] * rows, device=device)
 
 
-class FormInput(Protocol):
+class FormDerivation(Protocol):
     """What a form reads from the layout, computed once per batch and shared by all sites that name it alike.
 
     `operand`: keyword under which kernels take it. `name`: of the graph's input. `build`, `describe`: see
@@ -123,7 +123,7 @@ class Form:
 
     train: Function
     step: Function | None = None
-    reads: Callable[[Site], FormInput | None] | None = None
+    reads: Callable[[Site], FormDerivation | None] | None = None
     refuses: Callable[[Site], str | None] | None = None
     omits: tuple[str, ...] = ()
     step_omits: tuple[str, ...] | None = None
@@ -131,7 +131,7 @@ class Form:
     in_place: tuple[str, ...] = ()
     frozen: bool = False
 
-    def derivation(self, site: Site) -> Derivation | None:
+    def derivation(self, site: Site) -> FormDerivation | None:
         """What the function reads at this site beside its operands."""
         return None if self.reads is None else self.reads(site)
 

@@ -75,16 +75,17 @@ def noisy_outputs_kernel(
     """
     pid = tl.program_id(0)
     vt, pid = pid % NV, pid // NV
-    head, chunk_head, tile_head, meta, span, clean_span, vectors = noisy_tile(
-        pid, chunk_gam, chunk_beta, tile_logs, tile_beta, chunk_token, chunk_length, tile_chunk,
+    head, tile = pid % H, pid // H
+    key_head = head // GROUP
+    row, column = tl.arange(0, R), tl.arange(0, C)
+    width = value_dim - vt * BV
+    chunk_head, tile_head, meta, span, clean_span, vectors = noisy_tile(
+        head, tile, row, chunk_gam, chunk_beta, tile_logs, tile_beta, chunk_token, chunk_length, tile_chunk,
         tile_first, tile_count, H, C, R,
     )  # fmt: skip
     first, count = span
     clean_first, clean_count = clean_span
     gams, betas, logs, own_betas = vectors
-    key_head = head // GROUP
-    row, column = tl.arange(0, R), tl.arange(0, C)
-    width = value_dim - vt * BV
     gam, clean_b = chunk_vectors(gams, betas, C, GATE)
     t, e, c, own_b = tile_vectors(logs, own_betas, R, GATE)
     before = column[None, :] < tl.load(tile_anchor + meta)[:, None]

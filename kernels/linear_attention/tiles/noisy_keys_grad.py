@@ -71,15 +71,17 @@ def noisy_keys_grad_kernel(
 ):
     """grad_k [B,T,H,K], grad_g [B,T,H] of the noisy rows; adds the keys' part to grad_anchor [M, H, R]. grad_v holds E,
     grad_stop the gradient of e."""
-    head, chunk_head, tile_head, meta, span, clean_span, vectors = noisy_tile(
-        tl.program_id(0), chunk_gam, chunk_beta, tile_logs, tile_beta, chunk_token, chunk_length, tile_chunk,
+    pid = tl.program_id(0)
+    head, tile = pid % H, pid // H
+    key_head = head // GROUP
+    row, column = tl.arange(0, R), tl.arange(0, C)
+    chunk_head, tile_head, meta, span, clean_span, vectors = noisy_tile(
+        head, tile, row, chunk_gam, chunk_beta, tile_logs, tile_beta, chunk_token, chunk_length, tile_chunk,
         tile_first, tile_count, H, C, R,
     )  # fmt: skip
     first, count = span
     clean_first, clean_count = clean_span
     gams, betas, logs, own_betas = vectors
-    key_head = head // GROUP
-    row, column = tl.arange(0, R), tl.arange(0, C)
     state = states + chunk_head * key_dim * value_dim
     out_stride = H * value_dim
     error_base, out_base = grad_v + head * value_dim, grad_out + head * value_dim
