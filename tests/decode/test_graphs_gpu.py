@@ -17,7 +17,7 @@ from tests.decode.helpers import random_options
 from tests.decode.test_scheduler import WAYS
 from tests.models import VOCABULARY, tiny_model
 
-GRAPHED = ("qwen3_5_text", "kimi_linear", "bamba")
+GRAPHED = ("qwen3_5_text", "lfm2", "bamba")
 
 
 def program_of(family: str) -> Program:
