@@ -137,8 +137,9 @@ class OutputLock:
         os.lseek(self._handle, 0, os.SEEK_END)
         while data:
             data = data[os.write(self._handle, data) :]
-        os.fsync(self._handle)
-        flush(self.path.parent)
+        if self.left:  # a power cut may cost a lock, never what it says of left-overs
+            os.fsync(self._handle)
+            flush(self.path.parent)
 
     def _close(self) -> None:
         os.close(self._handle)
