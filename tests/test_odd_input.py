@@ -232,15 +232,21 @@ def test_outputs_that_cannot_be_written(command: str) -> None:
     assert code in (OUTPUTS[command][0], *([1] if "| true" in command else []))
 
 
-def test_a_disk_that_fails_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+FAILURES = {
+    "some/file cannot be used: Input/output error": OSError(5, "Input/output error", "some/file"),
+    "the output cannot be written: No space left on device": OSError(28, "No space left on device"),
+    "what a library says": OSError("what a library says\nand more of it"),
+}
+
+
+@pytest.mark.parametrize("text", FAILURES)
+def test_a_disk_that_fails_is_one_line(place: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no command expects it; `--debug` shows where."""
 
     def fail(*_: Any) -> None:
-        raise OSError(5, "Input/output error", "some/file")
+        raise FAILURES[text]
 
-    monkeypatch.setattr("flarec.recipe.load_recipe", fail)
-    monkeypatch.setattr("flarec.cli.recipes.load_recipe", fail, raising=False)
     monkeypatch.setattr("flarec.train.options.load_recipe", fail)
     command = ["convert", "model", "--data", "data.jsonl"]
-    assert one_line(flarec(*command), 1) == "Error: some/file cannot be used: Input/output error"
+    assert one_line(flarec(*command), 1) == f"Error: {text}"
     assert isinstance(flarec(*command, "--debug").exception, OSError)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from flarec import __version__
-from flarec.errors import FlarecError, FlarecWarning
+from flarec.errors import FlarecError, FlarecWarning, first_line
 
 COMMANDS: dict[str, str] = {
     "convert": "Train a source model into a dual-mode checkpoint.",
@@ -97,8 +97,10 @@ class LazyGroup(click.Group):
         except OSError as error:  # of what no command expects: an output that is full, a disk that fails
             if ctx.meta.get(DEBUG) or error.errno == errno.EPIPE:  # click ends in silence when nobody reads on
                 raise
+            if error.errno is None:  # a library's own
+                _end(ctx, f"Error: {first_line(error)}", 1)
             where = f"{error.filename} cannot be used" if error.filename else "the output cannot be written"
-            _end(ctx, f"Error: {where}: {error.strerror or error}", 1)
+            _end(ctx, f"Error: {where}: {error.strerror}", 1)
         except KeyboardInterrupt:
             _end(ctx, "Interrupted.", INTERRUPTED)
 
