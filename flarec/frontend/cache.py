@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -90,7 +91,11 @@ class Entry:
 
     def read(self) -> Any:
         """What `write` was given. Raises whatever a missing or foreign file leads to."""
-        digest, _, text = self.path.read_text(encoding="utf-8").partition("\n")
+        handle = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
+        with os.fdopen(handle, encoding="utf-8") as file:
+            if not _is_own(os.fstat(handle)):
+                raise Unstorable(f"{self.path.name} may be somebody else's")
+            digest, _, text = file.read().partition("\n")
         if digest != self._digest(text):
             raise Unstorable(f"{self.path.name} is not as it was written")
         return json.loads(text)
@@ -234,9 +239,14 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _is_own(status: os.stat_result) -> bool:
+    """Whether only this user can have written a file."""
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
 def _is_graph(path: Path) -> bool:
     """By its name, a key, and its first line, a digest."""
-    if not _HASH.fullmatch(path.stem) or path.is_symlink():
+    if not _HASH.fullmatch(path.stem) or path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as file:
         return _HASH.fullmatch(file.readline(65).decode("latin-1").removesuffix("\n")) is not None

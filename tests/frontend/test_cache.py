@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +170,25 @@ def test_a_file_that_is_not_just_right_is_no_file(kind: str, stored: dict[int, t
     entry.path.write_bytes(damaged)
     assert entry.restore(model) is None
     entry.path.write_bytes(content)
+
+
+FOREIGN: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
+    "others may write it": lambda path, patch: path.chmod(0o606),
+    "its group may write it": lambda path, patch: path.chmod(0o660),
+    "it is somebody else's": lambda path, patch: patch.setattr(os, "getuid", lambda: path.stat().st_uid + 1),
+    "it is a pipe": lambda path, patch: (path.unlink(), os.mkfifo(path)),  # type: ignore[func-returns-value]
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_others_could_have_written_is_not_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = Entry(tmp_path / f"{'0' * 64}.json")
+    entry.write({"mine": 1})
+    assert entry.read() == {"mine": 1}
+    FOREIGN[name](entry.path, monkeypatch)
+    with pytest.raises(Unstorable, match="may be somebody else's"):
+        entry.read()
+    program_cache._drop_oldest(tmp_path)
 
 
 def test_a_damaged_file_is_replaced(directory: Path) -> None:
