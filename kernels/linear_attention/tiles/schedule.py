@@ -24,11 +24,33 @@ from flarec.layout import CAUSAL, Layout
 IntArray = npt.NDArray[np.int64]
 
 
+H100_SHARED = 227 * 1024
+"""Bytes of shared memory of a program on an H100: what kernels are compiled for where there is no GPU."""
+MIN_ROWS = 16
+MATRICES = 7
+"""Most matrices of C rows that a kernel holds in shared memory at a time, for sm_90; for sm_80 fewer do."""
+
+
+def shared_memory() -> int:
+    """Bytes of shared memory that a program may take on the current GPU; those of an H100 where there is none."""
+    if not torch.cuda.is_available():
+        return H100_SHARED
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin)
+
+
+def bytes_needed(rows: int, dtype: torch.dtype, key_dim: int, value_dim: int) -> int:
+    """Of shared memory, at most, for chunks and tiles of that many rows; heads are padded to a power of two."""
+    width = 1 << (max(key_dim, value_dim, 16) - 1).bit_length()
+    return MATRICES * rows * width * dtype.itemsize
+
+
 def largest_chunk(dtype: torch.dtype, key_dim: int, value_dim: int) -> int:
-    """Rows of a chunk, and of a tile, that these inputs leave room for in shared memory (an H100 has 227 KiB)."""
-    if dtype != torch.float32 or max(key_dim, value_dim) <= 64:
-        return 64
-    return 32 if key_dim <= 128 else 16
+    """Rows of a chunk, and of a tile, that these inputs leave room for in the GPU's shared memory; 0 if not even the
+    smallest ones fit."""
+    wide = dtype == torch.float32 and max(key_dim, value_dim) > 64
+    sizes = [64, 32, MIN_ROWS] if not wide else [32, MIN_ROWS] if key_dim <= 128 else [MIN_ROWS]
+    room = shared_memory()
+    return next((rows for rows in sizes if bytes_needed(rows, dtype, key_dim, value_dim) <= room), 0)
 
 
 @flat_input

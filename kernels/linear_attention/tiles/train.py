@@ -14,7 +14,7 @@ from flarec.errors import UsageError
 
 from . import launch
 from .launch import Saved
-from .schedule import TileSchedule, largest_chunk
+from .schedule import MIN_ROWS, TileSchedule, bytes_needed, largest_chunk, shared_memory
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_DIM = 256
@@ -26,6 +26,12 @@ def unsupported(dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
         return f"dtype {str(dtype).removeprefix('torch.')} (bfloat16, float16 and float32 are supported)"
     if max(key_dim, value_dim) > LARGEST_DIM:
         return f"head dims K = {key_dim}, V = {value_dim} (at most {LARGEST_DIM} are supported)"
+    if not largest_chunk(dtype, key_dim, value_dim):
+        needed, room = bytes_needed(MIN_ROWS, dtype, key_dim, value_dim), shared_memory()
+        return (
+            f"head dims K = {key_dim}, V = {value_dim} in {str(dtype).removeprefix('torch.')} on this GPU: the "
+            f"smallest tiles take {needed >> 10} KiB of shared memory, and it has {room >> 10}"
+        )
     return None
 
 
