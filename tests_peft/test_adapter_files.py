@@ -29,7 +29,7 @@ from tests.models import FAMILIES, TOKENS
 TEXT = torch.randint(3, TOKENS, (1, 11), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, "zamba2"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(source, checkpoint with an adapter)"""
     return adapted(tmp_path_factory.mktemp("peft"), request.param)
