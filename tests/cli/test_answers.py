@@ -31,7 +31,7 @@ SAMPLED = ["--samples", "2", "--temperature", "1", "--max-new-tokens", "24", "--
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """source/lfm2 and prompts.txt; `whole.jsonl` are its answers in batches of 4."""
+    """source/lfm2 and prompts.txt; `whole.jsonl` are its answers, 4 between two saves."""
     home = tmp_path_factory.mktemp("answers")
     tiny_checkpoint(home / "source", "lfm2")
     (home / "prompts.txt").write_text("".join(f"say {word}\n" for word in WORDS))
@@ -42,7 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def answers(home: Path, out: str | Path, *more: str) -> Any:
     return flarec(
-        "answers", home / "source/lfm2", "--prompts", home / "prompts.txt", "--out", home / out, "--batch", "4",
+        "answers", home / "source/lfm2", "--prompts", home / "prompts.txt", "--out", home / out, "--batch", "1",
         *SAMPLED, *more,
     )  # fmt: skip
 
@@ -127,7 +127,7 @@ main()
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
 def test_signals(home: Path, name: str, code: int) -> None:
     words = ["answers", str(home / "source/lfm2"), "--prompts", str(home / "prompts.txt"), "--out",
-             str(home / f"{name}.jsonl"), "--batch", "4", *SAMPLED]  # fmt: skip
+             str(home / f"{name}.jsonl"), "--batch", "1", *SAMPLED]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, *words], capture_output=True, text=True, env={**os.environ, "SIGNAL": name}
     )

@@ -1,7 +1,7 @@
 """`flarec answers`: the source answers prompts, and what it says becomes its own training data.
 
-An answer depends on its prompt, the seed and the number of the sample; the others of its batch only change rounding. A
-run that goes on makes the same batches as one that was not interrupted, so its file is the same, byte for byte.
+An answer depends on its prompt, the seed and the number of the sample; those that run beside it only change rounding.
+A run that goes on puts the same ones together as one that was not interrupted: its file is the same, byte for byte.
 """
 
 from __future__ import annotations
@@ -36,9 +36,12 @@ from .arguments import AnswerArguments
 from .log import AnswerLog, Progress
 from .questions import Question, batches, read_questions
 
+ROUNDS = 4
+"""Answers between two saves, in batches: where an answer ends early, the next one takes its place."""
+
 
 class AnswersInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM: the running batch was finished; `done` of `total` answers are kept.
+    """Ctrl-C or SIGTERM: what was begun is finished; `done` of `total` answers are kept.
 
     exit_code: what a shell reports for a process that such a signal ended.
     """
@@ -149,11 +152,11 @@ class _Writer:
         self.encode: Encoder | None = None
 
     def write(self, log: AnswerLog, progress: Progress) -> Progress:
-        """All batches that are not done yet."""
+        """All answers that are not done yet, a save after every few batches of them."""
         arguments, reporter = self.arguments, self.reporter
         questions = read_questions(arguments.prompts, self.tokenizer, chat=arguments.chat)
         with Interrupts(finish_step=True) as interrupts, reporter:
-            for batch in batches(questions, arguments.samples, arguments.batch, progress.done):
+            for batch in batches(questions, arguments.samples, ROUNDS * arguments.batch, progress.done):
                 counts = Counter(progress.counts)
                 text = "".join(self._answered(batch, counts))
                 size = progress.bytes + len(text.encode())
@@ -170,7 +173,7 @@ class _Writer:
         return progress
 
     def _answered(self, batch: Sequence[tuple[Question, int]], counts: Counter[str]) -> list[str]:
-        """The lines of one batch."""
+        """The lines of the answers between two saves."""
         room = self.engine.max_positions
         asked = [(question, sample) for question, sample in batch if len(question.ids) < room]
         counts["too_long"] += len(batch) - len(asked)
@@ -186,6 +189,7 @@ class _Writer:
             [question.ids for question, _ in asked],
             [replace(shared, seed=question.seed(arguments.seed, sample)) for question, sample in asked],
             stop_check=[text.stop_check for text in texts] if stops else None,
+            batch=arguments.batch,
         )
         lines = (self._line(*pair, answer, counts) for pair, answer in zip(asked, made, strict=True))
         return [line for line in lines if line]
