@@ -87,7 +87,7 @@ def ar_trust_is_causal(
                 compared, forwards = compared + 1, forwards + b.forwards
                 if a.token_ids == b.token_ids:
                     continue
-                if _near_tie(subject, prompt, setting, a.token_ids, b.token_ids):
+                if near_tie(subject, prompt, setting, a.token_ids, b.token_ids):
                     excused += 1
                 else:
                     case = f"{readout}, {scheme}, {_written(setting)}"
@@ -117,7 +117,7 @@ def _written(setting: GenerationOptions) -> str:
     return f"T {setting.temperature}, top-k {setting.top_k}, top-p {setting.top_p}, seed {setting.seed}"
 
 
-def _near_tie(subject: Subject, prompt: list[int], setting: GenerationOptions, a: list[int], b: list[int]) -> bool:
+def near_tie(subject: Subject, prompt: list[int], setting: GenerationOptions, a: list[int], b: list[int]) -> bool:
     """True if logits within the logit error of each other lead to both tokens of the first difference."""
     first = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
     tokens = [*prompt, *a[:first]]

@@ -20,7 +20,7 @@ from flarec.decode.request import Request
 from flarec.layout import READOUTS
 from flarec.passes import lower
 from flarec.verify import Subject
-from flarec.verify.decoding import _near_tie, random_sampling
+from flarec.verify.decoding import near_tie, random_sampling
 from tests.decode.test_graphs import with_graphs
 from tests.models import ALL_FAMILIES, FAMILIES, VOCABULARY, captured, shared_model
 
@@ -74,7 +74,7 @@ def scenario(seed: int, families: tuple[str, ...]) -> tuple[int, int, list[str]]
             continue
         length = min(len(wanted), len(found.token_ids))
         a, b = wanted[:length], found.token_ids[:length]
-        if a != b and _near_tie(made, prompts[index], each[index], a, b):
+        if a != b and near_tie(made, prompts[index], each[index], a, b):
             ties += 1
         else:
             wrong.append(
