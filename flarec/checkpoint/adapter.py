@@ -113,8 +113,11 @@ def _linked(path: Path, target: Path, note: Callable[[str], None]) -> bool:
     return True
 
 
-def open_adapter(directory: Path) -> Manifest:
-    """The manifest of a directory with an adapter, whose files are checked. Raises `CheckpointError`."""
+def open_adapter(directory: Path, *, whole: bool = False) -> Manifest:
+    """The manifest of a directory with an adapter, whose files are checked (`Manifest.check_files`).
+
+    Raises `CheckpointError`.
+    """
     if not directory.is_dir():
         raise CheckpointError(f"{directory} does not exist; give the directory that `flarec convert` wrote")
     manifest = Manifest.read(directory)
@@ -122,7 +125,7 @@ def open_adapter(directory: Path) -> Manifest:
         raise CheckpointError(
             f"{directory} holds no adapter of flarec (no {MANIFEST} that names one); give what `flarec convert` wrote"
         )
-    manifest.check_files(directory)
+    manifest.check_files(directory, whole=whole)
     return manifest
 
 

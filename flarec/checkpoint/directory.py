@@ -212,7 +212,7 @@ def open_checkpoint(
             raise UsageError(f"{adapter} states the mask token and the block size; leave them out")
         if manifest is not None:
             raise CheckpointError(f"{directory} is a converted checkpoint, which takes no adapter; give its source")
-        manifest = open_adapter(Path(adapter))
+        manifest = open_adapter(Path(adapter), whole=whole)
         if whole:
             manifest.check_files(Path(adapter), whole=True)
         check_source(directory, manifest, Path(adapter))

@@ -179,6 +179,10 @@ def test_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert weights.samefile(out / "model.safetensors") and not notes
     assert not (source / "config.json").samefile(out / "config.json")
     assert flarec.load(out).converted
+    before = tree(source)
+    again = adapted(tmp_path / "one", "bamba", overwrite=True)[1]
+    assert again == out and not weights.samefile(out / "model.safetensors")
+    assert tree(source) == before, "a checkpoint that was replaced costs its source nothing"
 
     def far(*_: Any) -> None:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
