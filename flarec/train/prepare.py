@@ -76,8 +76,8 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     source.check_weights()
     config, carried = empty.config, source.carried(empty)
     if carried is not None:
-        reporter.note(carried.describe())
-    elif left := source.left_out(empty):
+        reporter.note(carried.describe(adapter=bool(recipe.adapter.rank)))
+    elif left := () if recipe.adapter.rank else source.left_out(empty):
         what = f"{left[0]} of the source, which" if len(left) == 1 else f"{len(left)} tensors ({left[0]}, ...), which"
         reporter.note(f"left out: {what} transformers does not load")
     context = context_of(config, tokenizer)
