@@ -16,7 +16,9 @@ from .canonicalize import Canonicalize
 from .count_experts import CountExperts
 from .duplicate_streams import DuplicateStreams
 from .embed_mask import EmbedMask
+from .fold_constants import FoldConstants
 from .lower_mixers import IMPLEMENTATIONS, LowerMixers
+from .merge_projections import MergeProjections
 from .narrow_head import NarrowHead
 from .plugins import Known, known_passes
 from .rewrite_masks import RewriteMasks
@@ -49,7 +51,7 @@ DECODE: list[Pass] = [
 ]
 
 PIPELINES: dict[str, list[Pass]] = {"train": TRAIN, "decode": DECODE}
-OPTIONAL: tuple[type[Pass], ...] = (AdaptNoisyStream, SplitStreams)
+OPTIONAL: tuple[type[Pass], ...] = (AdaptNoisyStream, SplitStreams, MergeProjections, FoldConstants)
 """Passes that stand in a pipeline where a caller gives them (`pipeline`)."""
 PASSES: dict[str, type[Pass]] = {step.name: type(step) for step in [*TRAIN, *DECODE]} | {p.name: p for p in OPTIONAL}
 GIVEN = frozenset({"captured"})
@@ -76,6 +78,7 @@ def pipeline(
     mask_vector: bool = False,
     kernels: str = "torch",
     adapter: AdaptNoisyStream | None = None,
+    fast: bool = False,
     stored: str | None = None,
     foreign: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
@@ -83,7 +86,8 @@ def pipeline(
     """The pipeline `target` ("train" or "decode") with its run-dependent options filled in.
 
     adapter: stands behind embed-mask, and split-streams before lower-mixers in training; without one noisy rows run
-    through the model's own weights. stored: the text of
+    through the model's own weights. fast: decode pipelines get merge-projections and fold-constants before
+    lower-mixers; results differ in rounding. stored: the text of
     a checkpoint's manifest instead of the literal list; the implementation of mixers and losses is then replaced by
     `kernels`, nothing else. foreign: passes of others as text, `name(option=value)`; each goes to the latest place
     before lower-mixers that its requirements allow, or with `@after:NAME` behind that pass. plugins: files that define
@@ -108,6 +112,9 @@ def pipeline(
         elif isinstance(step, (LowerMixers, SplitHead)):
             if adapter is not None and target == "train" and isinstance(step, LowerMixers):
                 filled.append(SplitStreams())
+            if fast and target == "decode" and isinstance(step, LowerMixers):
+                there = {other.name for other in steps}
+                filled += [other for other in (MergeProjections(), FoldConstants()) if other.name not in there]
             filled.append(replace(step, implementation=kernels))
         else:
             filled.append(step)
@@ -182,13 +189,14 @@ def lower(
     mask_vector: bool = False,
     kernels: str = "torch",
     adapter: AdaptNoisyStream | None = None,
+    fast: bool = False,
     steps: Sequence[Pass] | None = None,
     debug: bool = False,
 ) -> Program:
     """Run a pipeline on a captured program and return the lowered one; parameters stay shared. steps: instead of the
     literal list (`pipeline`)."""
     if steps is None:
-        steps = pipeline(target, mask_vector=mask_vector, kernels=kernels, adapter=adapter)
+        steps = pipeline(target, mask_vector=mask_vector, kernels=kernels, adapter=adapter, fast=fast)
     return run_pipeline(program, steps, CHECKS, debug=debug)
 
 

@@ -15,7 +15,9 @@ from .adapt_noisy_stream import check_noisy_adapted
 from .count_experts import check_experts_counted
 from .duplicate_streams import PositionIds
 from .embed_mask import PARAMETER
+from .fold_constants import check_folded
 from .lower_mixers import LowerMixers
+from .merge_projections import check_merged
 from .split_head import check_head_split
 from .split_streams import check_streams_split
 from .token_local import Watch
@@ -108,6 +110,8 @@ CHECKERS: dict[str, Checker] = {
     "experts-counted": check_experts_counted,
     "streams-split": check_streams_split,
     "cached": check_cached,
+    "projections-merged": check_merged,
+    "constants-folded": check_folded,
     "lowered": check_lowered,
 }
 

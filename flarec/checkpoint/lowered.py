@@ -18,18 +18,22 @@ def pipeline_of(
     target: str,
     *,
     kernels: str = "torch",
+    fast: bool = False,
     foreign: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
 ) -> list[Pass]:
     """The passes of `target` as the manifest states them, only the implementation of mixers replaced; for a model that
-    was not converted, or a checkpoint of another program, the literal list. `foreign`, `plugins`: see `flarec.passes`.
+    was not converted, or a checkpoint of another program, the literal list. `fast`, `foreign`, `plugins`: see
+    `flarec.passes`.
 
     Raises `CheckpointError` for a pass that is not installed, naming the plugin that the checkpoint was made with.
     """
     stored = manifest.pipelines.get(target) if manifest is not None else None
     vector = manifest is not None and manifest.mask.kind == "vector"
     try:
-        return pipeline(target, mask_vector=vector, kernels=kernels, stored=stored, foreign=foreign, plugins=plugins)
+        return pipeline(
+            target, mask_vector=vector, kernels=kernels, fast=fast, stored=stored, foreign=foreign, plugins=plugins
+        )
     except UnknownPass as error:
         origin = manifest.plugins.get(error.name) if manifest is not None else None
         if origin is None:
@@ -46,10 +50,11 @@ def lowered(
     target: str,
     *,
     kernels: str = "torch",
+    fast: bool = False,
     foreign: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
     debug: bool = False,
 ) -> Program:
     """A captured program of the checkpoint, lowered for `target` by `pipeline_of`."""
-    steps = pipeline_of(checkpoint.manifest, target, kernels=kernels, foreign=foreign, plugins=plugins)
+    steps = pipeline_of(checkpoint.manifest, target, kernels=kernels, fast=fast, foreign=foreign, plugins=plugins)
     return lower(program, target, steps=steps, debug=debug)

@@ -22,6 +22,7 @@ from torch.utils import _pytree
 
 from ..errors import UsageError
 from ..layout import Layout
+from .constants import Constants
 from .head import Head
 from .module import compile_now, graph_module
 from .slots import CacheSlot
@@ -80,6 +81,8 @@ class Program:
     """Parameters that have no place in the Hugging Face model (the mask vector)."""
     head: Head | None = None
     """What makes logits of the graph's first output, where `split-head` took it out; None: the graph makes them."""
+    constants: Constants | None = None
+    """Buffers of the module that stand for parameters, and what they are made of."""
     run: Callable[..., tuple[Tensor, ...]] | None = field(default=None, repr=False)
     """What runs instead of `module`, with its inputs in order: the compiled graph (`compiled`)."""
 
@@ -97,7 +100,9 @@ class Program:
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        for parameter in self.module.parameters():
+            return parameter.device
+        return next(iter(self.parameters().values())).device  # all of them are parts of merged ones
 
     def clone(self) -> Program:
         """A copy with its own graph; parameters and buffers are shared."""
@@ -120,10 +125,13 @@ class Program:
             self.outputs,
             dict(self.extra),
             self.head,
+            self.constants,
         )
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.module.named_parameters())
+        own = dict(self.module.named_parameters())
+        kept = self.constants.sources if self.constants is not None else {}
+        return own | {name: source for name, source in kept.items() if isinstance(source, nn.Parameter)}
 
     def derive(
         self,
@@ -188,6 +196,8 @@ class Program:
         given = self.given(
             input_ids, position_ids=position_ids, layout=layout, head_rows=head_rows, cache=cache, derived=derived
         )
+        if self.constants is not None and not torch.compiler.is_compiling():
+            self.constants.refresh()
         run = self.module if self.run is None else self.run
         results: tuple[Tensor, ...] = run(*[given[name] for name in self.inputs])
         return results
