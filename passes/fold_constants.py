@@ -82,11 +82,11 @@ def foldable(program: Program) -> list[fx.Node]:
 
 def check_folded(program: Program) -> None:
     """Nothing small is computed from parameters alone, and the buffers hold what the parameters give."""
-    step = next((r.step for r in reversed(program.history) if r.step.startswith(FoldConstants.name)), "")
-    if "largest" not in step:
-        for node in foldable(program):
-            if _size(node) <= FoldConstants.largest:
-                raise PropertyError(f"{locate(node)} is computed from parameters alone")
+    folding = [record for record in program.history if record.name == FoldConstants.name]
+    largest = folding[-1].options["largest"] if folding else FoldConstants.largest
+    for node in foldable(program):
+        if _size(node) <= largest:
+            raise PropertyError(f"{locate(node)} is computed from parameters alone")
     if program.constants is not None and program.device.type != "meta" and not program.constants.is_current():
         raise PropertyError("a kept constant is not what its parameters give")
 

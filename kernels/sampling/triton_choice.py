@@ -19,7 +19,7 @@ POOL = 8192
 
 
 @dataclass(frozen=True)
-class Launch:
+class SamplingLaunch:
     """block: tokens of a tile; cap: how many of them a tile keeps at most; piece: tokens that a row's program looks at
     together. Powers of two."""
 
@@ -37,17 +37,17 @@ class Launch:
         return min(self.block, 128)
 
 
-def launch_of(vocab: int) -> Launch:
+def launch_of(vocab: int) -> SamplingLaunch:
     """Tiles of 4096 tokens, which fit into the registers of 8 warps; a pool of about 8192 tokens a row."""
     block = min(4096, triton.next_power_of_2(vocab))
-    room = POOL // Launch(block, 1).tiles(vocab)
-    return Launch(block, cap=min(block, 1 << (room.bit_length() - 1)))
+    room = POOL // SamplingLaunch(block, 1).tiles(vocab)
+    return SamplingLaunch(block, cap=min(block, 1 << (room.bit_length() - 1)))
 
 
 @torch.no_grad()
 def choose_rows(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor,
-    out: Tensor | None, truncated: bool, sampled: bool, confidence: bool = True, launch: Launch | None = None,
+    out: Tensor | None, truncated: bool, sampled: bool, confidence: bool = True, launch: SamplingLaunch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As in `torch_choice`. `truncated` and `sampled` are not needed: every row sees for itself."""
     if logits.stride(1) != 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flarec.errors import UsageError
 from flarec.kernels.sampling import MOST_TOKENS, UNCHOSEN, arithmetic, choose, mask_of, reference, torch_choice
-from flarec.kernels.sampling.triton_choice import Launch, choose_rows, launch_of
+from flarec.kernels.sampling.triton_choice import SamplingLaunch, choose_rows, launch_of
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -94,7 +94,7 @@ def test_pytorch_is_the_loop(settings: list[Settings], step: float) -> None:
             assert int(token[n]) == row[0] and probability[n] == torch.tensor(row[1], dtype=torch.float32)
 
 
-SMALL = Launch(32, cap=4, piece=64)
+SMALL = SamplingLaunch(32, cap=4, piece=64)
 """Tiles of 32 tokens that keep 4."""
 
 

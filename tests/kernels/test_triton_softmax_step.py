@@ -19,7 +19,7 @@ from tests.oracles.layouts import layouts
 pytest.importorskip("triton")
 
 from flarec.kernels.softmax_attention.step import launch as step_launch
-from flarec.kernels.softmax_attention.step.launch import MOST_SPLITS, Launch, launch_of
+from flarec.kernels.softmax_attention.step.launch import MOST_SPLITS, StepLaunch, launch_of
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -44,7 +44,7 @@ def operands(
     return [x.masked_fill(padding if i < 3 else empty, torch.nan) for i, x in enumerate(made)]
 
 
-def compare(layout: Layout, given: list[Tensor], rtol: float, launch: Launch | None = None, **options: Any) -> None:
+def compare(layout: Layout, given: list[Tensor], rtol: float, launch: StepLaunch | None = None, **options: Any) -> None:
     layout = layout.validate()
     exact = [x.double() for x in given]
     wanted = oracle(*exact, layout, **options)
@@ -83,7 +83,7 @@ def test_a_step_is_the_loop(
     heads: int, group: int, dim: int, value_dim: int, window: int | None, softcap: float | None, splits: int
 ) -> None:
     given = operands(STEP, 32, heads, group, dim, value_dim, torch.float32)
-    launch = Launch(queries=16, keys=16 if CUDA else 8, splits=splits, stages=1)
+    launch = StepLaunch(queries=16, keys=16 if CUDA else 8, splits=splits, stages=1)
     compare(STEP, given, 2e-6, launch, scale=dim**-0.5, window=window, softcap=softcap)
 
 
@@ -105,7 +105,7 @@ def test_any_layout(layout: Layout, window: int | None, splits: int, seed: int) 
     given = operands(layout, capacity, 1, 2, 16, 16, torch.float32, seed)
     if not given[0].numel():
         return
-    compare(layout, given, 2e-6, Launch(16, 16, splits, stages=1), scale=0.3, window=window)
+    compare(layout, given, 2e-6, StepLaunch(16, 16, splits, stages=1), scale=0.3, window=window)
 
 
 def test_operands_may_lie_anywhere_and_must_fit() -> None:

@@ -20,7 +20,7 @@ MOST_SPLITS = 64
 
 
 @dataclass(frozen=True)
-class Launch:
+class StepLaunch:
     """queries: (token, head) rows of a program; keys: of a tile; splits: programs that share a row's cache."""
 
     queries: int
@@ -30,7 +30,7 @@ class Launch:
     stages: int = 2
 
 
-def launch_of(dtype: torch.dtype, dim: int, rows: int, pairs: int, capacity: int) -> Launch:
+def launch_of(dtype: torch.dtype, dim: int, rows: int, pairs: int, capacity: int) -> StepLaunch:
     """For `rows` (token, head) rows of each of `pairs` (request, key head) pairs, and a cache of `capacity` positions.
 
     Two programs per multiprocessor, if each gets four tiles of keys where the cache is full.
@@ -40,7 +40,7 @@ def launch_of(dtype: torch.dtype, dim: int, rows: int, pairs: int, capacity: int
     queries = min(most, max(16, triton.next_power_of_2(rows)))
     tiles = -(-rows // queries)
     splits = max(1, min(-(-2 * PROCESSORS // (pairs * tiles)), capacity // (4 * keys), MOST_SPLITS))
-    return Launch(queries, keys, splits, warps=8 if exact or queries == 64 else 4, stages=1 if exact else 2)
+    return StepLaunch(queries, keys, splits, warps=8 if exact or queries == 64 else 4, stages=1 if exact else 2)
 
 
 def step(
@@ -132,7 +132,7 @@ def _last_stride_one(x: Tensor) -> Tensor:
 @torch.no_grad()
 def run(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, layout: tuple[Tensor, ...], *, scale: float,
-    window: int | None, softcap: float | None, launch: Launch,
+    window: int | None, softcap: float | None, launch: StepLaunch,
 ) -> Tensor:  # fmt: skip
     """`step` by this launch; layout: the tensors of `step_op`, in its order."""
     rows, heads, length, dim = q.shape
