@@ -24,8 +24,7 @@ PRIOR = 4.0
 class DraftPolicy:
     """sizes = block sizes to choose from, ascending; the first is 0.
 
-    Costs are per number of rows (of powers of two) and rest on steps in steady state: those that verify as many drafts
-    as they make.
+    Costs are per number of rows (of powers of two). A step verifies as many drafts as it makes.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
@@ -57,10 +56,8 @@ class DraftPolicy:
             self._right[depth - 1] = FORGET * self._right[depth - 1] + (depth <= right)
             self._tried[depth - 1] = FORGET * self._tried[depth - 1] + 1
 
-    def timed(self, rows: int, held: int, size: int, seconds: float) -> None:
-        """A step of `rows` rows that verified `held` drafts and made blocks of `size` took `seconds`."""
-        if held != size:
-            return  # on the way from one size to another
+    def timed(self, rows: int, size: int, seconds: float) -> None:
+        """A step of `rows` rows that verified `size` drafts and made blocks of `size` took `seconds`."""
         rows = _bucket(rows)
         mean, count = self._costs.get((rows, size), (0.0, 0))
         weight = max(1 / (count + 1), 1 - 0.9)

@@ -36,14 +36,14 @@ def run(policy: DraftPolicy, rows: int, share: float, steps: int, rng: random.Ra
     for _ in range(steps):
         size = policy.next(rows)
         used.append(size)
-        seconds = cost(rows, held, size)
+        seconds, held = cost(rows, size, size), min(held, size)
         for _ in range(rows):
             right = 0
             while right < held and rng.random() < share:
                 right += 1
             tokens += 1 + right
             policy.accepted(held, right)
-        policy.timed(rows, held, size, seconds * rng.uniform(0.97, 1.03))
+        policy.timed(rows, size, seconds * rng.uniform(0.97, 1.03))
         held, time = size, time + seconds
     return tokens / rows / time, used
 
@@ -73,8 +73,8 @@ def test_short_blocks_where_depth_does_not_pay() -> None:
     for _ in range(2000):
         size = policy.next(8)
         used.append(size)
-        policy.accepted(held, min(held, 1))
-        policy.timed(8, held, size, cost(8, held, size))
+        policy.accepted(min(held, size), min(held, size, 1))
+        policy.timed(8, size, cost(8, size, size))
         held = size
     assert used[-300:].count(1) > 280
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 from flarec.base.generation import GenerationOptions
+from flarec.decode.graphs import PlainReplays
 from flarec.decode.request import Request
+from flarec.decode.stores import Shelf
 from flarec.errors import GenerationError
 from tests.decode.fake_model import FakeModel, FakeProgram
 from tests.decode.helpers import make_engine, random_options, random_prompts
@@ -169,3 +172,55 @@ def test_refused_when_added() -> None:
     with pytest.raises(GenerationError, match="batch is 0"):
         engine.generate([[1]], batch=0)
     assert not engine.busy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_thousand_requests_through_sixteen_slots(graphs: bool) -> None:
+    """Random lengths, seeds, ends, stops and cancels; nothing is left behind by those that are gone."""
+    rng = random.Random(0)
+    model = FakeModel(agreement=0.7)
+    engine, program = make_engine(model, 3, eos=[2])
+    engine._serving = engine._scheduler(16, 8)
+    if graphs:
+        engine.shelf = Shelf(PlainReplays)
+    alone, _ = make_engine(model, 3, eos=[2])
+
+    def stop(tokens: Sequence[int]) -> int | None:
+        return len(tokens) - 1 if list(tokens[-2:]) == [3, 3] else None
+
+    def alive() -> int:
+        program.calls.clear()
+        gc.collect()
+        return sum(isinstance(item, torch.Tensor) for item in gc.get_objects())
+
+    left = []
+    for _ in range(4):
+        requests = []
+        for prompt in random_prompts(rng, model, 250, longest=20):
+            options = replace(random_options(rng), max_new_tokens=rng.randint(1, 25), **rng.choice(WAYS))
+            check = stop if rng.random() < 0.3 else None
+            requests.append((engine.add(prompt, options, stop_check=check), prompt, options, check))
+        while engine.busy:
+            if rng.random() < 0.05:
+                engine.cancel(rng.choice(requests)[0])
+            engine.step()
+        for request, prompt, options, check in requests:
+            whole = alone.generate([prompt], options, stop_check=check)[0]
+            found = request.generation()
+            if found.stop_reason == "cancelled":
+                # a stop check may take back tokens of the whole run behind the place of the cancel
+                sure = max(0, len(found.token_ids) - 1)
+                assert found.token_ids[:sure] == whole.token_ids[:sure]
+            else:
+                assert told(request) == (whole.token_ids, whole.forwards, whole.accepted, whole.stop_reason)
+        assert not engine.busy and not engine._serving.lanes
+        requests.clear()
+        del request, found, whole
+        left.append(alive())
+    if graphs:  # they stay, a few buffers per way to decode
+        assert engine.shelf is not None
+        kept = [len(stores._free) for stores in engine.shelf._stores.values()]
+        assert len(kept) == len(WAYS) and max(kept) == 1
+    else:
+        assert max(left[1:]) <= left[0] + 64, left

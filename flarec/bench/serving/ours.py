@@ -161,8 +161,10 @@ def chosen_rates(session: ServingSession, requests: int, wanted: Sequence[float]
             running = [engine.add(prompt, options) for prompt in session.prompts(requests)]
             while any(not request.tokens for request in running):
                 engine.step()
-            for _ in range(session.steps // 2):  # captures, and finds out what pays
+            quiet = graphs = 0
+            while quiet < session.steps // 2:  # finds out what pays; captures are not measured
                 engine.step()
+                quiet, graphs = (quiet + 1 if engine.stats.graphs == graphs else 0), engine.stats.graphs
             session.wait()
             before, start = sum(len(request.tokens) for request in running), time.perf_counter()
             for _ in range(session.steps):

@@ -33,6 +33,7 @@ class ARTrustMode:
         self.pending = 1 + blocks.size
         self.branches = branches
         self.policy = policy
+        self.verified = blocks.size  # drafts that the step verifies, at most
 
     def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
         token, _ = rows.choose(clean, rows.ahead(1))
@@ -41,8 +42,11 @@ class ARTrustMode:
         return torch.cat([torch.full_like(token, -1), have, token], dim=1)
 
     def shape(self, rows: Rows) -> StepShape:
-        clean = 1 + max(request.ready for request in rows.requests)
-        size = self.policy.next(rows.width) if self.policy is not None else self.blocks.size
+        clean, size = 1 + max(request.ready for request in rows.requests), self.blocks.size
+        if self.policy is not None:  # a step verifies as many drafts as it makes: one graph per size
+            size = self.policy.next(rows.width)
+            clean = 1 + size
+        self.verified = clean - 1
         blocks = (clean if self.branches else 1) if size else 0
         return StepShape(rows.width, clean, clean, blocks, max(size, 1), size, self.blocks.readout)
 
@@ -51,7 +55,8 @@ class ARTrustMode:
         masked = torch.full((shape.rows, noisy), self.blocks.mask_token_id, device=rows.device)
         ids = torch.cat([state["pending"][:, None], state["drafts"][:, : shape.clean - 1], masked], dim=1)
         if not self.branches:
-            return ids, state["have"][:, None] + 1
+            # a slot that nobody is in may believe to have drafts when the step has no rows for any
+            return ids, state["have"].clamp_max(shape.clean - 1)[:, None] + 1
         return ids, torch.arange(1, shape.blocks + 1, device=rows.device).expand(shape.rows, -1)
 
     def read(self, rows: Rows, shape: StepShape, clean: Tensor, noisy: Tensor) -> Tensor:
@@ -93,10 +98,10 @@ class ARTrustMode:
             request.emit(tokens)
             return
         if self.policy is not None:
-            self.policy.accepted(held, accepted)
+            self.policy.accepted(min(held, self.verified), accepted)
         request.count(accepted)
         request.emit(tokens[: accepted + 1])
 
     def timed(self, shape: StepShape, seconds: float) -> None:
         if self.policy is not None:
-            self.policy.timed(shape.rows, shape.clean - 1, shape.block_heads, seconds)
+            self.policy.timed(shape.rows, shape.block_heads, seconds)
