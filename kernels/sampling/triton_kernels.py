@@ -168,7 +168,9 @@ def tile_kernel(
             tl.store(kept + at, tl.minimum(number, keep))
             tl.store(cut + at, lowest.to(tl.int64))
         else:
-            score = x + hot * _gumbel(_row_word(tl.load(seed + row), tl.load(position + row)), ids)
+            score = x
+            if hot > 0:  # noise is finite: at T = 0 it adds 0
+                score = x + hot * _gumbel(_row_word(tl.load(seed + row), tl.load(position + row)), ids)
             best = tl.max(score, 0)
             tl.store(best_score + at, best)
             tl.store(best_id + at, tl.min(tl.where(score == best, ids, NO_ID), 0))
