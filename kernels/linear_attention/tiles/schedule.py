@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,8 @@ def shared_memory() -> int:
     """Bytes of shared memory that a program may take on the current GPU; those of an H100 where there is none."""
     if not torch.cuda.is_available():
         return H100_SHARED
-    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return int(properties.shared_memory_per_block_optin)
 
 
 def bytes_needed(rows: int, dtype: torch.dtype, key_dim: int, value_dim: int) -> int:
