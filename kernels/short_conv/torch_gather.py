@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,20 +28,29 @@ def two_stream(
     `reference` (None: zeros). Padding slots output 0 and are never read. Computes in float32 (float64 for float64
     inputs). frozen_clean (clean slots per row): clean tokens take no gradient.
     """
-    if frozen_clean is not None and frozen_clean < x.shape[2]:
-        clean = slice(None, frozen_clean)
-        with torch.no_grad():
-            first = _convolve(x, weight, bias, windows[:, clean], activation, window)
-        apart = torch.cat([x[:, :, clean].detach(), x[:, :, frozen_clean:]], dim=2)
-        second = _convolve(apart, weight, bias, windows[:, frozen_clean:], activation, window)
-        return torch.cat([first, second], dim=1).transpose(1, 2)
-    return _convolve(x, weight, bias, windows, activation, window).transpose(1, 2)
+    if frozen_clean is None or frozen_clean == x.shape[2]:
+        return _convolve(x, weight, bias, windows, activation, window).transpose(1, 2)
+    old, new = windows.split([frozen_clean, x.shape[2] - frozen_clean], dim=1)
+    with torch.no_grad():
+        first = _convolve(x, weight, bias, old, activation, window)
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        apart = torch.cat([x[:, :, :frozen_clean].detach(), x[:, :, frozen_clean:]], dim=2)
+        second = _convolve(apart, weight, bias, new, activation, window)
+    else:
+        sums: Tensor = _NoisySums.apply(x[:, :, frozen_clean:], x.detach(), weight, bias, new, window)  # type: ignore[no-untyped-call]
+        second = _activated(sums, new, x, activation)
+    return torch.cat([first, second], dim=1).transpose(1, 2)
 
 
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, activation: str | None, window: Tensor | None
 ) -> Tensor:
     """[B, t, C] of the tokens that windows [B, t, W] belong to."""
+    return _activated(_sums(x, weight, bias, windows, window), windows, x, activation)
+
+
+def _sums(x: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, window: Tensor | None) -> Tensor:
+    """Sums over the taps [B * t, C], before the activation."""
     batch, channels, length = x.shape
     width = weight.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -49,13 +60,51 @@ def _convolve(
     stride = width + length
     index = windows + stride * torch.arange(batch, device=x.device)[:, None, None]
     taps = weight.to(dtype).t()  # [W, C]
-
     out = torch.zeros(channels, dtype=dtype, device=x.device) if bias is None else bias.to(dtype)
     for lag in range(width):
         out = out + rows.index_select(0, index[:, :, lag].reshape(-1)) * taps[width - 1 - lag]
-    padding = (windows[:, :, 0] == width - 1 + length).reshape(-1, 1)  # a real token reads itself at lag 0
-    out = apply_activation(out, activation).masked_fill(padding, 0)
+    return out
+
+
+def _activated(sums: Tensor, windows: Tensor, x: Tensor, activation: str | None) -> Tensor:
+    """[B, t, C] in the dtype of x [B, C, T]; padding 0."""
+    batch, channels, length = x.shape
+    padding = (windows[:, :, 0] == windows.shape[2] - 1 + length).reshape(-1, 1)  # a real token reads itself at lag 0
+    out = apply_activation(sums, activation).masked_fill(padding, 0)
     return out.reshape(batch, windows.shape[1], channels).to(x.dtype)
+
+
+class _NoisySums(torch.autograd.Function):
+    """`_sums` of noisy tokens, differentiable in these alone. noisy [B, C, Ln] are the last tokens of x [B, C, T]."""
+
+    @staticmethod
+    def forward(  # ctx is torch's own untyped object
+        ctx: Any,
+        noisy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        windows: Tensor,
+        window: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, windows)
+        ctx.shape, ctx.dtype, ctx.length = noisy.shape, noisy.dtype, x.shape[2]
+        return _sums(x, weight, bias, windows, window)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, windows = ctx.saved_tensors
+        batch, channels, count = ctx.shape
+        width = weight.shape[1]
+        slot = windows - (width - 1) - (ctx.length - count)  # among noisy tokens
+        first = count * torch.arange(batch, device=grad.device)[:, None, None]
+        target = torch.where((slot >= 0) & (slot < count), slot + first, batch * count)
+        taps = weight.to(grad.dtype).t()
+        found = grad.new_zeros(batch * count + 1, channels)  # the last row takes what clean tokens would get
+        for lag in reversed(range(width)):  # the order in which autograd adds
+            found.index_add_(0, target[:, :, lag].reshape(-1), grad * taps[width - 1 - lag])
+        noisy = found[:-1].view(batch, count, channels).transpose(1, 2)
+        return noisy.to(ctx.dtype), None, None, None, None, None
 
 
 def next_buffer(x: Tensor, window: Tensor, clean_length: int) -> Tensor:

@@ -129,3 +129,24 @@ def test_gradients_of_noisy_tokens_keep_every_bit(name: str) -> None:
             assert not bool(clean.any()), f"{operand} of clean tokens"
             assert same(noisy, whole_noisy), (operand, (noisy - whole_noisy).abs().max())
             assert operand in ("q", "c") or bool(whole_clean.any()), "a frozen stream leaves something out"
+
+
+def test_a_convolution_whose_weights_are_trained() -> None:
+    """Their gradient is that of noisy tokens; the input's does not depend on whether they are."""
+    layout = random_layout(random.Random(0), rows=2, readouts=("block_end", "causal"))
+    operands = conv(torch.Generator().manual_seed(0), layout.rows, layout.length)
+    _, constant = run(ops.SHORT_CONV, operands, layout, frozen=True)
+    for name in ("weight", "bias"):
+        operands[name].requires_grad_()
+    _, trained = run(ops.SHORT_CONV, operands, layout, frozen=True)
+    assert torch.equal(trained["x"], constant["x"])
+    found = []
+    for frozen in (False, True):
+        derivation = ops.SHORT_CONV.forms["torch"].reads(Site(operands))  # type: ignore[misc]
+        extra = {"clean_positions": layout.clean_position} if frozen else {}
+        call = ops.SHORT_CONV.call("torch", frozen_clean=frozen)
+        out = call(**operands, **{derivation.operand: derivation.build(layout, None)}, **extra)
+        loss = out[:, :, layout.clean_length :].square().sum()
+        found.append(torch.autograd.grad(loss, [operands["weight"], operands["bias"]]))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-12)
