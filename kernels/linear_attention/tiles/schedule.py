@@ -11,11 +11,10 @@ inside its tile.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from typing import Any
-
 import torch
 from torch import Tensor
 
