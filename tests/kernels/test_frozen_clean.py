@@ -142,7 +142,8 @@ def test_a_convolution_whose_weights_are_trained() -> None:
     assert torch.equal(trained["x"], constant["x"])
     found = []
     for frozen in (False, True):
-        derivation = ops.SHORT_CONV.forms["torch"].reads(Site(operands))  # type: ignore[misc]
+        derivation = ops.SHORT_CONV.forms["torch"].derivation(Site(operands))
+        assert derivation is not None
         extra = {"clean_positions": layout.clean_position} if frozen else {}
         call = ops.SHORT_CONV.call("torch", frozen_clean=frozen)
         out = call(**operands, **{derivation.operand: derivation.build(layout, None)}, **extra)
