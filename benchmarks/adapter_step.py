@@ -38,7 +38,7 @@ def trainer(folder: str, name: str, overrides: list[str]) -> Trainer:
     options = Options(
         source=str(TINY / "model"), data=(str(TINY / "data" / "train.jsonl"),), out=Path(folder) / name,
         recipe=str(TINY / "recipe.toml"), overrides=("evaluation.every=0", *overrides), device="cpu", kernels="torch",
-    )  # fmt: skip
+    )
     return prepare(options, Reporter()).trainer
 
 
@@ -87,7 +87,7 @@ def main() -> None:
         "command": "python benchmarks/adapter_step.py " + " ".join(sys.argv[1:]), "commit": options.commit,
         "rank": options.rank, "threads": options.threads, "load": os.getloadavg()[0],
         "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
-    }  # fmt: skip
+    }
     print(json.dumps(report, indent=1))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "num_attention_heads": 16,
         "num_key_value_heads": 4, "linear_num_value_heads": 32, "tie_word_embeddings": False,
     },
-}  # fmt: skip
+}
 CAPTURED_IN = ("flarec.frontend.export", "flarec.frontend")
 """Where `capture` is, in this tree and in older ones."""
 
@@ -56,7 +56,7 @@ def on_meta(name: str) -> Any:
     config = Qwen3_5TextConfig(
         head_dim=256, linear_num_key_heads=16, linear_key_head_dim=128, linear_value_head_dim=128, vocab_size=248320,
         **SHAPES[name],
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         return Qwen3_5ForCausalLM._from_config(config, dtype=torch.bfloat16)
 
@@ -125,7 +125,7 @@ def one_shape(shape: str) -> dict[str, float]:
     small = LlamaConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
         vocab_size=64,
-    )  # fmt: skip
+    )
     for kind in ("train", "decode"):  # the first of a process imports much
         lower(capture(LlamaForCausalLM(small)), kind)
     model, before = on_meta(shape), peak()
@@ -145,7 +145,7 @@ def one_run(path: Path, shape: str) -> dict[str, float]:
     done = subprocess.run(
         [sys.executable, __file__, "--one", "--shape", shape], stdout=subprocess.PIPE, text=True,
         check=True, env={**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     values: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return values
 
@@ -191,7 +191,7 @@ def main() -> None:
         results = two_trees(options.against, options.shape, options.repeats)
     versions = {
         "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
-    }  # fmt: skip
+    }
     results = {"device": device, "versions": versions, "command": command, **results}
     if options.out is not None:
         options.out.write_text(json.dumps(results, indent=1) + "\n")

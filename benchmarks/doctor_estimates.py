@@ -103,7 +103,7 @@ def main() -> None:
                        f"--threads {options.threads}",
             "commit": done.stdout.strip(),
             "steps": results,
-        }  # fmt: skip
+        }
         options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

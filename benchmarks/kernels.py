@@ -37,7 +37,7 @@ def main() -> int:
             only=options.only, quick=options.quick, out=options.out, commit=options.commit, device=options.device,
             time_limit=options.time_limit, command=" ".join(["python benchmarks/kernels.py", *sys.argv[1:]]),
             say=lambda text: print(text, flush=True),
-        )  # fmt: skip
+        )
     except UsageError as error:
         print(f"Error: {error}", file=sys.stderr)
         return error.exit_code

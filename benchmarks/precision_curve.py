@@ -55,7 +55,7 @@ def trainer(recipe: Recipe, precision: Precision, seed: int, device: torch.devic
     kernels = "triton" if device.type == "cuda" else "torch"
     program = lower(captured, "train", mask_vector=mask.kind == "vector", kernels=kernels)
     data = load_sources([parse_source(str(TINY / "data" / "train.jsonl"))], tokenizer,
-                        max_length=recipe.data.max_length, skip_bad_lines=False, end_ids=())  # fmt: skip
+                        max_length=recipe.data.max_length, skip_bad_lines=False, end_ids=())
     rows = RowStream(data, max_length=recipe.data.max_length, seed=seed, lookahead=recipe.data.lookahead)
     return Trainer(program, recipe, mask, rows, seed, exact)
 
@@ -83,7 +83,7 @@ def curves(recipe: Recipe, device: torch.device, jobs: int) -> dict[str, Any]:
         "losses": {**found, f"bf16, seed {SEEDS[0]}": low}, "spread_of_seeds": spread,
         "bf16_to_float32": float(apart.mean()), "bf16_to_float32_last": float(apart[-1]),
         "verdict": "met" if float(apart.mean()) <= spread else "missed",
-    }  # fmt: skip
+    }
 
 
 def sums(recipe: Recipe, device: torch.device) -> list[dict[str, float]]:
@@ -135,7 +135,7 @@ def main() -> int:
     recipe = load_recipe("dual").override([
         f"optimizer.steps={options.steps}", f"optimizer.batch_rows={options.rows}", "optimizer.micro_rows=1",
         f"optimizer.lr={options.lr}", "optimizer.warmup_steps=10", f"data.max_length={options.length}",
-    ])  # fmt: skip
+    ])
     result: dict[str, Any] = {"sums": sums(recipe, device), "curves": curves(recipe, device, options.jobs)}
     for name, value in result["curves"].items():
         if name != "losses":
@@ -147,7 +147,7 @@ def main() -> int:
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "command": " ".join(["python benchmarks/precision_curve.py", *sys.argv[1:]]),
             "commit": options.commit, "seconds": round(time.monotonic() - start, 1), **result,
-        }  # fmt: skip
+        }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=1) + "\n")
     return int(result["curves"]["verdict"] == "missed")

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 SHARED = (
     "optimizer.schedule=cosine", "optimizer.warmup_steps=20", "optimizer.batch_rows=4", "optimizer.micro_rows=4",
     "data.max_length=512", "evaluation.every=0",
-)  # fmt: skip
+)
 FULL_RATE = "optimizer.lr=3e-4"
 
 

@@ -95,7 +95,7 @@ def convert(folder: Path, threads: int) -> Path:
         str(ROOT / ".venv" / "bin" / "flarec"), "convert", str(tiny / "model"),
         "--data", str(tiny / "data/train.jsonl"),
         "--recipe", str(tiny / "recipe.toml"), "--steps", "1", "--out", str(out),
-    ]  # fmt: skip
+    ]
     cpu_seconds(command, ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)})
     return out
 

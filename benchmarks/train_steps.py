@@ -33,7 +33,7 @@ import torch
 
 ROWS, LENGTH, VOCABULARY = 8, 2048, 248320
 LINEAR = {"head_dim": 256, "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
-          "linear_num_value_heads": 16, "num_attention_heads": 8, "num_key_value_heads": 2}  # fmt: skip
+          "linear_num_value_heads": 16, "num_attention_heads": 8, "num_key_value_heads": 2}
 SHAPES: dict[str, dict[str, int]] = {
     "2B": {**LINEAR, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "vocab_size": VOCABULARY},
     # the same mixers with little around them: compiles the same kernels
@@ -42,13 +42,13 @@ SHAPES: dict[str, dict[str, int]] = {
     "tiny": {**LINEAR, "head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32, "hidden_size": 64,
              "linear_num_key_heads": 2, "linear_num_value_heads": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
              "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 512},
-}  # fmt: skip
+}
 MICRO = {"stock": (8, 4), "ar": (8, 4), "flare": (4, 2, 1), "draft": (4, 2), "adapter": (8, 4)}
 """Rows of a micro batch that are tried, by part."""
 RECIPES: dict[str, tuple[str, list[str]]] = {
     "ar": ("draft", ["objective.diffusion_weight=0"]), "flare": ("flare", []), "draft": ("draft", []),
     "adapter": ("draft", ["adapter.rank=64", "adapter.alpha=64", "objective.ar_weight=0", "mask_token=vector"]),
-}  # fmt: skip
+}
 MEMORY_BAR = 55.0  # GiB
 PARTS = tuple(MICRO)
 CUDA = torch.cuda.is_available()
@@ -148,7 +148,7 @@ def measured(step: Callable[[], object], options: argparse.Namespace) -> dict[st
     times = sorted(seconds_of(step, 2) for _ in range(1 if options.quick else 3))
     peak = torch.cuda.max_memory_allocated() / GIB if CUDA else None
     return {"seconds": times[len(times) // 2], "spread": times[-1] - times[0], "first_step_seconds": first,
-            "peak_gib": peak, "idle_share": idle_share(step)}  # fmt: skip
+            "peak_gib": peak, "idle_share": idle_share(step)}
 
 
 def library() -> str | None:
@@ -224,7 +224,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
             f"optimizer.batch_rows={options.rows}", f"optimizer.micro_rows={micro}",
             f"data.max_length={options.length}", "optimizer.lr=1e-6", "optimizer.warmup_steps=0",
             "optimizer.precision=bf16", "optimizer.steps=1000",
-        ])  # fmt: skip
+        ])
         rows = stream(options.rows, options.length, model.config.vocab_size)
         trainer = Trainer(program, recipe, mask, rows, seed=0)
         last: list[Any] = []
@@ -238,7 +238,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
             heads = sum(len(batch.head_rows) for batch in given.batches)
             values = done.read(None)
             return {**result, "processed": done.clean_tokens + done.noisy_tokens, "head_rows": heads,
-                    "loss": values["loss"], "pipeline": [record.step for record in program.history]}  # fmt: skip
+                    "loss": values["loss"], "pipeline": [record.step for record in program.history]}
         finally:
             for parameter in program.parameters().values():
                 parameter.grad = None
@@ -262,7 +262,7 @@ def warm_stock(index: int, count: int) -> None:
 def part_command(options: argparse.Namespace, part: str, *more: str) -> list[str]:
     return [sys.executable, str(Path(__file__).resolve()), "--part", part, "--shape", options.shape,
             "--rows", str(options.rows), "--length", str(options.length),
-            *(["--quick"] if options.quick else []), *more]  # fmt: skip
+            *(["--quick"] if options.quick else []), *more]
 
 
 def environment(options: argparse.Namespace, part: str) -> dict[str, str]:
@@ -287,7 +287,7 @@ def compile_ahead(options: argparse.Namespace, parts: Sequence[str], limit: floa
             stderr=subprocess.PIPE, text=True,
         )
         for name, (part, more) in commands.items()
-    }  # fmt: skip
+    }
     end, ended = time.monotonic() + limit, {}
     for name, process in running.items():
         try:
@@ -308,7 +308,7 @@ def run_part(options: argparse.Namespace, part: str, limit: float) -> dict[str, 
         command = part_command(options, part, "--result", str(path), "--micro", *micro)
         try:
             done = subprocess.run(command, env=environment(options, part), stderr=subprocess.PIPE, text=True,
-                                  timeout=max(1.0, limit))  # fmt: skip
+                                  timeout=max(1.0, limit))
         except subprocess.TimeoutExpired:
             return {"error": "no time left"}
         if done.returncode or not path.is_file():
@@ -333,7 +333,7 @@ def rows_of(results: dict[str, dict[str, Any]], rate: float, clean: int) -> list
     lines: list[dict[str, Any]] = []
 
     def line(name: str, title: str, unit: str, value: float | None, part: str, bar: float | None = None,
-             aim: float | None = None, at_least: bool = False, why: str | None = None) -> None:  # fmt: skip
+             aim: float | None = None, at_least: bool = False, why: str | None = None) -> None:
         row = Case(name, title, None, None, unit, bar, aim, at_least)  # type: ignore[arg-type]
         found = best.get(part) or {}
         lines.append({
@@ -343,7 +343,7 @@ def rows_of(results: dict[str, dict[str, Any]], rate: float, clean: int) -> list
             "values": {key: found[key] for key in ("micro_rows", "seconds", "spread", "peak_gib", "idle_share",
                                                    "first_step_seconds", "loss") if key in found},
             "message": None if value is not None else why or results.get(part, {}).get("error", "nothing fitted"),
-        })  # fmt: skip
+        })
 
     for part in results:
         found = best[part]
@@ -367,7 +367,7 @@ def rows_of(results: dict[str, dict[str, Any]], rate: float, clean: int) -> list
         ours, theirs = (pair[part].get(common, {}).get("peak_gib") for part in ("adapter", "ar"))
         ratio = ours / theirs if ours and theirs else None
         line("adapter-memory-to-ar", f"adapter: peak memory to ar's, {common} rows each", "x", ratio, "adapter",
-             0.4, 0.3, why="ar not run")  # fmt: skip
+             0.4, 0.3, why="ar not run")
     for part, result in results.items():
         found = best[part]
         work = share = None
@@ -377,9 +377,9 @@ def rows_of(results: dict[str, dict[str, Any]], rate: float, clean: int) -> list
             share = work / found["seconds"] / rate
         line(f"{part}-mfu", f"{part}: exact MFU", "", share, part, 0.45 if part == "flare" else None, at_least=True)
         line(f"{part}-peak", f"{part}: peak memory", "GiB", found["peak_gib"] if found else None, part,
-             MEMORY_BAR if part == "flare" else None)  # fmt: skip
+             MEMORY_BAR if part == "flare" else None)
         line(f"{part}-idle", f"{part}: idle share of the GPU", "", found["idle_share"] if found else None, part,
-             0.04 if part == "flare" else None)  # fmt: skip
+             0.04 if part == "flare" else None)
     return lines
 
 
@@ -426,7 +426,7 @@ def measure_all(options: argparse.Namespace) -> int:
     lines = rows_of(results, rate, options.rows * options.length)
     for one in lines:
         print(f"{one['title']:<44} {one['value'] if one['value'] is None else round(one['value'], 3)} {one['unit']} "
-              f"{one['verdict'] or one['message']}", flush=True)  # fmt: skip
+              f"{one['verdict'] or one['message']}", flush=True)
     if options.out:
         record = {
             "device": torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU",
@@ -437,7 +437,7 @@ def measure_all(options: argparse.Namespace) -> int:
             "commit": options.commit, "seconds": round(time.monotonic() - start, 1), "shape": options.shape,
             "clean_tokens": options.rows * options.length, "ceilings": {"bf16_tflops": rate / 1e12},
             "compiled_ahead": warmed, "parts": results, "rows": lines,
-        }  # fmt: skip
+        }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=1) + "\n")
     return int(any(one["verdict"] == "missed" for one in lines))

@@ -107,7 +107,7 @@ def table(results: dict[str, dict[str, Any]], tasks: int) -> Table:
         shown.add_row(
             name, f"{row['accuracy']:.1%}", share, f"{row['loss']:.4f}", f"{row['tokens_per_forward']:.2f}",
             f"{row['seconds']:.1f}",
-        )  # fmt: skip
+        )
     return shown
 
 
@@ -137,7 +137,7 @@ def environment(options: argparse.Namespace, start: float, converted: float) -> 
         "tasks": options.tasks,
         "seconds": now - start,
         "conversion_seconds": converted - start,
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

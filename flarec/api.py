@@ -344,7 +344,7 @@ def load(
         model = Model(
             hf_model, tokenizer, checkpoint, extra, kernels=kernels, cache=True, passes=passes, plugins=plugins,
             graphs=graphs,
-        )  # fmt: skip
+        )
         if opening is not None:
             opening.store(hf_model)
         return model

@@ -51,7 +51,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _UNSERVED = (
     "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "assistant_model", "negative_prompt_ids",
     "negative_prompt_attention_mask", "inputs_embeds", "past_key_values",
-)  # fmt: skip
+)
 # arguments of flarec that transformers has not, or not under this meaning
 _OWN = ("mode", "seed", "threshold", "denoising_steps", "drafts")
 _CACHED = "_flarec_model"
@@ -145,7 +145,7 @@ def _options(config: Any, own: dict[str, Any], **more: Any) -> GenerationOptions
     return GenerationOptions(
         **{"mode": "ar-trust", **own}, **sampling, **more,
         eos_ids=config.eos_token_id, suppress=config.suppress_tokens,
-    )  # fmt: skip
+    )
 
 
 def _runner(model: Any, tokenizer: Any, adapter: str | Path | None) -> Model:

@@ -115,7 +115,7 @@ class AdaptNoisyStream(Pass):
             raise self.fail(
                 node, f"gives {list(shape)}, which is neither [rows, tokens, features] nor [rows * tokens, features]",
                 "leave it out of the adapter's modules",
-            )  # fmt: skip
+            )
         first, second = shape.index(ROWS), shape.index(LENGTH)
         places = [1] * (second - first - 1) + [0] * first + [-1] * (len(shape) - second - 2)
         for place in places:
@@ -132,11 +132,11 @@ def adapted(program: Program, adapter: AdaptNoisyStream) -> list[tuple[fx.Node, 
         raise PassError(f"pass '{adapter.name}': rank {adapter.rank}, alpha {adapter.alpha}; take a rank of at least 1")
     wanted, modules, routers, learning = (
         _matcher(adapter.modules), _modules(program), _routers(program), _learning(program)
-    )  # fmt: skip
+    )
     return [
         (node, module) for node, module in modules.items()
         if wanted(module) and layer_of(node) is not None and node not in routers and node in learning
-    ]  # fmt: skip
+    ]
 
 
 def remarks(program: Program, adapter: AdaptNoisyStream) -> list[str]:
@@ -148,7 +148,7 @@ def remarks(program: Program, adapter: AdaptNoisyStream) -> list[str]:
         name.removesuffix(WEIGHT) for node, name in _first_names(program).items()
         if name.endswith(WEIGHT) and len(node.meta["val"].shape) == 2
         and any(layer_of(user) is not None and user.target in PRODUCTS for user in node.users)
-    }  # fmt: skip
+    }
     reasons = (
         (stopped, "the model computes with its result without a gradient, so it cannot learn"),
         (products - {*modules.values()}, "the model multiplies by its weight itself instead of calling it"),
@@ -286,7 +286,7 @@ def _routers(program: Program) -> set[fx.Node]:
     stack = [
         node.kwargs[name] for node, mixer in ops.sites(program.graph) if mixer is ops.MOE_EXPERTS
         for name in ("index", "weight")
-    ]  # fmt: skip
+    ]
     while stack:
         node = stack.pop()
         if not isinstance(node, fx.Node) or node in seen:

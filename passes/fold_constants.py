@@ -21,7 +21,7 @@ FREE = {
     ATEN.transpose.int, ATEN.t.default, ATEN.permute.default, ATEN.unsqueeze.default, ATEN.squeeze.dim,
     ATEN.reshape.default, ATEN.view.default, ATEN.expand.default, ATEN.slice.Tensor, ATEN.select.int,
     ATEN.detach.default,
-}  # fmt: skip
+}
 """Views, which cost nothing: alone they are no constant worth keeping."""
 
 
@@ -77,7 +77,7 @@ def foldable(program: Program) -> list[fx.Node]:
             constant[node] = node.target not in FREE or any(constant[source] for source in node.all_input_nodes)
     return [
         node for node, computed in constant.items() if computed and any(user not in constant for user in node.users)
-    ]  # fmt: skip
+    ]
 
 
 def check_folded(program: Program) -> None:

@@ -91,7 +91,7 @@ def own_folder(path: Path, *names: str) -> Path:
     manifest = Manifest(
         Source("origin"), MaskToken("row", MASK_ROW), DecodeDefaults(3, dict(READOUTS)),
         files={name: FileEntry.of(path / name) for name in names},
-    )  # fmt: skip
+    )
     (path / "flarec.json").write_text(manifest.to_json())
     return path
 

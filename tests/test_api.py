@@ -259,7 +259,7 @@ def test_none_numpy_and_tensors_are_what_they_say(model: Model) -> None:
     )
     numbers: dict[str, Any] = {
         "max_new_tokens": np.int64(6), "temperature": torch.tensor(0.5), "seed": np.array([4])
-    }  # fmt: skip
+    }
     same = model.generate_ids(ids, **nothing, **numbers)[0]
     assert {**same.to_dict(), "seconds": 0} == {**expected.to_dict(), "seconds": 0}
 

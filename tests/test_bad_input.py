@@ -151,7 +151,7 @@ CASES: list[tuple[str, Callable[[Place], Any], list[str], str]] = [
     ("nothing to resume", nothing, [*CONVERT, "--out", "out", "--resume"], "there is nothing to resume"),
     ("interrupted run", lambda p: StateDirectory(p / "out.partial").create({}), [*CONVERT, "--out", "out"],
      "out.partial holds an interrupted run: continue it with --resume"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "arguments", "expected"), [case[1:] for case in CASES], ids=[c[0] for c in CASES])

@@ -35,11 +35,11 @@ from tests.train.test_saves import VALUES
 PLAIN = st.one_of(
     st.none(), st.booleans(), st.integers(), st.sampled_from([0, -1, 2**31, 2**63, 10**400, -(10**400)]), st.floats(),
     st.text(max_size=8), st.sampled_from(["", "../x", "/", "row", "causal", "\0", "state-00000001", "9" * 400]),
-)  # fmt: skip
+)
 VALUE = st.recursive(
     PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=5,
-)  # fmt: skip
+)
 SEED = st.integers(0, 2**32)
 
 
@@ -80,7 +80,7 @@ MANIFEST = Manifest(
     recipe={"name": "dual"}, pipelines={"train": "canonicalize()", "decode": "canonicalize()"}, data={"tokens": 3},
     metrics={"ar_loss": 1.0}, versions={"torch": "2"}, files={"config.json": FileEntry(2, "0" * 64)},
     plugins={"mine": "mine.py"}, adapter=AdapterInfo(4, 8.0, "all"),
-)  # fmt: skip
+)
 
 
 @settings(max_examples=400)

@@ -23,7 +23,7 @@ CHATS = [
         {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, what can I do?"},
         {"role": "user", "content": "Nothing"}, {"role": "assistant", "content": "Fine"},
     ]},
-]  # fmt: skip
+]
 PAIRS = [{"prompt": "one, two,", "response": " three"}, {"prompt": "", "response": "a response alone"}]
 TEXTS = [{"text": "The sky is blue."}, {"text": "Short"}, {"text": "A longer text than the others, by some tokens."}]
 

@@ -189,7 +189,7 @@ class OneDocument(Chunks):
         merged = dataclasses.replace(
             layout, clean_document=layout.clean_document.clamp_max(0), clean_position=positions,
             block_document=layout.block_document.clamp_max(0),
-        )  # fmt: skip
+        )
         return super().build(merged, capacity)
 
 

@@ -18,29 +18,29 @@ IMAGE, VIDEO, VISION_START, VISION_END = 300, 301, 302, 303
 _QWEN_VISION = {
     "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "in_channels": 3, "patch_size": 4,
     "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 64, "num_position_embeddings": 16,
-}  # fmt: skip
+}
 _QWEN_TOKENS = {
     "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": VISION_START,
     "vision_end_token_id": VISION_END,
-}  # fmt: skip
+}
 _SIGLIP = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
     "patch_size": 8,
-}  # fmt: skip
+}
 _PLAIN = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "pad_token_id": PAD_ID,
     "bos_token_id": START_ID, "eos_token_id": END_ID,
-}  # fmt: skip
+}
 _EXPERTS = {
     "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2,
-}  # fmt: skip
+}
 _QWEN_TEXT = dict(TINY["qwen3_5_text"].values) | {
     "rope_parameters": {  # multimodal: time, height and width have frequencies of their own
         "rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1],
         "mrope_interleaved": True,
     },
-}  # fmt: skip
+}
 WRAPPERS: dict[str, dict[str, Any]] = {
     "qwen3_5": {"text_config": _QWEN_TEXT, "vision_config": _QWEN_VISION, **_QWEN_TOKENS},
     # experts are merged into one tensor on loading: its files have a tensor per expert
@@ -51,7 +51,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "mm_tokens_per_image": 4, "image_token_index": IMAGE, "boi_token_index": VISION_START,
         "eoi_token_index": VISION_END,
     },
-}  # fmt: skip
+}
 """Values of the configuration by model type."""
 PREPROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4, "merge_size": 2}
 PREDICTION = "mtp.layers.0.fc.weight"

@@ -28,7 +28,7 @@ def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 def rms_norm(
     x: Tensor, weight: Any, bias: Any, residual: Any = None, eps: float = 1e-5, prenorm: bool = False,
     residual_in_fp32: bool = False,
-) -> Any:  # fmt: skip
+) -> Any:
     total = x.double() + (0 if residual is None else residual.double())
     out = _scaled(_rms(total, eps), weight, bias).to(x)
     kept = x.dtype if not residual_in_fp32 else torch.float32
@@ -48,7 +48,7 @@ def rms_norm_gated(x: Tensor, g: Tensor, weight: Any, bias: Any, activation: str
 def rms_norm_grouped(
     x: Tensor, weight: Tensor, bias: Any, z: Any = None, eps: float = 1e-6, group_size: Any = None,
     norm_before_gate: bool = True,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     gate = 1 if z is None else F.silu(z.double())
     h = x.double() * (1 if norm_before_gate else gate)
     groups = [_rms(part, eps) for part in h.split(group_size or h.shape[-1], dim=-1)]
@@ -82,7 +82,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fa
 def causal_conv1d(
     x: Tensor, weight: Any = None, bias: Any = None, residual: Any = None, initial_state: Any = None,
     output_final_state: Any = False, activation: Any = None, **options: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+) -> tuple[Tensor, None]:
     assert residual is None and initial_state is None and not output_final_state and options.get("cu_seqlens") is None
     width, channels = weight.shape[-1], x.shape[-1]
     padded = F.pad(x.double().transpose(1, 2), (width - 1, 0))
@@ -183,7 +183,7 @@ def hgrn(x: Tensor, g: Tensor, **options: Any) -> tuple[Tensor, None]:
 def layer_norm(
     x: Tensor, weight: Any, bias: Any, residual: Any = None, eps: float = 1e-5, prenorm: bool = False,
     residual_in_fp32: bool = False, is_rms_norm: bool = False, num_groups: int = 1,
-) -> Any:  # fmt: skip
+) -> Any:
     assert not is_rms_norm
     total = x.double() + (0 if residual is None else residual.double())
     groups = total.unflatten(-1, (num_groups, -1))

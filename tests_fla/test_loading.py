@@ -79,7 +79,7 @@ def test_groups_of_mamba2_are_read_as_in_transformers() -> None:
     config = transformers.models.mamba2.Mamba2Config(
         vocab_size=512, hidden_size=64, num_hidden_layers=3, head_dim=16, num_heads=8, state_size=16, n_groups=2,
         expand=2, chunk_size=32, layer_norm_epsilon=1e-5, use_bias=False, tie_word_embeddings=False, rms_norm=True,
-    )  # fmt: skip
+    )
     stock = transformers.models.mamba2.Mamba2ForCausalLM(config).eval()
     stock.load_state_dict(model.state_dict())
     ids = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(0))

@@ -51,7 +51,7 @@ def _ours_kda(**options: Any) -> Callable[..., Tensor]:
         return plain.gated_delta_rule(
             q, k, v, g, beta, A_log=rate, dt_bias=bias, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
             allow_neg_eigval=True, use_qk_l2norm_in_kernel=True, **options,
-        )[0]  # fmt: skip
+        )[0]
 
     return ours
 
@@ -112,7 +112,7 @@ CASES: dict[str, tuple[list[str], Callable[..., Tensor], Callable[..., Tensor]]]
         _rwkv7,
     ),
     "hgrn": (["x", "flat_g"], lambda *args: plain.hgrn(*args)[0], lambda *args: naive_recurrent_hgrn(*args)[0]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)

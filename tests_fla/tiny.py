@@ -18,7 +18,7 @@ _ATTENTION = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True
 _BASE: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
     "pad_token_id": PAD_ID, "bos_token_id": START_ID, "eos_token_id": END_ID, "use_cache": False,
-}  # fmt: skip
+}
 _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "transformer": ("Transformer", {"num_heads": 4, "num_kv_heads": 2, "window_size": 9, "qk_norm": True}),
     "gated_deltanet": (
@@ -42,7 +42,7 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
                   "a_low_rank_dim": 8, "v_low_rank_dim": 8},
     ),
     "mamba2": ("Mamba2", {"head_dim": 16, "state_size": 16}),
-}  # fmt: skip
+}
 NAMES = tuple(_ROWS)
 
 

@@ -159,10 +159,10 @@ def trial(place: Path, number: int, seed: int, events: dict[str, int], whole: Pa
         last = attempt > 0 and (attempt == KILLS or chance.random() < 0.5)
         kill_at = None if last else chance.randrange(events[before])
         begun = (place / "out.partial" / "run.json").exists() or (attempt and (place / "out" / "flarec.json").exists()
-                and not (place / "out" / "precious").exists())  # fmt: skip
+                and not (place / "out" / "precious").exists())
         resume = ["--resume"] if begun else []
         code = convert(place, "out", *overwrite, *resume, kill_at=kill_at, seed=chance.randrange(1 << 30),
-                       exchange="no exchange" not in before)  # fmt: skip
+                       exchange="no exchange" not in before)
         if code == 0:
             return kills, differences(place, whole)
         if code != -signal.SIGKILL:

@@ -29,7 +29,7 @@ def make(folder: Path, arguments: list[str]) -> Path:
     own = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         check=True, capture_output=True, text=True,
-    ).stdout.strip()  # fmt: skip
+    ).stdout.strip()
     assert Path(own).resolve().is_relative_to(folder.resolve()), f"{own} is not in {folder}"
     # addsitedir, not a plain path: editable installs of the shared environment are .pth files themselves
     (Path(own) / SHARED).write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")

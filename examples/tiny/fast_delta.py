@@ -59,7 +59,7 @@ class UnitLowerInverse(torch.autograd.Function):
 def chunk_gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, *, initial_state: Tensor | None = None,
     output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False, **unused: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+) -> tuple[Tensor, None]:
     """Gated delta rule over whole rows [batch, length, heads, dim], in float32 whatever the inputs are."""
     if initial_state is not None or output_final_state or unused.get("cu_seqlens") is not None:
         raise ValueError("the training delta rule knows neither caches nor packed rows")

@@ -24,18 +24,18 @@ PEOPLE: tuple[tuple[str, str], ...] = (
     ("Mia", "she"), ("Noah", "he"), ("Lena", "she"), ("Omar", "he"), ("Ava", "she"), ("Ben", "he"),
     ("Zoe", "she"), ("Ivan", "he"), ("Ruth", "she"), ("Carl", "he"), ("Nina", "she"), ("Tom", "he"),
     ("Ella", "she"), ("Hugo", "he"), ("Sara", "she"), ("Luca", "he"), ("Priya", "she"), ("Kofi", "he"),
-)  # fmt: skip
+)
 OBJECTS: tuple[str, ...] = (
     "apples", "books", "coins", "stickers", "marbles", "pencils", "shells", "stamps", "cookies", "cards",
     "oranges", "buttons", "stones", "eggs", "ribbons", "beads", "plums", "tickets", "candles", "flowers",
-)  # fmt: skip
+)
 CONTAINERS: tuple[str, ...] = ("bags", "boxes", "baskets", "packs", "jars", "trays")
 WORDS: tuple[str, ...] = (
     "red", "fox", "blue", "tree", "cat", "moon", "river", "stone", "bird", "lamp", "green", "cloud", "fish", "road",
     "star", "wind", "leaf", "sand", "ship", "gold", "bear", "rain", "snow", "door", "king", "milk", "salt", "wolf",
     "hat", "cup", "desk", "key", "map", "nest", "owl", "pen", "rope", "sun", "toy", "van", "yard", "zebra", "apple",
     "bread", "chair", "dream", "earth", "flame", "grape", "house", "island", "jam", "lake", "mouse", "night", "ocean",
-)  # fmt: skip
+)
 ORDINALS: tuple[str, ...] = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 
 

@@ -80,7 +80,7 @@ def trip(rng: random.Random) -> Problem:
     steps, total = [], 0
     for speed, hours in legs:
         steps.append(f"In {hours} hours at {speed} km per hour the {vehicle} travels {hours} * {speed} = "
-                     f"{hours * speed} km.")  # fmt: skip
+                     f"{hours * speed} km.")
     distances = [speed * hours for speed, hours in legs]
     total = sum(distances)
     steps.append(f"The total is {' + '.join(map(str, distances))} = {total} km.")
@@ -228,4 +228,4 @@ def compare(rng: random.Random) -> Problem:
 GENERATORS: dict[str, tuple[Generator, int]] = {
     "story": (story, 6), "shop": (shop, 3), "trip": (trip, 2), "seats": (seats, 2), "savings": (savings, 2),
     "ages": (ages, 2), "reading": (reading, 3), "fence": (fence, 2), "share": (share, 2), "compare": (compare, 2),
-}  # fmt: skip
+}

@@ -60,7 +60,7 @@ def sort_words(rng: random.Random) -> Problem:
         f"So the words in order are {shown(result)}.",
     )
     return Problem("sort_words", tuple(items), f"Sort these words alphabetically: {shown(items)}", numbered(steps),
-                   shown(result))  # fmt: skip
+                   shown(result))
 
 
 def count_item(rng: random.Random) -> Problem:
@@ -138,7 +138,7 @@ def count_letter(rng: random.Random) -> Problem:
         f"That makes {len(found)} vowels.",
     )
     return Problem("count_vowels", (word,), f'How many vowels are in the string "{word}"?', numbered(steps),
-                   str(len(found)))  # fmt: skip
+                   str(len(found)))
 
 
 def sum_list(rng: random.Random) -> Problem:
@@ -178,4 +178,4 @@ GENERATORS: dict[str, tuple[Generator, int]] = {
     "count_item": (count_item, 2), "extremes": (extremes, 2), "nth_element": (nth_element, 1),
     "join_words": (join_words, 1), "reverse_string": (reverse_string, 1), "count_vowels": (count_letter, 1),
     "sum_list": (sum_list, 2), "filter_numbers": (filter_numbers, 1),
-}  # fmt: skip
+}

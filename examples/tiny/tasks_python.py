@@ -127,7 +127,7 @@ def text_lines(rng: random.Random) -> Problem:
         lines.append(f"print(a + b * {count})")
         result = one + two * count
         steps = [f"b * {count} repeats {two} {count} times, which is {two * count}.",
-                 f"Putting {one} in front gives {result}."]  # fmt: skip
+                 f"Putting {one} in front gives {result}."]
         return printed(rng, "text_lines", lines, steps, result)
     lines.append(f"print(len(a) * {count} + len(b))")
     total = len(one) * count
@@ -187,7 +187,7 @@ def write_line(rng: random.Random) -> Problem:
          f"x * {n} and x + {m} are the two numbers and max picks the larger"),
         (f"returns the text repeated {n} times, followed by {m} stars", "text", f'text * {n} + "*" * {m}',
          f"text * {n} repeats the text and the stars are repeated {m} times"),
-    ))  # fmt: skip
+    ))
     prompt = f"Write a one-line Python function {name} that {told}."
     steps = numbered((f"The function takes {args}.", f"The result is {body}, since {why}."))
     return Problem("write_line", (name, body), prompt, steps, f"def {name}({args}): return {body}")
@@ -198,4 +198,4 @@ GENERATORS: dict[str, tuple[Generator, int]] = {
     "comprehension": (comprehension, 1), "condition": (condition, 1), "call_twice": (call_twice, 2),
     "lookup": (lookup, 1), "text_lines": (text_lines, 1), "write_and_call": (write_and_call, 2),
     "write_line": (write_line, 2),
-}  # fmt: skip
+}

@@ -60,7 +60,7 @@ def build_config(tokenizer: Any) -> Qwen3_5TextConfig:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
-    )  # fmt: skip
+    )
 
 
 class Documents(IterableDataset):  # type: ignore[type-arg]
@@ -151,7 +151,7 @@ def train(args: argparse.Namespace, tokenizer: Any, model: Any, device: torch.de
     loader = DataLoader(
         dataset, batch_size=None, num_workers=args.workers, pin_memory=device.type == "cuda",
         prefetch_factor=2 * SHARD_BATCHES if args.workers else None,
-    )  # fmt: skip
+    )
     batches = iter(loader)
     first = next(batches)
     model.to(device).train()

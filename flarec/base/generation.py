@@ -47,11 +47,11 @@ class GenerationOptions:
     threshold: float | None = key(
         None, "diffusion-trust: commit every position this confident. Default: the checkpoint's.",
         low=0, high=1, metavar="P",
-    )  # fmt: skip
+    )
     denoising_steps: int | None = key(
         None, "diffusion-trust: most steps per block; the last one commits all. Default: the checkpoint's.",
         low=1, high=LARGEST, metavar="N",
-    )  # fmt: skip
+    )
     eos_ids: frozenset[int] | None = key(None, "Token ids that end the text. Default: the model's.")
     suppress: frozenset[int] = key(frozenset(), "Token ids that are never generated, besides the mask token.")
 

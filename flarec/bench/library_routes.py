@@ -100,7 +100,7 @@ def _inside_blocks(view: Stream, read_by_keys: Tensor, read_by_queries: Tensor, 
     out = _fla().rule(
         then(nothing(q), q), then(k, nothing(k)), then(v - start, nothing(v)), forget.flatten(1, 2),
         then(beta, nothing(beta)), scale=1.0,
-    )[0]  # fmt: skip
+    )[0]
     out = out.unflatten(1, (-1, 2 * block))[:, :, block:]
     result: Tensor = ((out + from_start) * scale).flatten(1, 2)
     return result
@@ -121,7 +121,7 @@ def _blocks_from(starts: Tensor, view: Stream, block: int, scale: float) -> Tens
         *(x.flatten(0, 1)[None] for x in (q, k, v, g, beta)),
         scale=scale, initial_state=starts.reshape(count, heads, *starts.shape[3:]), cu_seqlens=ends,
         chunk_indices=chunks, chunk_size=chunk,
-    )[0]  # fmt: skip
+    )[0]
     result: Tensor = out.view(count, each, heads, -1)[:, -block:].reshape(rows, length, heads, -1)
     return result
 
@@ -216,7 +216,7 @@ class _CleanWithStarts(torch.autograd.Function):
         grad_q, grad_k, grad_w, grad_g = _fla().outputs_backward(
             q=q, k=k, v=corrected, w=w, g=decay, h=entry, dv=grad_u, do=grad_out, dh=grad_exit, scale=scale,
             chunk_size=CHUNK,
-        )  # fmt: skip
+        )
         more_k, grad_v, grad_beta, more_g = _fla().intra_backward(
             k=k, v=v, beta=beta, g=decay, A=inverse, dw=grad_w, du=grad_u
         )
@@ -225,13 +225,13 @@ class _CleanWithStarts(torch.autograd.Function):
         grad_g = _fla().cumsum(grad_g, chunk_size=CHUNK, reverse=True)
         return (
             grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_g, grad_beta.to(beta.dtype), None, None,
-        )  # fmt: skip
+        )
 
     @staticmethod
     def _states_gradient(
         q: Tensor, w: Tensor, keys: Tensor, log: Tensor, grad_out: Tensor, grad_values: Tensor, grad_entry: Tensor,
         entry: Tensor, scale: float,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Gradients of the states after every chunk, [B, chunks, H, K, V]: a walk from the last chunk to the first."""
         tail = (keys * torch.exp2(log[..., -1:] - log)[..., None]).to(q.dtype)
         queries = (_by_chunk(q) * torch.exp2(log)[..., None] * scale).to(q.dtype)

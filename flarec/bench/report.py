@@ -76,7 +76,7 @@ def cells(line: Line) -> list[str]:
     limits = [f"{sign} {limit:g}" if limit is not None else "" for limit in (line.bar, line.aim)]
     if line.status != MEASURED:
         return [line.title, "", *limits, line.status.upper() if line.status == FAILED else line.status,
-                line.message or ""]  # fmt: skip
+                line.message or ""]
     assert line.value is not None
     value = f"{line.value:.2f} {line.unit}" if line.unit != "x" else f"{line.value:.2f}"
     parts = ", ".join(f"{name} {number:.3g}" for name, number in line.values.items() if number is not None)

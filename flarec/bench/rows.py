@@ -90,7 +90,7 @@ def _conv(session: Session) -> Measured:
         ours.both_ms / clean.both_ms,
         {"ours_ms": ours.both_ms, "ours_forward_ms": ours.forward_ms, "baseline_ms": clean.both_ms,
          "baseline_forward_ms": clean.forward_ms, "gb_per_s": rate},
-    )  # fmt: skip
+    )
 
 
 def _per_token(session: Session) -> Measured:
@@ -121,7 +121,7 @@ def _attention(problem: Softmax, name: str = "ours") -> Callable[[Session], Meas
             timed.both_ms / (plain.both_ms * pairs),
             {f"{name}_ms": timed.both_ms, "causal_ms": plain.both_ms, "pairs_ratio": pairs,
              "forward_ratio": timed.forward_ms / (plain.forward_ms * pairs)},
-        )  # fmt: skip
+        )
 
     return measure
 
@@ -201,7 +201,7 @@ BARS: tuple[Case, ...] = (
         at_least=True, baselines=RULE),
     Case("linear-simple-memory", "the simple route's memory to ours, one view", _simple_memory, _checks(ONE_VIEW),
         bar=10, at_least=True, baselines=RULE),
-)  # fmt: skip
+)
 REPORTED: tuple[Case, ...] = (
     Case("linear-kda", "channel gates (KDA, 32 heads) to the clean stream alone", _against_clean(KDA), _checks(KDA),
         baselines=("kda",)),
@@ -221,7 +221,7 @@ REPORTED: tuple[Case, ...] = (
     ),
     Case("softmax-flex-128", "flex attention, D = 128, to causal attention per visible pair",
         _attention(ATTENTION, "flex"), _checks()),
-)  # fmt: skip
+)
 ROWS = (*BARS, *REPORTED)
 
 

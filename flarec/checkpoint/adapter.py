@@ -51,7 +51,7 @@ def write_adapter(folder: Path, extra: Mapping[str, Tensor], info: AdapterInfo, 
     adapter = {f"{PREFIX}{name}": value for name, value in tensors.items() if name.endswith(PARTS)}
     rest = {name: value for name, value in tensors.items() if not name.endswith(PARTS)}
     modules = sorted({name.removeprefix(PREFIX).removesuffix(part) for name in adapter for part in PARTS
-                      if name.endswith(part)})  # fmt: skip
+                      if name.endswith(part)})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -94,7 +94,7 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None) -> str
         }),
         "## Training",
         _table({"recipe": recipe, **data}),
-    ]  # fmt: skip
+    ]
     if manifest.metrics:
         sections += ["## Measurements", _table(manifest.metrics)]
     licence = source.licence or "not stated by the source; ask its authors before you pass this model on"

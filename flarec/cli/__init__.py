@@ -151,7 +151,7 @@ def _take_debug(command: click.Command) -> None:
                 ["--debug"], is_flag=True, expose_value=False, is_eager=True, callback=_note_debug,
                 help="Show the full traceback of an error.",
             )
-        )  # fmt: skip
+        )
 
 
 def _note_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:

@@ -27,7 +27,7 @@ def command() -> None:
 def kernels(
     out: Path | None, only: tuple[str, ...], quick: bool, time_limit: float | None, commit: str | None, device: str,
     show: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Check every kernel against its float64 reference, then time it.
 
     A kernel that fails its check is not timed. Rows against flash-linear-attention need that package. Exit code 1 if a
@@ -44,7 +44,7 @@ def kernels(
         only=only, quick=quick, out=out, commit=commit, device=device, say=click.echo,
         time_limit=TIME_LIMIT if time_limit is None else time_limit,
         command=" ".join(["flarec bench kernels", *map(shlex.quote, sys.argv[3:])]),
-    )  # fmt: skip
+    )
     from rich.console import Console
 
     from flarec.bench.report import table
@@ -62,14 +62,14 @@ def kernels(
 @click.option("--block-size", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Positions.")
 @click.option("--steps", type=click.IntRange(min=2), default=200, show_default=True, metavar="N", help="Timed steps.")
 @click.option("--time-limit", type=click.FloatRange(min=0), default=280, show_default=True, metavar="S",
-              help="Begin no row after S seconds.")  # fmt: skip
+              help="Begin no row after S seconds.")
 @click.option("--commit", metavar="ID", help="Commit of the tree, kept in the results.")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1 ...")
 @click.option("--list", "show", is_flag=True, help="List the rows and stop.")
 def decode(
     shape: str, out: Path | None, only: tuple[str, ...], context: int, block_size: int, steps: int,
     time_limit: float, commit: str | None, device: str, show: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Time steps of decoding with random weights, beside stock transformers in the same run.
 
     Exit code 1 if a row fails or misses its bar. On a CPU only the form of the results means something.
@@ -92,7 +92,7 @@ def decode(
     lines = run_session(
         rows, session, out=out, commit=commit, time_limit=time_limit, say=click.echo, warm_up=False,
         command=" ".join(["flarec bench decode", *map(shlex.quote, sys.argv[3:])]),
-    )  # fmt: skip
+    )
     Console(width=160).print(table(lines, title=f"Decoding, {shape}, context {context}, blocks of {block_size}"))
     if any(line.status == "failed" or line.verdict == "missed" for line in lines):
         sys.exit(1)

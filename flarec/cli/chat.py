@@ -34,7 +34,7 @@ HELP = "/mode NAME changes the mode, /stats shows the last answer's numbers, /re
 def command(
     checkpoint: str, device: str, dtype: str | None, kernels: str, graphs: str, mask_token_id: int | None,
     block_size: int | None, adapter: Path | None, plugins: tuple[str, ...], passes: tuple[str, ...], **keywords: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Talk with a converted checkpoint CKPT, or with any supported model that has a chat template.
 
     A line is a message; answers stream. /mode NAME changes the mode, /stats shows the last answer's numbers, /reset
@@ -44,7 +44,7 @@ def command(
     model = open_model(
         checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
         passes=passes, plugins=plugins, graphs=graphs, adapter=adapter,
-    )  # fmt: skip
+    )
     click.echo(HELP, err=True)
     conversation = Conversation(model, options)
     while (line := _line()) is not None:
@@ -119,6 +119,6 @@ class Conversation:
         click.echo(
             f"{last.mode}: {last.new_tokens} tokens, {last.tokens_per_forward:.2f} per forward, {rate:.1f} tokens/s, "
             f"stopped by {last.stop_reason}", err=True,
-        )  # fmt: skip
+        )
         for line in self.model.engine.stats.lines():
             click.echo(line, err=True)

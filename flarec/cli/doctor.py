@@ -35,7 +35,7 @@ WIDTH = 118  # of what is not a terminal
 def command(
     source: str, length: int, batch: int, recipe: str, device: str, dtype: str | None, kernels: bool, quick: bool,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Examine SOURCE (model directory, config.json or hub id): does it convert, what is it made of, what does it need.
 
     Only the configuration is read. Memory is that of one training step and of decoding, run without numbers; times are
@@ -122,7 +122,7 @@ def _tables(report: Report) -> Iterator[tuple[str, Table]]:
             table.add_row(
                 speed.step, _seconds(speed.seconds), f"{speed.flops / 1e9:,.1f}", f"{speed.bytes / 1e9:,.2f}",
                 f"{speed.calls:,}",
-            )  # fmt: skip
+            )
         yield "time of one step, extrapolated (kernels: torch)", table
     if report.sites:
         table = Table("pipeline", "mixer", "sites", "--kernels triton", "why not", box=None, pad_edge=False)

@@ -39,7 +39,7 @@ def command(
     checkpoint: str, data: Path, limit: int | None, batch: int, device: str, dtype: str | None, kernels: str,
     graphs: str, mask_token_id: int | None, block_size: int | None, adapter: Path | None, plugins: tuple[str, ...],
     passes: tuple[str, ...], as_json: bool, **keywords: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Evaluate CKPT (or a source model, causally) on held-out records.
 
     The loss is that of the clean stream per response token. Every record with a prompt is generated greedily.
@@ -53,7 +53,7 @@ def command(
     model = open_model(
         checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
         passes=passes, plugins=plugins, graphs=graphs, adapter=adapter,
-    )  # fmt: skip
+    )
     from flarec.evaluate import evaluate, read_examples  # slow to import, like everything below flarec.api
 
     examples = read_examples(data, model, limit=limit)

@@ -50,7 +50,7 @@ def command(
     dtype: str | None, kernels: str, graphs: str, mask_token_id: int | None, block_size: int | None,
     adapter: Path | None, plugins: tuple[str, ...], passes: tuple[str, ...], check: bool, stats: bool, as_json: bool,
     **keywords: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Generate text with a converted checkpoint CKPT, or causally with any supported model.
 
     Give one PROMPT (- reads it from stdin), or --prompts FILE. One prompt streams to the terminal.
@@ -62,7 +62,7 @@ def command(
     model = open_model(
         checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
         passes=passes, plugins=plugins, graphs=graphs, adapter=adapter,
-    )  # fmt: skip
+    )
     stream = len(prompts) == 1 and not as_json
     with Interrupts() as interrupts:
 

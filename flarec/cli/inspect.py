@@ -27,7 +27,7 @@ from .options import kernels_option, plugin_options
 def command(
     source: str, target: str, after: str | None, diff: bool, ops: bool, kind: str, out: str | None, whole: bool,
     kernels: str, plugins: tuple[str, ...], passes: tuple[str, ...],
-) -> None:  # fmt: skip
+) -> None:
     """Show the program of a SOURCE model or checkpoint: mixers, streams, masks, schedules, shapes, caches.
 
     Only the configuration is read, so this works for models of any size. `--format svg` also draws the attention mask

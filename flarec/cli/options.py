@@ -86,7 +86,7 @@ def runtime_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--graphs", type=click.Choice(("auto", "off")), default="auto", show_default=True,
             help="auto: on a GPU steps of decoding are captured as CUDA graphs; off: for debugging.",
         ),
-    )):  # fmt: skip
+    )):
         command = option(command)
     return command
 
@@ -107,7 +107,7 @@ def foreign_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--block-size", type=int, metavar="N",
             help=f"{note}: positions per block. Default: block_size in its config.json.",
         ),
-    )):  # fmt: skip
+    )):
         command = option(command)
     return command
 

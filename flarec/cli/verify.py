@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def command(
     checkpoint: str, kernels: str, adapter: Path | None, source: str | None, plugins: tuple[str, ...],
     passes: tuple[str, ...], seed: int, as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Check a CHECKPOINT (or a model that was not converted) against the invariants of the method.
 
     Everything runs in float32 on the CPU, on small random inputs; transformers is the witness for invariants

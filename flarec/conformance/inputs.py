@@ -21,7 +21,7 @@ _RECIPE = [
     "optimizer.batch_rows=2", "optimizer.micro_rows=1", "data.max_length=32", f"diffusion.block_size={BLOCK_SIZE}",
     # every block is all masked: its loss does not depend on a draw of mask rates, and steps can be compared
     "diffusion.mask=all", "diffusion.views=1", "diffusion.second.probability=0.5", "diffusion.second.loss=ce",
-]  # fmt: skip
+]
 
 
 def recipe() -> Recipe:
@@ -49,7 +49,7 @@ def rows(chosen: Recipe, seed: int = 0) -> RowStream:
     source = TokenSource(
         DataStats("random"), 1.0, tokens, np.array([0, 24, 48]), np.array([[4, 24], [4, 24]]), np.arange(3),
         np.arange(2),
-    )  # fmt: skip
+    )
     return RowStream([source], max_length=chosen.data.max_length, seed=seed, lookahead=2)
 
 

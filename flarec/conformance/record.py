@@ -95,7 +95,7 @@ def _run(item: Mapping[str, Any]) -> SuiteRun:
             {stage: Outcome(**outcome) for stage, outcome in trial["stages"].items()},
         )
         for name, trial in item["trials"].items()
-    }  # fmt: skip
+    }
     return SuiteRun(item["versions"], item["device"], trials, tuple(item["absent"]), item["commits"])
 
 

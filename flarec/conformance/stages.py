@@ -270,7 +270,7 @@ STAGES: dict[str, Callable[[Road], str]] = {
 _NEEDS = {
     "passes": ("capture",), "train": ("passes",), "checkpoint": ("train",), "causal": ("checkpoint",),
     "ar_trust": ("causal",), "diffusion_trust": ("causal",), "inspect": ("checkpoint",), "verify": ("checkpoint",),
-}  # fmt: skip
+}
 
 
 def try_family(family: str) -> Trial:

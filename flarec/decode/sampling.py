@@ -96,5 +96,5 @@ def choose(
     choice = kernel.choose(
         logits, params.temperature, params.top_k, params.top_p, params.seed, positions, suppress,
         truncated=params.truncated, sampled=params.sampled, confidence=confidence,
-    )  # fmt: skip
+    )
     return choice.token, choice.probability

@@ -100,7 +100,7 @@ class Lane:
         if running is None or not running.fits(count, capacity):
             held = 0 if running is None else len(running.requests)
             store = self.stores.take(fresh, held + count, min(self.slots, held + count + len(self.waiting)),
-                                     max(capacity, 0 if running is None else running.store.cache.capacity))  # fmt: skip
+                                     max(capacity, 0 if running is None else running.store.cache.capacity))
             larger = StaticRows(store, fresh, self.stats)
             if running is not None:
                 larger.join(running.exposed())

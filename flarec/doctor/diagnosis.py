@@ -61,7 +61,7 @@ def diagnose(
         source=source, converts=False, reason=None, anatomy=None, capture_seconds=None, length=length, batch=batch,
         recipe=recipe.name, block_size=recipe.diffusion.block_size,
         train_dtype=str(train_dtype).removeprefix("torch."), serve_dtype="",
-    )  # fmt: skip
+    )
     with located(source) as location:
         try:
             model = _opened(source, location, train_dtype)

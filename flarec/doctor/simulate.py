@@ -38,7 +38,7 @@ _GATHERS = {
     ATEN.index_select.default, ATEN.embedding.default, ATEN.gather.default, ATEN.index.Tensor,
     ATEN.index_add.default, ATEN.index_add_.default, ATEN.index_copy_.default, ATEN.scatter_.src,
     ATEN.embedding_dense_backward.default,
-}  # fmt: skip
+}
 
 _ONLY_FAKE = {torch.ops.prim.device.default}
 """What fake tensors dispatch to be asked where they are; no real tensor does."""
@@ -184,7 +184,7 @@ class Simulation(TorchDispatchMode):
     def _count(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], outputs: list[Tensor],
         result: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         known = {id(tensor.untyped_storage()) for tensor in inputs}
         new = [tensor for tensor in outputs if id(tensor.untyped_storage()) not in known]
         mutable = func._schema.is_mutable

@@ -160,7 +160,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers under all of their names."""
     named: Iterable[tuple[str, Tensor]] = (
         *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
-    )  # fmt: skip
+    )
     return dict(named)
 
 

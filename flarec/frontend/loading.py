@@ -24,7 +24,7 @@ from .fla.families import prepare, without_flash_attention
 from .trust import check_config, check_weights, config_table, made, opened
 
 TEXT_PREFIXES = {r"^language_model\.model\.": "model.", r"^language_model\.lm_head\.": "lm_head.",
-                 r"^model\.language_model\.": "model."}  # fmt: skip
+                 r"^model\.language_model\.": "model."}
 """Names of the text model's tensors in the files of wrappers (both layouts in use) -> names in its own class."""
 
 

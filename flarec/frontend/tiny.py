@@ -34,20 +34,20 @@ _BASE: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
     "pad_token_id": PAD_ID, "bos_token_id": START_ID, "eos_token_id": END_ID, "tie_word_embeddings": False,
-}  # fmt: skip
+}
 _DELTA: dict[str, Any] = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-}  # fmt: skip
+}
 _EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2,
-}  # fmt: skip
+}
 _LATENT: dict[str, Any] = {
     "num_key_value_heads": 4, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_nope_head_dim": 16,
     "moe_intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2,
-}  # fmt: skip
+}
 _MAMBA2: dict[str, Any] = {
     "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_chunk_size": 32,
-}  # fmt: skip
+}
 _PAIR: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 _PLAIN: dict[str, Any] = {"num_hidden_layers": 2, "head_dim": 16}
 
@@ -126,7 +126,7 @@ TINY: dict[str, TinyModel] = {
         attn_logit_softcapping=4.0, final_logit_softcapping=5.0, tie_word_embeddings=True),
     "gemma3_text": _tiny("Gemma3TextConfig", "Gemma3ForCausalLM", _PLAIN, sliding_window=12, query_pre_attn_scalar=16,
         layer_types=["sliding_attention", "full_attention"], tie_word_embeddings=True),
-}  # fmt: skip
+}
 """By model type."""
 
 

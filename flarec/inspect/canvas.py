@@ -90,4 +90,4 @@ class Canvas:
             f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
             *self.elements,
             "</svg>",
-        ])  # fmt: skip
+        ])

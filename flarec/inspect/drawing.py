@@ -128,7 +128,7 @@ def _mask(canvas: Canvas, layout: Layout) -> None:
     canvas.text(0, 0, "Attention mask: who reads whom in an example row", size=14, bold=True)
     _legend(canvas, 0, 22, [
         (PROMPT, "clean prompt"), (RESPONSE, "clean response"), (VIEWS[0], "noisy view 0"), (VIEWS[1], "noisy view 1"),
-    ])  # fmt: skip
+    ])
     _legend(
         canvas, 0, 40, [(CAUSAL, "causal in its document"), (PREFIX, "clean before the anchor"), (OWN, "own block")]
     )

@@ -246,7 +246,7 @@ def _mixer(program: Program, node: fx.Node, op: ops.Mixer) -> MixerSite:
 def _inputs(program: Program) -> Iterator[tuple[str, str]]:
     slots = {placeholder_name(slot.name) for slot in program.cache_slots}
     known = {"input_ids": "token ids", "head_rows": "[N] rows of the head", "accepted": "[rows] pending rows to commit",
-             "layout": "where clean and noisy tokens sit", "position_ids": "positions"}  # fmt: skip
+             "layout": "where clean and noisy tokens sit", "position_ids": "positions"}
     for node in program.placeholders():
         if node.name in slots or node.name in program.derivations:
             continue

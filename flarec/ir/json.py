@@ -30,7 +30,7 @@ _ARITHMETIC = {
         "not_", "or_", "pos", "pow", "sub", "truediv", "xor",
     },
     "math": {"ceil", "floor", "log2", "sqrt", "trunc"},
-}  # fmt: skip
+}
 """Functions of these modules that may be called: others (`operator.call`, `attrgetter`) reach everything."""
 _NAMESPACES = ("aten", "flarec")
 _GRAD_REGION = "wrap_with_set_grad_enabled"

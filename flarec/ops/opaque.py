@@ -136,7 +136,7 @@ def _backward(call: str, tensors: list[Tensor], numbers: list[int], wanted: list
         torch.zeros_like(tensors[i], memory_format=torch.contiguous_format) if found is None
         else found.clone(memory_format=torch.contiguous_format)
         for i, found in zip(wanted, grads, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 @torch.library.register_fake("flarec::mixer_call_backward")  # type: ignore[untyped-decorator]

@@ -109,7 +109,7 @@ class BlockKind(Section):
         loss = value_at(self._losses(), self.loss, step, steps)
         return {
             "loss": loss, "earlier_losses": (), "slot_weights": "uniform" if loss == "el" else self.slot_weights,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Diffusion(BlockKind):
         return replace(
             self, **self._now(step, steps), block_size=size, earlier_block_sizes=(), grids=min(self.grids, size),
             second=second,
-        )  # fmt: skip
+        )
 
     @property
     def kinds(self) -> tuple[tuple[float, BlockKind], ...]:

@@ -30,7 +30,7 @@ class Arguments:
     data: TEXTS = key(
         (), "Training data: a JSONL or Parquet file or a datasets directory with messages, prompt and response, "
         "or text. Repeat to mix several by weight.", metavar="PATH[:WEIGHT]",
-    )  # fmt: skip
+    )
     recipe: str = key("flare", "A built-in recipe or a TOML file.", metavar="NAME|FILE")
     out: Path | None = key(
         None, "Directory of the checkpoint. Default: the name of SOURCE with -flarec.", metavar="DIR"
@@ -38,7 +38,7 @@ class Arguments:
     overrides: TEXTS = key(
         (), "Change a recipe key, for example diffusion.block_size=8. Repeat for more.", metavar="KEY=VALUE",
         option="--set",
-    )  # fmt: skip
+    )
     steps: int | None = key(None, "Optimizer steps (optimizer.steps).")
     max_length: int | None = key(None, "Tokens per packed row (data.max_length).")
     device: str = key("auto", "Where to train.", metavar="auto|cpu|cuda")
@@ -52,29 +52,29 @@ class Arguments:
     kernels: str = key(
         "auto", "What computes the token mixers: triton, torch, reference, or auto (triton on CUDA, torch elsewhere).",
         metavar="NAME",
-    )  # fmt: skip
+    )
     max_shard_size: str = key(
         "50GB", "Split weights that are larger into several files, for example 5GB.", metavar="SIZE"
     )
     plugins: TEXTS = key(
         (), "A Python file that defines passes; its code runs. Repeat for more. Installed plugins need no option.",
         metavar="FILE.py", option="--plugin",
-    )  # fmt: skip
+    )
     passes: TEXTS = key(
         (), "Add a plugin's pass at the latest place that its requirements allow; NAME(...)@after:OTHER pins it. "
         "Repeat for more. `flarec passes` lists them.", metavar="'NAME(OPTION=VALUE)'", option="--pass",
-    )  # fmt: skip
+    )
     prompts: Path | None = key(
         None, "Let SOURCE answer these prompts first and train on the answers, kept beside DIR (see `flarec answers`).",
         metavar="FILE",
-    )  # fmt: skip
+    )
     chat: bool = key(False, "With --prompts: put each prompt into the chat template.")
     samples: int = key(1, "With --prompts: answers per prompt.", low=1, high=LARGEST, metavar="N")
     temperature: float = key(0.0, "With --prompts: of the answers; 0 is greedy.", low=0, high=HOTTEST, metavar="T")
     answer_tokens: int = key(
         ANSWER_TOKENS, "With --prompts: an answer without an end within so many tokens is dropped.",
         low=1, high=LARGEST, metavar="N",
-    )  # fmt: skip
+    )
     adapter_only: bool = key(False, "With an adapter recipe: write the adapter without the model (see --adapter).")
     link: bool = key(False, "With an adapter recipe: link the source's weight files into DIR instead of copying them.")
     debug: bool = key(False, "Check every property again after every pass.")

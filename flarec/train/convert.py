@@ -329,7 +329,7 @@ class _Conversion:
             for number, source in enumerate(run.sources, 1)
         }
         steps = {"steps": recipe.optimizer.steps, "seed": run.options.seed, "held_out_documents": run.held_documents,
-                 "precision": run.precision, RUN_KEY: _name_of(self.identity)}  # fmt: skip
+                 "precision": run.precision, RUN_KEY: _name_of(self.identity)}
         return Manifest(
             source=self.source,
             mask=run.mask,

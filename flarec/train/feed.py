@@ -107,7 +107,7 @@ class Feed:
         batches = build_batches(
             rows, self.recipe.diffusion_at(step), self.mask_token_id, step_generator(self.seed, step),
             micro_rows=options.micro_rows, noisy=self.recipe.objective.diffusion_weight > 0,
-        )  # fmt: skip
+        )
         return StepInput(rows, batches, None, self.rows.state_dict())
 
     def _moved(self, step: int) -> StepInput:

@@ -53,7 +53,7 @@ class HeldOut:
         masked = Diffusion(
             block_size=recipe.diffusion.block_size, mask="all", views=1, supervise="masked-input", readout=readout,
             loss="ce",
-        )  # fmt: skip
+        )
         rows = [PackedRow((document,)) for document in self.documents]
         generator = step_generator(0, 0)  # fully masked: nothing is left to chance
         total: Metrics | None = None

@@ -163,7 +163,7 @@ class Trainer:
         return Step(
             self.step, lr, losses, gradient, metrics, given.rows, options.micro_rows, clean, noisy, learned, experts,
             done,
-        )  # fmt: skip
+        )
 
     def accumulate(self, batches: Sequence[Batch]) -> tuple[Tensor, Metrics, ExpertLoad | None]:
         """Gradients of the micro batches (on the host) of one step, added up: (losses [micro batches], summed metrics

@@ -112,7 +112,7 @@ def prepare(options: Options, reporter: Reporter) -> Run:
         options, recipe, source, tokenizer, model, carried, captured, mask, sources, len(held), trainer, held_out,
         {target: pipeline_text(chosen) for target, chosen in steps.items()}, _origins(options, recipe),
         precision,
-    )  # fmt: skip
+    )
 
 
 def _pipelines(

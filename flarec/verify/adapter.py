@@ -92,7 +92,7 @@ def ar_trust_is_the_source(subject: Subject, cases: int = 8) -> Result:
     return dataclasses.replace(
         result, invariant=11, title="AR-Trust = the source's text", passed=result.passed and same, notes=notes,
         difference=result.difference + (not same),
-    )  # fmt: skip
+    )
 
 
 def trusted_text(subject: Subject, prompt: list[int], new_tokens: int) -> list[int]:
@@ -100,6 +100,6 @@ def trusted_text(subject: Subject, prompt: list[int], new_tokens: int) -> list[i
     engine = Engine(
         subject.decode, mask_token_id=subject.mask_token_id, block_size=subject.block_size,
         readouts={"ar-trust": subject.readouts[0]}, eos_ids=(), max_positions=4096, suppress=subject.suppress,
-    )  # fmt: skip
+    )
     (made,) = engine.generate([prompt], mode="ar-trust", max_new_tokens=new_tokens)
     return made.token_ids

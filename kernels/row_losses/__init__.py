@@ -11,7 +11,7 @@ from .torch_rows import row_losses
 __all__ = [
     "FLOOR", "Chain", "RowLosses", "RowWeights", "accepted", "implementation", "reference", "row_losses",
     "slot_weights",
-]  # fmt: skip
+]
 
 
 def implementation(name: str) -> Callable[..., RowLosses]:

@@ -75,7 +75,7 @@ def rows_kernel(
     lean_ptr, vocab, rows, pairs, learning, suppress,
     LOWEST: tl.constexpr, BLOCK: tl.constexpr, KL: tl.constexpr, GRADIENT: tl.constexpr, NOW: tl.constexpr,
     LATER: tl.constexpr, SHARED: tl.constexpr,
-):  # fmt: skip
+):
     """Program p < pairs: student row p and its teacher, row rows - pairs + p; any other: the row p alone.
 
     GRADIENT: of single rows; NOW: of pairs, too; LATER: these are left to `pairs_kernel`, which needs norms and leans.
@@ -133,7 +133,7 @@ def pairs_kernel(
     logits_ptr, target_ptr, ce_ptr, teacher_ptr, student_ce_ptr, kl_ptr, tv_ptr, norm_ptr, lean_ptr,
     vocab, rows, pairs, learning, suppress,
     LOWEST: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr,
-):  # fmt: skip
+):
     """Gradients of pair p, once its weights are settled: TV by a logit is q (sign(q - p) - lean) / 2. A shared teacher
     is left to `rest_kernel`."""
     program = tl.program_id(0)
@@ -162,7 +162,7 @@ def pairs_kernel(
 @triton.jit
 def rest_kernel(
     logits_ptr, target_ptr, ce_ptr, norm_ptr, vocab, pairs, suppress, LOWEST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """The gradient of row pairs + p, where all its students have been."""
     row = pairs + tl.program_id(0)
     base = logits_ptr + row.to(tl.int64) * vocab
@@ -194,7 +194,7 @@ def row_losses(
             logits, target, ce, kl, teacher, nll, hit, divergence, overlap, norm, lean, *sizes,
             KL=weights.kl is not None, GRADIENT=gradient and not shared, NOW=gradient and not later, LATER=later,
             SHARED=shared, **options,
-        )  # fmt: skip
+        )
     if later:
         settled = weights.settled(overlap)
         pairs_kernel[(pairs,)](logits, target, ce, teacher, *settled, norm, lean, *sizes, SHARED=shared, **options)

@@ -83,7 +83,7 @@ def _rows(implementation: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 def choose_op(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor,
     suppress: Tensor | None, truncated: bool, sampled: bool, confidence: bool, implementation: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """`choose_rows` of an implementation, for tracers: one op, so that no compiler reorders its arithmetic."""
     operands = (logits, temperature, top_k, top_p, seed, position, suppress, truncated, sampled, confidence)
     return _rows(implementation)(*operands)

@@ -73,7 +73,7 @@ def _inverse(temperature: np.float32) -> np.float32:
 def _row(
     logits: Sequence[np.float32], temperature: np.float32, top_k: int, top_p: np.float32, seed: int, position: int,
     out: Sequence[bool],
-) -> tuple[int, float] | None:  # fmt: skip
+) -> tuple[int, float] | None:
     """(id, probability), or None where the largest logit is not finite."""
     ids = [i for i in range(len(logits)) if not out[i]]
     if not ids or any(math.isnan(logits[i]) or logits[i] == math.inf for i in ids):

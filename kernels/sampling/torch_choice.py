@@ -30,7 +30,7 @@ def kept_tokens(scores: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor) -
 def choose_rows(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor,
     out: Tensor | None, truncated: bool, sampled: bool, confidence: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """(id, probability, whether there is a choice), each [N]; `choose` of this package says what the operands are."""
     scores = logits.to(torch.float32)
     if out is not None:

@@ -48,7 +48,7 @@ def launch_of(vocab: int) -> SamplingLaunch:
 def choose_rows(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor,
     out: Tensor | None, truncated: bool, sampled: bool, confidence: bool = True, launch: SamplingLaunch | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """As in `torch_choice`. `truncated` and `sampled` are not needed: every row sees for itself."""
     if logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -79,9 +79,9 @@ def choose_rows(
     tile_kernel[(rows, tiles)](
         logits, out, *settings, largest, *found, vocab, tiles, *strides,
         BLOCK=launch.block, CHUNK=launch.chunk, TILES=padded, CAP=launch.cap, CONFIDENCE=confidence, **exactly,
-    )  # fmt: skip
+    )
     row_kernel[(rows,)](
         logits, out, *settings, largest, *found, token, probability, valid, vocab, tiles, *strides,
         BLOCK=launch.piece, TILES=padded, CAP=launch.cap, CONFIDENCE=confidence, **exactly,
-    )  # fmt: skip
+    )
     return token, probability, valid

@@ -129,7 +129,7 @@ def tile_kernel(
     total, present, kept, cut, best_score, best_id, pool_score, pool_id,
     vocab, tiles, logits_row, out_row,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr, CAP: tl.constexpr, CONFIDENCE: tl.constexpr,
-):  # fmt: skip
+):
     """Of every tile: the sum of its weights, its number of tokens, and its best token by noisy score; where the row
     truncates instead of that its first min(top_k, CAP) tokens, and the key of the last of them if it left any out."""
     row, tile = tl.program_id(0), tl.program_id(1)
@@ -210,7 +210,7 @@ def _count(full, size, logits, out, pool_score, pool_id, kept, vocab, keep, key,
 @triton.jit
 def _weigh(
     full, size, logits, out, pool_score, pool_id, kept, vocab, keep, high, steep, lowest, last, key, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """The weights of the tokens of at least this key that `_is_kept`."""
     found = tl.zeros([BLOCK], tl.int64)
     for start in range(0, size, BLOCK):
@@ -256,7 +256,7 @@ def _first_k(full, size, logits, out, pool_score, pool_id, kept, vocab, keep, k,
 def _first_p(
     full, size, logits, out, pool_score, pool_id, kept, vocab, keep, high, steep, lowest, last, limit, low, most,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """(key, id) of the last token before which the weights of those that `_is_kept` are less than `limit`.
 
     low, most: bounds of that key; `low` also where no such token is in the pool.
@@ -300,7 +300,7 @@ def row_kernel(
     token, probability, valid,
     vocab, tiles, logits_row, out_row,
     BLOCK: tl.constexpr, TILES: tl.constexpr, CAP: tl.constexpr, CONFIDENCE: tl.constexpr,
-):  # fmt: skip
+):
     """The choice of a row from what its tiles found. What they kept is not enough where more than CAP tokens of a tile
     may stay; then the row is read again, by this program alone."""
     row = tl.program_id(0)
@@ -347,14 +347,14 @@ def row_kernel(
                         weight = _weigh(
                             full, size, logits, out, pool_score, pool_id, kept, vocab, keep, high, steep, lowest, last,
                             lowest, BLOCK,
-                        )  # fmt: skip
+                        )
                 if p < 1:
                     limit = tl.maximum(tl.ceil(p.to(tl.float64) * weight.to(tl.float64)).to(tl.int64), 1)
                     low = tl.maximum(lowest, tl.where(full > 0, 1, left_out))
                     found, nth = _first_p(
                         full, size, logits, out, pool_score, pool_id, kept, vocab, keep, high, steep, lowest, last,
                         limit, low, _key(high), BLOCK,
-                    )  # fmt: skip
+                    )
                     last = tl.where(found == lowest, tl.minimum(last, nth), nth)
                     lowest = found
                 missing = (full == 0) & (k > CAP) & (lowest <= left_out) & (left_out > 0)

@@ -191,7 +191,7 @@ def _forward(
             length, clean_length, tiles, channels, x.stride(0), x.stride(2), *weight.stride(), *_strides(window),
             WIDTH=width, SILU=silu, EXACT=channels % launch.block == 0, STEPS=launch.steps, BLOCK=launch.block,
             SUM=_sum_type(x.dtype), num_warps=launch.warps, maxnreg=launch.registers,
-        )  # fmt: skip
+        )
     return y
 
 
@@ -226,7 +226,7 @@ def _backward(
             *_strides(window), WIDTH=width, SILU=silu, EXACT=channels % launch.block == 0, BLOCK=launch.block,
             SUM=_sum_type(x.dtype), AHEAD=0 if triton.knobs.runtime.interpret else launch.ahead,
             SECTOR=min(32 // x.dtype.itemsize, launch.block), num_warps=launch.warps, maxnreg=launch.registers,
-        )  # fmt: skip
+        )
     return dx, partial.sum((0, 1)), dwindow
 
 

@@ -349,7 +349,7 @@ def backward_kernel(
         slot, code, grad, inputs = load_step(
             x, dy, window, table + step * (WIDTH + 1), column, valid,
             x_token, dy_token, window_token, window_channel, WIDTH, EXACT,
-        )  # fmt: skip
+        )
         dz = gradient_of_sum(grad, inputs, taps, offset, WIDTH, SILU, SUM)
         dweight = add_products(dweight, dz, inputs, WIDTH, SUM)
         if bias is not None:

@@ -35,7 +35,7 @@ def query_gradient_kernel(
     inner, to_base2, scale, key_heads, clean_length, length, tokens, clean_tiles, tiles,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     program = tl.program_id(0)  # the order of `forward_kernel`
     tile = tiles - 1 - (program // GROUP) % tiles
     pair = program // GROUP // tiles
@@ -101,7 +101,7 @@ def add_readers(
     q_slot, grad_slot, rows, columns, value_columns, inner, to_base2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Add what the queries slot..slot + BLOCK_M - 1 contribute to a tile of keys [N, D] and values: all of them, or if
     MASKED those below `stop` that read the key."""
     inside = slot + rows < stop
@@ -135,7 +135,7 @@ def add_readers(
     do_not_specialize=[
         "clean_length", "length", "clean_tiles", "tiles", "all_tiles", "first_tile", "tokens", "key_heads",
     ]
-)  # fmt: skip
+)
 def key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, intervals_ptr, offsets_ptr, ranges_ptr,
     q_row, q_head, q_slot, k_row, k_head, k_slot, v_row, v_head, v_slot,
@@ -144,7 +144,7 @@ def key_gradient_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEY_TILE: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     # Early clean keys have most readers and go first; noisy keys, read by their own block alone, fill the end.
     PARTS: tl.constexpr = KEY_TILE // BLOCK_N
     program = tl.program_id(0)
@@ -195,7 +195,7 @@ def key_gradient_kernel(
                     dk, dv, key, value, low_ptr, high_ptr, q_base, grad_base, lse_base, delta_base, slot, stop, slots,
                     q_slot, grad_slot, rows, columns, value_columns, inner, to_base2,
                     D, DV, BLOCK_D, BLOCK_DV, True, SOFTCAP, PRECISION,
-                )  # fmt: skip
+                )
         for index in range(full_first, full_last):
             begin, stop = tl.load(ranges_ptr + 2 * index), tl.load(ranges_ptr + 2 * index + 1)
             for step in range(0, tl.cdiv(stop - begin, BLOCK_M)):
@@ -204,7 +204,7 @@ def key_gradient_kernel(
                     dk, dv, key, value, low_ptr, high_ptr, q_base, grad_base, lse_base, delta_base, slot, stop, slots,
                     q_slot, grad_slot, rows, columns, value_columns, inner, to_base2,
                     D, DV, BLOCK_D, BLOCK_DV, False, SOFTCAP, PRECISION,
-                )  # fmt: skip
+                )
 
     dk_base = dk_ptr + row64 * dk_row + key_head64 * dk_head + first.to(tl.int64) * dk_slot
     dv_base = dv_ptr + row64 * dv_row + key_head64 * dv_head + first.to(tl.int64) * dv_slot
@@ -245,7 +245,7 @@ def backward(
     constants = {
         "GROUP": heads // key_heads, "D": dim, "DV": value_dim, "BLOCK_D": triton.next_power_of_2(dim),
         "BLOCK_DV": triton.next_power_of_2(value_dim), "SOFTCAP": softcap is not None, "PRECISION": precision(q),
-    }  # fmt: skip
+    }
     clean_count = 0 if frozen else triton.cdiv(clean, query_tiles.queries)
     count = clean_count + triton.cdiv(length - clean, query_tiles.queries)
     if not rows * heads * count:
@@ -257,7 +257,7 @@ def backward(
         key_heads, clean, length, tokens, clean_count, count, **constants,
         BLOCK_M=query_tiles.queries, BLOCK_N=query_tiles.keys,
         num_warps=query_tiles.warps, num_stages=query_tiles.stages,
-    )  # fmt: skip
+    )
     size = schedule.key_tile
     clean_count = triton.cdiv(clean, size)
     count = clean_count + triton.cdiv(length - clean, size)
@@ -270,5 +270,5 @@ def backward(
         key_heads, clean, length, tokens, clean_count, count, rows * count, first, **constants,
         BLOCK_M=key_tiles.queries, BLOCK_N=block, KEY_TILE=size,
         num_warps=key_tiles.warps, num_stages=key_tiles.stages,
-    )  # fmt: skip
+    )
     return dq, dk, dv

@@ -110,7 +110,7 @@ def forward_kernel(
     inner, to_base2, key_heads, clean_length, length, tokens, clean_tiles, tiles,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     # Heads that share keys run side by side, tiles of one (row, key head) follow each other: their keys stay in L2.
     # Late tiles read most keys and go first, so that the short ones fill the end.
     program = tl.program_id(0)
@@ -205,5 +205,5 @@ def forward(
             GROUP=heads // key_heads, D=dim, DV=value_dim, BLOCK_D=triton.next_power_of_2(dim),
             BLOCK_DV=triton.next_power_of_2(value_dim), BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
             SOFTCAP=softcap is not None, PRECISION=precision(q), num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
+        )
     return out, lse

@@ -223,7 +223,7 @@ RULES: dict[str, Rule] = {
 
 SIZES = {
     "size", "sizes", "shape", "repeats", "start", "end", "length", "split_size", "split_sizes", "normalized_shape",
-}  # fmt: skip
+}
 """Operands that may be made from the number of tokens; as a value it tells a token how many others there are."""
 
 ALIASING = {*VIEWS} - {"aten::repeat", "aten::repeat_interleave.self_int"} | {
@@ -240,7 +240,7 @@ GUARDS = {
         "_assert_tensor_metadata", "_assert_scalar", "_assert_async", "_assert_async.msg", "sym_constrain_range",
         "sym_constrain_range_for_size",
     )
-}  # fmt: skip
+}
 """Checks that export leaves behind: no results."""
 
 

@@ -152,5 +152,5 @@ def describe(value: Any) -> str:
         "counts": "counts over all tokens", "accepted": "the accepted rows",
         "head rows": "the rows of the head (head_rows)",
         "input": f"the input '{value.name}', which nothing provides",
-    }  # fmt: skip
+    }
     return kinds[value.kind]

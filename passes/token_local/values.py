@@ -31,7 +31,7 @@ HINTS: tuple[dict[str, int], dict[str, int]] = (
 )
 PRODUCTS: tuple[tuple[str, ...], ...] = (
     (), (ROWS,), (LENGTH,), (HEAD_ROWS,), (CLEAN,), (NOISY,), (ROWS, LENGTH), (ROWS, CLEAN), (ROWS, NOISY),
-)  # fmt: skip
+)
 """Names that one dimension may be made of."""
 
 

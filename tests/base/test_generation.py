@@ -58,7 +58,7 @@ def test_fractions_of_numpy_and_torch(name: str, wrap: Any) -> None:
     [True, False, np.True_, torch.tensor(True), -1, math.nan, math.inf, -math.inf, 10**30, -(10**30), 10**5000, "1",
      [1, 2], torch.ones(2), np.ones(3), {}, object(), 1j, b"1", torch.tensor(math.nan)],
     ids=lambda value: type(value).__name__,
-)  # fmt: skip
+)
 def test_what_is_no_number_in_range_is_one_line(name: str, value: Any) -> None:
     with pytest.raises(GenerationError, match=f"^{name} is .*; give a (whole )?number, ") as error:
         make(**{name: value})
@@ -117,7 +117,7 @@ def test_stop_strings() -> None:
         ("", "must not be empty"), (["a", ""], "must not be empty"), ([1], "stop holds 1"), (3, "stop holds 3"),
         (torch.tensor(1.0), "stop holds 1.0"), (torch.empty(2, device="meta"), "stop holds tensor"),
         (b"a", "stop holds b"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(GenerationError, match=message):
             make(stop=wrong)
 
@@ -128,7 +128,7 @@ JUNK = st.one_of(
     st.dictionaries(st.integers(), st.none(), max_size=2), st.builds(torch.tensor, st.floats()),
     st.builds(np.array, st.lists(st.floats(), max_size=2)), st.builds(object),
     st.just(torch.empty(1, device="meta")), st.just(torch.zeros(0)),
-)  # fmt: skip
+)
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), JUNK, max_size=3))

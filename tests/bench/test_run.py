@@ -113,7 +113,7 @@ def test_one_failing_row_does_not_stop_the_others(tmp_path: Path) -> None:
     lines = run(rows, small_session(), out)
     assert [(line.status, line.message) for line in lines] == [
         ("failed", "RuntimeError: out of luck"), ("not measured", "no such device"), ("measured", None),
-    ]  # fmt: skip
+    ]
     assert [row["status"] for row in json.loads(out.read_text())["rows"]] == ["failed", "not measured", "measured"]
 
 
@@ -185,7 +185,7 @@ def test_every_row_has_a_name_and_rows_are_chosen_by_it() -> None:
     assert select(quick=True) == list(BARS) and all(row.bar is not None for row in BARS)
     assert [row.name for row in select(["linear-block", "conv-train"])] == [
         *(f"linear-block-{size}" for size in (1, 2, 3, 8, 16, 32)), "conv-train",
-    ]  # fmt: skip
+    ]
     with pytest.raises(UsageError, match="unknown row 'linear-tra'; choose among linear-train, linear-forward"):
         select(["linear-tra"])
 
@@ -209,7 +209,7 @@ def test_the_table_shows_every_line() -> None:
     rows = [
         made_row("good", returns(1.0), bar=2.0, aim=1.5), made_row("bad", returns(3.0), bar=2.0),
         made_row("broken", raises(RuntimeError("why")), bar=2.0),
-    ]  # fmt: skip
+    ]
     lines = run_rows(rows, small_session(), time_limit=1e6)
     assert report.cells(lines[0]) == ["row good", "1.00", "≤ 2", "≤ 1.5", "aim reached", "part_ms 1"]
     assert report.cells(lines[1])[4] == "MISSED"

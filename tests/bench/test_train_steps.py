@@ -15,7 +15,7 @@ def result(*tries: tuple[int, float, float], processed: int = CLEAN, heads: int 
         {"micro_rows": micro, "seconds": seconds, "spread": 0.0, "peak_gib": peak, "idle_share": 0.03,
          "processed": processed, "head_rows": heads}
         for micro, seconds, peak in tries
-    ]  # fmt: skip
+    ]
     return {"tries": listed, "parameters": 1_882_000_000, "head": 508_559_360}
 
 

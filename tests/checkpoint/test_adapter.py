@@ -123,12 +123,12 @@ def test_an_adapter_alone_is_opened_with_its_source(alone: tuple[Path, Path], tm
     given = flarec.load(source, adapter=out).generate("say red", max_new_tokens=12)
     assert given.mode == "ar-trust" and given.token_ids == wanted.token_ids
     result = CliRunner().invoke(main, ["generate", str(source), "say red", "--adapter", str(out), "--check", "--json",
-                                       "--max-new-tokens", "12"])  # fmt: skip
+                                       "--max-new-tokens", "12"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)[0]["token_ids"] == wanted.token_ids
     (tmp_path / "d.jsonl").write_text('{"prompt": "say", "response": " red"}\n')
     result = CliRunner().invoke(main, ["eval", str(source), "--adapter", str(out), "--data", str(tmp_path / "d.jsonl"),
-                                       "--max-new-tokens", "4"])  # fmt: skip
+                                       "--max-new-tokens", "4"])
     assert result.exit_code == 0 and "ar-trust" in result.output, result.output
 
 

@@ -112,7 +112,7 @@ def test_the_released_vocabulary(tmp_path: Path) -> None:
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8,
         "num_key_value_heads": 1, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 1,
         "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "tie_word_embeddings": True,
-    }  # fmt: skip
+    }
     stated = {"mask_token_id": RELEASED_MASK, "block_size": BLOCK}
     path = foreign(tmp_path, stated, vocab_size=RELEASED_ROWS, **sizes)
     model = package.load(path)
@@ -143,7 +143,7 @@ def test_values_that_cannot_be_used(
 @pytest.mark.parametrize(
     "stated", [{"block_size": 1024}, {"mask_token_id": 5}, {"mask_token_id": None, "block_size": 4},
                {"mask_token_id": True, "block_size": 4}, {"mask_token_id": "5", "block_size": 4}],
-)  # fmt: skip
+)
 def test_one_of_the_two_alone_makes_no_dual_mode_checkpoint(stated: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_5_text", **stated}))
     assert open_checkpoint(tmp_path).manifest is None
@@ -175,7 +175,7 @@ def test_training_goes_on_with_the_mask_row_it_has(directory: Path, tmp_path: Pa
     assert not checkpoint.foreign and checkpoint.manifest is not None
     assert checkpoint.manifest.mask == MaskToken("row", MASK_ID)
     rows = [open_checkpoint(path).load_model().get_input_embeddings().weight for path in
-            (stating(directory), tmp_path / "out")]  # fmt: skip
+            (stating(directory), tmp_path / "out")]
     assert torch.allclose(rows[0][MASK_ID], rows[1][MASK_ID], atol=1e-5)  # six tiny steps, no new start at the mean
     assert not torch.allclose(rows[0][MASK_ID], rows[0][:TOKENS].mean(0), atol=1e-1)
 

@@ -102,7 +102,7 @@ def test_a_kill_between_any_two_calls(
 
     with monkeypatch.context() as patch:
         watch = Watch(patch, lambda number: shutil.copytree(work, tmp_path / f"killed-{number}", symlinks=True),
-                      (place, "exchange"))  # fmt: skip
+                      (place, "exchange"))
         with watch:
             write(work / "out")
     assert contents(work / "out") == "new"

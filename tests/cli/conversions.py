@@ -14,7 +14,7 @@ QUICK = [
     "--steps", "6", "--max-length", "96", "--device", "cpu", "--set", "optimizer.lr=1e-3",
     "--set", "optimizer.warmup_steps=0", "--set", "optimizer.batch_rows=2", "--set", "evaluation.every=4",
     "--set", "evaluation.prompts=2", "--set", "evaluation.max_new_tokens=8", "--set", "save.every=2",
-]  # fmt: skip
+]
 
 
 def write_data(path: Path, documents: int = 12) -> Path:

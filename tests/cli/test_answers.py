@@ -44,7 +44,7 @@ def answers(home: Path, out: str | Path, *more: str) -> Any:
     return flarec(
         "answers", home / "source/lfm2", "--prompts", home / "prompts.txt", "--out", home / out, "--batch", "1",
         *SAMPLED, *more,
-    )  # fmt: skip
+    )
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -127,7 +127,7 @@ main()
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
 def test_signals(home: Path, name: str, code: int) -> None:
     words = ["answers", str(home / "source/lfm2"), "--prompts", str(home / "prompts.txt"), "--out",
-             str(home / f"{name}.jsonl"), "--batch", "1", *SAMPLED]  # fmt: skip
+             str(home / f"{name}.jsonl"), "--batch", "1", *SAMPLED]
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, *words], capture_output=True, text=True, env={**os.environ, "SIGNAL": name}
     )
@@ -164,7 +164,7 @@ def test_bad_input_writes_nothing(home: Path, more: list[str], message: str) -> 
 
 def test_no_input_is_replaced(home: Path) -> None:
     result = flarec("answers", home / "source/lfm2", "--prompts", home / "whole.jsonl", "--out", home / "whole.jsonl",
-                    "--overwrite")  # fmt: skip
+                    "--overwrite")
     assert (result.exit_code, "is the output" in result.stderr) == (2, True), result.stderr
     inside = home / "source/lfm2/answers.jsonl"
     assert "which is read" in answers(home, inside).stderr and not inside.exists()
@@ -178,7 +178,7 @@ def test_no_answer_has_an_end(home: Path) -> None:
 
 def test_the_command_that_continues() -> None:
     given = AnswerArguments(source="m", prompts=Path("p q.txt"), out=Path("d.jsonl"), samples=3, temperature=0.5,
-                            stop=("a", "b"), chat=True, dtype="float32")  # fmt: skip
+                            stop=("a", "b"), chat=True, dtype="float32")
     words = shlex.split(resume_command("answers", given, OPTIONS))
     values = command.make_context("answers", words[2:]).params
     assert values.pop("resume") is True
@@ -195,7 +195,7 @@ def test_conversion_trains_on_the_answers(home: Path, tmp_path: Path, monkeypatc
     ends = {"eos_token_id": [END_ID, *range(40, 70)]}  # a random model rarely ends otherwise
     (tmp_path / "lfm2" / "generation_config.json").write_text(json.dumps(ends))
     words = ["convert", tmp_path / "lfm2", "--prompts", tmp_path / "prompts.txt", "--samples", 2, "--temperature", 1,
-             "--answer-tokens", "24", "--out", tmp_path / "out", *QUICK, "--set", "evaluation.every=0"]  # fmt: skip
+             "--answer-tokens", "24", "--out", tmp_path / "out", *QUICK, "--set", "evaluation.every=0"]
     planned = flarec(*words, "--dry-run")
     assert (planned.exit_code, "out.answers.jsonl is not there yet" in planned.stderr) == (2, True), planned.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lfm2", "prompts.txt"]

@@ -44,7 +44,7 @@ def test_a_source_becomes_a_checkpoint(
     out = place / f"{family}-flarec"
     assert sorted(path.name for path in place.iterdir()) == sorted(["data.jsonl", family, out.name])
     for text in ("12 documents (messages)", "held out for evaluation: 2 documents", "optimizer", "step 6 of 6",
-                 "held-out before", "held-out after", f"checkpoint: {out.name}", "flarec generate"):  # fmt: skip
+                 "held-out before", "held-out after", f"checkpoint: {out.name}", "flarec generate"):
         assert text in result.stderr
     assert result.stdout == ""
 
@@ -84,7 +84,7 @@ def test_source_dtype_is_kept(place: Path) -> None:
     out = package.convert(
         source, ["data.jsonl"], out=place / "out", steps=1, max_length=64, device="cpu",
         overrides=["evaluation.every=0", "optimizer.batch_rows=1"],
-    )  # fmt: skip
+    )
     assert out == place / "out"
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
@@ -99,7 +99,7 @@ def test_dry_run_says_what_would_run_and_writes_nothing(place: Path) -> None:
     parameters = sum(value.numel() for value in model.parameters())
     for text in (f"{parameters:,} parameters", "12 documents (messages)", "weight 2", "2 documents", "2 of 96 tokens",
                  "row, id 300", "s per step", "memory", "activations", "duplicate-streams()", "thread-cache()",
-                 "block_size = 4"):  # fmt: skip
+                 "block_size = 4"):
         assert text in result.stdout
 
 
@@ -126,7 +126,7 @@ def test_evaluation_data_of_its_own(place: Path, monkeypatch: pytest.MonkeyPatch
     source = tiny_checkpoint(place, "qwen3_5_text")
     write_data(place / "held.jsonl", 3)
     result = flarec("convert", source, "--data", "data.jsonl", "--eval-data", "held.jsonl", *QUICK, "--out", "out",
-                    "--set", "save.every=10")  # fmt: skip
+                    "--set", "save.every=10")
     assert result.exit_code == 0, result.output
     assert "held out for evaluation: 2 documents" in result.stderr
     manifest = json.loads((place / "out" / "flarec.json").read_text())

@@ -75,10 +75,10 @@ def test_complete_runs_say_so(place: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(Killed):
         package.convert(
             "source", "data.jsonl", out="out", steps=3, max_length=96, device="cpu", overrides=["evaluation.every=0"],
-        )  # fmt: skip
+        )
     monkeypatch.setattr(StateDirectory, "remove", remove)
     command = ["convert", "source", "--data", "data.jsonl", "--out", "out", "--steps", "3", "--max-length", "96",
-               "--device", "cpu", "--set", "evaluation.every=0", "--resume"]  # fmt: skip
+               "--device", "cpu", "--set", "evaluation.every=0", "--resume"]
     assert names(place) == ["data.jsonl", "out", "out.partial", "source"]
     before = tree(place / "out")
     state = place / "out.partial"

@@ -44,7 +44,7 @@ def arguments(out: str, precision: str, rank: int) -> list[str]:
     trained = ["--set", f"adapter.rank={rank}", "--set", "objective.ar_weight=0"] if rank else []
     return ["convert", "qwen3_5_text", "--data", "data.jsonl", "--recipe", "dual", "--out", out, *QUICK,
             "--steps", str(STEPS), "--set", "save.every=1", "--set", "evaluation.every=10",
-            "--set", f"optimizer.precision={precision}", *trained]  # fmt: skip
+            "--set", f"optimizer.precision={precision}", *trained]
 
 
 def saved_step(place: Path) -> int:
@@ -62,7 +62,7 @@ def stop_after(place: Path, command: list[str], step: int, signal_number: signal
     process = subprocess.Popen(
         [sys.executable, "-c", WATCHED, *command], cwd=place, stderr=subprocess.PIPE, text=True,
         start_new_session=True, env=environment, pass_fds=(writes,),
-    )  # fmt: skip
+    )
     os.close(writes)
     with process, open(reads, "rb") as told:
         try:
@@ -108,6 +108,6 @@ def test_interrupted_twice_and_resumed_equals_uninterrupted(place: Path, precisi
         [{key: value for key, value in line.items() if key not in timing and key != "evaluation"}
          for line in read_metrics(place / out / "metrics.jsonl")]
         for out in ("whole", "out")
-    ]  # fmt: skip
+    ]
     assert logs[0] == logs[1]
     assert not (place / "out.partial").exists()

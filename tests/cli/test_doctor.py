@@ -61,7 +61,7 @@ def capture_once(model: Any) -> Program:
 
 
 RATES = Rates("cpu", "", 3, dict.fromkeys((MATMUL, BATCHED, ATTENTION), 1e9), {MEMORY: 4e9, GATHER: 2e9},
-              {MEMORY: 2e9, GATHER: 1e9}, 5e-6)  # fmt: skip
+              {MEMORY: 2e9, GATHER: 1e9}, 5e-6)
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +116,7 @@ def test_the_text_says_what_the_json_says(small: Path, measured: list[tuple[torc
         "memory to serve: bfloat16", "at the worst moment", "extrapolated", "measured on cpu, bfloat16, 3 threads",
         "GB/s, small to large: memory 4 to 2.0, gather 2 to 1.0; 5.0 us per operation",
         "decoding: AR-Trust", "2 x BambaDecoderLayer: softmax_attention",
-    ):  # fmt: skip
+    ):
         assert words in done.stdout, words
     assert measured == [(torch.float32, 64), (torch.bfloat16, 64)]
 
@@ -244,7 +244,7 @@ def test_a_refused_site_is_told(monkeypatch: pytest.MonkeyPatch, small: Path) ->
         "two_stream_short_conv": "refused", "two_stream_linear_attention": "triton",
         "two_stream_softmax_attention": "triton", "cached_short_conv": "refused",
         "cached_linear_attention": "triton", "cached_softmax_attention": "torch",
-    }  # fmt: skip
+    }
     assert "width 99" in done.stdout
 
 

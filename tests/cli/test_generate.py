@@ -23,7 +23,7 @@ from tests.models import tiny_checkpoint
 
 KEYS = [
     "text", "token_ids", "mode", "forwards", "new_tokens", "tokens_per_forward", "accepted", "seconds", "stop_reason",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +67,11 @@ def test_options_reach_the_model(generate: Callable[..., Result], model: api.Mod
         "Hello", "--mode", "diffusion-trust", "--max-new-tokens", "14", "--temperature", "0.8", "--top-k", "30",
         "--top-p", "0.9", "--seed", "7", "--threshold", "0.2", "--denoising-steps", "2", "--json",
         "--device", "cpu", "--dtype", "float32", "--kernels", "reference",
-    )  # fmt: skip
+    )
     expected = model.generate(
         "Hello", mode="diffusion-trust", max_new_tokens=14, temperature=0.8, top_k=30, top_p=0.9, seed=7, threshold=0.2,
         denoising_steps=2,
-    )  # fmt: skip
+    )
     (item,) = json.loads(result.stdout)
     assert {**item, "seconds": 0} == {**expected.to_dict(), "seconds": 0}
     (asked,) = generate.asked  # type: ignore[attr-defined]
@@ -228,7 +228,7 @@ def test_stdout_is_json_alone_and_nothing_unneeded_is_imported(paths: tuple[Path
     done = subprocess.run(
         [sys.executable, "-c", code, "generate", str(paths[1]), "Hello", "--json", "--max-new-tokens", "4"],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     (item,) = json.loads(done.stdout)
     assert item["token_ids"] == model.generate("Hello", max_new_tokens=4).token_ids
@@ -254,7 +254,7 @@ def test_text_streams_and_ctrl_c_ends_with_130(paths: tuple[Path, Path]) -> None
     running = subprocess.Popen(
         [sys.executable, "-c", WAITS_FOR_CTRL_C, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    )
     with running:
         assert running.stdout is not None
         try:

@@ -161,7 +161,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "another program's flarec.json": (write("out/flarec.json", "{}"), {}, "is not a manifest of flarec"),
     "OUT is a file": (write("out", "mine"), {}, "out exists and is not a directory"),
     "OUT is a link": (link("out", "elsewhere"), {}, "out exists and is not a directory"),
-}  # fmt: skip
+}
 
 
 def arguments(values: dict[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ SETTINGS = [
     "optimizer.steps=10", "optimizer.lr=3e-3", "optimizer.warmup_steps=0", "optimizer.batch_rows=2",
     "data.max_length=64", "diffusion.mask=all", "diffusion.views=1", f"diffusion.block_size={BLOCK_SIZE}",
     "evaluation.every=0",
-]  # fmt: skip
+]
 DIRECTORY = tempfile.TemporaryDirectory(prefix="flarec-families-")
 
 

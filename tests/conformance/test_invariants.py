@@ -64,7 +64,7 @@ def test_a_mask_vector_does_what_a_spare_row_does(family: str) -> None:
 
 
 WINDOWS = {"mistral": "sliding_window", "gemma2": "sliding_window", "gemma3_text": "sliding_window",
-           "recurrent_gemma": "attention_window_size"}  # fmt: skip
+           "recurrent_gemma": "attention_window_size"}
 
 
 @pytest.mark.parametrize("family", [param for param in EVERY if param.id in WINDOWS])

@@ -155,7 +155,7 @@ def test_refused(arguments: dict, message: str) -> None:
     ("name", "values"),
     [("mode", list(MODES)), ("drafts", ["branches", "single"]), ("threshold", [0.1, 0.9]),
      ("denoising_steps", [1, 3]), ("suppress", [[1], [2]])],
-)  # fmt: skip
+)
 def test_prompts_may_differ_in_how_they_step(name: str, values: list) -> None:
     engine, _ = make_engine(FakeModel(agreement=0.8), 3)
     mode = {} if name == "mode" else {"mode": "ar-trust" if name == "drafts" else "diffusion-trust"}
@@ -175,7 +175,7 @@ def test_eos_suppressed_ids_and_stop_checks_are_of_the_call() -> None:
     first, same = engine.generate(
         [[1, 2], [3]], [GenerationOptions(eos_ids=frozenset([eos])), GenerationOptions(eos_ids=frozenset())],
         max_new_tokens=12,
-    )  # fmt: skip
+    )
     assert first.token_ids == free.token_ids[: free.token_ids.index(eos) + 1] and first.stop_reason == "eos"
     assert same.token_ids == other.token_ids
     assert eos not in engine.generate([[1, 2]], max_new_tokens=12, suppress=eos)[0].token_ids
@@ -193,7 +193,7 @@ def test_prompts_in_every_form() -> None:
     forms: list = [
         torch.tensor(pairs), np.array(pairs), [torch.tensor(pair) for pair in pairs], [np.array(p) for p in pairs],
         [tuple(pair) for pair in pairs], [[np.int64(token) for token in pair] for pair in pairs],
-    ]  # fmt: skip
+    ]
     for prompts in forms:
         result = engine.generate(prompts, mode="ar-trust", max_new_tokens=5)
         assert [item.token_ids for item in result] == expected

@@ -44,7 +44,7 @@ def scenario(seed: int, families: tuple[str, ...]) -> tuple[int, int, list[str]]
     engine = Engine(
         made.decode, mask_token_id=MASK, block_size=size, readouts={"ar-trust": readout}, eos_ids=(),
         max_positions=400, suppress=[MASK],
-    )  # fmt: skip
+    )
     graphs = rng.random() < 0.5
     if graphs:
         with_graphs(engine)
@@ -54,7 +54,7 @@ def scenario(seed: int, families: tuple[str, ...]) -> tuple[int, int, list[str]]
     expected = engine.generate(prompts, each, mode="causal")
     eos = [
         [item.token_ids[rng.randrange(len(item.token_ids))]] if rng.random() < 0.3 else [] for item in expected
-    ]  # fmt: skip
+    ]
     waiting, running = list(range(REQUESTS)), dict[int, Request]()
     while waiting or engine.busy:
         for index in waiting[: rng.choice([0, 1, 3])]:

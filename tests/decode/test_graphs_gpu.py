@@ -30,7 +30,7 @@ def engine_of(program: Program, graphs: str, block: int = 3) -> Engine:
     return Engine(
         program, mask_token_id=VOCABULARY - 1, block_size=block, eos_ids=[2], max_positions=4096, graphs=graphs,
         suppress=[VOCABULARY - 1], readouts={"ar-trust": "causal", "diffusion-trust": "block_end"},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.gpu

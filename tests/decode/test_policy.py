@@ -95,7 +95,7 @@ def test_an_engine_that_chooses(monkeypatch: pytest.MonkeyPatch, agreement: floa
 
     def clock() -> float:
         rows = sum(len(row) + sum(len(ids) for _, ids in blocks) for call in program.calls
-                   for row, blocks in zip(call.clean, call.blocks, strict=True))  # fmt: skip
+                   for row, blocks in zip(call.clean, call.blocks, strict=True))
         return rows if agreement == 0.0 else len(program.calls)
 
     monkeypatch.setattr("flarec.decode.rows.clock", clock)

@@ -66,7 +66,7 @@ def test_a_step_asks_the_device_nothing(way: dict[str, Any], sampling: dict[str,
     engine = Engine(
         program, mask_token_id=VOCABULARY - 1, block_size=size, eos_ids=(), max_positions=1000, suppress=[49],
         readouts={"ar-trust": "causal", "diffusion-trust": "block_end"},
-    )  # fmt: skip
+    )
     options = engine._filled(GenerationOptions(**way, **sampling))
     requests = [Request(index, [1, 2, 3], 20, Stopping(), options) for index in range(3)]
     suppress = torch.zeros(VOCABULARY, dtype=torch.bool, device=META)

@@ -131,7 +131,7 @@ def suffixes() -> PreTrainedTokenizerFast:
 TOKENIZERS = {
     "tiny": tiny_tokenizer, "example": lambda: AutoTokenizer.from_pretrained(EXAMPLE), "byte fallback": byte_fallback,
     "words": words, "suffixes": suffixes,
-}  # fmt: skip
+}
 
 
 @functools.cache

@@ -77,7 +77,7 @@ def test_denoising_steps_carry_the_commit() -> None:
     result = engine.generate([PROMPT], mode="diffusion-trust", max_new_tokens=9, threshold=1.0)[0]
     assert [call.clean[0] for call in program.calls] == [
         [0, 1, 2, 3, 4], [], [], [5, 6, 7], [], [], [8, 9, 10], [], [],
-    ]  # fmt: skip
+    ]
     assert [call.blocks[0][0][0] for call in program.calls] == [5, 5, 5, 8, 8, 8, 11, 11, 11]
     hidden = [call.blocks[0][0][1].count(model.mask) for call in program.calls]
     assert hidden == [3, 2, 1] * 3

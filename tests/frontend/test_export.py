@@ -60,7 +60,7 @@ _LATENT = {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_nope
 _SMALL: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "pad_token_id": 0,
-}  # fmt: skip
+}
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("Cohere2", {"sliding_window": 12}),
     "deepseek_v3": ("DeepseekV3", {
@@ -77,7 +77,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
     "smollm3": ("SmolLM3", {}),
     "starcoder2": ("Starcoder2", {}),
-}  # fmt: skip
+}
 """Plain softmax models beyond `families.PLAIN`, captured and compared only."""
 
 
@@ -240,7 +240,7 @@ def on_meta(**shape: Any) -> Any:
     config = Qwen3_5TextConfig(
         head_dim=256, linear_num_key_heads=16, linear_key_head_dim=128, linear_value_head_dim=128, vocab_size=248320,
         **shape,
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         return Qwen3_5ForCausalLM._from_config(config, dtype=torch.bfloat16)
 
@@ -250,7 +250,7 @@ def test_meta_capture_needs_no_weights() -> None:
     model = on_meta(
         hidden_size=2048, intermediate_size=6144, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
         linear_num_value_heads=16, tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     program = capture(model)
     assert program.dtype == torch.bfloat16
     assert program.op_counts()["flarec.linear_attention"] == 3
@@ -274,7 +274,7 @@ def test_meta_capture_as_wide_as_9b() -> None:
     model = on_meta(
         hidden_size=4096, intermediate_size=12288, num_hidden_layers=12, num_attention_heads=16,
         num_key_value_heads=4, linear_num_value_heads=32, tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     program = capture(model)
     assert program.op_counts()["flarec.linear_attention"] == 9
     assert sum(p.numel() for p in program.parameters().values()) > 4.6e9

@@ -29,7 +29,7 @@ from tests.models import tiny_model
 SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2, "pad_token_id": 0,
-}  # fmt: skip
+}
 
 
 # Softmax attention and its masks

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 HEAVY = (
     "datasets", "matplotlib", "networkx", "pandas", "pyarrow", "sympy", "torch._dynamo", "transformers.modeling_utils",
     "triton",
-)  # fmt: skip
+)
 """What a second `flarec generate` has no use for."""
 
 

@@ -359,7 +359,7 @@ def test_everything_is_opened_without_code() -> None:
         "model.generate(ids, custom_generate=path, trust_remote_code=True)", "torch.load(path)", "import pickle",
         "from jinja2 import Environment", "eval(text)", "get_class_from_dynamic_module(a, b)", "np.load(path)",
     ],
-)  # fmt: skip
+)
 def test_the_rule_finds_what_it_should(line: str) -> None:
     assert breaches(line) == [1]
     assert breaches("AutoModel.from_pretrained(path, trust_remote_code=False)\nmodel.eval()\nre.compile('')") == []

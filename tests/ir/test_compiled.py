@@ -99,7 +99,7 @@ def test_a_decode_step_with_triton_kernels_is_one_graph() -> None:
     torch._dynamo.reset()
     fast = program.compiled(backend="aot_eager", dynamic=False)
     logits = [one.step(ids.to(DEVICE), step, given["head_rows"].to(DEVICE), kept) for one, kept in
-              ((fast, mine), (program, other))]  # fmt: skip
+              ((fast, mine), (program, other))]
     for ours, theirs in zip([logits[0], *mine.tensors.values()], [logits[1], *other.tensors.values()], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert any(not torch.equal(now, cache.tensors[name]) for name, now in mine.tensors.items())

@@ -106,7 +106,7 @@ def test_softmax_attention(window: int | None, softcap: float | None) -> None:
     rows, length = LAYOUT.rows, LAYOUT.length
     tensors = {
         "q": randn(0, rows, 2, length, 16), "k": randn(1, rows, 1, length, 16), "v": randn(2, rows, 1, length, 16),
-    }  # fmt: skip
+    }
     schedule = AttentionSchedule.from_layout(LAYOUT, window=window)
     check(
         softmax_attention, tensors, dict.fromkeys(("q", "k", "v"), 2), 1, schedule=schedule, scale=0.3, softcap=softcap

@@ -122,7 +122,7 @@ def test_with_the_key_as_vector_it_is_the_gated_delta_rule() -> None:
     got = torch_chunk.two_stream(
         x["q"], key, x["v"] * beta[..., None], g[..., None].expand_as(key), -g.exp()[..., None] * key,
         beta[..., None] * key, DeltaSchedule.from_layout(DENSE), scale=SCALE, initial_state=x["initial_state"],
-    )  # fmt: skip
+    )
     torch.testing.assert_close(got, expected)
 
 

@@ -30,7 +30,7 @@ KINDS = ("kl", "tv", "length", "all")
 def inputs(
     pairs: int, singles: int, vocab: int, dtype: torch.dtype, kind: str = "kl", seed: int = 0, learning: bool = False,
     shared: bool = False,
-) -> tuple[Tensor, Tensor, RowWeights]:  # fmt: skip
+) -> tuple[Tensor, Tensor, RowWeights]:
     """Logits, targets and weights. kind: what the pairs have beside cross entropy; learning: only students and the
     first single row get a gradient; shared: there are half as many teachers as students."""
     generator = torch.Generator().manual_seed(seed)
@@ -160,7 +160,7 @@ def test_the_specification_has_the_gradient_of_its_loss() -> None:
         length = torch.stack([
             chain.length[pair] * torch.stack([1 - tv[other] for other in block[: slot + 1]]).prod()
             for block in ([0, 1, 2], [3]) for slot, pair in enumerate(block)
-        ]).sum()  # fmt: skip
+        ]).sum()
         return (slots * pairs).sum() - length
 
     students = logits[:5].clone().requires_grad_()

@@ -108,7 +108,7 @@ SMALL = SamplingLaunch(32, cap=4, piece=64)
         ([(1.0, OFF, 0.2)], 0.0),  # top-p from the pool
         ([(3.0, OFF, 0.97)], 1.0),  # top-p keeps more than the pool holds
     ],
-)  # fmt: skip
+)
 def test_triton_is_pytorch(settings: list[Settings], step: float) -> None:
     vocab = 75
     given, logits = rows_of(settings), logits_of(len(settings), vocab, 5, step).bfloat16()
@@ -183,7 +183,7 @@ def test_limits() -> None:
 LARGE: list[Settings] = [
     (0.0, OFF, 1.0), (0.7, OFF, 1.0), (0.7, 20, 1.0), (0.7, 20, 0.95), (1.0, OFF, 0.9), (1.5, 100, 0.5),
     (1.0, 1000, 0.9), (2.0, OFF, 0.99), (1.0, 50, 1.0), (0.6, 20, 0.95), (1e-6, 20, 0.95), (1.0, 1, 1.0),
-]  # fmt: skip
+]
 
 
 @pytest.mark.gpu

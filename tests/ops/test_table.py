@@ -96,7 +96,7 @@ def test_names_of_calls() -> None:
     assert [target_name(node) for node in nodes] == [
         "flarec.short_conv", "stream_ops.two_stream_short_conv", "stream_ops.cached_short_conv",
         "lowered.short_conv_step",
-    ]  # fmt: skip
+    ]
     assert [node.name for node in nodes][1:] == ["two_stream_short_conv", "cached_short_conv", "short_conv_step"]
     assert {ops.mixer_of(node.target) for node in nodes} == {conv}
     assert conv.call("torch") == conv.call("torch") != conv.call("torch", step=True)

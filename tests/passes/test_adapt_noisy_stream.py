@@ -259,7 +259,7 @@ def test_an_adapter_on_all_rows_is_found() -> None:
     def fails(program: Program, words: str) -> None:
         with pytest.raises(PropertyError, match=words):
             check_properties(program, {"noisy-adapted": CHECKERS["noisy-adapted"]} | dict.fromkeys(
-                program.properties - {"noisy-adapted"}, lambda program: None))  # fmt: skip
+                program.properties - {"noisy-adapted"}, lambda program: None))
 
     def first(program: Program) -> fx.Node:
         return next(n for n in program.calls(ATEN.where.self) if n.args[0] is program.placeholder("noisy_rows"))

@@ -92,7 +92,7 @@ def test_what_is_not_known_stays_in_the_graph(edit: Callable[[fx.Graph, fx.Node]
 def test_a_computed_weight_is_refused() -> None:
     program = captured("qwen3_5_text").clone()
     head = next(node for node in program.graph.nodes if node.target is ATEN.linear.default and
-                node.args[1].target == "lm_head.weight")  # fmt: skip
+                node.args[1].target == "lm_head.weight")
     with program.graph.inserting_before(head):
         head.update_arg(1, program.graph.call_function(ATEN.mul.Tensor, (head.args[1], 2.0)))
     refusal = head_refusal(program)

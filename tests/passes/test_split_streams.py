@@ -40,7 +40,7 @@ def lowered(family: str, *, exact: bool = False, split: bool = True, kernels: st
     steps = [
         step for step in pipeline("train", adapter=ADAPTER, mask_vector=True, kernels=kernels)
         if step.name not in left_out
-    ]  # fmt: skip
+    ]
     made = lower((float64 if exact else source)(family), "train", steps=steps)
     for name, parameter in made.parameters().items():
         parameter.requires_grad_(name in made.extra)

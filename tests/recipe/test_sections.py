@@ -150,7 +150,7 @@ def test_phases_are_a_function_of_the_step() -> None:
     recipe = load_recipe("dual").override([
         "optimizer.steps=30", "diffusion.block_size=4", 'diffusion.earlier_block_sizes=["1:0.1", "2:0.5"]',
         "diffusion.grids=3", "diffusion.second.loss=el", 'diffusion.second.earlier_losses=["ce:0.1", "kl:0.7"]',
-    ])  # fmt: skip
+    ])
     found = [recipe.diffusion_at(step) for step in range(30)]
     assert [d.block_size for d in found] == [1] * 3 + [2] * 12 + [4] * 15
     assert [d.grids for d in found] == [1] * 3 + [2] * 12 + [3] * 15
@@ -164,7 +164,7 @@ def test_slot_weights_hold_for_the_losses_that_are_not_the_expected_length() -> 
     recipe = load_recipe("draft").override([
         "optimizer.steps=2", "diffusion.slot_weights=accept-until-fail", "diffusion.loss=el",
         "diffusion.earlier_losses=kl:0.5",
-    ])  # fmt: skip
+    ])
     found = [(d.loss, d.slot_weights) for d in map(recipe.diffusion_at, range(2))]
     assert found == [("kl", "accept-until-fail"), ("el", "uniform")]
 

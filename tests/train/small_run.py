@@ -22,7 +22,7 @@ from tests.models import TOKENS, tiny_model, tiny_tokenizer
 SMALL = [
     "optimizer.lr=3e-3", "optimizer.warmup_steps=0", "optimizer.batch_rows=2", "optimizer.micro_rows=1",
     "data.max_length=32", "diffusion.block_size=3",
-]  # fmt: skip
+]
 
 
 def recipe(name: str = "dual", *overrides: str) -> Recipe:

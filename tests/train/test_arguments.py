@@ -31,7 +31,7 @@ GIVEN: dict[str, Any] = {
     "max_shard_size": "5GB", "plugins": ("mine.py",), "passes": ("mine(depth=2)@after:canonicalize",),
     "prompts": Path("questions.txt"), "chat": True, "samples": 3, "temperature": 0.5, "answer_tokens": 99,
     "adapter_only": True, "link": True, "debug": True,
-}  # fmt: skip
+}
 """Every argument with another value than its default."""
 
 
@@ -81,7 +81,7 @@ def test_a_resumed_run_has_the_same_arguments() -> None:
 def test_values_of_callers() -> None:
     """Paths, single texts and numpy's numbers are as good as what the command line makes."""
     loose = {**GIVEN, "source": Path("some/model"), "eval_data": Path("held.jsonl"), "plugins": [Path("mine.py")],
-             "out": "out dir", "overrides": list(GIVEN["overrides"]), "steps": np.int64(5)}  # fmt: skip
+             "out": "out dir", "overrides": list(GIVEN["overrides"]), "steps": np.int64(5)}
     arguments = Options(**loose)
     assert arguments == Options(**GIVEN)
     assert type(arguments.steps) is int

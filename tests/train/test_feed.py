@@ -35,7 +35,7 @@ def log(made: Trainer, steps: int) -> list[dict[str, object]]:
 PHASES = [
     "diffusion.loss=el", "diffusion.earlier_losses=kl:0.4", "diffusion.grids=2", "diffusion.grid_offset=random",
     'diffusion.earlier_block_sizes=["1:0.2", "2:0.6"]',
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "overrides"), [("dual", []), ("draft", PHASES)])

@@ -81,7 +81,7 @@ def waiting_is_an_error() -> Iterator[None]:
 def test_a_step_never_waits_for_the_device(family: str, name: str) -> None:
     """Neither the step nor the thread that makes the next one; the first steps compile and fill caches."""
     made = trainer(family, "cuda", BF16, f"diffusion.mask={'random' if name == 'flare' else 'all'}",
-                   *(["diffusion.views=1", "diffusion.loss=kl"] if name == "draft" else []))  # fmt: skip
+                   *(["diffusion.views=1", "diffusion.loss=kl"] if name == "draft" else []))
     for _ in range(3):
         made.advance().read(tiny_tokenizer())
     assert made.feed.next is not None

@@ -22,7 +22,7 @@ from tests.train.small_run import Small, recipe, small
 BF16 = torch.bfloat16
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_5_text", {}), ("kimi_linear", {"first_k_dense_replace": 4}), ("bamba", {}),
-]  # fmt: skip
+]
 
 
 class _Round(torch.autograd.Function):

@@ -201,7 +201,7 @@ def test_even_and_collapsed_loads() -> None:
     assert summary["noisy"] == {"max_over_mean": [4.0, None], "entropy": [0.0, None]}
     assert worst(summary) == {
         "clean": {"max_over_mean": 4.0, "entropy": 0.0}, "noisy": {"max_over_mean": 4.0, "entropy": 0.0},
-    }  # fmt: skip
+    }
     assert describe(summary) == "busiest expert clean 4.0x, noisy 4.0x the mean"
 
 

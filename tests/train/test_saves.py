@@ -22,7 +22,7 @@ from tests.crashes import FAILURES, Watch, failing
 
 FIRST, SECOND = "state-00000003", "state-00000006"
 EVALUATION = {"tokens_per_forward": 1.5, "all_masked_accuracy": [0.5, None], "one_minus_tv": [0.1, 0.2], "ar_loss": 2.0,
-              "expected_accepted": 1.2}  # fmt: skip
+              "expected_accepted": 1.2}
 VALUES: dict[str, Any] = {
     "step": 6,
     "rows": {},
@@ -191,7 +191,7 @@ def test_possible_values() -> None:
         {"last": {}}, {"last": None}, {"last": {"ar_loss": None, "diffusion_loss": 1.0}},
         {"last": {**VALUES["last"], "router": {"clean": 3}}},
     ],
-)  # fmt: skip
+)
 def test_impossible_values(change: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="this run cannot have; start again with --overwrite"):
         check_values({**VALUES, **change}, 6)
@@ -208,7 +208,7 @@ def test_tensors_of_another_model() -> None:
         (good.model, {**moments, "v.step": moments["w.step"]}),
         (good.model, {**moments, "w.step": moments["w.exp_avg"]}), (good.model, {"w.step": moments["w.step"]}),
         (good.model, {**moments, "w.more": moments["w.step"]}), (good.model, {"": moments["w.step"]}),
-    ]  # fmt: skip
+    ]
     for model, optimizer in wrong:
         with pytest.raises(CheckpointError, match="belongs to another model"):
             check_tensors(SavedState(model, optimizer, {}), masters)

@@ -91,7 +91,7 @@ def on_all_rows(program: Program) -> Program:
     choices = [
         node for node in program.calls(ATEN.where.self)
         if isinstance(node.args[1], fx.Node) and node.args[1].target is ATEN.add.Tensor
-    ]  # fmt: skip
+    ]
     assert choices
     for node in choices:
         node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from flarec.passes import lower
 from ..session import Session
 
 _SIZES = {"head_dim": 256, "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
-          "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 248320}  # fmt: skip
+          "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 248320}
 SHAPES: dict[str, dict[str, int]] = {
     "2B": {**_SIZES, "linear_num_value_heads": 16, "hidden_size": 2048, "intermediate_size": 6144,
            "num_hidden_layers": 24},
@@ -24,7 +24,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"head_dim": 32, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
              "linear_num_value_heads": 2, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
              "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 320},
-}  # fmt: skip
+}
 """Of Qwen3.5: three layers of linear attention to one of softmax attention, tied embeddings."""
 
 
@@ -34,7 +34,7 @@ class ServingSession(Session):
     def __init__(
         self, device: torch.device, shape: str, *, block: int = 3, context: int = 512, steps: int = 200,
         budget_ms: float = 100,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(device, budget_ms=budget_ms)
         if shape not in SHAPES:
             raise UsageError(f"unknown shape {shape}; choose {', '.join(SHAPES)}")
@@ -73,7 +73,7 @@ class ServingSession(Session):
         return kind(
             self.program, mask_token_id=mask, block_size=self.block, eos_ids=(), max_positions=1 << 20, slots=slots,
             readouts={"ar-trust": "causal", "diffusion-trust": "block_end"}, suppress=(mask,), graphs=graphs,
-        )  # fmt: skip
+        )
 
     def prompts(self, requests: int, tokens: int | None = None) -> list[list[int]]:
         generator = torch.Generator().manual_seed(1)

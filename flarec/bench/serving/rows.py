@@ -84,7 +84,7 @@ def _chosen(session: ServingSession) -> Measured:
     values: dict[str, float | None] = {
         f"{requests} requests, {tokens:g} per step": rate for requests, rates in found.items()
         for tokens, rate in rates.items()
-    }  # fmt: skip
+    }
     return Measured(min(value for value in values.values() if value is not None), values)
 
 
@@ -97,7 +97,7 @@ def _notes(step: ours.StepTime) -> tuple[str, ...]:
 
 
 def _row(name: str, title: str, measure: Measure, bar: float | None = None, aim: float | None = None,
-         *, unit: str = "x", at_least: bool = False) -> Case:  # fmt: skip
+         *, unit: str = "x", at_least: bool = False) -> Case:
     def of_session(session: Session) -> Measured:
         assert isinstance(session, ServingSession)
         return measure(session)

@@ -26,7 +26,7 @@ class AnswerArguments:
     prompts: Path = key(
         MISSING, 'A prompt per line, or JSONL with "prompt" or "messages" (a closing assistant message is left out).',
         metavar="FILE",
-    )  # fmt: skip
+    )
     out: Path = key(MISSING, "The answers, as training data (JSONL).", metavar="DATA.jsonl")
     samples: int = key(1, "Answers per prompt; more than one needs a temperature.", low=1, high=LARGEST, metavar="N")
     temperature: float = key(0.0, "0 is greedy.", low=0, high=HOTTEST, metavar="T")

@@ -157,7 +157,7 @@ class AnswerLog:
             return None
         if not isinstance(table, dict) or (table.pop("record", None), table.pop("format_version", None)) != (
             RECORD, RECORD_VERSION,
-        ):  # fmt: skip
+        ):
             return None
         numbers = all(type(table.get(name)) is int for name in ("total", "done", "bytes"))
         tables = all(isinstance(table.get(name), dict) for name in ("identity", "counts"))

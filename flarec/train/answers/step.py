@@ -34,7 +34,7 @@ def with_answers(options: Options, reporter: Reporter, *, write: bool = True) ->
         source=options.source, prompts=options.prompts, out=out, samples=options.samples,
         temperature=options.temperature, chat=options.chat, max_new_tokens=options.answer_tokens, seed=options.seed,
         device=options.device, kernels=options.kernels,
-    )  # fmt: skip
+    )
     options.load_recipe()
     log, state = AnswerLog(out), options.state_directory
     arguments.check_apart(log.paths, resolve(options.source))

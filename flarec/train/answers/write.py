@@ -183,7 +183,7 @@ class _Writer:
         shared = GenerationOptions(
             mode="causal", max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
             top_k=arguments.top_k, top_p=arguments.top_p, stop=stops,
-        )  # fmt: skip
+        )
         texts = [TextStream(self._decode, stops, self.settled) for _ in asked]
         made = self.engine.generate(
             [question.ids for question, _ in asked],

@@ -57,7 +57,7 @@ def losses_of(
 def head_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tail: Tail | None, batch: Batch, plan: HeadPlan, *,
     suppress: int | None, rows: Rows = row_losses,
-) -> Losses:  # fmt: skip
+) -> Losses:
     """The losses of `batch` from `hidden` [N, D] and a head: weight [V, D], bias [V], and what is done to each logit.
 
     plan: of the batch, on its device; it holds the weights of the losses. suppress: token id whose logit counts as
@@ -84,7 +84,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tail: Tail | None, plan: HeadPlan,
         losses: Rows, total_of: Callable[[Tensor, Tensor, Tensor], Tensor], training: bool,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    ) -> tuple[Tensor, ...]:
         rows = hidden.index_select(0, plan.order)
         training = training and any(ctx.needs_input_grad[:3])
         gradients = _Gradients(rows, weight, bias, len(plan.chunks), ctx.needs_input_grad[:3]) if training else None

@@ -120,10 +120,10 @@ def plan_head(batch: Batch, scales: Scales, chunk: int) -> HeadPlan:
         taught = len(own) + max(0, min(learning, singles.stop) - singles.start)
         block, end = (0, 0) if chain is None else (
             int((chain.blocks[:, 0] < pair).sum()) for pair in (pairs.start, pairs.stop)
-        )  # fmt: skip
+        )
         chunks.append(Chunk(
             start, stop, pairs.start, len(own), stop - start if scales.ar > 0 else taught, block, end - block, shared
-        ))  # fmt: skip
+        ))
     empty = torch.zeros(0, dtype=torch.int64)
     at = torch.cat([empty, *order])
     twice = _again(at)
@@ -132,7 +132,7 @@ def plan_head(batch: Batch, scales: Scales, chunk: int) -> HeadPlan:
     return HeadPlan(
         at, place, target[at], ce[at].masked_fill(twice, 0.0), kl, tv, chain, signal, torch.cat([empty, *places]),
         tuple(chunks), scales,
-    )  # fmt: skip
+    )
 
 
 def _singles(batch: Batch, scales: Scales, student: Tensor, teacher: Tensor) -> tuple[Tensor, int]:

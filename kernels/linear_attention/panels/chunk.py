@@ -216,4 +216,4 @@ class _FrozenClean(torch.autograd.Function):
             raw(found.q, rows.q, q_norm), raw(found.k, rows.k, k_norm), scatter_noisy(found.v, schedule),
             grad_g.squeeze(-1) if grad_g is not None and ctx.gate_dims == 3 else grad_g,
             scatter_noisy(found.beta, schedule).squeeze(-1), None, None, None, None, None,
-        )  # fmt: skip
+        )

@@ -73,7 +73,7 @@ def _unit_lower_inverse(lower, ancestor, T: tl.constexpr, PRECISION: tl.constexp
 
 @triton.jit
 def _decay_behind(pending_g, first, rows, accepted, step, k_cols, held, GATE: tl.constexpr, PRECISION: tl.constexpr,
-                  CT: tl.constexpr):  # fmt: skip
+                  CT: tl.constexpr):
     """Log decay of a tile of pending rows [1 or k_cols], and of its rows behind each row [tile, 1 or k_cols].
 
     first = its first row; pending_g + slot * step is a row's log decay, that of channel 0 if GATE is 2. Rows that are
@@ -98,7 +98,7 @@ def _pending_update(
     pending_k, pending_d, pending_g, rows, accepted, k_cols, v_cols, held, seen,
     H: tl.constexpr, KEY_HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GATE: tl.constexpr,
     PRECISION: tl.constexpr, CT: tl.constexpr,
-):  # fmt: skip
+):
     """What any number of accepted pending rows add to the state, and the log decay [1 or k_cols] of what it held.
 
     The pointers are those of the request's row 0 and this head; masks `held` of `k_cols` and `seen` of `v_cols`. Tiles
@@ -126,7 +126,7 @@ def _pending_update(
 def _channel_weights(
     queries, keys, gates, key_rows, stride_kt, gate_mask, query_mask, table, slots, shift, used, clean, k_cols,
     DELTA: tl.constexpr, K: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr, CT: tl.constexpr,
-):  # fmt: skip
+):
     """The sums over `k_cols` of k_l . k_j and q_l . k_j [T, T] under a decay per key channel, column j by column.
 
     key_rows, table: the request's slot 0; the tile has `used` rows.
@@ -163,7 +163,7 @@ def step_kernel(
     T: tl.constexpr, BG: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ONE_TILE: tl.constexpr, FEW_PENDING: tl.constexpr, GATE: tl.constexpr, DELTA: tl.constexpr, L2NORM: tl.constexpr,
     NATIVE: tl.constexpr, PRECISION: tl.constexpr, CT: tl.constexpr,
-):  # fmt: skip
+):
     """Grid: B * H * ceil(V / BV) * tiles. Every program commits its part of the state; those of tile 0 alone store it.
 
     T: rows of a tile; BG, BK: key channels per round of the products between rows, and with the state; ONE_TILE: there
@@ -236,17 +236,17 @@ def step_kernel(
         at_pending = pending * (KEY_HEADS * K) + k_cols[None, :]
         next_keys = tl.load(
             pending_k + at_pending, mask=(pending < pending_rows) & (k_cols < K)[None, :], other=0
-        )  # fmt: skip
+        )
         corrections = tl.load(
             pending_d + pending * (H * V) + v_cols[None, :], mask=(pending < pending_rows) & seen[None, :], other=0
-        )  # fmt: skip
+        )
         corrections = tl.where(pending < accepted_rows, corrections.to(CT), 0)
         if GATE == 0:
             decay = tl.zeros([1], dtype=CT)
         if GATE == 1:
             decay, behind = _decay_behind(
                 pending_g, 0, pending_rows, accepted_rows, H, k_cols, seen, GATE, PRECISION, CT
-            )  # fmt: skip
+            )
             corrections *= tl.exp(behind)
 
     # whom the rows of this tile read
@@ -280,7 +280,7 @@ def step_kernel(
             added_k, added_q = _channel_weights(
                 queries, keys, gates, k, stride_kt, gate_mask, query_mask, row_table, slots, shift,
                 clean + stop - shift, clean, cols, DELTA, K, T, PRECISION, CT,
-            )  # fmt: skip
+            )
             key_key += added_k
             query_key += added_q
         elif NATIVE and not INTERPRETED:  # products of 16-bit numbers are exact
@@ -330,24 +330,24 @@ def step_kernel(
             more = cols + BK < K
             next_rows = tl.load(
                 state + (c + BK) * V + at_state, mask=more[:, None] & seen[None, :], other=0
-            )  # fmt: skip
+            )
         if FEW_PENDING:
             keys = tl.where(pending < accepted_rows, next_keys.to(CT), 0)
             if K > BK:
                 next_keys = tl.load(
                     pending_k + c + BK + at_pending, mask=(pending < pending_rows) & more[None, :], other=0
-                )  # fmt: skip
+                )
             if GATE == 2:
                 decay, behind = _decay_behind(
                     pending_g, 0, pending_rows, accepted_rows, H * K, cols, held, GATE, PRECISION, CT
-                )  # fmt: skip
+                )
                 keys *= tl.exp(behind)
             added = _product(tl.trans(keys), corrections, PRECISION)
         else:
             added, decay = _pending_update(
                 pending_k, pending_d, pending_g, pending_rows, accepted_rows, cols, v_cols, held, seen,
                 H, KEY_HEADS, K, V, GATE, PRECISION, CT,
-            )  # fmt: skip
+            )
         committed = committed * tl.exp(decay)[:, None] + added
         if tile == 0:
             tl.store(next_state + c * V + at_state, committed, mask=held[:, None] & seen[None, :])

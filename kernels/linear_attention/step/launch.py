@@ -131,7 +131,7 @@ def linear_attention_step(
         GATE=gate, DELTA=delta, L2NORM=l2norm, NATIVE=half and q.dtype == k.dtype,
         PRECISION=config.precision, CT=tl.float64 if dtype == torch.float64 else tl.float32,
         num_warps=config.num_warps, num_stages=1,
-    )  # fmt: skip
+    )
     return results
 
 

@@ -125,4 +125,4 @@ def chunk_grad_kernel(
     else:
         tl.store(place, states_sum, mask=(kc < key_dim)[:, None] & (vc < width)[None, :])
     store_tile(grad_corrected + head * value_dim + vt * BV, corrected_sum * norm[:, None], chunk.to(tl.int64) * C,
-               clean_count, out_stride, width, C, BV, EXACT_V)  # fmt: skip
+               clean_count, out_stride, width, C, BV, EXACT_V)

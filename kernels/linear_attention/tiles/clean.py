@@ -145,7 +145,7 @@ def clean_states_kernel(
             solve = tl.load(inverse + chunk_head * C * C + row[:, None] * C + row[None, :])
             result = tl.dot(solve, (z.to(tl.float32) - read).to(solve.dtype), input_precision=PRECISION)
             store_tile(values + head * value_dim + tile * BV, result, first, count, H * value_dim,
-                       value_dim - tile * BV, C, BV, EXACT_V)  # fmt: skip
+                       value_dim - tile * BV, C, BV, EXACT_V)
             added = result * b[:, None]
         else:
             added = z.to(tl.float32) * b[:, None]
@@ -211,7 +211,7 @@ def clean_outputs_kernel(
     seen = row[:, None] >= row[None, :]
     b = tl.load(chunk_beta + chunk_head * C + row)
     state = load_matrix(states + chunk_head * key_dim * value_dim + vt * BV, key_dim, value_dim, BK, BV,
-                        EXACT_K and EXACT_V, width)  # fmt: skip
+                        EXACT_K and EXACT_V, width)
     z = load_tile(values + head * z_head + vt * BV, first, count, z_token, width, C, BV, EXACT_V)
     if GATE == 2:
         grown = load_tile(decayed_q + head * key_dim, first, count, H * key_dim, key_dim, C, BK, EXACT_K)

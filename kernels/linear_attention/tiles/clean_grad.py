@@ -70,14 +70,14 @@ def clean_queries_grad_kernel(
 
     grad_0 = load_tile(out_base, first, count, out_stride, value_dim, C, BV, EXACT_V)
     grad_rows = product_with_state(grad_0, out_base, state, first, count, out_stride, key_dim, value_dim, C, BK, BV, NV,
-                                   EXACT_K, EXACT_V, PRECISION)  # fmt: skip
+                                   EXACT_K, EXACT_V, PRECISION)
     queries = load_tile(q + key_head * q_head, first, count, q_token, key_dim, C, BK, EXACT_K)
     norm = row_norm(queries, C, L2NORM)
     reads = norm * scale
     grad_rows = grad_rows * (tl.exp2(gam) * reads if GATE == 1 else reads)[:, None]
     z_0 = load_tile(z_base, first, count, z_token, value_dim, C, BV, EXACT_V)
     weight = product_of_tiles(grad_0, z_0, out_base, z_base, first, first, count, count, out_stride, z_token, value_dim,
-                              C, C, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+                              C, C, BV, NV, EXACT_V, PRECISION)
     keys = load_tile(k + key_head * k_head, first, count, k_token, key_dim, C, BK, EXACT_K)
     seen = row[:, None] >= row[None, :]
     factor = (b * row_norm(keys, C, L2NORM))[None, :] * reads[:, None]
@@ -180,10 +180,10 @@ def clean_keys_grad_kernel(
         gam, b = chunk_vectors(gams, betas, C, GATE)
         error_0 = load_tile(error_base, first, count, out_stride, value_dim, C, BV, EXACT_V)
         grad_rows = product_with_state(error_0, error_base, state, first, count, out_stride, key_dim, value_dim, C, BK,
-                                       BV, NV, EXACT_K, EXACT_V, PRECISION)  # fmt: skip
+                                       BV, NV, EXACT_K, EXACT_V, PRECISION)
         grad_rows = grad_rows * -(tl.exp2(gam) * norm if GATE == 1 else norm)[:, None]
         weight = product_of_tiles(error_0, z_0, error_base, z_base, first, first, count, count, out_stride, z_token,
-                                  value_dim, C, C, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+                                  value_dim, C, C, BV, NV, EXACT_V, PRECISION)
         below = row[:, None] > row[None, :]
         factor = (-b * norm)[None, :] * norm[:, None]
         weight = (weight * (log_weights(gam, gam, below, GATE) * factor)).to(dtype)
@@ -194,7 +194,7 @@ def clean_keys_grad_kernel(
         tl.debug_barrier()
         gam, b = chunk_vectors(gams, betas, C, GATE)
         weight = product_of_tiles(z_0, error_0, z_base, error_base, first, first, count, count, z_token, out_stride,
-                                  value_dim, C, C, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+                                  value_dim, C, C, BV, NV, EXACT_V, PRECISION)
         above = row[:, None] < row[None, :]
         factor = (-b * norm)[:, None] * norm[None, :]
         weight = (weight * (log_weights(-gam, -gam, above, GATE) * factor)).to(dtype)
@@ -229,7 +229,7 @@ def clean_keys_grad_kernel(
     gam, b = chunk_vectors(gams, betas, C, GATE)
     grad_0 = load_tile(out_base, first, count, out_stride, value_dim, C, BV, EXACT_V)
     weight = product_of_tiles(z_0, grad_0, z_base, out_base, first, first, count, count, z_token, out_stride, value_dim,
-                              C, C, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+                              C, C, BV, NV, EXACT_V, PRECISION)
     queries = load_tile(q_base, first, count, q_token, key_dim, C, BK, EXACT_K)
     factor = (b * norm)[:, None] * (row_norm(queries, C, L2NORM) * scale)[None, :]
     weight = (weight * (log_weights(-gam, -gam, row[:, None] <= row[None, :], GATE) * factor)).to(dtype)
@@ -249,7 +249,7 @@ def clean_keys_grad_kernel(
             gam_sum += tl.sum(tl.where(row[:, None] == anchor[None, :] - 1, at_anchor[None, :], 0.0), 1)
         grad_0 = load_tile(out_base, start, rows, out_stride, value_dim, R, BV, EXACT_V)
         weight = product_of_tiles(z_0, grad_0, z_base, out_base, first, start, count, rows, z_token, out_stride,
-                                  value_dim, C, R, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+                                  value_dim, C, R, BV, NV, EXACT_V, PRECISION)
         queries = load_tile(q_base, start, rows, q_token, key_dim, R, BK, EXACT_K)
         factor = (b * norm)[:, None] * (row_norm(queries, R, L2NORM) * scale)[None, :]
         weight = (weight * (log_weights(-gam, -(c + e), before, GATE) * factor)).to(dtype)
@@ -257,7 +257,7 @@ def clean_keys_grad_kernel(
         if DELTA:
             error_0 = load_tile(error_base, start, rows, out_stride, value_dim, R, BV, EXACT_V)
             weight = product_of_tiles(z_0, error_0, z_base, error_base, first, start, count, rows, z_token, out_stride,
-                                      value_dim, C, R, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+                                      value_dim, C, R, BV, NV, EXACT_V, PRECISION)
             queries = load_tile(k_base, start, rows, k_token, key_dim, R, BK, EXACT_K)
             factor = (b * norm)[:, None] * (-row_norm(queries, R, L2NORM))[None, :]
             weight = (weight * (log_weights(-gam, -(c + t), before, GATE) * factor)).to(dtype)

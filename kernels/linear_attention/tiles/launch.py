@@ -88,7 +88,7 @@ CHANNEL_NAMES = ("decayed_q", "decayed_k", "tail_k", "total", "weights", "clean_
 SCHEDULE_NAMES = (
     "document_token", "document_length", "document_chunk", "document_row", "chunk_token", "chunk_length", "chunk_tile",
     "tile_chunk", "tile_first", "tile_count", "tile_token", "tile_anchor", "tile_start", "tile_stop",
-)  # fmt: skip
+)
 
 
 def new_gates(schedule: TileSchedule, heads: int, scalar: bool, device: torch.device) -> tuple[Tensor, ...]:
@@ -146,7 +146,7 @@ def forward(
     p.launch(
         "clean_states", clean.clean_states_kernel, schedule.documents * heads, operands,
         INITIAL=initial is not None, FINAL=final,
-    )  # fmt: skip
+    )
     p.launch("clean_outputs", clean.clean_outputs_kernel, chunks * heads, operands, **read_by_queries)
     p.launch("noisy_outputs", noisy.noisy_outputs_kernel, tiles * heads, operands)
     return out, last, Saved(
@@ -229,7 +229,7 @@ def _clean_backward(
     p.launch(
         "states_grad", states_grad.states_grad_kernel, schedule.documents * heads, operands, INITIAL=initial,
         FINAL=final,
-    )  # fmt: skip
+    )
     p.launch("clean_queries_grad", clean_grad.clean_queries_grad_kernel, chunks * heads, operands)
     p.launch("clean_keys_grad", clean_grad.clean_keys_grad_kernel, chunks * heads, operands)
 

@@ -82,7 +82,7 @@ def noisy_outputs_kernel(
     chunk_head, tile_head, meta, span, clean_span, vectors = noisy_tile(
         head, tile, row, chunk_gam, chunk_beta, tile_logs, tile_beta, chunk_token, chunk_length, tile_chunk,
         tile_first, tile_count, H, C, R,
-    )  # fmt: skip
+    )
     first, count = span
     clean_first, clean_count = clean_span
     gams, betas, logs, own_betas = vectors
@@ -93,7 +93,7 @@ def noisy_outputs_kernel(
     block_place = tile_head * 2 * R * R + row[:, None] * R + row[None, :]
 
     state = load_matrix(states + chunk_head * key_dim * value_dim + vt * BV, key_dim, value_dim, BK, BV,
-                        EXACT_K and EXACT_V, width)  # fmt: skip
+                        EXACT_K and EXACT_V, width)
     z = load_tile(clean_values + head * z_head + vt * BV, clean_first, clean_count, z_token, width, C, BV, EXACT_V)
     own = load_tile(v + head * v_head + vt * BV, first, count, v_token, width, R, BV, EXACT_V)
     dtype = z.dtype

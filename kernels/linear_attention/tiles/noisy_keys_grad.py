@@ -78,7 +78,7 @@ def noisy_keys_grad_kernel(
     chunk_head, tile_head, meta, span, clean_span, vectors = noisy_tile(
         head, tile, row, chunk_gam, chunk_beta, tile_logs, tile_beta, chunk_token, chunk_length, tile_chunk,
         tile_first, tile_count, H, C, R,
-    )  # fmt: skip
+    )
     first, count = span
     clean_first, clean_count = clean_span
     gams, betas, logs, own_betas = vectors
@@ -102,11 +102,11 @@ def noisy_keys_grad_kernel(
         gam, clean_b = chunk_vectors(gams, betas, C, GATE)
         t, e, c, own_b = tile_vectors(logs, own_betas, R, GATE)
         grad_rows = product_with_state(error_0, error_base, state, first, count, out_stride, key_dim, value_dim, R, BK,
-                                       BV, NV, EXACT_K, EXACT_V, PRECISION)  # fmt: skip
+                                       BV, NV, EXACT_K, EXACT_V, PRECISION)
         grad_rows = grad_rows * -(tl.exp2(c + t) * k_norm if GATE == 1 else k_norm)[:, None]
         clean_0 = load_tile(z_base, clean_first, clean_count, z_token, value_dim, C, BV, EXACT_V)
         weight = product_of_tiles(error_0, clean_0, error_base, z_base, first, clean_first, count, clean_count,
-                                  out_stride, z_token, value_dim, R, C, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+                                  out_stride, z_token, value_dim, R, C, BV, NV, EXACT_V, PRECISION)
         keys = load_tile(k_base, clean_first, clean_count, k_token, key_dim, C, BK, EXACT_K)
         before = column[None, :] < tl.load(tile_anchor + meta)[:, None]
         factor = (-clean_b * row_norm(keys, C, L2NORM))[None, :] * k_norm[:, None]
@@ -122,7 +122,7 @@ def noisy_keys_grad_kernel(
             t, e, c, own_b = tile_vectors(logs, own_betas, R, GATE)
             start = tl.load(tile_start + meta)
             weight = product_of_tiles(error_0, own_0, error_base, own_base, first, first, count, count, out_stride,
-                                      z_token, value_dim, R, R, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+                                      z_token, value_dim, R, R, BV, NV, EXACT_V, PRECISION)
             strict = (row_j >= start[:, None]) & (row_j < row_i)
             factor = (-own_b * k_norm)[None, :] * k_norm[:, None]
             weight = (weight * (log_weights(t, t, strict, GATE) * factor)).to(dtype)
@@ -135,7 +135,7 @@ def noisy_keys_grad_kernel(
             t, e, c, own_b = tile_vectors(logs, own_betas, R, GATE)
             start = tl.load(tile_start + meta)
             weight = product_of_tiles(own_0, error_0, own_base, error_base, first, first, count, count, z_token,
-                                      out_stride, value_dim, R, R, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+                                      out_stride, value_dim, R, R, BV, NV, EXACT_V, PRECISION)
             factor = (-own_b * k_norm)[:, None] * k_norm[None, :]
             strict = (row_i >= start[None, :]) & (row_i < row_j)
             weight = (weight * (log_weights(-t, -t, strict, GATE) * factor)).to(dtype)
@@ -146,7 +146,7 @@ def noisy_keys_grad_kernel(
     start, stop = tl.load(tile_start + meta), tl.load(tile_stop + meta)
     grad_0 = load_tile(out_base, first, count, out_stride, value_dim, R, BV, EXACT_V)
     weight = product_of_tiles(own_0, grad_0, own_base, out_base, first, first, count, count, z_token, out_stride,
-                              value_dim, R, R, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+                              value_dim, R, R, BV, NV, EXACT_V, PRECISION)
     queries = load_tile(q_base, first, count, q_token, key_dim, R, BK, EXACT_K)
     factor = (own_b * k_norm)[:, None] * (row_norm(queries, R, L2NORM) * scale)[None, :]
     inside = (row_i >= start[None, :]) & (row_i < stop[None, :])

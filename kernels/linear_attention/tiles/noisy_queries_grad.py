@@ -84,7 +84,7 @@ def noisy_queries_grad_kernel(
     chunk_head, tile_head, meta, span, clean_span, vectors = noisy_tile(
         head, tile, row, chunk_gam, chunk_beta, tile_logs, tile_beta, chunk_token, chunk_length, tile_chunk,
         tile_first, tile_count, H, C, R,
-    )  # fmt: skip
+    )
     first, count = span
     clean_first, clean_count = clean_span
     gams, betas, logs, own_betas = vectors
@@ -133,12 +133,12 @@ def noisy_queries_grad_kernel(
     gam, clean_b = chunk_vectors(gams, betas, C, GATE)
     t, e, c, own_b = tile_vectors(logs, own_betas, R, GATE)
     grad_rows = product_with_state(grad_0, out_base, state, first, count, out_stride, key_dim, value_dim, R, BK, BV, NV,
-                                   EXACT_K, EXACT_V, PRECISION)  # fmt: skip
+                                   EXACT_K, EXACT_V, PRECISION)
     reads = q_norm * scale
     grad_rows = grad_rows * (tl.exp2(c + e) * reads if GATE == 1 else reads)[:, None]
     clean_0 = load_tile(z_base, clean_first, clean_count, z_token, value_dim, C, BV, EXACT_V)
     weight = product_of_tiles(grad_0, clean_0, out_base, z_base, first, clean_first, count, clean_count, out_stride,
-                              z_token, value_dim, R, C, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+                              z_token, value_dim, R, C, BV, NV, EXACT_V, PRECISION)
     keys = load_tile(k_base, clean_first, clean_count, k_token, key_dim, C, BK, EXACT_K)
     before = column[None, :] < tl.load(tile_anchor + meta)[:, None]
     factor = (clean_b * row_norm(keys, C, L2NORM))[None, :] * reads[:, None]
@@ -152,7 +152,7 @@ def noisy_queries_grad_kernel(
     t, e, c, own_b = tile_vectors(logs, own_betas, R, GATE)
     start, stop = tl.load(tile_start + meta), tl.load(tile_stop + meta)
     weight = product_of_tiles(grad_0, own_0, out_base, own_base, first, first, count, count, out_stride, z_token,
-                              value_dim, R, R, BV, NV, EXACT_V, PRECISION)  # fmt: skip
+                              value_dim, R, R, BV, NV, EXACT_V, PRECISION)
     inside = (row_j >= start[:, None]) & (row_j < stop[:, None])
     factor = (own_b * k_norm)[None, :] * reads[:, None]
     weight = (weight * (log_weights(e, t, inside, GATE) * factor)).to(dtype)

@@ -62,7 +62,7 @@ class Problem:
         return Problem(
             heads, heads // q.shape[2], key_dim, value_dim, gate, delta, l2norm, schedule.chunk_size,
             schedule.tile_rows, schedule.largest_block, q.dtype,
-        )  # fmt: skip
+        )
 
     @property
     def least_columns(self) -> int:

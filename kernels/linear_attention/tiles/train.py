@@ -75,7 +75,7 @@ def two_stream(
     out, final, *_ = _forward(
         q.to(dtype), k.to(dtype), v.to(dtype), g, beta, initial_state, *schedule.flat(), scale, delta, l2norm,
         final_state, frozen_clean is not None,
-    )  # fmt: skip
+    )
     out = out.to(q.dtype)
     return (out, final) if final_state else out
 
@@ -152,7 +152,7 @@ def _backward(
     return launch.backward(
         grad_out, grad_final, q, k, v, g, beta, initial, Saved.of(saved), schedule, scale=scale, delta=delta,
         l2norm=l2norm, frozen=frozen,
-    )  # fmt: skip
+    )
 
 
 @_backward.register_fake
@@ -206,13 +206,13 @@ def _gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     result = _backward(
         grad_out, grad_final, q, k, v, g, beta, ctx.initial is not None, saved, sizes, index, scale, delta,
         l2norm, frozen,
-    )  # fmt: skip
+    )
     grad_q, grad_k, grad_v, grad_g, grad_beta, grad_initial = result
     return (
         grad_q, grad_k, grad_v, None if g is None else grad_g, grad_beta,
         None if ctx.initial is None else grad_initial.to(ctx.initial), None, [None] * len(index), None, None, None,
         None, None,
-    )  # fmt: skip
+    )
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)

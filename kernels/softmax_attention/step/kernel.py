@@ -23,7 +23,7 @@ FAR = tl.constexpr(2**30)
 def _rows_of(
     clean_document, clean_position, noisy_block, noisy_position, block_anchor, block_readout,
     row, token, clean, noisy, blocks, window,
-):  # fmt: skip
+):
     """Of tokens: first position and end of the clean tokens that they read, own block (-1: none), and the end of the
     positions of the own block that they read."""
     is_clean, is_noisy = token < clean, (token >= clean) & (token < clean + noisy)
@@ -47,7 +47,7 @@ def _take(
     q, base_k, base_v, k_slot, v_slot, at, there, visible, total, peak, acc, inner, to_base2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Take the keys and values in rows `at` of two matrices into the running sums."""
     columns, value_columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     at = at.to(tl.int64)
@@ -66,7 +66,7 @@ def _take(
 def _write(
     cache, new, cache_slot, new_slot, clean_document, clean_position, clean, capacity,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     """Copy this step's clean rows into the cache at their positions; pointers are those of the row and key head."""
     columns = tl.arange(0, BLOCK_D)
     for start in range(0, clean, BLOCK_N):
@@ -88,7 +88,7 @@ def step_kernel(
     inner, to_base2, key_heads, clean, noisy, blocks, capacity, window, tiles,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """out: [B, T, H, DV] if SPLITS is 1, else sums that are not divided yet [SPLITS, B, T, H, DV] float32 beside
     part_total and part_peak [SPLITS, B, T, H]."""
     program, split = tl.program_id(0), tl.program_id(1)
@@ -101,7 +101,7 @@ def step_kernel(
     first, end, block, upto = _rows_of(
         clean_document, clean_position, noisy_block, noisy_position, block_anchor, block_readout,
         row, token, clean, noisy, blocks, window,
-    )  # fmt: skip
+    )
     held = tl.load(cached + row).to(tl.int32)
     row64, head64 = row.to(tl.int64), key_head.to(tl.int64)
     columns, value_columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -125,7 +125,7 @@ def step_kernel(
         total, peak, acc = _take(
             queries, base_k, base_v, kc_slot, vc_slot, at, there, visible, total, peak, acc, inner, to_base2,
             D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, PRECISION,
-        )  # fmt: skip
+        )
 
     if split == SPLITS - 1:
         base_k, base_v = k + row64 * k_row + head64 * k_head, v + row64 * v_row + head64 * v_head
@@ -138,7 +138,7 @@ def step_kernel(
             total, peak, acc = _take(
                 queries, base_k, base_v, k_slot, v_slot, at, there, visible, total, peak, acc, inner, to_base2,
                 D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, PRECISION,
-            )  # fmt: skip
+            )
         if tl.max(block, 0) >= 0:
             for start in range(0, noisy, BLOCK_N):
                 at = start + tl.arange(0, BLOCK_N)
@@ -149,17 +149,17 @@ def step_kernel(
                 total, peak, acc = _take(
                     queries, base_k, base_v, k_slot, v_slot, clean + at, other >= 0, visible, total, peak, acc, inner,
                     to_base2, D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, PRECISION,
-                )  # fmt: skip
+                )
         if tile == 0:
             documents, positions = clean_document + row64 * clean, clean_position + row64 * clean
             _write(
                 k_cache + row64 * kc_row + head64 * kc_head, base_k, kc_slot, k_slot, documents, positions, clean,
                 capacity, D, BLOCK_D, BLOCK_N,
-            )  # fmt: skip
+            )
             _write(
                 v_cache + row64 * vc_row + head64 * vc_head, base_v, vc_slot, v_slot, documents, positions, clean,
                 capacity, DV, BLOCK_DV, BLOCK_N,
-            )  # fmt: skip
+            )
 
     rows = (row64 * length + token) * (key_heads * GROUP) + head
     if SPLITS == 1:
@@ -171,14 +171,14 @@ def step_kernel(
     tl.store(
         out + rows[:, None] * DV + value_columns[None, :], acc.to(out.dtype.element_ty),
         mask=exists[:, None] & (value_columns < DV)[None, :],
-    )  # fmt: skip
+    )
 
 
 @triton.jit
 def combine_kernel(
     part, part_total, part_peak, out, rows, DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
-):  # fmt: skip
+):
     """The output of a (token, head) from its partial sums."""
     row = tl.program_id(0).to(tl.int64)
     split, columns = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_DV)

@@ -66,14 +66,14 @@ def step(
     out: Tensor = step_op(
         q, k, v, k_cache, v_cache, layout.clean_document, layout.clean_position, layout.noisy_block,
         layout.noisy_position, layout.block_anchor, layout.block_readout, layout.cached, scale, window, softcap,
-    )  # fmt: skip
+    )
     return out
 
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, layout: Layout, scale: float,
     softcap: float | None,
-) -> None:  # fmt: skip
+) -> None:
     rows, heads, length, dim = q.shape
     key_heads, value_dim, capacity = v.shape[1], v.shape[3], k_cache.shape[2]
     fits = k.shape == (rows, key_heads, length, dim) and v.shape == (rows, key_heads, length, value_dim)
@@ -115,7 +115,7 @@ def step_op(
     launch = launch_of(
         q.dtype, max(q.shape[3], v.shape[3]), q.shape[1] // max(k.shape[1], 1) * q.shape[2], k.shape[0] * k.shape[1],
         k_cache.shape[2],
-    )  # fmt: skip
+    )
     layout = (clean_document, clean_position, noisy_block, noisy_position, block_anchor, block_readout, cached)
     return run(q, k, v, k_cache, v_cache, layout, scale=scale, window=window, softcap=softcap, launch=launch)
 
@@ -133,7 +133,7 @@ def _last_stride_one(x: Tensor) -> Tensor:
 def run(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, layout: tuple[Tensor, ...], *, scale: float,
     window: int | None, softcap: float | None, launch: StepLaunch,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`step` by this launch; layout: the tensors of `step_op`, in its order."""
     rows, heads, length, dim = q.shape
     key_heads, value_dim = v.shape[1], v.shape[3]
@@ -146,7 +146,7 @@ def run(
     split = launch.splits > 1
     part = torch.empty(launch.splits, *out.shape, dtype=torch.float32, device=q.device) if split else out
     sums = [torch.empty(launch.splits * rows * length * heads if split else 0, dtype=torch.float32, device=q.device)
-            for _ in range(2)]  # fmt: skip
+            for _ in range(2)]
     group = heads // key_heads
     tiles = -(-length * group // launch.queries)
     strides = [stride for x in (q, k, v, k_cache, v_cache) for stride in x.stride()[:3]]
@@ -157,10 +157,10 @@ def run(
         GROUP=group, D=dim, DV=value_dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_DV=value_block,
         BLOCK_M=launch.queries, BLOCK_N=launch.keys, SPLITS=launch.splits, SOFTCAP=softcap is not None,
         PRECISION=precision(q), num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
+    )
     if split:
         combine_kernel[(rows * length * heads,)](
             part, *sums, out, rows * length * heads, DV=value_dim, BLOCK_DV=value_block, SPLITS=launch.splits,
             BLOCK_S=triton.next_power_of_2(launch.splits), num_warps=4,
-        )  # fmt: skip
+        )
     return out

@@ -18,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
     Case("scalar", True, True, 2, seed=1), Case("channel", True, False, 1, seed=2),
     Case("scalar", False, False, 2, seed=3), Case("none", True, True, 1, seed=4),
-]  # fmt: skip
+]
 
 
 def result_names(results: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -41,7 +41,7 @@ def test_equals_the_cached_reference(case: Case, dtype: torch.dtype) -> None:
     low = {n: None if x is None else x.detach().to(dtype) for n, x in inputs.items()}
     cache = [inputs["initial_state"].detach().float(), *(
         None if x is None else x.detach().float() for x in (pending["k"], pending["v"], pending["g"])
-    )]  # fmt: skip
+    )]
 
     def spoiled(x: Tensor | None) -> Tensor | None:
         if x is None:

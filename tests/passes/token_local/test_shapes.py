@@ -22,7 +22,7 @@ AXES: list[Axes] = [
     (), ((),), ((4,),), ((3,), (4,)), ((4,), (4,)), ((), (4,)), ((0,),), ((0,), (4,)), ((LENGTH,), (ROWS,), (4,)),
     ((ROWS, LENGTH), (4,)), TOKENS,
     *((*TOKENS, *more) for more in [((4,),), ((3,),), ((),), ((3,), (4,)), ((4,), (3,))]),
-]  # fmt: skip
+]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DTYPES = [*FLOATS, torch.int32, torch.int64, torch.bool, torch.complex64]
 NUMBERS = [0, 1, 2, -1, 5, True, 0.5, 2.0, 1j]
@@ -137,6 +137,6 @@ def test_only_views_and_mixers_run_on_meta_tensors(family: str, monkeypatch: pyt
         "reshape", "to.dtype", "slice.Tensor", "index_select", "unsqueeze", "expand", "chunk", "transpose.int",
         "select.int", "view", "type_as", "contiguous", "split_with_sizes", "alias", "copy_", "squeeze.dim", "to.device",
         "softmax.int", "new_empty",
-    }  # fmt: skip
+    }
     assert {name.removeprefix("aten::") for name in ran} <= views
     assert ran

@@ -62,7 +62,7 @@ def step(g: fx.Graph, ids: fx.Node, kind: int, i: int, j: int, x: fx.Node, y: fx
     shapes: list[list[Any]] = [
         [size(ids, 0), size(ids, 1), -1], [size(ids, 1), size(ids, 0), -1], [-1, WIDTH], [size(ids, 0), -1],
         [-1, 2, 2], [size(ids, 0), size(ids, 1), 2, 2], [-1, size(ids, 1)], [2, -1],
-    ]  # fmt: skip
+    ]
     choices = [
         lambda: call(ATEN.transpose.int, x, i, j),
         lambda: call(ATEN.permute.default, x, order),

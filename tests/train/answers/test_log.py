@@ -117,7 +117,7 @@ def linked(log: AnswerLog) -> None:
         written("data.jsonl.record.json", "[1]"), linked, lambda log: log.record.unlink(),
         lambda log: (log.out.unlink(), log.out.mkdir()),
     ],
-)  # fmt: skip
+)
 def test_files_of_others_are_never_replaced(log: AnswerLog, damage: Callable[[AnswerLog], Any]) -> None:
     go_on(log, resume=False)
     damage(log)

@@ -64,7 +64,7 @@ def gradients(found: Losses, leaves: list[Tensor | None]) -> list[Tensor]:
 @given(
     packed_rows(), st.sampled_from(sorted(RECIPES)), st.sampled_from(sorted(TAILS)), st.sampled_from([None, MASK]),
     st.booleans(), st.integers(1, 40), st.integers(0, 99),
-)  # fmt: skip
+)
 def test_values_gradients_and_metrics_are_those_of_the_logits(
     rows: list[PackedRow], name: str, tail_name: str, suppress: int | None, bias: bool, chunk: int, seed: int
 ) -> None:

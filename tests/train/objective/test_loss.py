@@ -76,7 +76,7 @@ CHOICES = {
     "tv until fail": ("draft", ["diffusion.loss=tv", "diffusion.slot_weights=accept-until-fail"]),
     "dual, el": ("dual", ["diffusion.loss=tv", "diffusion.second.loss=el"]),
     "dual, tv until fail": ("dual", ["diffusion.second.loss=tv", "diffusion.second.slot_weights=accept-until-fail"]),
-}  # fmt: skip
+}
 
 
 def diffusion_of(choice: str, *more: str) -> Diffusion:

@@ -62,7 +62,7 @@ KERNELS: dict[str, Any] = {
          ("channel_prefix_finish_digits", "channel_block_finish_digits", "channel_clean_finish_digits")),
     )
     for name in names
-}  # fmt: skip
+}
 
 
 def launch_of(p: Problem, name: str) -> ChannelLaunch:
