@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from flarec.api import Model, load
-from flarec.frontend.export import capture
+from flarec.frontend.cache import entry_of
 from flarec.ir.program import Program
 from flarec.ir.spec import TensorSpec
 from flarec.passes import lower
@@ -26,7 +26,7 @@ from flarec.train.metrics import read_metrics
 from flarec.train.prepare import Run, prepare
 from flarec.verify import Subject
 from tests.cli.conversions import write_data
-from tests.models import ALL_FAMILIES, PLAIN_FAMILIES, tiny_checkpoint, tiny_model
+from tests.models import ALL_FAMILIES, PLAIN_FAMILIES, captured, shared_model, tiny_checkpoint
 
 NAMES = (*ALL_FAMILIES, *PLAIN_FAMILIES)
 EVERY = [pytest.param(name, marks=pytest.mark.xdist_group(name), id=name) for name in NAMES]
@@ -50,13 +50,18 @@ def eager(stock_model: Any) -> Any:
 @functools.cache
 def model(family: str) -> Any:
     """The stock model, float32: do not change it."""
-    return eager(tiny_model(family))
+    return eager(shared_model(family))
 
 
 @functools.cache
 def program(family: str) -> Program:
-    """Its capture: passes change what they get, `lower` clones. The graph is kept for later captures of the family."""
-    return capture(model(family), cache=True)
+    """Its capture, the one of all tests of the process: passes change what they get, `lower` clones. The graph is
+    kept for later captures of the family."""
+    found = captured(family)
+    entry = entry_of(model(family), found.family)
+    if entry is not None:
+        entry.store(found.module, model(family))
+    return found
 
 
 @functools.cache

@@ -102,7 +102,7 @@ def assert_as_good_as_low_precision(
         assert error(grads[name], grad) <= budget or small, f"the gradient of {name}"
 
 
-@settings(max_examples=20, deadline=None, phases=NO_SHRINKING)
+@settings(max_examples=12, deadline=None, phases=NO_SHRINKING)
 @given(layout=layouts(max_block=8), case=scalar_cases)
 def test_equals_reference(layout: Layout, case: Case) -> None:
     assert_as_good_as_low_precision(case, layout, torch.float32, 16)
