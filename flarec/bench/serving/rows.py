@@ -114,11 +114,11 @@ ROWS: tuple[Case, ...] = (
         _row(f"ar-trust-rate-{c}", f"AR-Trust tokens/s to stock graph, C = {c}", _rate(c), *RATES[c], at_least=True)
         for c in REQUESTS
     ),
-    _row("drafts-auto", "--drafts auto to our causal graph, lowest", _chosen, 0.98, at_least=True),
     _row("waits", "waits for the device per step", _waits, 1.0, unit="waits"),
     _row("sampling-16", "16 rows, top-k and top-p", _sampling, 0.15, 0.08, unit="ms"),
     _row("prefill", "prefill of 8k tokens to stock", _prefill, 1.1, 0.9),
     _row("long-context", "AR-Trust step at 32k context to 512", _long, 1.2, 1.08),
+    _row("drafts-auto", "--drafts auto to our causal graph, lowest", _chosen, 0.98, at_least=True),
     _row("causal-step-8", "causal step to stock graph, C = 8", _causal(8)),
     _row("causal-step-32", "causal step to stock graph, C = 32", _causal(32)),
     _row("diffusion-trust-step-1", "Diffusion-Trust step, C = 1", _alone("diffusion-trust", 1), unit="ms"),
