@@ -67,9 +67,10 @@ def dequantise(file: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where, name = str(file.parent), file.name
-    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
-        where, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        where, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
     )
     model.config.name_or_path = ""
     model.save_pretrained(out)

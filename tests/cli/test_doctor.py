@@ -174,7 +174,7 @@ def test_a_model_that_does_not_convert(tmp_path: Path, config: dict[str, Any], w
 
 @pytest.mark.parametrize("error", [PassError, PropertyError])
 def test_a_pass_that_refuses_is_told(error: type[Exception], small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuses(program: Program, target: str) -> Program:
+    def refuses(program: Program, target: str, **options: object) -> Program:
         assert target == "train"
         raise error("a noisy token could reach a clean one")
 
@@ -243,7 +243,7 @@ def test_a_refused_site_is_told(monkeypatch: pytest.MonkeyPatch, small: Path) ->
     assert {line[1]: line[3] for line in lines} == {
         "two_stream_short_conv": "refused", "two_stream_linear_attention": "triton",
         "two_stream_softmax_attention": "triton", "cached_short_conv": "refused",
-        "cached_linear_attention": "triton", "cached_softmax_attention": "torch",
+        "cached_linear_attention": "triton", "cached_softmax_attention": "triton",
     }
     assert "width 99" in done.stdout
 

@@ -33,18 +33,35 @@ def float64(family: str) -> Program:
     return adapted(captured_float64(family))
 
 
-@functools.cache
+FROZEN: list[Program] = []
+
+
+@pytest.fixture(autouse=True)
+def thawed() -> Iterator[None]:
+    """The parameters are those of every program of the family: they learn again after a test."""
+    yield
+    for program in FROZEN:
+        program.module.requires_grad_()
+    FROZEN.clear()
+
+
 def lowered(family: str, *, exact: bool = False, split: bool = True, kernels: str = "torch") -> Program:
     """The training program with logits, its model frozen. exact: in float64."""
+    made = learning(family, exact, split, kernels)
+    FROZEN.append(made)
+    for name, parameter in made.parameters().items():
+        parameter.requires_grad_(name in made.extra)
+    return made
+
+
+@functools.cache
+def learning(family: str, exact: bool, split: bool, kernels: str) -> Program:
     left_out = {"split-head"} | (set() if split else {"split-streams"})
     steps = [
         step for step in pipeline("train", adapter=ADAPTER, mask_vector=True, kernels=kernels)
         if step.name not in left_out
     ]
-    made = lower((float64 if exact else source)(family), "train", steps=steps)
-    for name, parameter in made.parameters().items():
-        parameter.requires_grad_(name in made.extra)
-    return made
+    return lower((float64 if exact else source)(family), "train", steps=steps)
 
 
 def masked_example(seed: int) -> tuple[Tensor, Layout]:
