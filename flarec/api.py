@@ -1,11 +1,12 @@
 """The Python interface: `flarec.load(path).generate(prompt)`.
 
-A loaded model is captured and lowered once; every mode then runs on the same decode program. Models that were not
-converted decode causally.
+A loaded model is captured and lowered once; every mode then runs on the same decode program, but for causal decoding
+over an adapter, which runs the source's. Models that were not converted decode causally.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 from .base.fields import shown, whole_number
 from .base.generation import GenerationKeywords, GenerationOptions, per_prompt, takes_options
 from .checkpoint.directory import Checkpoint, context_of, open_checkpoint
-from .checkpoint.lowered import lowered
+from .checkpoint.lowered import lowered, lowered_source
 from .collector import collector_paused
 from .decode import Engine, Generation, TextStream
 from .decode.request import OnTokens, Prompts
@@ -27,6 +28,8 @@ from .device import resolve_kernels, torch_device, torch_dtype
 from .errors import CheckpointError, GenerationError, UsageError
 from .frontend.export import capture
 from .frontend.opening import Opened, modelling_code_untouched, opening_of
+from .ir.program import Program
+from .passes.adapt_noisy_stream import adapter_parameters
 from .passes.embed_mask import PARAMETER
 from .passes.plugins import load_plugins
 
@@ -106,6 +109,9 @@ class Model:
         self.program = opened.program if opened is not None else capture(hf_model, cache=cache)
         self.program.extra.update(extra or {})
         self.kernels = resolve_kernels(kernels, self.program.device)
+        self._checkpoint, self._foreign = checkpoint, bool(passes)
+        self._plain: Program | None = None
+        self._lowering = threading.Lock()
         self.decode_program = lowered(
             checkpoint, self.program, "decode", kernels=self.kernels, foreign=passes, plugins=plugins
         )
@@ -124,7 +130,16 @@ class Model:
             max_positions=context_of(self.program.config, self.tokenizer),
             suppress=suppress,
             graphs=graphs,
+            causal=self._causal if adapter_parameters(self.program) and not self._foreign else None,
         )
+
+    def _causal(self) -> Program:
+        """What runs causal decoding over an adapter: the source's own program."""
+        with self._lowering:
+            if self._plain is None:
+                plain = lowered_source(self._checkpoint, self.program, kernels=self.kernels)
+                self._plain = plain if plain is not None else self.decode_program
+        return self._plain
 
     @property
     def hf_model(self) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..ir.pipeline import Pass
 from ..ir.program import Program
-from ..passes import UnknownPass, lower, pipeline
+from ..passes import PASSES, AdaptNoisyStream, UnknownPass, lower, pipeline
 from .directory import Checkpoint
 from .manifest import Manifest
 
@@ -58,3 +58,13 @@ def lowered(
     """A captured program of the checkpoint, lowered for `target` by `pipeline_of`."""
     steps = pipeline_of(checkpoint.manifest, target, kernels=kernels, fast=fast, foreign=foreign, plugins=plugins)
     return lower(program, target, steps=steps, debug=debug)
+
+
+def lowered_source(checkpoint: Checkpoint, program: Program, *, kernels: str = "torch") -> Program | None:
+    """The decode program without the checkpoint's adapter, for steps that have no noisy rows: an adapter would compute
+    for clean rows what is thrown away. None where there is no adapter, or where passes of others may need it."""
+    steps = pipeline_of(checkpoint.manifest, "decode", kernels=kernels)
+    rest = [step for step in steps if not isinstance(step, AdaptNoisyStream)]
+    if len(rest) == len(steps) or any(step.name not in PASSES for step in rest):
+        return None
+    return lower(program, "decode", steps=rest)

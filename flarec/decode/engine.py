@@ -54,6 +54,8 @@ class Engine:
     suppress       ids that are never generated (the mask token), besides those of a request
     slots          requests that run at the same time
     graphs         "auto": steps on a CUDA device are replayed as graphs (`flarec.decode.graphs`); "off": never
+    causal         gives the program of causal decoding where that is another one, which does less for clean rows and
+                   gives their logits bit for bit; asked when it is needed
     stats          what it has done so far
     """
 
@@ -69,6 +71,7 @@ class Engine:
         suppress: Collection[int] = (),
         slots: int = SLOTS,
         graphs: str = "auto",
+        causal: Callable[[], DecodeProgram] | None = None,
     ) -> None:
         if block_size is not None:
             block_size = whole_number("block_size", block_size, GenerationError, low=1, high=max_positions)
@@ -82,6 +85,7 @@ class Engine:
                 f"cannot use readouts {unknown}; modes are {', '.join(MODES)}, readouts are {', '.join(READOUTS)}"
             )
         self.program = program
+        self._causal = causal if causal is not None else lambda: program
         self.mask_token_id = mask_token_id
         self.block_size = block_size
         self.readouts = dict(readouts)
@@ -190,7 +194,8 @@ class Engine:
         def lane(request: Request, key: Hashable) -> Lane:
             mode, suppress = self._mode(request.options), self._suppressed(request.options.suppress)
             stores = self.shelf.of(key) if self.shelf is not None else None
-            return Lane(self.program, mode, suppress, slots, chunk, self.stats, stores)
+            program = self._causal() if request.options.mode == "causal" else self.program
+            return Lane(program, mode, suppress, slots, chunk, self.stats, stores)
 
         return Scheduler(lane, key)
 

@@ -22,6 +22,8 @@ from flarec.checkpoint.directory import open_checkpoint
 from flarec.checkpoint.manifest import Manifest
 from flarec.cli import main
 from flarec.errors import CheckpointError
+from flarec.ir.program import Program
+from flarec.passes.adapt_noisy_stream import adapter_parameters
 from flarec.passes.embed_mask import PARAMETER
 from tests.checkpoints import adapted, converted, mask_vector, tree
 from tests.models import FAMILIES, tiny_checkpoint
@@ -100,6 +102,25 @@ def test_what_is_written_is_what_is_opened(family: str, made: dict[str, tuple[Pa
         if name.endswith("lora_B.weight"):
             model.program.extra[name].data.zero_()
     assert model.generate("say red", mode="diffusion-trust", max_new_tokens=8).token_ids != drafts[0.0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_causal_decoding_computes_no_adapter(family: str, made: dict[str, tuple[Path, Path]]) -> None:
+    """It runs the source's program: as fast as the source, and the same text as the program with the adapter."""
+    source, out = made[family]
+    model, options = flarec.load(out), {"mode": "causal", "max_new_tokens": 12, "seed": 3, "temperature": 1.0}
+    found = model.generate("say red", **options)
+    assert found.token_ids == flarec.load(source).generate("say red", **options).token_ids
+    program, adapter = model._causal(), adapter_parameters(model.program)
+
+    def calls(program: Program) -> int:
+        return sum(node.op == "call_function" for node in program.graph.nodes)
+
+    read = {node.target for node in program.graph.nodes if node.op == "get_attr"}
+    assert adapter and not read & adapter.keys() and model._causal() is program
+    assert calls(program) <= calls(flarec.load(source).decode_program) + 8  # the mask vector's embedding
+    model.engine._causal = lambda: model.decode_program
+    assert model.generate("say red", **options).token_ids == found.token_ids
 
 
 def test_custom_generate(made: dict[str, tuple[Path, Path]], alone: tuple[Path, Path]) -> None:
