@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ..errors import RecipeError
 from ..ir.program import Program
 from ..passes.adapt_noisy_stream import AdaptNoisyStream, new_adapter, remarks
 from ..recipe import Recipe
@@ -30,6 +31,11 @@ def start_adapter(captured: Program, recipe: Recipe, seed: int, note: Callable[[
     if adapter is None:
         return
     made = new_adapter(captured, adapter, seed)
+    if not made:
+        raise RecipeError(
+            f'adapter.targets = "{adapter.modules}" names no linear layer of this model; set it to "all-linear", or to '
+            "ends of names that `flarec inspect` shows, as q_proj+v_proj"
+        )
     captured.extra |= made
     count = sum(parameter.numel() for parameter in made.values())
     note(f"adapter: rank {adapter.rank} on {len(made) // 2} weights, {count:,} parameters; the model itself is frozen")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shlex
 import signal
 import time
 from collections.abc import Sequence
@@ -109,6 +110,7 @@ def identity_of(run: Run) -> dict[str, Any]:
         "seed": run.options.seed,
         "kernels": run.options.kernels,
         "precision": run.precision,
+        "adapter_only": run.options.adapter_only,
         "source": {"name": source.name, "sha256": source.sha256},
         "data": {
             f"{number}: {Path(source.stats.source).name}": source.fingerprint()
@@ -366,5 +368,5 @@ class _Conversion:
         for step, values in self._first_and_last().items():
             note(f"held-out {'before' if step == 0 else 'after'}: {describe_evaluation(values)}")
         note(f"checkpoint: {out}")
-        alone = f"{self.run.options.source} --adapter " if self.run.options.adapter_only else ""
-        note(f'try it: flarec generate {alone}{out} "..." --mode ar-trust')
+        words = [str(self.run.options.source), "--adapter", str(out)] if self.run.options.adapter_only else [str(out)]
+        note(f'try it: flarec generate {shlex.join(words)} "..." --mode ar-trust')

@@ -15,6 +15,7 @@ from .adapter import (
     ar_trust_is_the_source,
     clean_rows_keep_their_bits,
     is_the_source_in_transformers,
+    open_source,
     weights_are_the_sources,
 )
 from .decoding import ar_trust_is_causal, opens_in_transformers, rejected_draft_leaves_no_trace, split_is_whole
@@ -52,6 +53,8 @@ def verify(
     subject = open_subject(path, kernels=kernels, seed=seed, passes=passes, plugins=plugins, adapter=adapter)
     if source is not None and subject.adapted is None:
         raise UsageError(f"{path} has no adapter, so its model is not its source; leave the source out")
+    if source is not None:
+        open_source(subject, source)  # said before the checks, which take their time
     for check in INVARIANTS.values():
         yield check(subject)
     if subject.adapted is not None:

@@ -11,7 +11,7 @@ import torch
 from flarec import ops
 from flarec.base.generation import GenerationOptions
 from flarec.base.hashes import sha256_of
-from flarec.checkpoint.directory import open_checkpoint
+from flarec.checkpoint.directory import Checkpoint, open_checkpoint
 from flarec.checkpoint.weights import weight_files
 from flarec.decode import Engine
 from flarec.errors import CheckpointError
@@ -56,13 +56,20 @@ def clean_rows_keep_their_bits(subject: Subject, cases: int = 4) -> Result:
     return dataclasses.replace(result, bound=bound, passed=result.difference <= bound, notes=notes)
 
 
-def is_the_source_in_transformers(subject: Subject, source: str | Path, cases: int = 3) -> Result:
-    """Check 10: opened with plain transformers, in the dtype that is stored, checkpoint and source give the same logits
-    bit for bit. Raises `CheckpointError` if `source` is no model."""
+def open_source(subject: Subject, source: str | Path) -> Checkpoint:
+    """The model that is said to be the checkpoint's source. Raises `CheckpointError` if it is none."""
     assert subject.adapted is not None
     other = open_checkpoint(source)
     if other.manifest is not None:
         raise CheckpointError(f"{source} is converted itself; give the source of {subject.adapted.checkpoint.path}")
+    return other
+
+
+def is_the_source_in_transformers(subject: Subject, source: str | Path, cases: int = 3) -> Result:
+    """Check 10: opened with plain transformers, in the dtype that is stored, checkpoint and source give the same logits
+    bit for bit. Raises `CheckpointError` if `source` is no model."""
+    assert subject.adapted is not None
+    other = open_source(subject, source)
     rng = random.Random(subject.seed + 10)
     models = [checkpoint.load_model() for checkpoint in (other, subject.adapted.checkpoint)]
     largest, rows, equal = 0.0, 0, True

@@ -71,6 +71,29 @@ def test_options_of_an_adapter_need_one(place: Path) -> None:
     assert tree(place) == before
 
 
+def test_targets_that_the_model_does_not_have(place: Path) -> None:
+    before = tree(place)
+    result = flarec(*arguments(place, "no", "--set", "adapter.targets=foo"))
+    assert result.exit_code == 2
+    assert 'adapter.targets = "foo" names no linear layer of this model; set it to "all-linear"' in result.stderr
+    assert tree(place) == before
+
+
+def test_a_whole_checkpoint_is_no_adapter_alone(place: Path) -> None:
+    """What is written is part of what a run is: a complete run of the one kind is not one of the other."""
+    assert flarec(*arguments(place, "kind", "--adapter-only")).exit_code == 0
+    before = tree(place)
+    result = flarec(*arguments(place, "kind", "--resume"))
+    assert result.exit_code != 0 and "complete" not in result.stderr
+    assert tree(place) == before
+
+
+def test_a_source_that_is_none_is_said_first(place: Path) -> None:
+    assert flarec(*arguments(place, "checked")).exit_code == 0
+    result = flarec("verify", place / "checked", "--source", place / "nowhere")
+    assert result.exit_code == 2 and "nowhere" in result.stderr and "pass" not in result.stdout
+
+
 def test_an_adapter_is_no_source(place: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "flarec_noisy_rows_only": "x"}')
     result = flarec("convert", tmp_path, "--data", place / "data.jsonl", "--out", place / "no", *QUICK)
