@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass
 class DecodeStats:
-    """Since the engine was made, or since `clear`.
+    """Since the engine was made.
 
     steps, step_seconds        forwards of running requests, and the wall time with all that belongs to them
     prefills, prefill_seconds  forwards that read prompts
@@ -30,12 +29,6 @@ class DecodeStats:
     @property
     def seconds(self) -> float:
         return self.step_seconds + self.prefill_seconds
-
-    def clear(self) -> None:
-        self.__init__()  # type: ignore[misc]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def lines(self) -> list[str]:
         """For people."""

@@ -9,26 +9,7 @@ import pytest
 from flarec.checkpoint.directory import open_checkpoint
 from flarec.checkpoint.manifest import NAME, Manifest
 from flarec.errors import CheckpointError
-from tests.checkpoints import converted
 from tests.models import tiny_checkpoint, tiny_model
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(source, checkpoint) that no test changes."""
-    return converted(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture
-def copy(pair: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A checkpoint that the test may damage."""
-    for path in pair[1].rglob("*"):
-        if path.is_file():
-            target = tmp_path / "copy" / path.relative_to(pair[1])
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
-    return tmp_path / "copy"
-
 
 FILES = ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "custom_generate/generate.py"]
 

@@ -27,28 +27,11 @@ from tests.checkpoints import MASK_ROW, converted, manifest_for, mask_vector
 from tests.models import FAMILIES, VOCABULARY, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(source, checkpoint) that no test changes."""
-    return converted(tmp_path_factory.mktemp("pair"))
-
-
 @pytest.fixture
 def parts(pair: tuple[Path, Path]) -> dict[str, Any]:
     """Arguments of `write_checkpoint`, but for the destination."""
     opened = open_checkpoint(pair[0])
     return {"model": tiny_model("bamba"), "tokenizer": opened.load_tokenizer(), "manifest": manifest_for(pair[0])}
-
-
-@pytest.fixture
-def copy(pair: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A checkpoint that the test may damage."""
-    for path in pair[1].rglob("*"):
-        if path.is_file():
-            target = tmp_path / "copy" / path.relative_to(pair[1])
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
-    return tmp_path / "copy"
 
 
 def logits(model: Any) -> torch.Tensor:
