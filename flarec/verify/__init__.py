@@ -58,7 +58,7 @@ def verify(
     for check in INVARIANTS.values():
         yield check(subject)
     if subject.adapted is not None:
-        yield weights_are_the_sources(subject)
+        yield weights_are_the_sources(subject, source)
         yield clean_rows_keep_their_bits(subject)
         if source is not None:
             yield is_the_source_in_transformers(subject, source)

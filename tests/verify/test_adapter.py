@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,11 @@ def test_weights_that_changed(made: tuple[Path, Path], subject: Subject, tmp_pat
     checkpoint = dataclasses.replace(subject.adapted.checkpoint, path=tmp_path)
     other = dataclasses.replace(subject, adapted=dataclasses.replace(subject.adapted, checkpoint=checkpoint))
     assert not weights_are_the_sources(other).passed
+    # a model of the same kind that is not the source
+    assert weights_are_the_sources(subject, made[0]).passed
+    stranger = shutil.copytree(made[0], tmp_path / "stranger")
+    shutil.copy(tmp_path / "model.safetensors", stranger)
+    assert not weights_are_the_sources(subject, stranger).passed
 
 
 def test_an_adapter_on_all_rows(subject: Subject) -> None:

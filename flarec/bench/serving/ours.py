@@ -141,8 +141,9 @@ class ReplayingEngine(Engine):
     def _mode(self, options: GenerationOptions) -> Mode:
         mode = super()._mode(options)
         if isinstance(mode, ARTrustMode):
-            mode.__class__ = ReplayedAcceptance
-            mode.share = self.share  # type: ignore[attr-defined]
+            replayed = ReplayedAcceptance(mode.blocks, branches=mode.branches, policy=mode.policy)
+            replayed.share = self.share
+            return replayed
         return mode
 
 
