@@ -6,13 +6,14 @@ PIP    := $(BIN)/pip --disable-pip-version-check
 WORKERS ?= 2
 MATRIX  ?= 5.17.0 newest
 CASES   ?= 10000
+TESTS   ?= tests
 
 # One thread per process: tests run in $(WORKERS) processes, and results must not depend on how many there are.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast test-exact test-matrix test-fla test-peft pytest lint typecheck demo bench-cpu clean
+.PHONY: help install test test-fast test-search test-exact test-matrix test-fla test-peft pytest lint typecheck demo bench-cpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -37,6 +38,9 @@ pytest: $(VENV)/.installed-test lint  # after lint also under make -j: the last 
 
 test-fast: $(VENV)/.installed-test  ## the tests that are not marked slow, nothing else
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "not slow"
+
+test-search: $(VENV)/.installed-test  ## the tests by hypothesis with new random examples instead of the same ones: TESTS="tests/..."
+	FLAREC_HYPOTHESIS=search $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup $(TESTS)
 
 test-exact: $(VENV)/.installed-test  ## AR-Trust against causal decoding, all families: CASES=10000
 	$(BIN)/python -m pytest -q -s --timeout 0 tests/decode/test_exact.py --exact-cases $(CASES)

@@ -24,11 +24,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before any test module is imported
 
 # Times vary with the load of the machine, so neither a slow example nor slowly drawn data is a failure; an example that
-# fails prints how to replay it.
+# fails prints how to replay it. The default profile draws the same examples each time, so a run can be repeated;
+# `make test-search` (profile "search") draws new ones, ten times as many where a test does not set their number.
 hypothesis.settings.register_profile(
-    "flarec", deadline=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "flarec", deadline=None, print_blob=True, derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
-hypothesis.settings.load_profile("flarec")
+hypothesis.settings.register_profile(
+    "search", hypothesis.settings.get_profile("flarec"), derandomize=False, max_examples=1000
+)
+hypothesis.settings.load_profile(os.environ.get("FLAREC_HYPOTHESIS", "flarec"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
