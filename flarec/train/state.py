@@ -267,7 +267,7 @@ def _step_of(name: str) -> int:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two nested tables, in words; a key that is absent and one that is null both say "not set"."""
+    """What differs between two nested tables, in words; an absent key and a null one both say "not set"."""
     found: list[str] = []
     for key in sorted(old.keys() | new.keys()):
         before, after, name = old.get(key), new.get(key), prefix + key
