@@ -30,6 +30,7 @@ from .carried import Carried
 from .location import resolve
 from .manifest import NAME as MANIFEST
 from .manifest import Manifest, Source
+from .stated import stated, states_all
 from .weights import EXTRA, weight_files
 
 SCRIPT = "custom_generate/generate.py"
@@ -45,7 +46,8 @@ class Checkpoint:
     """A directory that was checked.
 
     manifest  None for a model that was not converted
-    foreign   the manifest stands for values of config.json or of the user: another program made this checkpoint
+    foreign   the manifest stands for values of config.json or of the user: another program made this checkpoint. One of
+              flarec's own that lost its manifest is not foreign
     adapter   the folder with the adapter's files: here or of another directory; None without an adapter
     """
 
@@ -192,9 +194,9 @@ def open_checkpoint(
     """Check a checkpoint, or a source model, before anything is loaded from it.
 
     path: a directory or a hub id. mask_token_id, block_size: for a dual-mode checkpoint that another program wrote and
-    whose config.json does not state them (`Manifest.stated`). adapter: a directory that `flarec convert` wrote with an
-    adapter for the model in `path`, which is opened with it. whole: compare all files with their hashes, weights of any
-    size too.
+    whose config.json does not state them (`flarec.checkpoint.stated`). adapter: a directory that `flarec convert` wrote
+    with an adapter for the model in `path`, which is opened with it. whole: compare all files with their hashes,
+    weights of any size too.
 
     Raises `CheckpointError` if there is no such directory, if it holds no model, and for a checkpoint with a manifest
     that is foreign, damaged or of a newer format, or with a missing or changed file; `UsageError` for the numbers.
@@ -220,14 +222,16 @@ def open_checkpoint(
     if manifest is None:
         if whole:
             raise CheckpointError(f"{directory} has no {MANIFEST}, which says what its files were: nothing to check")
-        stated = Manifest.stated(directory, mask_token_id, block_size)
-        if stated is None and _was_converted(directory):
+        manifest = stated(directory, mask_token_id, block_size)
+        own = states_all(directory)
+        if own or (manifest is None and _was_converted(directory)):
+            how = "as its config.json says, and nobody checks its files" if own else "causally only"
             warnings.warn(
-                f"{directory} was converted by flarec but has no {MANIFEST}: it decodes causally only; copy it again",
+                f"{directory} was converted by flarec but has no {MANIFEST}: it decodes {how}; copy it again",
                 FlarecWarning,
                 stacklevel=3,
             )
-        return Checkpoint(directory, stated, foreign=stated is not None)
+        return Checkpoint(directory, manifest, foreign=manifest is not None and not own)
     if mask_token_id is not None or block_size is not None:
         raise UsageError(f"{directory / MANIFEST} states the mask token and the block size; leave them out")
     manifest.check_files(directory, whole=whole)

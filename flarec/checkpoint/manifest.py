@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from ..base.files import why_no_file
 from ..base.hashes import FileEntry
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError
 from .schema import problem
 
 NAME = "flarec.json"
@@ -171,32 +171,6 @@ class Manifest:
             raise CheckpointError(f"{path} cannot be read ({error}); copy the checkpoint again") from None
         return Manifest.from_json(text, str(path))
 
-    @staticmethod
-    def stated(directory: Path, mask_token_id: int | None = None, block_size: int | None = None) -> Manifest | None:
-        """What stands in for the manifest of a dual-mode checkpoint that another program wrote; None for other models.
-
-        mask_token_id, block_size: what the user says; else what config.json says under these names. Such checkpoints
-        hold the mask token in a vocabulary row and were trained with the published objective (recipe `flare`), so both
-        modes read a block from its end. Raises `UsageError` for values that are out of range or incomplete.
-        """
-        given = {"mask_token_id": mask_token_id, "block_size": block_size}
-        lowest = {"mask_token_id": 0, "block_size": 1}
-        for name, value in given.items():
-            if value is not None and value < lowest[name]:
-                raise UsageError(f"{name} is {value}; give a whole number from {lowest[name]}")
-        in_config = _config_values(directory)
-        values: dict[str, Any] = {name: in_config.get(name) if v is None else v for name, v in given.items()}
-        unknown = [name for name, value in values.items() if type(value) is not int or value < lowest[name]]
-        if unknown and all(value is None for value in given.values()):
-            return None
-        if unknown:
-            raise UsageError(
-                f"{directory / 'config.json'} states no {unknown[0]}; give --{unknown[0].replace('_', '-')} too"
-            )
-        mask, size = int(values["mask_token_id"]), int(values["block_size"])
-        readouts = {"ar-trust": "block_end", "diffusion-trust": "block_end"}
-        return Manifest(Source(directory.resolve().name), MaskToken("row", mask), DecodeDefaults(size, readouts))
-
     def check_files(self, directory: Path, *, whole: bool = False) -> None:
         """Compare the directory with what was written. Raises `CheckpointError` naming the first file that differs.
 
@@ -212,18 +186,6 @@ class Manifest:
                 wrong = f"cannot be read ({error.strerror})"
             if wrong:
                 raise CheckpointError(f"{path} {wrong}; the checkpoint is damaged, copy it again")
-
-
-def _config_values(directory: Path) -> dict[str, Any]:
-    """config.json as it stands, the text model's values over those around them."""
-    try:
-        table = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory / 'config.json'} cannot be read ({error}); copy the model again") from None
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{directory / 'config.json'} is no table of values; copy the model again")
-    text = table.get("text_config")
-    return {**table, **(text if isinstance(text, dict) else {})}
 
 
 def _finite(value: Any) -> Any:

@@ -32,6 +32,7 @@ from .manifest import NAME as MANIFEST
 from .manifest import Manifest
 from .own import check_destination
 from .place import Place, recover
+from .stated import state
 from .weights import EXTRA, cast
 
 MAX_SHARD_SIZE = "50GB"
@@ -94,6 +95,7 @@ def write_checkpoint(
         else:
             _save_text_model(partial, model, carried)
         _suppress_mask(partial, manifest)
+        state(partial, manifest, model.config)
         if extra:
             _save_extra(partial, extra, dtype)
         return carried.describe() if carried else None

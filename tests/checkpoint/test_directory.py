@@ -303,8 +303,13 @@ def test_the_mask_token_is_no_word(copy: Path) -> None:
 
 
 def test_a_deleted_manifest_is_missed(copy: Path, pair: tuple[Path, Path]) -> None:
-    """The model still decodes causally, and somebody may want that; a source model is none of these."""
+    """What config.json states is used, and somebody may want that; a source model is none of these."""
     (copy / NAME).unlink()
+    with pytest.warns(FlarecWarning, match=r"has no flarec.json: it decodes as its config.json says"):
+        assert open_checkpoint(copy).manifest is not None
+    config = json.loads((copy / "config.json").read_text())
+    plain = {name: config[name] for name in config.keys() - {"dual_mode", "mask_token_id", "block_size"}}
+    (copy / "config.json").write_text(json.dumps(plain))
     with pytest.warns(FlarecWarning, match=r"has no flarec.json: it decodes causally only; copy it again"):
         assert open_checkpoint(copy).manifest is None
     (copy / "custom_generate" / "generate.py").unlink()

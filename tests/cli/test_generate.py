@@ -291,6 +291,7 @@ def test_a_deleted_manifest_is_one_line(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     lines = [line for line in result.stderr.splitlines() if "flarec.json" in line]
     assert lines == [
-        f"Warning: {out} was converted by flarec but has no flarec.json: it decodes causally only; copy it again"
+        f"Warning: {out} was converted by flarec but has no flarec.json: it decodes as its config.json says, and "
+        "nobody checks its files; copy it again"
     ]
-    assert "causal, 2 tokens" in result.stderr
+    assert "ar-trust, 2 tokens" in result.stderr
