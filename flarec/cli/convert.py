@@ -37,7 +37,8 @@ def command(ctx: click.Context, /, dry_run: bool, **arguments: Any) -> None:
         click.echo(plan(options, reporter).text())
         return
     try:
-        run(options, reporter)
+        if run(options, reporter) != options.output:
+            _stopped(f"Stopped: step {options.stop_after} is saved, as asked", options)
     except Interrupted as stop:
         _interrupted(f"step {stop.step} is saved", options, stop.exit_code)
     except AnswersInterrupted as stop:
@@ -45,5 +46,9 @@ def command(ctx: click.Context, /, dry_run: bool, **arguments: Any) -> None:
 
 
 def _interrupted(kept: str, options: Arguments, code: int) -> NoReturn:
-    click.echo(f"Interrupted: {kept}. Continue with\n  {resume_command('convert', options, OPTIONS)}", err=True)
+    _stopped(f"Interrupted: {kept}", options)
     sys.exit(code)
+
+
+def _stopped(what: str, options: Arguments) -> None:
+    click.echo(f"{what}. Continue with\n  {resume_command('convert', options, OPTIONS)}", err=True)

@@ -48,11 +48,12 @@ def _option(item: Field[Any], hint: Any) -> Callable[[Callable[..., Any]], Calla
 
 
 def resume_command(name: str, arguments: Any, options: Iterable[Field[Any]]) -> str:
-    """The command line that continues a run which was started with these arguments; they have the field `resume`."""
+    """The command line that continues a run which was started with these arguments, to its end; they have the field
+    `resume`."""
     words = ["flarec", name, arguments.source]
     for item in options:
         value = True if item.name == "resume" else getattr(arguments, item.name)
-        if value == item.default:
+        if value == item.default or item.name == "stop_after":
             continue
         if isinstance(value, bool):
             words.append(option_name(item))

@@ -39,11 +39,18 @@ class Arguments:
         (), "Change a recipe key, for example diffusion.block_size=8. Repeat for more.", metavar="KEY=VALUE",
         option="--set",
     )
-    steps: int | None = key(None, "Optimizer steps (optimizer.steps).")
+    steps: int | None = key(
+        None, "Optimizer steps (optimizer.steps). With --resume another number shortens or extends the run: steps that "
+        "were taken stay, and schedule and phases follow the new number.",
+    )
     max_length: int | None = key(None, "Tokens per packed row (data.max_length).")
     device: str = key("auto", "Where to train.", metavar="auto|cpu|cuda")
     seed: int = key(0, "Seed of data order and noise.", low=0, high=LARGEST)
     resume: bool = key(False, "Continue an interrupted run; give the same arguments again.")
+    stop_after: int | None = key(
+        None, "Save and end after this step, without a checkpoint; the schedule stays that of all steps. Go on with "
+        "--resume, or write what there is with `flarec finish`.", low=1, high=LARGEST, metavar="STEP",
+    )
     overwrite: bool = key(False, "Replace DIR once the new checkpoint is complete.")
     skip_bad_lines: bool = key(False, "Skip and count records that cannot be used.")
     eval_data: TEXTS = key(
@@ -96,6 +103,7 @@ class ConversionKeywords(TypedDict, total=False):
     device: str
     seed: int
     resume: bool
+    stop_after: int | None
     overwrite: bool
     skip_bad_lines: bool
     eval_data: str | Path | Sequence[str | Path]

@@ -7,9 +7,6 @@ until the finished checkpoint appears as OUT in one rename.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import shlex
 import signal
 import time
 from collections.abc import Sequence
@@ -21,24 +18,22 @@ import torch
 from ..base.fields import shows_fields
 from ..base.interrupts import Interrupts
 from ..base.lock import OutputLock, only_writer
-from ..checkpoint.directory import describe_source
-from ..checkpoint.manifest import RUN_KEY, AdapterInfo, DecodeDefaults, Manifest
-from ..checkpoint.weights import stored_dtypes
-from ..checkpoint.write import clear_left_overs, versions, write_adapter_checkpoint, write_checkpoint
+from ..checkpoint.manifest import RUN_KEY, Manifest
+from ..checkpoint.write import clear_left_overs, versions
 from ..errors import CheckpointError, TrainingError, UsageError
-from ..ir.pipeline import parse_pass
-from ..passes import PASSES, AdaptNoisyStream
+from .advice import after_training
 from .answers.step import with_answers
 from .arguments import Arguments, ConversionKeywords
+from .identity import Horizons, check_identity, check_resumable, continued, identity_of, name_of, steps_of
 from .loop import Step
 from .metrics import MetricsLog
 from .options import Options
+from .outcome import Trained, adapter_info
 from .prepare import Run, prepare
-from .progress import Reporter, describe_evaluation
-from .router import describe as describe_router
-from .router import worst
+from .progress import Reporter
+from .recorded import arguments_of, recorded_options
 from .saves import check_values
-from .state import METRICS, StateDirectory
+from .state import StateDirectory
 
 READ_EVERY = {"cpu": (1, 0), "cuda": (10, 2)}
 """By device: steps between reads of the losses, and the newest steps, left alone. A read waits for what it reads."""
@@ -65,18 +60,37 @@ def convert(
     reporter: Reporter | None = None,
     **keywords: Unpack[ConversionKeywords],
 ) -> Path:
-    """Convert a hybrid-attention model and return the checkpoint's directory. The arguments are those of `Arguments`.
+    """Convert a hybrid-attention model and return the checkpoint's directory; with `stop_after` that of the training
+    state, OUT.partial. The arguments are those of `Arguments`.
 
     Raises `UsageError` and its kin for bad input, before anything is written; `TrainingError` if training cannot go on;
-    `Interrupted` (a `KeyboardInterrupt`) after Ctrl-C or SIGTERM. A run that stopped continues with `resume=True`; one
-    that is complete stays as it is.
+    `Interrupted` (a `KeyboardInterrupt`) after Ctrl-C or SIGTERM. A run that stopped continues with `resume=True`, if
+    wanted with another number of `steps`; one that is complete stays as it is.
     """
     values: dict[str, Any] = {"source": source, "data": data, **keywords}
     return run(Options(**values), reporter or Reporter())
 
 
-def run(options: Options, reporter: Reporter) -> Path:
-    """As `convert`."""
+def finish(
+    partial: str | Path,
+    *,
+    keep: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+    reporter: Reporter | None = None,
+) -> Path:
+    """Write the checkpoint of the run in `partial` (OUT.partial) as it was saved last, and return its directory, OUT.
+
+    keep: the training state stays, so that the run can go on (`convert` with `resume` and `overwrite`); device: of the
+    held-out evaluation, default that of the run. Raises as `convert`.
+    """
+    options = recorded_options(Path(partial), overwrite=overwrite, device=device)
+    return run(options, reporter or Reporter(), written_only=True, keep=keep)
+
+
+def run(options: Options, reporter: Reporter, *, written_only: bool = False, keep: bool = False) -> Path:
+    """As `convert`, or as `finish` if the checkpoint is `written_only`."""
+    check_resumable(options, options.load_recipe())
     options = with_answers(options, reporter)
     prepared = prepare(options, reporter)
     for source in prepared.sources:
@@ -84,14 +98,14 @@ def run(options: Options, reporter: Reporter) -> Path:
     reporter.note(held_out_text(prepared))
     reporter.note(f"recipe:\n{prepared.recipe.to_toml()}".rstrip())
     out = prepared.options.output
-    _adapter_of(prepared)
+    adapter_info(prepared.options, prepared.pipelines)
     with reporter, only_writer(out) as lock:
         clear_left_overs(out, lock)
-        if prepared.options.resume and _is_complete(prepared):
+        if prepared.options.resume and _is_complete(prepared, written_only, keep):
             reporter.note(f"{out} is complete: this run ended before, nothing is left to do")
             return out
         prepared.options.check_output(prepared.source.path, locked=True)  # again: nobody else comes in between now
-        return _Conversion(prepared, reporter, lock).finish()
+        return _Conversion(prepared, reporter, lock, written_only=written_only, keep=keep).finish()
 
 
 def held_out_text(run: Run) -> str:
@@ -102,99 +116,96 @@ def held_out_text(run: Run) -> str:
     return f"{text}, there are too few: nothing is measured (name other documents with --eval-data)"
 
 
-def identity_of(run: Run) -> dict[str, Any]:
-    """What decides the result: a resumed run must agree with it."""
-    source = describe_source(run.options.source)
-    return {
-        "recipe": run.recipe.to_dict(),
-        "seed": run.options.seed,
-        "kernels": run.options.kernels,
-        "precision": run.precision,
-        "adapter_only": run.options.adapter_only,
-        "source": {"name": source.name, "sha256": source.sha256},
-        "data": {
-            f"{number}: {Path(source.stats.source).name}": source.fingerprint()
-            for number, source in enumerate(run.sources, 1)
-        },
-    }
-
-
-def _name_of(identity: dict[str, Any]) -> str:
-    """How the manifest names the run that made a checkpoint."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _is_complete(run: Run) -> bool:
+def _is_complete(run: Run, written_only: bool, keep: bool) -> bool:
     """Whether the run's checkpoint is in its place, whole, and this run will not make another; then its training state,
-    which a kill may have left, is removed."""
+    which a kill may have left, is removed (with `keep` it stays)."""
     out, directory, identity = run.options.output, run.options.state_directory, identity_of(run)
+    saved = directory.saved_step
+    stated = name_of(directory.identity, saved) if written_only else name_of(identity)
     try:
         manifest = Manifest.read(out)
-        if manifest is None or manifest.data.get(RUN_KEY) != _name_of(identity) or manifest.versions != versions():
+        if manifest is None or manifest.data.get(RUN_KEY) != stated or manifest.versions != versions():
             return False
         manifest.check_files(out)
     except CheckpointError:
         return False
     # with --overwrite, what stands there may be the result of the same run before
-    trained = directory.saved_step == run.recipe.optimizer.steps
+    trained = written_only or saved == run.recipe.optimizer.steps
     if directory.in_use and run.options.overwrite and not trained:
         return False
+    if keep:
+        return True
     with contextlib.suppress(OSError, UsageError):  # another run's state stays
         if directory.in_use:
-            directory.check_identity(identity)
+            check_identity(directory, identity, written_only=written_only)
         directory.remove()
     return True
-
-
-def _adapter_of(run: Run) -> AdapterInfo | None:
-    """The adapter that a run trains; None for one that trains the model itself. Raises `UsageError` for options that
-    only an adapter has."""
-    options = run.options
-    for line in run.pipelines["decode"].splitlines():
-        step = parse_pass(line, PASSES) if line.startswith(AdaptNoisyStream.name) else None
-        if isinstance(step, AdaptNoisyStream):
-            return AdapterInfo(step.rank, step.alpha, step.modules, alone=options.adapter_only)
-    if options.adapter_only or options.link:
-        option = "--adapter-only" if options.adapter_only else "--link"
-        raise UsageError(f"{option} is for an adapter, and this recipe trains the model itself; set adapter.rank")
-    return None
 
 
 class _Conversion:
     """A prepared run with its state directory."""
 
-    def __init__(self, run: Run, reporter: Reporter, lock: OutputLock) -> None:
+    def __init__(self, run: Run, reporter: Reporter, lock: OutputLock, *, written_only: bool, keep: bool) -> None:
         self.run = run
         self.lock = lock
         self.reporter = reporter
+        self.written_only = written_only
+        self.keep = keep
         self.trainer = run.trainer
         self.directory: StateDirectory = run.options.state_directory
         self.evaluations: dict[int, dict[str, Any]] = {}
         self.totals = {"clean_tokens": 0, "noisy_tokens": 0}
         self.last: dict[str, Any] = {}
         self.saved: int | None = None
-        self.source = describe_source(run.options.source)
         self.identity = identity_of(run)
-        self._start()
+        steps = run.recipe.optimizer.steps
+        self.horizons: Horizons = [(0, steps)]
+        self._start(steps)
+        self.end = self.trainer.step if written_only else min(steps, run.options.stop_after or steps)
         # without a save everything comes again, the first evaluation too
-        self.log = MetricsLog(self.directory.metrics, resume_at=-1 if self.saved is None else self.trainer.step)
+        resume_at = -1 if self.saved is None else self.trainer.step
+        self.log = MetricsLog(self.directory.metrics, resume_at=resume_at, evaluations=self.evaluations)
 
-    def _start(self) -> None:
+    def _start(self, steps: int) -> None:
         """Make OUT.partial/, or continue from its last save."""
-        if not self.run.options.resume:
-            self.directory.create(self.identity)
+        options = self.run.options
+        if not options.resume:
+            self.directory.create(self.identity, arguments_of(options))
             return
-        self.directory.check_identity(self.identity)
+        check_identity(
+            self.directory, self.identity, steps_free=options.steps is not None, written_only=self.written_only
+        )
+        before = self.directory.identity
         state = self.directory.latest(self.reporter.note)
         if state is None:
+            self.directory.rewrite(self.identity, arguments_of(options))
             self.reporter.note(f"{self.directory.path} has no save yet: starting from the first step")
             return
         values = state.values
-        check_values(values, self.run.recipe.optimizer.steps)
+        check_values(values, steps)
         self.trainer.load(state)
-        self.evaluations = {int(step): value for step, value in values["evaluations"].items()}
-        self.totals, self.last, self.saved = values["totals"], values["last"], self.trainer.step
-        self.reporter.note(f"continuing after step {self.trainer.step} of {self.run.recipe.optimizer.steps}")
+        step = self.trainer.step
+        self.evaluations = {int(at): value for at, value in values["evaluations"].items()}
+        self.totals, self.last, self.saved = values["totals"], values["last"], step
+        self.horizons = continued(values.get("horizons", [(0, steps_of(before))]), step, steps)
+        if self.written_only:
+            self.identity = before
+            return
+        if steps != steps_of(before):
+            self._say_horizon(steps_of(before))
+        self.directory.rewrite(self.identity, arguments_of(options))
+        self.reporter.note(f"continuing after step {step} of {steps}")
+
+    def _say_horizon(self, before: int) -> None:
+        """What another number of steps changes."""
+        optimizer, step = self.run.recipe.optimizer, self.trainer.step
+        text = f"optimizer.steps was {before} and is now {optimizer.steps}: steps 1 to {step} stay as they are"
+        if step < optimizer.steps:
+            text += (
+                f"; from step {step + 1} schedule and phases are those of {optimizer.steps} steps (lr "
+                f"{optimizer.lr_at(step):.3g} there, {optimizer.lr_at(optimizer.steps - 1):.3g} in the last)"
+            )
+        self.reporter.note(text)
 
     def finish(self) -> Path:
         """Train to the last step, write the checkpoint and remove OUT.partial/."""
@@ -203,26 +214,39 @@ class _Conversion:
         finally:
             self.log.close()
             self.reporter.end()
-        out = self._write()
-        with contextlib.suppress(OSError):  # the checkpoint is complete; what is left can be removed by hand
-            self.directory.remove()
-        self._summarise(out)
+        steps = self.run.recipe.optimizer.steps
+        if self.trainer.step < steps and not self.written_only:
+            return self.directory.path
+        early = self.trainer.step if self.written_only else None
+        precision = str(self.identity["precision"])
+        outcome = Trained(
+            self.run, name_of(self.identity, early), precision, self.trainer.step, self.horizons, self.totals,
+            self.last, self.evaluations,
+        )
+        out = outcome.write(self.directory.metrics, self.lock, self.reporter.note)
+        if not self.keep:
+            with contextlib.suppress(OSError):  # the checkpoint is complete; what is left can be removed by hand
+                self.directory.remove()
+        outcome.summarise(out, self.reporter.note)
+        for line in after_training(self.evaluations):
+            self.reporter.warn(line)
         return out
 
     def _train(self) -> None:
-        recipe, trainer = self.run.recipe, self.trainer
+        """To the end, evaluations and saves included."""
+        recipe, trainer, end = self.run.recipe, self.trainer, self.end
         steps, every = recipe.optimizer.steps, recipe.evaluation.every
         read_every, behind = READ_EVERY[trainer.program.device.type]
         pending: list[Step] = []
         with Interrupts(finish_step=True) as interrupts:
             if 0 not in self.evaluations and trainer.step == 0:
                 self._evaluate()
-            self.reporter.begin(trainer.step, steps)
+            self.reporter.begin(trainer.step, end)
             clock = time.perf_counter()
-            while trainer.step < steps and not interrupts.requested:
+            while trainer.step < end and not interrupts.requested:
                 pending.append(self._advance())
-                last = trainer.step == steps
-                evaluate = bool(every) and (trainer.step % every == 0 or last)
+                last = trainer.step == end
+                evaluate = bool(every) and (trainer.step % every == 0 or trainer.step == steps)
                 save = trainer.step % recipe.save.every == 0 or last or interrupts.requested
                 # the newest steps of an accelerator are left alone, so that it has something to do meanwhile
                 done = len(pending) - (0 if evaluate or save else behind)
@@ -234,10 +258,13 @@ class _Conversion:
                     if save:
                         self._save()
                     clock = time.perf_counter()
-            if trainer.step < steps:
+            if trainer.step < end:
                 self._read(pending, clock)
                 self._save()
                 raise Interrupted(self.directory.path, trainer.step, interrupts.signal)
+            # of a run that was shortened to what is saved, or is written early
+            if every and trainer.step not in self.evaluations and (self.written_only or trainer.step == steps):
+                self._evaluate()
 
     def _advance(self) -> Step:
         try:
@@ -280,93 +307,8 @@ class _Conversion:
     def _save(self) -> None:
         if self.saved == self.trainer.step:
             return
-        state = self.trainer.state(evaluations=self.evaluations, totals=self.totals, last=self.last)
+        state = self.trainer.state(
+            evaluations=self.evaluations, totals=self.totals, last=self.last, horizons=self.horizons
+        )
         self.directory.save(self.trainer.step, state)
         self.saved = self.trainer.step
-
-    def _write(self) -> Path:
-        run = self.run
-        run.trainer.weights.widen()
-        manifest = self._manifest()
-        extra = {name: torch.nn.Parameter(value.detach().cpu()) for name, value in run.captured.extra.items()}
-        try:
-            if manifest.adapter is not None:
-                return write_adapter_checkpoint(
-                    run.options.output,
-                    run.source.path,
-                    manifest,
-                    extra,
-                    link=run.options.link,
-                    carried=run.carried,
-                    attachments={METRICS: self.directory.metrics},
-                    overwrite=run.options.overwrite,
-                    lock=self.lock,
-                    note=self.reporter.note,
-                )
-            return write_checkpoint(
-                run.options.output,
-                run.model,
-                run.tokenizer,
-                manifest,
-                extra,
-                dtype=stored_dtypes(run.source.path, run.model),
-                max_shard_size=run.options.max_shard_size,
-                carried=run.carried,
-                attachments={METRICS: self.directory.metrics},
-                overwrite=run.options.overwrite,
-                lock=self.lock,
-            )
-        except CheckpointError as error:  # a failure here is no wrong usage: the destination was checked before
-            raise TrainingError(f"{error}; training is complete and kept, write it with --resume") from error
-
-    def _manifest(self) -> Manifest:
-        run, recipe = self.run, self.run.recipe
-        sources = {
-            f"{number}: {Path(source.stats.source).name}": {
-                "weight": source.weight,
-                "documents": source.stats.documents,
-                "tokens": source.stats.tokens,
-                "targets": source.stats.targets,
-            }
-            for number, source in enumerate(run.sources, 1)
-        }
-        steps = {"steps": recipe.optimizer.steps, "seed": run.options.seed, "held_out_documents": run.held_documents,
-                 "precision": run.precision, RUN_KEY: _name_of(self.identity)}
-        return Manifest(
-            source=self.source,
-            mask=run.mask,
-            decode=DecodeDefaults(
-                block_size=recipe.diffusion.block_size,
-                readouts=dict(recipe.readouts()),
-                confidence_threshold=recipe.decode.confidence_threshold,
-                denoising_steps=recipe.decode.denoising_steps,
-                drafts=recipe.decode.drafts,
-            ),
-            recipe=recipe.to_dict(),
-            pipelines=run.pipelines,
-            plugins=run.plugins,
-            adapter=_adapter_of(run),
-            data={"sources": sources, **steps, **self.totals},
-            metrics={
-                "ar_loss": self.last["ar_loss"],
-                "diffusion_loss": self.last["diffusion_loss"],
-                **({"router": worst(self.last["router"])} if "router" in self.last else {}),
-                "held_out": {f"step {step}": values for step, values in self._first_and_last().items()},
-            },
-        )
-
-    def _first_and_last(self) -> dict[int, dict[str, Any]]:
-        chosen = sorted({min(self.evaluations), max(self.evaluations)}) if self.evaluations else []
-        return {step: self.evaluations[step] for step in chosen}
-
-    def _summarise(self, out: Path) -> None:
-        note = self.reporter.note
-        note(f"trained {self.totals['clean_tokens']:,} tokens in {self.trainer.step:,} steps")
-        note(f"last step: AR loss {self.last['ar_loss']:.3f}, diffusion loss {self.last['diffusion_loss']:.3f}")
-        if "router" in self.last:
-            note(f"last step: {describe_router(self.last['router'])}")
-        for step, values in self._first_and_last().items():
-            note(f"held-out {'before' if step == 0 else 'after'}: {describe_evaluation(values)}")
-        note(f"checkpoint: {out}")
-        words = [str(self.run.options.source), "--adapter", str(out)] if self.run.options.adapter_only else [str(out)]
-        note(f'try it: flarec generate {shlex.join(words)} "..." --mode ar-trust')

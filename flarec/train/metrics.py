@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,18 @@ from .state import writing
 
 
 class MetricsLog:
-    """Appends to the file; what was logged after the save that a run resumes from is dropped first."""
+    """Appends to the file; what was logged after the save that a run resumes from is dropped first.
 
-    def __init__(self, path: Path, *, resume_at: int = 0) -> None:
+    evaluations: steps whose evaluation the save knows; None: all up to it.
+    """
+
+    def __init__(self, path: Path, *, resume_at: int = 0, evaluations: Collection[int] | None = None) -> None:
         self.path = path
         if reason := why_no_file(path):
             raise TrainingError(f"{path} {reason}; start again with --overwrite")
         with writing(path):
-            kept = [line for line in read_metrics(path) if line["step"] <= resume_at] if path.exists() else []
+            found = [line for line in read_metrics(path) if line["step"] <= resume_at] if path.exists() else []
+            kept = [line for line in found if "evaluation" not in line or _knows(evaluations, line["step"])]
             replace_file(path, "".join(_line(values) for values in kept), path.with_suffix(".writing"))
             # without a buffer: what a full disk refused would be tried again when the file is closed
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
@@ -34,6 +38,10 @@ class MetricsLog:
     def close(self) -> None:
         with writing(self.path):
             self._file.close()
+
+
+def _knows(evaluations: Collection[int] | None, step: int) -> bool:
+    return evaluations is None or step in evaluations
 
 
 def _line(values: Mapping[str, Any]) -> str:

@@ -31,11 +31,15 @@ class Options(Arguments):
     def state_directory(self) -> StateDirectory:
         return StateDirectory(self.output.with_name(f"{self.output.name}.partial"))
 
+    def own_recipe(self) -> Recipe:
+        """The recipe as it is without overrides. Raises `RecipeError`."""
+        return load_recipe(self.recipe)
+
     def load_recipe(self) -> Recipe:
         """The recipe with all overrides. Raises `RecipeError`."""
         short = {"optimizer.steps": self.steps, "data.max_length": self.max_length}
         given = [f"{key}={value}" for key, value in short.items() if value is not None]
-        recipe = load_recipe(self.recipe).override([*self.overrides, *given])
+        recipe = self.own_recipe().override([*self.overrides, *given])
         recipe = replace(recipe, passes=(*recipe.passes, *self.passes))
         for key, size in recipe.diffusion.block_sizes():
             if size > recipe.data.max_length:

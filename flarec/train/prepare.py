@@ -22,6 +22,7 @@ from ..passes.plugins import load_plugins
 from ..passes.split_head import SplitHead, head_refusal
 from ..recipe import Recipe
 from .adapter import adapter_of, start_adapter
+from .advice import before_training
 from .data.document import Document
 from .data.packing import RowStream
 from .data.sources import TokenSource, hold_out, load_sources, parse_source
@@ -63,6 +64,8 @@ class Run:
 def prepare(options: Options, reporter: Reporter) -> Run:
     """Check and load everything. Raises `UsageError` and its kin for bad input, `CaptureError` for an unknown model."""
     recipe = options.load_recipe()
+    for line in before_training(recipe, options.own_recipe()):
+        reporter.warn(line)
     load_plugins(options.plugins)
     device = torch_device(options.device)
     check_shard_size(options.max_shard_size)

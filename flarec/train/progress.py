@@ -30,6 +30,10 @@ class Reporter:
     def note(self, text: str) -> None:
         """One line about what happens now."""
 
+    def warn(self, text: str) -> None:
+        """One line about what is allowed and rarely wanted."""
+        self.note(f"note: {text}")
+
     def begin(self, done: int, steps: int) -> None:
         """Training starts, with `done` of `steps` steps done before."""
 

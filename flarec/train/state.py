@@ -1,6 +1,7 @@
 """The training state on disk: OUT.partial/ with the run's identity, its metrics, and the last good save.
 
-    run.json         the run's record: what it was started with (recipe, seed, data, source); a resumed run must agree
+    run.json         the run's record: what decides its result (recipe, seed, data, source), with which a resumed run
+                     must agree, and the arguments it was called with
     metrics.jsonl    one line per step and evaluation
     state-00000200/  a save (`flarec.train.saves`); the one before it is kept too, for the case that this one is damaged
     latest           the name of the last complete state directory
@@ -95,9 +96,9 @@ class StateDirectory:
         others = self._others() if whole else []
         return f"holds {others[0].name}, which no run of flarec wrote" if others else ""
 
-    def create(self, identity: Mapping[str, Any]) -> None:
-        """Make the directory, empty; `identity` is what a resumed run is compared with. An earlier run's is replaced.
-        An empty one is written into: it may be a mount point.
+    def create(self, identity: Mapping[str, Any], arguments: Mapping[str, Any] | None = None) -> None:
+        """Make the directory, empty; `identity` is what a resumed run is compared with, `arguments` what `flarec
+        finish` calls it with. An earlier run's is replaced. An empty one is written into: it may be a mount point.
 
         Raises `UsageError` if something else is in the way.
         """
@@ -107,21 +108,35 @@ class StateDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot make {self.path}: {error.strerror}; choose another --out") from error
-        table = {"record": RECORD, "format_version": RECORD_VERSION, "identity": identity}
         try:
-            with writing(self.path / RUN):
-                self._replace(RUN, json.dumps(table, indent=1, sort_keys=True))
+            self.rewrite(identity, arguments)
         except TrainingError:
             with contextlib.suppress(OSError):
                 self.remove()  # a folder without a record would be in the way of the next run
             raise
 
+    def rewrite(self, identity: Mapping[str, Any], arguments: Mapping[str, Any] | None = None) -> None:
+        """State in the record what the run is from now on."""
+        table = {"record": RECORD, "format_version": RECORD_VERSION, "identity": identity, "arguments": arguments or {}}
+        with writing(self.path / RUN):
+            self._replace(RUN, json.dumps(table, indent=1, sort_keys=True))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the run was started with. Raises `UsageError` if there is no run."""
+        self.check_own(whole=False)
+        return self._identity(self._table()) or {}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What it was called with; empty in records from before they held it."""
+        table = self._table()
+        found = table.get("arguments") if isinstance(table, dict) and table.get("record") == RECORD else None
+        return found if isinstance(found, dict) else {}
+
     def check_identity(self, identity: Mapping[str, Any]) -> None:
         """Raise `CheckpointError` naming what differs from the run that made this directory."""
-        self.check_own(whole=False)
-        stored = self._identity(self._table()) or {}
-        changed = differences(stored, json.loads(json.dumps(identity)))
-        if changed:
+        if changed := differences(self.identity, json.loads(json.dumps(identity))):
             raise CheckpointError(
                 f"{self.path} belongs to another run: {'; '.join(changed[:3])}"
                 f"{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}; resume with what the run was started "

@@ -27,8 +27,9 @@ POSITIONAL = {"source", "data"}
 GIVEN: dict[str, Any] = {
     "source": "some/model", "data": ("a.jsonl:2", "b c.jsonl"), "recipe": "draft", "out": Path("out dir"),
     "overrides": ("optimizer.lr=1e-3", "save.every=2"), "steps": 5, "max_length": 64, "device": "cpu", "seed": 7,
-    "resume": True, "overwrite": True, "skip_bad_lines": True, "eval_data": ("held.jsonl",), "kernels": "torch",
-    "max_shard_size": "5GB", "plugins": ("mine.py",), "passes": ("mine(depth=2)@after:canonicalize",),
+    "resume": True, "stop_after": 3, "overwrite": True, "skip_bad_lines": True, "eval_data": ("held.jsonl",),
+    "kernels": "torch", "max_shard_size": "5GB", "plugins": ("mine.py",),
+    "passes": ("mine(depth=2)@after:canonicalize",),
     "prompts": Path("questions.txt"), "chat": True, "samples": 3, "temperature": 0.5, "answer_tokens": 99,
     "adapter_only": True, "link": True, "debug": True,
 }
@@ -74,7 +75,8 @@ def test_a_resumed_run_has_the_same_arguments() -> None:
     arguments = Options(**{**GIVEN, "resume": False, "debug": False})
     words = shlex.split(resume_command("convert", arguments, OPTIONS))
     assert words[:3] == ["flarec", "convert", "some/model"]
-    assert parsed(words[2:]) == {name: value for name, value in GIVEN.items() if name != "debug"}
+    expected = {**GIVEN, "stop_after": None}  # it goes on to the end
+    assert parsed(words[2:]) == {name: value for name, value in expected.items() if name != "debug"}
     assert resume_command("convert", Options("m", ("d",)), OPTIONS) == "flarec convert m --data d --resume"
 
 

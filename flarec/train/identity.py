@@ -1,0 +1,136 @@
+"""What a run is: what decides its result, with which a resumed run must agree, and the number of its steps, which may
+change at a save."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..base.lock import check_free
+from ..checkpoint.directory import describe_source
+from ..checkpoint.manifest import Manifest
+from ..checkpoint.own import is_own
+from ..errors import CheckpointError, UsageError
+from ..recipe import Recipe
+from .options import Options
+from .prepare import Run
+from .state import StateDirectory, differences
+
+Horizons = list[tuple[int, int]]
+"""(first step, counted from 0, that a number of steps holds for; that number), in order."""
+
+
+def identity_of(run: Run) -> dict[str, Any]:
+    """What decides the result: a resumed run must agree with it, the number of steps apart."""
+    source = describe_source(run.options.source)
+    return {
+        "recipe": run.recipe.to_dict(),
+        "seed": run.options.seed,
+        "kernels": run.options.kernels,
+        "precision": run.precision,
+        "adapter_only": run.options.adapter_only,
+        "source": {"name": source.name, "sha256": source.sha256},
+        "data": {
+            f"{number}: {Path(source.stats.source).name}": source.fingerprint()
+            for number, source in enumerate(run.sources, 1)
+        },
+    }
+
+
+def name_of(identity: Mapping[str, Any], written_at: int | None = None) -> str:
+    """How the manifest names the run that made a checkpoint. written_at: the step of one that was written early."""
+    early = {} if written_at is None else {"written_at": written_at}
+    return hashlib.sha256(json.dumps({**identity, **early}, sort_keys=True).encode()).hexdigest()
+
+
+def with_steps(identity: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The identity of the same run with another number of steps."""
+    changed = copy.deepcopy(dict(identity))
+    changed["recipe"]["optimizer"]["steps"] = steps
+    return changed
+
+
+def steps_of(identity: Mapping[str, Any]) -> int:
+    """The number of steps in an identity. Raises `CheckpointError` if it states none."""
+    try:
+        steps = identity["recipe"]["optimizer"]["steps"]
+    except (KeyError, TypeError):
+        steps = None
+    if type(steps) is not int or steps < 1:
+        raise CheckpointError("the run's record states no number of steps; start again with --overwrite")
+    return steps
+
+
+def check_resumable(options: Options, recipe: Recipe) -> None:
+    """What small files tell about a run that is to be continued, before anything slow is done. Raises `UsageError`."""
+    after, steps, directory = options.stop_after, recipe.optimizer.steps, options.state_directory
+    if after is not None and after >= steps:
+        raise UsageError(f"--stop-after {after} is not before the last step, {steps}; leave it out, or give less")
+    if not options.resume:
+        return
+    check_free(options.output)
+    if not directory.in_use:
+        _check_not_complete(options, steps)
+        return
+    known = {"recipe": recipe.to_dict(), "seed": options.seed, "adapter_only": options.adapter_only}
+    stored = directory.identity
+    if options.steps is not None:
+        known = with_steps(known, steps_of(stored))
+    if changed := differences({key: stored.get(key) for key in known}, json.loads(json.dumps(known))):
+        raise other_run(directory.path, changed)
+    saved = directory.saved_step or 0
+    if saved > steps:
+        raise UsageError(
+            f"step {saved} is saved, so the run cannot end at step {steps}; give --steps {saved} or more "
+            f"(--steps {saved} writes the checkpoint now)"
+        )
+    if after is not None and saved >= after:
+        raise UsageError(f"step {saved} is saved already; give --stop-after a later step")
+
+
+def other_run(path: Path, changed: Sequence[str]) -> CheckpointError:
+    """What to say of a run that differs from the one in OUT.partial."""
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return CheckpointError(
+        f"{path} belongs to another run: {'; '.join(changed[:3])}{more}; resume with what the run was started with "
+        "(--steps may change the number of its steps), or start again with --overwrite"
+    )
+
+
+def _check_not_complete(options: Options, steps: int) -> None:
+    """Say that a run which ended cannot get more steps."""
+    out = options.output
+    if options.steps is None or not is_own(out):
+        return
+    manifest = Manifest.read(out)
+    stated = manifest.recipe.get("optimizer", {}).get("steps") if manifest is not None else None
+    if stated not in (None, steps):
+        raise UsageError(
+            f"{out} is complete with {stated} steps, and the training state of its run is gone: it cannot have "
+            f"{steps}; train again with --overwrite, without --resume"
+        )
+
+
+def check_identity(directory: StateDirectory, identity: Mapping[str, Any], *, steps_free: bool = False,
+                   written_only: bool = False) -> None:
+    """Raise `CheckpointError` naming what differs from the run in `directory`.
+
+    steps_free: the number of steps may differ. written_only: the run is not continued; what computes it may differ.
+    """
+    stored, now = directory.identity, dict(identity)
+    if steps_free:
+        now = with_steps(now, steps_of(stored))
+    if written_only:
+        now = {**now, **{key: stored.get(key) for key in ("kernels", "precision")}}
+    if changed := differences(stored, json.loads(json.dumps(now))):
+        raise other_run(directory.path, changed)
+
+
+def continued(horizons: Sequence[Sequence[int]], step: int, steps: int) -> Horizons:
+    """The horizons of a run that goes on behind `step` with this number of steps."""
+    kept: Horizons = [(first, count) for first, count in horizons if first < step]
+    return kept if kept and kept[-1][1] == steps else [*kept, (step, steps)]

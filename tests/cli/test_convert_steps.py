@@ -1,0 +1,152 @@
+"""A run that is stopped, shortened, extended and written out early: what was trained stays, and the record says so."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+import flarec as package
+from flarec.base.lock import OutputLock
+from flarec.checkpoint.manifest import Manifest
+from flarec.recipe import load_recipe
+from flarec.train.advice import after_training, before_training
+from flarec.train.identity import continued
+from flarec.train.metrics import read_metrics
+from tests.checkpoints import tree
+from tests.cli.conversions import QUICK, flarec, write_data
+from tests.models import tiny_checkpoint
+
+COMMAND = ["convert", "source", "--data", "data.jsonl", *QUICK, "--set", "save.every=5"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path / "data.jsonl")
+    tiny_checkpoint(tmp_path, "qwen3_5_text").rename(tmp_path / "source")
+    return tmp_path
+
+
+def manifest_of(out: Path) -> Manifest:
+    manifest = Manifest.read(out)
+    assert manifest is not None
+    manifest.check_files(out)
+    return manifest
+
+
+def test_stopped_written_out_and_shortened(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a constant rate a run that is shortened has the weights of one that was as short from its start."""
+    assert flarec(*COMMAND, "--steps", "4", "--out", "whole").exit_code == 0
+    stopped = flarec(*COMMAND, "--steps", "9", "--out", "out", "--stop-after", "2")
+    assert stopped.exit_code == 0, stopped.output
+    assert "Stopped: step 2 is saved, as asked. Continue with" in stopped.stderr
+    command = shlex.split(stopped.stderr.splitlines()[-1])[1:]
+    assert command[-1] == "--resume" and "--stop-after" not in command
+    assert not (place / "out").exists()
+
+    with OutputLock(place / "out"):
+        busy = flarec("finish", place / "out.partial")
+        assert (busy.exit_code, "is being written by process" in busy.stderr) == (2, True), busy.stderr
+    elsewhere = place / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    early = flarec("finish", place / "out.partial", "--keep")
+    assert early.exit_code == 0, early.output
+    assert "trained" in early.stderr and "in 2 of 9 steps" in early.stderr
+    monkeypatch.chdir(place)
+    manifest = manifest_of(place / "out")
+    assert (manifest.data["steps"], manifest.data["planned_steps"]) == (2, 9)
+    assert sorted(manifest.metrics["held_out"]) == ["step 0", "step 2"]
+    assert "| steps | 2 |" in (place / "out" / "README.md").read_text()
+    assert package.load(place / "out").generate("say red one", max_new_tokens=2).mode == "ar-trust"
+
+    before = tree(place)
+    for more, words in (
+        (["--steps", "1"], "step 2 is saved, so the run cannot end at step 1; give --steps 2 or more"),
+        (["--seed", "3"], "seed was 0 and is now 3"),
+        (["--stop-after", "2"], "step 2 is saved already"),
+        (["--stop-after", "9"], "--stop-after 9 is not before the last step, 9"),
+        (["--steps", "4"], "out is not empty"),
+    ):
+        result = flarec(*command, *more)
+        assert (result.exit_code, words in result.stderr) == (2, True), result.stderr
+        assert tree(place) == before
+
+    short = flarec(*command, "--steps", "4", "--overwrite")
+    assert short.exit_code == 0, short.output
+    assert "optimizer.steps was 9 and is now 4: steps 1 to 2 stay as they are; from step 3" in short.stderr
+    manifest = manifest_of(place / "out")
+    assert (manifest.data["steps"], "planned_steps" in manifest.data) == (4, False)
+    assert manifest.data["schedule_steps"] == {"from step 1": 9, "from step 3": 4}
+    assert "| schedule_steps, from step 3 | 4 |" in (place / "out" / "README.md").read_text()
+    weights = "model.safetensors"
+    assert (place / "out" / weights).read_bytes() == (place / "whole" / weights).read_bytes()
+    logged = [(line["step"], "evaluation" in line) for line in read_metrics(place / "out" / "metrics.jsonl")]
+    assert logged == [(0, True), (1, False), (2, False), (3, False), (4, False), (4, True)]
+    assert not (place / "out.partial").exists()
+
+    done = flarec(*command, "--steps", "4")
+    assert (done.exit_code, "nothing is left to do" in done.stderr) == (0, True), done.stderr
+    long = flarec(*command, "--steps", "12")
+    assert (long.exit_code, "out is complete with 4 steps" in long.stderr) == (2, True), long.stderr
+
+
+def test_extended_by_a_schedule_that_follows(place: Path) -> None:
+    """A linear decay to the new end; finishing at once is resuming at the saved step."""
+    linear = [*COMMAND, "--set", "optimizer.schedule=linear", "--set", "evaluation.every=0", "--out", "out"]
+    at = linear.index("--steps")
+    unsaid = linear[:at] + linear[at + 2 :]
+    assert flarec(*linear, "--steps", "4", "--stop-after", "2").exit_code == 0
+    long = flarec(*linear, "--steps", "8", "--resume", "--stop-after", "3")
+    assert "is now 8" in long.stderr, long.stderr
+    other = flarec(*unsaid, "--set", "optimizer.steps=7", "--resume")  # not by --steps
+    assert (other.exit_code, "recipe.optimizer.steps was 8 and is now 7" in other.stderr) == (2, True), other.stderr
+    now = flarec(*linear, "--steps", "3", "--resume")
+    assert now.exit_code == 0, now.output
+    rates = [line["lr"] for line in read_metrics(place / "out" / "metrics.jsonl")]
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.75e-3])  # (4 - step) / 4 twice, then (8 - 2) / 8
+    assert manifest_of(place / "out").data["schedule_steps"] == {"from step 1": 4, "from step 3": 8, "from step 4": 3}
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, "holds no run"),
+        (lambda path: path.mkdir(), "holds no run"),
+        (lambda path: (path.mkdir(), (path / "mine").write_text("")), "has no record of a run of flarec"),
+    ],
+)
+def test_nothing_to_finish(tmp_path: Path, make: object, words: str) -> None:
+    make(tmp_path / "out.partial")  # type: ignore[operator]
+    result = flarec("finish", tmp_path / "out.partial")
+    assert (result.exit_code, words in result.stderr) == (2, True), result.stderr
+    result = flarec("finish", tmp_path / "out")
+    assert (result.exit_code, "is not called OUT.partial" in result.stderr) == (2, True), result.stderr
+
+
+def test_horizons() -> None:
+    assert continued([(0, 40)], 12, 40) == [(0, 40)]
+    assert continued([(0, 40)], 12, 60) == [(0, 40), (12, 60)]
+    assert continued([(0, 40), (12, 60)], 12, 50) == [(0, 40), (12, 50)]  # nothing was trained with 60
+    assert continued([(0, 40), (12, 60)], 12, 40) == [(0, 40)]
+    assert continued([[0, 40]], 0, 60) == [(0, 60)]
+
+
+def test_what_is_rarely_wanted_is_said() -> None:
+    own = load_recipe("flare")
+    assert before_training(own, own) == []
+    short = own.override(["optimizer.steps=60", "optimizer.lr=1e-3"])
+    warmup, save, rate = before_training(short, own)
+    assert warmup.startswith("optimizer.warmup_steps = 100 is not shorter than the run of 60 steps")
+    assert "rises to the end, to 0.0006" in warmup
+    assert save.startswith("save.every = 200 saves nothing before the last of 60 steps")
+    assert rate == "optimizer.lr = 0.001 is 100 times the recipe's own 1e-05"
+    low = own.override(["optimizer.lr=1e-6"])
+    assert before_training(low, own) == ["optimizer.lr = 1e-06 is 1/10 of the recipe's own 1e-05"]
+
+    assert after_training({}) == after_training({200: {"ar_loss": 9.0}}) == []
+    assert after_training({0: {"ar_loss": 2.0}, 200: {"ar_loss": 2.1}}) == []
+    (line,) = after_training({0: {"ar_loss": 2.0}, 100: {"ar_loss": 3.0}, 200: {"ar_loss": 2.46}})
+    assert line.startswith("held-out AR loss rose by 23% (2.000 before, 2.460 at step 200)")
