@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -16,11 +17,13 @@ class Interrupts:
     work would go on.
 
     finish_step: the first one, or SIGTERM, only sets `requested`, and the loop stops when its running step is done; a
-    second Ctrl-C stops at once, while schedulers may send SIGTERM more than once. `signal` is the first one's number.
+    second Ctrl-C stops at once, while schedulers may send SIGTERM more than once. `signal` is the first one's number,
+    and `told` is called when it comes.
     A thread other than the main one gets no signals: there `requested` stays False.
     """
 
-    def __init__(self, *, finish_step: bool = False) -> None:
+    def __init__(self, *, finish_step: bool = False, told: Callable[[], object] = lambda: None) -> None:
+        self.told = told
         self.requested = False
         self.signal = int(signal.SIGINT)
         self.finish_step = finish_step
@@ -39,6 +42,8 @@ class Interrupts:
         first, self.requested = not self.requested, True
         if first:
             self.signal = number
+            if self.finish_step:
+                self.told()
         if not self.finish_step or (number == signal.SIGINT and not first):
             raise KeyboardInterrupt
 

@@ -25,10 +25,12 @@ from .advice import after_training
 from .answers.step import with_answers
 from .arguments import Arguments, ConversionKeywords
 from .identity import Horizons, check_identity, check_resumable, continued, identity_of, name_of, steps_of
+from .logs import LoggingReporter, ProgressCallback
 from .loop import Step
 from .metrics import MetricsLog
 from .options import Options
 from .outcome import Trained, adapter_info
+from .pace import Pace
 from .prepare import Run, prepare
 from .progress import Reporter
 from .recorded import arguments_of, recorded_options
@@ -52,23 +54,31 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
+class _EvaluationStopped(Exception):
+    """By a signal."""
+
+
 @shows_fields(Arguments)
 def convert(
     source: str | Path,
     data: str | Path | Sequence[str | Path] = (),
     *,
     reporter: Reporter | None = None,
+    progress: ProgressCallback | None = None,
     **keywords: Unpack[ConversionKeywords],
 ) -> Path:
     """Convert a hybrid-attention model and return the checkpoint's directory; with `stop_after` that of the training
     state, OUT.partial. The arguments are those of `Arguments`.
+
+    What happens goes to the logger `flarec` (INFO; advice is WARNING) and to `progress(event, values)`, see
+    `ProgressCallback`; a `reporter` stands in for both.
 
     Raises `UsageError` and its kin for bad input, before anything is written; `TrainingError` if training cannot go on;
     `Interrupted` (a `KeyboardInterrupt`) after Ctrl-C or SIGTERM. A run that stopped continues with `resume=True`, if
     wanted with another number of `steps`; one that is complete stays as it is.
     """
     values: dict[str, Any] = {"source": source, "data": data, **keywords}
-    return run(Options(**values), reporter or Reporter())
+    return run(Options(**values), reporter or LoggingReporter(progress))
 
 
 def finish(
@@ -85,7 +95,7 @@ def finish(
     held-out evaluation, default that of the run. Raises as `convert`.
     """
     options = recorded_options(Path(partial), overwrite=overwrite, device=device)
-    return run(options, reporter or Reporter(), written_only=True, keep=keep)
+    return run(options, reporter or LoggingReporter(), written_only=True, keep=keep)
 
 
 def run(options: Options, reporter: Reporter, *, written_only: bool = False, keep: bool = False) -> Path:
@@ -164,6 +174,9 @@ class _Conversion:
         self.end = self.trainer.step if written_only else min(steps, run.options.stop_after or steps)
         # without a save everything comes again, the first evaluation too
         resume_at = -1 if self.saved is None else self.trainer.step
+        self.interrupts = Interrupts(finish_step=True, told=self._say_stopping)
+        evaluated = self.run.held_out is not None
+        self.pace = Pace(self.end, run.recipe.evaluation.every if evaluated else 0, run.recipe.save.every)
         self.log = MetricsLog(self.directory.metrics, resume_at=resume_at, evaluations=self.evaluations)
 
     def _start(self, steps: int) -> None:
@@ -223,6 +236,7 @@ class _Conversion:
             self.run, name_of(self.identity, early), precision, self.trainer.step, self.horizons, self.totals,
             self.last, self.evaluations,
         )
+        self.reporter.working(f"writing {self.run.options.output}")
         out = outcome.write(self.directory.metrics, self.lock, self.reporter.note)
         if not self.keep:
             with contextlib.suppress(OSError):  # the checkpoint is complete; what is left can be removed by hand
@@ -232,39 +246,43 @@ class _Conversion:
             self.reporter.warn(line)
         return out
 
+    def _say_stopping(self) -> None:
+        self.reporter.stopping("stopping: the running step ends and the state is saved; Ctrl-C again ends at once")
+
     def _train(self) -> None:
         """To the end, evaluations and saves included."""
-        recipe, trainer, end = self.run.recipe, self.trainer, self.end
-        steps, every = recipe.optimizer.steps, recipe.evaluation.every
+        trainer, end = self.trainer, self.end
         read_every, behind = READ_EVERY[trainer.program.device.type]
         pending: list[Step] = []
-        with Interrupts(finish_step=True) as interrupts:
-            if 0 not in self.evaluations and trainer.step == 0:
-                self._evaluate()
+        with self.interrupts as interrupts:
+            self._evaluate_if_due()  # before the first step, or where a stopped run left it out
             self.reporter.begin(trainer.step, end)
             clock = time.perf_counter()
             while trainer.step < end and not interrupts.requested:
                 pending.append(self._advance())
-                last = trainer.step == end
-                evaluate = bool(every) and (trainer.step % every == 0 or trainer.step == steps)
-                save = trainer.step % recipe.save.every == 0 or last or interrupts.requested
+                evaluate = self._due(trainer.step)
+                save = trainer.step % self.run.recipe.save.every == 0 or trainer.step == end or interrupts.requested
                 # the newest steps of an accelerator are left alone, so that it has something to do meanwhile
                 done = len(pending) - (0 if evaluate or save else behind)
                 if done >= read_every or evaluate or save:
                     self._read(pending[:done], clock)
                     pending = pending[done:]
-                    if evaluate:
-                        self._evaluate()
+                    self._evaluate_if_due()
                     if save:
                         self._save()
                     clock = time.perf_counter()
-            if trainer.step < end:
+            self._evaluate_if_due()  # of a run that was shortened to what is saved, or is written early
+            if trainer.step < end or (self._due(trainer.step) and interrupts.requested):
                 self._read(pending, clock)
                 self._save()
                 raise Interrupted(self.directory.path, trainer.step, interrupts.signal)
-            # of a run that was shortened to what is saved, or is written early
-            if every and trainer.step not in self.evaluations and (self.written_only or trainer.step == steps):
-                self._evaluate()
+
+    def _due(self, step: int) -> bool:
+        """Whether the model of this step is evaluated and was not yet."""
+        every, steps = self.run.recipe.evaluation.every, self.run.recipe.optimizer.steps
+        if self.run.held_out is None or step in self.evaluations:
+            return False
+        return step % every == 0 or step == steps or self.written_only
 
     def _advance(self) -> Step:
         try:
@@ -292,14 +310,29 @@ class _Conversion:
                 self.totals[name] += line[name]
             self.log.write(line)
         self.last = lines[-1]
-        self.reporter.step(self.last)
+        self.pace.stepped(seconds)
+        self.reporter.step({**self.last, "seconds_left": self.pace.left(self.last["step"])})
 
-    def _evaluate(self) -> None:
-        if self.run.held_out is None:
+    def _evaluate_if_due(self) -> None:
+        """A signal ends the evaluation; it comes when the run goes on."""
+        step, held_out = self.trainer.step, self.run.held_out
+        if held_out is None or not self._due(step) or self.interrupts.requested:
             return
+        what = f"evaluating on {self.run.held_documents} held-out documents"
+        self.reporter.working(what)
+
+        def tick(done: int, total: int) -> None:
+            if self.interrupts.requested:
+                raise _EvaluationStopped
+            self.reporter.working(what, done, total)
+
         start = time.perf_counter()
-        values = {**self.run.held_out.measure(), "seconds": time.perf_counter() - start}
-        step = self.trainer.step
+        try:
+            measured = held_out.measure(tick)
+        except _EvaluationStopped:
+            return
+        values = {**measured, "seconds": time.perf_counter() - start}
+        self.pace.evaluated(values["seconds"])
         self.evaluations[step] = values
         self.log.write({"step": step, "evaluation": values})
         self.reporter.evaluation(step, values)
@@ -307,8 +340,10 @@ class _Conversion:
     def _save(self) -> None:
         if self.saved == self.trainer.step:
             return
+        start = time.perf_counter()
         state = self.trainer.state(
             evaluations=self.evaluations, totals=self.totals, last=self.last, horizons=self.horizons
         )
         self.directory.save(self.trainer.step, state)
         self.saved = self.trainer.step
+        self.pace.saved(time.perf_counter() - start)

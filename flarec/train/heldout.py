@@ -6,7 +6,7 @@ block of every response is fully masked and read as AR-Trust reads it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from .objective.batch import build_batches
 from .objective.head_loss import losses_of, plan_for
 from .objective.loss import Metrics, Scales
 from .objective.noise import step_generator
+
+Tick = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,19 @@ class HeldOut:
     context: int
 
     @torch.no_grad()
-    def measure(self) -> dict[str, Any]:
+    def measure(self, tick: Tick = lambda done, total: None) -> dict[str, Any]:
         """`ar_loss`, `all_masked_accuracy` and `one_minus_tv` (per slot, None where no target is), `expected_accepted`
-        length of a block (None without a whole one) and `tokens_per_forward` of greedy AR-Trust over all documents."""
-        metrics = self._probe().summary()
+        length of a block (None without a whole one) and `tokens_per_forward` of greedy AR-Trust over all documents.
+
+        tick: called after every forward with (done, total) in documents, each of which is scored and then decoded; what
+        it raises ends the measurement.
+        """
+        metrics = self._probe(tick).summary()
         names = ("ar_loss", "all_masked_accuracy", "one_minus_tv", "expected_accepted")
         named = {name: metrics[name] for name in names}
-        return {**named, "tokens_per_forward": self._tokens_per_forward()}
+        return {**named, "tokens_per_forward": self._tokens_per_forward(tick)}
 
-    def _probe(self) -> Metrics:
+    def _probe(self, tick: Tick) -> Metrics:
         recipe, readout = self.recipe, self.recipe.readouts()["ar-trust"]
         masked = Diffusion(
             block_size=recipe.diffusion.block_size, mask="all", views=1, supervise="masked-input", readout=readout,
@@ -57,6 +63,7 @@ class HeldOut:
         rows = [PackedRow((document,)) for document in self.documents]
         generator = step_generator(0, 0)  # fully masked: nothing is left to chance
         total: Metrics | None = None
+        scored = 0
         for host_batch in build_batches(
             rows, masked, self.mask.token_id, generator, micro_rows=recipe.optimizer.micro_rows
         ):
@@ -66,10 +73,12 @@ class HeldOut:
             results, *_ = self.train.results(batch.input_ids, layout=batch.layout, head_rows=batch.head_rows)
             metrics = losses_of(results, self.train, batch, plan, scales, suppress=self.mask.suppress).metrics
             total = metrics if total is None else total + metrics
+            scored += len(batch.input_ids)
+            tick(scored, 2 * len(rows))
         assert total is not None, "no held-out documents"
         return total
 
-    def _tokens_per_forward(self) -> float:
+    def _tokens_per_forward(self, tick: Tick) -> float:
         recipe = self.recipe
         engine = Engine(
             self.decode,
@@ -80,11 +89,14 @@ class HeldOut:
             max_positions=self.context,
             suppress=[] if self.mask.suppress is None else [self.mask.suppress],
         )
+        count, ended = len(self.documents), list[int]()
         results = engine.generate(
             [prompt_of(document) for document in self.documents],
             mode="ar-trust",
             max_new_tokens=recipe.evaluation.max_new_tokens,
             drafts=recipe.decode.drafts,
+            on_tokens=lambda index, tokens: tick(count + len(ended), 2 * count),
+            on_end=lambda index, generation: ended.append(index),
         )
         return sum(result.new_tokens for result in results) / sum(result.forwards for result in results)
 

@@ -98,6 +98,7 @@ def prepare(options: Options, reporter: Reporter) -> Run:
 
     reporter.note(f"loading {options.source} on {device}")
     model = source.load_model(DTYPES[precision], device)
+    reporter.note("capturing and lowering the model (a graph that was captured before is found again)")
     captured = capture(model, cache=True)
     exact = exact_weights(source, model, device) if precision == "bf16" else {}
     keep_float32(captured, exact)

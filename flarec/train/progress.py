@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -15,9 +16,9 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeRemainingColumn,
 )
 
+from .pace import in_words
 from .router import describe as describe_router
 
 PLAIN_SECONDS = 10.0
@@ -25,7 +26,7 @@ PLAIN_SECONDS = 10.0
 
 
 class Reporter:
-    """Receives notes, steps and evaluations; does nothing with them."""
+    """Receives notes, steps and evaluations; does nothing with them. One of your own overrides what it wants."""
 
     def note(self, text: str) -> None:
         """One line about what happens now."""
@@ -37,14 +38,20 @@ class Reporter:
     def begin(self, done: int, steps: int) -> None:
         """Training starts, with `done` of `steps` steps done before."""
 
+    def working(self, text: str, done: int = 0, total: int = 0) -> None:
+        """Something beside the steps: it begins (`done` is 0), or `done` of `total` parts of it are done."""
+
     def step(self, values: Mapping[str, Any]) -> None:
-        """A step's line of the log."""
+        """A step's line of the log; `seconds_left` beside it is an estimate, None at first."""
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         """A held-out evaluation."""
 
     def answers(self, done: int, total: int, text: str) -> None:
         """`done` of `total` answers of the source are written."""
+
+    def stopping(self, text: str) -> None:
+        """Ctrl-C or SIGTERM came; `text` says what happens now. Called from a signal handler: it must be short."""
 
     def end(self) -> None:
         """Training is over, for whatever reason."""
@@ -80,23 +87,31 @@ class ConsoleReporter(Reporter):
             BarColumn(bar_width=12),  # the line fits into 80 columns
             MofNCompleteColumn(),
             TextColumn("{task.fields[text]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
             console=self.console,
         )
         self._task = self._progress.add_task("", total=steps, completed=done, text="")
         self._progress.start()
 
+    def working(self, text: str, done: int = 0, total: int = 0) -> None:
+        if done:
+            text = f"{text}: {done} of {total}"
+        if self._progress is not None:
+            self._progress.update(self._task, text=text)
+        elif not done or time.monotonic() - self._last >= PLAIN_SECONDS:
+            self._last = time.monotonic()
+            self.note(text)
+
     def step(self, values: Mapping[str, Any]) -> None:
         text = f"ar {values['ar_loss']:.3f}  diffusion {values['diffusion_loss']:.3f}"
         text += f"  {values['tokens_per_second']:,.0f} tok/s"
+        left = values.get("seconds_left")
+        text += "" if left is None else f", {in_words(left)} left"
         if self._progress is not None:
             self._progress.update(self._task, completed=values["step"], text=text)
         elif time.monotonic() - self._last >= PLAIN_SECONDS or values["step"] == self._steps:
             self._last = time.monotonic()
-            left = (self._steps - values["step"]) * values["seconds"]
             router = f", {describe_router(values['router'])}" if "router" in values else ""
-            self.note(f"step {values['step']} of {self._steps}: {text}, {left:,.0f} s left{router}")
+            self.note(f"step {values['step']} of {self._steps}: {text}{router}")
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         self.note(f"held-out at step {step}: {describe_evaluation(values)}")
@@ -109,6 +124,15 @@ class ConsoleReporter(Reporter):
         elif time.monotonic() - self._last >= PLAIN_SECONDS or done == total:
             self._last = time.monotonic()
             self.note(f"answer {done:,} of {total:,}: {text}")
+
+    def stopping(self, text: str) -> None:
+        try:
+            self.console.print(text, markup=False)
+        except RuntimeError:  # the signal came while a line was being written
+            with contextlib.suppress(OSError):
+                os.write(2, f"{text}\n".encode())
+        except OSError:
+            pass
 
     def end(self) -> None:
         if self._progress is not None:

@@ -50,7 +50,7 @@ def test_a_value_for_every_argument() -> None:
 
 def test_python_shows_every_argument() -> None:
     shown = inspect.signature(convert).parameters
-    assert set(shown) == {*GIVEN, "reporter"}
+    assert set(shown) == {*GIVEN, "reporter", "progress"}
     for item in fields(Arguments):
         default = inspect.Parameter.empty if item.default is MISSING else item.default
         assert shown[item.name].default == default, item.name
