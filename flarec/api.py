@@ -19,6 +19,7 @@ from .base.fields import shown, whole_number
 from .base.generation import GenerationKeywords, GenerationOptions, per_prompt, takes_options
 from .checkpoint.directory import Checkpoint, context_of, open_checkpoint
 from .checkpoint.lowered import lowered, lowered_source
+from .checkpoint.manifest import Manifest
 from .collector import collector_paused
 from .decode import Engine, Generation, TextStream
 from .decode.request import OnTokens, Prompts
@@ -262,13 +263,8 @@ class Model:
 
     def complete(self, options: GenerationOptions) -> GenerationOptions:
         """With the checkpoint's defaults where an option is None. Raises `GenerationError` for a mode without them."""
+        check_mode(options.mode, self.manifest)
         if self.manifest is None:
-            if options.mode not in (None, "causal"):
-                raise GenerationError(
-                    f"this model is not converted, so it cannot decode in mode {options.mode}; run `flarec convert`, "
-                    "use mode causal, or give mask_token_id and block_size of a dual-mode checkpoint that another "
-                    "program wrote"
-                )
             return options.filled(mode="causal")
         defaults = self.manifest.decode
         return options.filled(
@@ -297,6 +293,15 @@ class Model:
             accepted=generation.accepted,
             seconds=generation.seconds,
             stop_reason=generation.stop_reason,
+        )
+
+
+def check_mode(mode: str | None, manifest: Manifest | None) -> None:
+    """Raise `GenerationError` for a mode that a model without a manifest does not have."""
+    if manifest is None and mode not in (None, "causal"):
+        raise GenerationError(
+            f"this model is not converted, so it cannot decode in mode {mode}; run `flarec convert`, use mode causal, "
+            "or give mask_token_id and block_size of a dual-mode checkpoint that another program wrote"
         )
 
 

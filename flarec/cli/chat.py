@@ -44,6 +44,7 @@ def command(
     model = open_model(
         checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
         passes=passes, plugins=plugins, graphs=graphs, adapter=adapter,
+        mode=options.mode, chat=True,
     )
     click.echo(HELP, err=True)
     conversation = Conversation(model, options)

@@ -53,6 +53,7 @@ def command(
     model = open_model(
         checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
         passes=passes, plugins=plugins, graphs=graphs, adapter=adapter,
+        mode=options.mode,
     )
     from flarec.evaluate import evaluate, read_examples  # slow to import, like everything below flarec.api
 

@@ -62,6 +62,7 @@ def command(
     model = open_model(
         checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
         passes=passes, plugins=plugins, graphs=graphs, adapter=adapter,
+        mode=options.mode, chat=chat or any(not isinstance(prompt, str) for prompt in prompts),
     )
     stream = len(prompts) == 1 and not as_json
     with Interrupts() as interrupts:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flarec.collector import collector_paused
+from flarec.errors import FlarecWarning
 
 if TYPE_CHECKING:
     from flarec.api import Model
@@ -17,6 +19,17 @@ def check_files(checkpoint: str, adapter: Path | None = None) -> None:
     from flarec.checkpoint.directory import open_checkpoint
 
     open_checkpoint(checkpoint, whole=True, adapter=adapter)
+
+
+def _has_template(folder: Path) -> bool:
+    """Whether the files of a tokenizer hold a chat template."""
+    if (folder / "chat_template.jinja").exists() or (folder / "additional_chat_templates").exists():
+        return True
+    return any(
+        '"chat_template"' in (folder / name).read_text(encoding="utf-8", errors="replace")
+        for name in ("tokenizer_config.json", "chat_template.json")
+        if (folder / name).is_file()
+    )
 
 
 def open_model(
@@ -31,11 +44,24 @@ def open_model(
     plugins: Sequence[str] = (),
     graphs: str = "auto",
     adapter: Path | None = None,
+    mode: str | None = None,
+    chat: bool = False,
 ) -> Model:
-    """`flarec.load`, imported here: a command calls this once it knows its arguments to be right."""
-    with collector_paused():
-        from flarec.api import load
+    """`flarec.load`, imported here: a command calls this once it knows its arguments to be right.
 
+    mode, chat: what the command needs; a model without it is refused by its small files, before the slow part.
+    """
+    with collector_paused():
+        from flarec.api import check_mode, load
+        from flarec.checkpoint.directory import open_checkpoint
+        from flarec.decode.tokenizing import encode_prompt
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FlarecWarning)  # `load` says it
+            small = open_checkpoint(checkpoint, mask_token_id=mask_token_id, block_size=block_size, adapter=adapter)
+        check_mode(mode, small.manifest)
+        if chat and not _has_template(small.path):
+            encode_prompt(small.load_tokenizer(), "", chat=True)  # its class may have a template of its own
         return load(
             checkpoint,
             dtype=dtype,

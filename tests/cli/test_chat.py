@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,16 +17,21 @@ LIMIT = ["--max-new-tokens", "8"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> api.Model:
-    return api.load(converted(tmp_path_factory.mktemp("chat"), "bamba")[1])
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return converted(tmp_path_factory.mktemp("chat"), "bamba")[1]
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> api.Model:
+    return api.load(path)
 
 
 @pytest.fixture
-def chat(model: api.Model, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def chat(path: Path, model: api.Model, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     monkeypatch.setattr(api, "load", lambda path, **options: model)
 
     def run(*lines: str) -> Result:
-        return CliRunner().invoke(main, ["chat", "CKPT", *LIMIT], input="\n".join([*lines, ""]))
+        return CliRunner().invoke(main, ["chat", str(path), *LIMIT], input="\n".join([*lines, ""]))
 
     return run
 

@@ -208,11 +208,26 @@ def test_directories_that_are_no_models(damage: Any, message: str, tmp_path: Pat
     assert "Traceback" not in result.output
 
 
-def test_a_model_that_is_not_converted(tmp_path: Path) -> None:
+def test_what_small_files_tell_is_said_before_the_model_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is not converted, a tokenizer without a chat template."""
     source = tiny_checkpoint(tmp_path, "bamba")
-    result = CliRunner().invoke(main, ["generate", str(source), "Hello", "--mode", "ar-trust"])
-    assert result.exit_code == 2
-    assert "not converted" in result.stderr and "flarec convert" in result.stderr
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "response": "b"}\n')
+
+    def load(*_: Any, **__: Any) -> api.Model:
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(api, "load", load)
+    for command in (["generate", str(source), "Hello"], ["chat", str(source)], ["eval", str(source), f"--data={data}"]):
+        result = CliRunner().invoke(main, [*command, "--mode", "ar-trust"])
+        assert result.exit_code == 2
+        assert "not converted" in result.stderr and "flarec convert" in result.stderr
+    (source / "chat_template.jinja").unlink()
+    for command in (["generate", str(source), "Hello", "--chat"], ["chat", str(source)]):
+        result = CliRunner().invoke(main, command)
+        assert (result.exit_code, "has no chat template" in result.stderr) == (2, True), result.stderr
 
 
 # --- as a process of its own
