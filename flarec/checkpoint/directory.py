@@ -22,8 +22,8 @@ from torch import nn
 from ..base.files import why_no_file
 from ..base.hashes import sha256_of
 from ..errors import CheckpointError, FlarecWarning, UsageError, first_line
-from ..frontend.loading import is_wrapper, load_model, read_config
-from ..frontend.trust import check_weights, opened
+from ..frontend.loading import is_wrapper, judge_source, load_model, read_config
+from ..frontend.trust import opened
 from .adapter import FOLDER, check_source, open_adapter, read_adapter, refuse_bare_adapter
 from .card import licence_of
 from .carried import Carried
@@ -95,9 +95,9 @@ class Checkpoint:
             raise CheckpointError(str(error)) from error
 
     def check_weights(self) -> None:
-        """Raises `CheckpointError` if the weights are pickle files, which are not opened; reads none of them."""
+        """Raises `CheckpointError` for weights that cannot be opened, told from headers and sizes; reads none."""
         try:
-            check_weights(self.path, self.load_config())
+            judge_source(self.path)
         except UsageError as error:
             raise CheckpointError(str(error)) from error
 

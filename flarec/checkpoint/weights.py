@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -12,12 +11,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError, UsageError
 from ..frontend.loading import text_name
+from ..frontend.source import headers
+from ..frontend.source.headers import INDEX as INDEX
+from ..frontend.source.headers import WEIGHTS as WEIGHTS
+from ..frontend.source.prefixes import WRAPPINGS, renamed
 from .location import resolve
 
 EXTRA = "flarec.safetensors"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -37,7 +39,7 @@ def stored_dtypes(path: str | Path, model: nn.Module) -> dict[str, torch.dtype]:
                 piece = opened.get_slice(name)
                 dtype = _DTYPES.get(piece.get_dtype())
                 if dtype is not None:
-                    found[text_name(name)] = dtype
+                    found[text_name(renamed(name, WRAPPINGS))] = dtype
                     similar.setdefault(_from_layer(name), dtype)
                     elements[dtype] += torch.Size(piece.get_shape()).numel()
     floating = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
@@ -64,16 +66,10 @@ def cast(state: Mapping[str, Tensor], dtype: torch.dtype | Mapping[str, torch.dt
 
 def weight_files(directory: Path) -> list[Path]:
     """The files that transformers loads; some directories hold the weights a second time under other names."""
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    index = directory / INDEX
-    if not index.is_file():
-        return []
     try:
-        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read ({first_line(error)}); copy the model again") from error
-    return [directory / name for name in sorted(names) if (directory / name).is_file()]
+        return [path for path in headers.weight_files(directory) if path.is_file()]
+    except UsageError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _from_layer(name: str) -> str:

@@ -24,6 +24,8 @@ from ..base.files import flush_tree
 from ..base.hashes import FileEntry
 from ..base.lock import OutputLock, held
 from ..errors import CheckpointError, UsageError, first_line
+from ..frontend.loading import read_config
+from ..frontend.source.ties import TIE
 from .adapter import FOLDER, place_source, write_adapter
 from .card import model_card
 from .carried import Carried
@@ -208,6 +210,10 @@ def _save_text_model(directory: Path, model: Any, carried: Carried) -> None:
     _save_model(saved, model, None, MAX_SHARD_SIZE)
     carried.write(directory, saved, model.state_dict())
     shutil.rmtree(saved)
+    tied = bool(model.config.tie_word_embeddings)
+    if bool(getattr(read_config(directory), TIE, tied)) != tied:  # what the files hold decides: say so to transformers
+        inner = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("text_config", {})
+        _edit_json(directory / "config.json", {TIE: tied, "text_config": {**inner, TIE: tied}})
 
 
 def _suppress_mask(directory: Path, manifest: Manifest) -> None:

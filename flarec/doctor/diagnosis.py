@@ -12,6 +12,7 @@ import torch
 
 from flarec.errors import CaptureError, PassError, PropertyError, UsageError
 from flarec.frontend.export import capture
+from flarec.frontend.loading import meta_model
 from flarec.inspect import summarize
 from flarec.passes import lower
 from flarec.recipe import Recipe
@@ -21,7 +22,7 @@ from flarec.train.precision import DTYPES, resolve_precision
 from .estimates import estimated
 from .kernels import availability, sites
 from .report import Report
-from .source import anatomy, located, open_meta, wrapper_of
+from .source import anatomy, judged, located, open_meta, wrapper_of
 
 NOT_CONVERTED = (CaptureError, PassError, PropertyError)
 
@@ -64,7 +65,7 @@ def diagnose(
     )
     with located(source) as location:
         try:
-            model = _opened(source, location, train_dtype)
+            model = _opened(source, location, train_dtype, say)
             wrapper = wrapper_of(location)
             report = replace(report, anatomy=anatomy(model, None, wrapper))
             say(f"capturing {type(model).__name__}")
@@ -97,11 +98,14 @@ def _check_sizes(length: int, batch: int, recipe: Recipe) -> None:
         )
 
 
-def _opened(source: str, location: str, dtype: torch.dtype) -> Any:
+def _opened(source: str, location: str, dtype: torch.dtype, say: Callable[[str], None]) -> Any:
     """The model on the meta device. Raises `CaptureError` for one that transformers does not open, `UsageError` for a
-    hub id that cannot be fetched."""
+    hub id that cannot be fetched. `say` is told what is unusual of it."""
     try:
-        return open_meta(location, dtype)
+        facts = judged(location)
+        for note in facts.notes:
+            say(note)
+        return meta_model(facts.text, dtype)
     except UsageError as error:
         if not Path(source).exists():
             raise

@@ -15,10 +15,9 @@ from torch import nn
 
 from flarec.checkpoint.location import HUB_ID
 from flarec.errors import UsageError
-from flarec.frontend.export import load_model
 from flarec.frontend.families import FAMILIES, family_of
-from flarec.frontend.loading import is_wrapper, read_config
-from flarec.frontend.trust import check_weights
+from flarec.frontend.loading import is_wrapper, judge_source, meta_model, read_config
+from flarec.frontend.source.check import SourceFacts
 from flarec.inspect.summary import Summary
 
 from .report import Anatomy
@@ -46,10 +45,14 @@ def located(source: str) -> Iterator[str]:
     yield source
 
 
+def judged(location: str) -> SourceFacts:
+    """What is known of a source before its weights are read. Raises `UsageError` for one that is not opened."""
+    return judge_source(location, weights=False)
+
+
 def open_meta(location: str, dtype: torch.dtype | None) -> Any:
-    """The model on the meta device; `dtype` None: as stored. Raises `UsageError` for weights that are not opened."""
-    check_weights(location, read_config(location))
-    return load_model(location, dtype, "meta")
+    """The model on the meta device; `dtype` None: as stored. Raises `UsageError` for a source that is not opened."""
+    return meta_model(judged(location).text, dtype)
 
 
 def wrapper_of(location: str) -> str:

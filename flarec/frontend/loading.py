@@ -11,21 +11,22 @@ Nothing of a source is executed, and nobody is asked whether it may be (`flarec.
 from __future__ import annotations
 
 import copy
-import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import CaptureError, UsageError
+from ..errors import CaptureError, FlarecWarning, UsageError
 from .families import family_of
 from .fla.families import prepare, without_flash_attention
+from .source.check import SourceFacts, examine
+from .source.headers import WEIGHTS
+from .source.prefixes import TEXT_PREFIXES, renamed
+from .source.ties import claimed
 from .trust import check_config, check_weights, config_table, made, opened
-
-TEXT_PREFIXES = {r"^language_model\.model\.": "model.", r"^language_model\.lm_head\.": "lm_head.",
-                 r"^model\.language_model\.": "model."}
-"""Names of the text model's tensors in the files of wrappers (both layouts in use) -> names in its own class."""
 
 
 def read_config(path: str | Path) -> Any:
@@ -46,15 +47,16 @@ def is_wrapper(config: Any) -> bool:
     return "text_config" in getattr(config, "sub_configs", {}) and getattr(config, "text_config", None) is not None
 
 
-def text_config_of(config: Any) -> Any:
+def text_config_of(config: Any, table: Mapping[str, Any] | None = None) -> Any:
     """The configuration of the causal LM: the given one, or a copy of a wrapper's `text_config`.
 
     Whether the head is tied to the embedding is the wrapper's decision, and often only the wrapper states a dtype.
+    table: config.json, which shows what was stated and what is a default.
     """
     if not is_wrapper(config):
         return config
     text = copy.deepcopy(config.text_config)
-    text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", text.tie_word_embeddings))
+    text.tie_word_embeddings = claimed(table if table is not None else config.to_dict(), config, text)
     if text.dtype is None:
         text.dtype = config.dtype
     return text
@@ -63,17 +65,48 @@ def text_config_of(config: Any) -> Any:
 def text_name(name: str) -> str:
     """The name in the text model's class of a tensor in a wrapper's files; other names stay as they are."""
     for pattern, replacement in TEXT_PREFIXES.items():
-        name, count = re.subn(pattern, replacement, name)
-        if count:
-            break
+        if (found := renamed(name, {pattern: replacement})) != name:
+            return found
     return name
+
+
+def judge_source(path: str | Path, *, weights: bool = True) -> SourceFacts:
+    """Judge a source by its configuration and the headers of its files (`flarec.frontend.source.check`).
+
+    weights: refuse a directory that holds a configuration alone. Raises `UsageError` for a source that cannot be
+    opened, `CaptureError` for a family that cannot be captured.
+    """
+    name = str(path)
+    whole = read_config(name)
+    table = config_table(name)
+    text = text_config_of(whole, table)
+    family_of(text)
+    check_weights(name, whole)
+    try:
+        facts = examine(name, table, whole, text, _empty)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_open(path, error) from error
+    if weights and not facts.weights:
+        raise UsageError(f"{name} holds no weights (no {WEIGHTS} and no index of shards); copy the model again")
+    return facts
+
+
+def _empty(config: Any) -> Any:
+    """The model of a configuration, without numbers."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), without_flash_attention():
+        model = made(AutoModelForCausalLM, config, dtype=config.dtype or torch.float32)
+    model.tie_weights()
+    return model
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None, device: torch.device | str) -> Any:
     """Open a causal LM from a directory or hub id; never with remote code. On "meta" only the configuration is read.
 
-    Of a multimodal checkpoint the text model is opened. Raises `UsageError` for a path that holds no such model or not
-    all of its weights, `CaptureError` for a family that cannot be captured.
+    Of a multimodal checkpoint the text model is opened. What is unusual of a source is told as a `FlarecWarning`.
+    Raises `UsageError` for a path that holds no such model or not all of its weights, `CaptureError` for a family that
+    cannot be captured.
     """
     from transformers import AutoModelForCausalLM
 
@@ -82,25 +115,47 @@ def load_model(path: str | Path, dtype: torch.dtype | None, device: torch.device
         raise UsageError(
             f"{name} is not a model directory (no config.json); give a Hugging Face model directory or hub id"
         )
-    whole = read_config(name)
-    config = text_config_of(whole)
-    family_of(config)
+    if torch.device(device).type == "meta":
+        config = text_config_of(read_config(name), _table(name))
+        return meta_model(config, dtype)
+    facts = judge_source(name)
+    for note in facts.notes:
+        warnings.warn(note, FlarecWarning, stacklevel=2)
     try:
-        if torch.device(device).type == "meta":
-            with torch.device("meta"), without_flash_attention():
-                return made(AutoModelForCausalLM, config, dtype=dtype or config.dtype or torch.float32)
-        wrapper = {"config": config, "key_mapping": TEXT_PREFIXES} if is_wrapper(whole) else {}
-        check_weights(name, whole)
         with without_flash_attention():
             wanted: Any = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
-            model, info = opened(AutoModelForCausalLM, name, **wanted, **wrapper)
+            if facts.mapping:
+                wanted["key_mapping"] = dict(facts.mapping)
+            if facts.config is not None:
+                wanted["config"] = facts.config
+            model, info = opened(AutoModelForCausalLM, name, **wanted)
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_open(path, error) from error
     if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UsageError(f"{name} holds no weights for {', '.join(missing[:3])}{more}; copy the model again")
+        raise UsageError(f"{name} holds no weights for {', '.join(missing[:3])}; copy the model again")
+    if facts.mapping and not facts.wrapper:
+        model._weight_conversions = None  # else the names would be written as they were stored
     check_rotary(model)
     return model.to(device)
+
+
+def meta_model(config: Any, dtype: torch.dtype | None) -> Any:
+    """The model of a text configuration on the meta device, in `dtype` (None: as the configuration states)."""
+    from transformers import AutoModelForCausalLM
+
+    family_of(config)
+    try:
+        with torch.device("meta"), without_flash_attention():
+            return made(AutoModelForCausalLM, config, dtype=dtype or config.dtype or torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_open(str(config.name_or_path), error) from error
+
+
+def _table(path: str) -> Mapping[str, Any]:
+    try:
+        return config_table(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_open(path, error) from error
 
 
 def text_model_of(model: nn.Module) -> nn.Module:

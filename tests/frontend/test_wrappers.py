@@ -16,11 +16,12 @@ import flarec as package
 from flarec.checkpoint.directory import open_checkpoint
 from flarec.checkpoint.weights import stored_dtypes
 from flarec.checkpoint.write import write_checkpoint
-from flarec.errors import CaptureError, CheckpointError
+from flarec.errors import CaptureError, CheckpointError, FlarecWarning
 from flarec.frontend.export import capture
 from flarec.frontend.loading import text_name
 from tests.checkpoints import manifest_for
 from tests.cli.conversions import QUICK, flarec, write_data
+from tests.frontend.source.sources import configure, rewrite
 from tests.models import tiny_tokenizer
 from tests.wrappers import IMAGE, PREDICTION, VISION_END, WRAPPERS, all_tensors, tiny_wrapper
 
@@ -207,6 +208,38 @@ def test_a_tied_head_that_is_stored_all_the_same_is_not_left_behind(tmp_path: Pa
     written = all_tensors(out)
     assert torch.equal(written[embedding], tensors[embedding] + 1.0)
     assert torch.equal(written[head], written[embedding])
+
+
+def test_where_the_outer_key_is_absent_the_inner_one_says_whether_the_head_is_tied(tmp_path: Path) -> None:
+    """transformers takes the outer default, and would draw a head; what is written says it in both places."""
+    source = tiny_wrapper(tmp_path)
+    rewrite(source, lambda every: {name: value for name, value in every.items() if "lm_head" not in name})
+    table = json.loads((source / "config.json").read_text())
+    configure(source, tie_word_embeddings=..., text_config=table["text_config"] | {"tie_word_embeddings": True})
+    checkpoint = open_checkpoint(source)
+    model = checkpoint.load_model(torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    out = write_checkpoint(
+        tmp_path / "out", model, checkpoint.load_tokenizer(), manifest_for(source), carried=checkpoint.carried(model)
+    )
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
+    assert difference(logits(opened(out), input_ids=IDS), logits(model, input_ids=IDS)) < 1e-6
+
+
+def test_a_head_of_its_own_is_written_as_one(tmp_path: Path) -> None:
+    source = tiny_wrapper(tmp_path, "gemma3")
+    head = torch.randn(512, 64, generator=torch.Generator().manual_seed(3)) / 8
+    rewrite(source, lambda every: {**every, "language_model.lm_head.weight": head})
+    checkpoint = open_checkpoint(source)
+    with pytest.warns(FlarecWarning, match="holds a head that is not the embedding"):
+        model = checkpoint.load_model(torch.float32)
+    out = write_checkpoint(
+        tmp_path / "out", model, checkpoint.load_tokenizer(), manifest_for(source), carried=checkpoint.carried(model)
+    )
+    table = json.loads((out / "config.json").read_text())
+    assert table["tie_word_embeddings"] is table["text_config"]["tie_word_embeddings"] is False
+    assert torch.equal(all_tensors(out)["language_model.lm_head.weight"], head)
+    assert difference(logits(opened(out), input_ids=IDS), logits(model, input_ids=IDS)) < 1e-6
 
 
 def test_weights_that_do_not_fit_back_are_an_error(tmp_path: Path) -> None:
