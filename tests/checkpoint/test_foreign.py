@@ -202,4 +202,4 @@ def test_tensors_that_transformers_passes_over_are_named(tmp_path: Path) -> None
     weights.write_bytes(weights.read_bytes()[:100])
     result = flarec("convert", source, "--data", data, "--out", tmp_path / "again", "--recipe", "dual", *QUICK)
     assert result.exit_code == CheckpointError.exit_code
-    assert "model.safetensors cannot be read" in result.output
+    assert "model.safetensors is truncated" in result.output
