@@ -23,7 +23,7 @@ from .objective.head_loss import losses_of, plan_for
 from .objective.loss import Metrics, Scales
 from .objective.noise import step_generator
 
-Tick = Callable[[int, int], object]
+Tick = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
