@@ -11,12 +11,15 @@ from typing import Any
 from flarec import recipes
 
 from ..errors import RecipeError
+from . import aliases
+from .aliases import Reading
 from .sections import Recipe
 
 
-def load_recipe(name_or_path: str | Path) -> Recipe:
-    """A built-in recipe by name, or one from a TOML file. Raises `RecipeError` naming the recipe or file."""
-    table = _table(str(name_or_path), Path(), ())
+def load_recipe(name_or_path: str | Path, reading: Reading | None = None) -> Recipe:
+    """A built-in recipe by name, or one from a TOML file, in which keys may have their names in transformers (what they
+    became is noted in `reading`). Raises `RecipeError` naming the recipe or file."""
+    table = _table(str(name_or_path), Path(), (), reading or Reading())
     try:
         return Recipe.from_dict(table)
     except RecipeError as error:
@@ -25,13 +28,13 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 def recipe_files(name_or_path: str | Path) -> list[Path]:
     """The TOML files that a recipe is read from, its bases included; none for a built-in one. Raises `RecipeError`."""
-    files: list[Path] = []
-    _table(str(name_or_path), Path(), (), files)
-    return files
+    reading = Reading()
+    _table(str(name_or_path), Path(), (), reading)
+    return reading.files
 
 
-def _table(source: str, folder: Path, seen: tuple[str, ...], files: list[Path] | None = None) -> dict[str, Any]:
-    """The merged tables of a recipe and its bases; `folder` is where relative paths start. `files` gets those read."""
+def _table(source: str, folder: Path, seen: tuple[str, ...], reading: Reading) -> dict[str, Any]:
+    """The merged tables of a recipe and its bases; `folder` is where relative paths start."""
     if source in recipes.NAMES:
         identity, text, folder = source, recipes.read(source), Path()
     else:
@@ -45,8 +48,7 @@ def _table(source: str, folder: Path, seen: tuple[str, ...], files: list[Path] |
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"recipe {path}: cannot be read ({error})") from None
-        if files is not None:
-            files.append(path)
+        reading.files.append(path)
     if identity in seen:
         raise RecipeError(f"recipe {source} is its own base; remove one `base` line")
     try:
@@ -56,11 +58,33 @@ def _table(source: str, folder: Path, seen: tuple[str, ...], files: list[Path] |
     base = table.pop("base", None)
     if source not in recipes.NAMES:
         table.setdefault("name", Path(source).stem)
-    if base is None:
-        return table
-    if not isinstance(base, str):
+    if base is not None and not isinstance(base, str):
         raise RecipeError(f"recipe {source}: base = {base!r} is not text; give a recipe's name or a path")
-    return _merge(_table(base, folder, (*seen, identity), files), table)
+    below = {} if base is None else _table(base, folder, (*seen, identity), reading)
+    try:
+        return _merge(below, _without_aliases(table, below, reading))
+    except RecipeError as error:
+        raise RecipeError(f"recipe {source}: {error}") from None
+
+
+def _without_aliases(table: dict[str, Any], below: dict[str, Any], reading: Reading) -> dict[str, Any]:
+    """A file's table in own keys."""
+    given = {name: value for name, value in table.items() if name in aliases.NAMES and not isinstance(value, dict)}
+    own = {name: value for name, value in table.items() if name not in given}
+    defaults = _leaves(Recipe().to_dict())
+    found = aliases.translated(given, _leaves(own), lambda path: _leaves(below).get(path, defaults[path]), reading)
+    for path, value in found.items():
+        section, name = path.split(".")
+        own = _merge(own, {section: {name: value}})
+    return own
+
+
+def _leaves(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted path."""
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -59,3 +59,21 @@ def coerce(path: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any
     if not good:
         raise RecipeError(f"{path} = {shown(value)} is not allowed; give {allowed_values(hint, metadata)}")
     return result
+
+
+def keys_of(cls: Any, prefix: str = "") -> Iterator[tuple[str, tuple[str, Any, Mapping[str, Any]]]]:
+    """(dotted path, (name, type, metadata)) of every key; a section's own keys come before its subsections."""
+    hints = types_of(cls)
+    leaves = [item for item in fields(cls) if not is_dataclass(hints[item.name])]
+    for item in leaves:
+        yield prefix + item.name, (item.name, hints[item.name], item.metadata)
+    for item in fields(cls):
+        if is_dataclass(hints[item.name]):
+            yield from keys_of(hints[item.name], f"{prefix}{item.name}.")
+
+
+def value_of(recipe: Any, path: str) -> Any:
+    """The value of a dotted path."""
+    for part in path.split("."):
+        recipe = getattr(recipe, part)
+    return recipe

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -17,7 +17,9 @@ import tomli_w
 
 from ..base.fields import LARGEST_BLOCK, allowed_values, key
 from ..errors import RecipeError
-from .keys import coerce, parse_value, plain_values, types_of
+from . import aliases
+from .aliases import Reading
+from .keys import coerce, keys_of, parse_value, plain_values, types_of, value_of
 from .phases import phases, value_at
 
 Readout = Literal["block_end", "causal"]
@@ -234,6 +236,7 @@ class Optimizer(Section):
     eps: float = key(1e-8, "AdamW's epsilon", above=0)
     weight_decay: float = key(0.0, "AdamW's decoupled weight decay", low=0)
     warmup_steps: int = key(100, "steps of linear warmup; 0 for none", low=0)
+    warmup_ratio: float = key(0.0, "warmup as a part of the steps, instead of warmup_steps; 0 for none", low=0, high=1)
     schedule: Literal["constant", "linear", "cosine"] = key(
         "constant", "after the warmup: constant, or a decay to 0 at the last step (linear, cosine)"
     )
@@ -252,13 +255,18 @@ class Optimizer(Section):
                 f"{self.micro_rows}; choose values that divide"
             )
 
+    @property
+    def warmup(self) -> int:
+        """Steps of warmup."""
+        return math.ceil(self.warmup_ratio * self.steps) if self.warmup_ratio else self.warmup_steps
+
     def lr_at(self, step: int) -> float:
         """Learning rate of optimizer step `step`, counted from 0."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
         if self.schedule == "constant":
             return self.lr
-        left = (self.steps - step) / max(1, self.steps - self.warmup_steps)
+        left = (self.steps - step) / max(1, self.steps - self.warmup)
         left = min(1.0, max(0.0, left))
         return self.lr * (left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
 
@@ -288,6 +296,7 @@ class Save(Section):
 
     path: ClassVar[str] = "save"
     every: int = key(200, "steps between saves of the training state; an interruption loses at most this much", low=1)
+    total_limit: int = key(2, "saves that are kept, the newest; the one before stands in for a damaged one", low=2)
 
 
 @dataclass(frozen=True)
@@ -378,21 +387,28 @@ class Recipe(Section):
             "diffusion-trust": denoise if chosen.diffusion_trust_readout == "auto" else chosen.diffusion_trust_readout,
         }
 
-    def override(self, assignments: Sequence[str]) -> Recipe:
-        """A recipe with `key=value` strings applied together, for example `diffusion.block_size=8`.
+    def override(self, assignments: Sequence[str], reading: Reading | None = None) -> Recipe:
+        """A recipe with `key=value` strings applied together, for example `diffusion.block_size=8`; names of
+        transformers are keys too (`aliases`), and what they became is noted in `reading`.
 
         Raises `RecipeError` for a missing "=", an unknown key (with the nearest name) or a value out of range.
         """
-        table = self.to_dict()
+        table, own, given = self.to_dict(), dict[str, Any](), dict[str, Any]()
         for assignment in assignments:
             path, equals, text = assignment.partition("=")
             path, text = path.strip(), text.strip()
             if not equals:
                 raise RecipeError(f'cannot read "{assignment}": write key=value, for example diffusion.block_size=4')
+            if path in aliases.NAMES:
+                given[path] = parse_value(path, text, Any)
+            else:
+                own[path] = parse_value(path, text, _find(path)[1])
+        own |= aliases.translated(given, own, lambda path: value_of(self, path), reading)
+        for path, value in own.items():
             section, (name, hint, metadata) = table, _find(path)
             for part in path.split(".")[:-1]:
                 section = section[part]
-            section[name] = coerce(path, parse_value(path, text, hint), hint, metadata)
+            section[name] = coerce(path, value, hint, metadata)
         return Recipe.from_dict(table)
 
     def to_dict(self) -> dict[str, Any]:
@@ -414,8 +430,8 @@ class Recipe(Section):
     def describe(self) -> list[RecipeKey]:
         """Every key with its value in this recipe, its documentation and what is allowed, in file order."""
         return [
-            RecipeKey(path, _lookup(self, path), f"{metadata['doc']} [{allowed_values(hint, metadata)}]".lstrip())
-            for path, (_, hint, metadata) in _keys(Recipe)
+            RecipeKey(path, value_of(self, path), f"{metadata['doc']} [{allowed_values(hint, metadata)}]".lstrip())
+            for path, (_, hint, metadata) in keys_of(Recipe)
         ]
 
 
@@ -432,33 +448,16 @@ def recipe_from_toml(text: str) -> Recipe:
     return Recipe.from_dict(tomllib.loads(text))
 
 
-def _keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, tuple[str, Any, Mapping[str, Any]]]]:
-    """(dotted path, (name, type, metadata)) of every key; a section's own keys come before its subsections."""
-    hints = types_of(cls)
-    leaves = [item for item in fields(cls) if not is_dataclass(hints[item.name])]
-    for item in leaves:
-        yield prefix + item.name, (item.name, hints[item.name], item.metadata)
-    for item in fields(cls):
-        if is_dataclass(hints[item.name]):
-            yield from _keys(hints[item.name], f"{prefix}{item.name}.")
-
-
 def _find(path: str) -> tuple[str, Any, Mapping[str, Any]]:
-    keys = dict(_keys(Recipe))
+    keys = dict(keys_of(Recipe))
     if path in keys:
         return keys[path]
     by_name = {full.rpartition(".")[2]: full for full in keys}
-    near = difflib.get_close_matches(path, keys, 1, 0.7)
-    near = near or [by_name[name] for name in difflib.get_close_matches(path.rpartition(".")[2], by_name, 1)]
+    last = path.rpartition(".")[2]
+    near = [f"{last}, without a section"] if last in aliases.NAMES else difflib.get_close_matches(path, keys, 1, 0.7)
+    near = near or [by_name[name] for name in difflib.get_close_matches(last, by_name, 1)]
     hint = f"did you mean {near[0]}?" if near else "`flarec recipes NAME` lists the keys."
     raise RecipeError(f"unknown recipe key {path}; {hint}")
-
-
-def _lookup(recipe: Recipe, path: str) -> Any:
-    value: Any = recipe
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _build(cls: Any, table: Mapping[str, Any], prefix: str = "") -> Any:
@@ -474,5 +473,3 @@ def _build(cls: Any, table: Mapping[str, Any], prefix: str = "") -> Any:
         else:
             values[name] = value
     return cls(**values)
-
-

@@ -16,10 +16,10 @@ ROSE_MUCH = 0.05
 def before_training(recipe: Recipe, own: Recipe) -> list[str]:
     """Lines about the numbers of a run. own: the recipe as it is without the user's changes."""
     optimizer, save, lines = recipe.optimizer, recipe.save.every, []
-    steps, warmup, lr, usual = optimizer.steps, optimizer.warmup_steps, optimizer.lr, own.optimizer.lr
+    steps, warmup, lr, usual = optimizer.steps, optimizer.warmup, optimizer.lr, own.optimizer.lr
     if warmup >= steps:
         lines.append(
-            f"optimizer.warmup_steps = {warmup} is not shorter than the run of {steps} steps: the rate rises to the "
+            f"a warmup of {warmup} steps is not shorter than the run of {steps} steps: the rate rises to the "
             f"end, to {optimizer.lr_at(steps - 1):.3g}; a tenth of the steps is usual ({max(1, steps // 10)})"
         )
     if save >= steps:

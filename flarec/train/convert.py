@@ -344,6 +344,6 @@ class _Conversion:
         state = self.trainer.state(
             evaluations=self.evaluations, totals=self.totals, last=self.last, horizons=self.horizons
         )
-        self.directory.save(self.trainer.step, state)
+        self.directory.save(self.trainer.step, state, self.run.recipe.save.total_limit)
         self.saved = self.trainer.step
         self.pace.saved(time.perf_counter() - start)

@@ -18,7 +18,7 @@ from ..errors import CheckpointError, UsageError
 from ..recipe import Recipe
 from .options import Options
 from .prepare import Run
-from .state import StateDirectory, differences
+from .state import StateDirectory
 
 Horizons = list[tuple[int, int]]
 """(first step, counted from 0, that a number of steps holds for; that number), in order."""
@@ -77,11 +77,7 @@ def check_resumable(options: Options, recipe: Recipe) -> None:
         _check_not_complete(options, steps)
         return
     known = {"recipe": recipe.to_dict(), "seed": options.seed, "adapter_only": options.adapter_only}
-    stored = directory.identity
-    if options.steps is not None:
-        known = with_steps(known, steps_of(stored))
-    if changed := differences({key: stored.get(key) for key in known}, json.loads(json.dumps(known))):
-        raise other_run(directory.path, changed)
+    check_identity(directory, {**directory.identity, **known}, steps_free=options.steps is not None)
     saved = directory.saved_step or 0
     if saved > steps:
         raise UsageError(
@@ -90,15 +86,6 @@ def check_resumable(options: Options, recipe: Recipe) -> None:
         )
     if after is not None and saved >= after:
         raise UsageError(f"step {saved} is saved already; give --stop-after a later step")
-
-
-def other_run(path: Path, changed: Sequence[str]) -> CheckpointError:
-    """What to say of a run that differs from the one in OUT.partial."""
-    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-    return CheckpointError(
-        f"{path} belongs to another run: {'; '.join(changed[:3])}{more}; resume with what the run was started with "
-        "(--steps may change the number of its steps), or start again with --overwrite"
-    )
 
 
 def _check_not_complete(options: Options, steps: int) -> None:
@@ -115,8 +102,9 @@ def _check_not_complete(options: Options, steps: int) -> None:
         )
 
 
-def check_identity(directory: StateDirectory, identity: Mapping[str, Any], *, steps_free: bool = False,
-                   written_only: bool = False) -> None:
+def check_identity(
+    directory: StateDirectory, identity: Mapping[str, Any], *, steps_free: bool = False, written_only: bool = False
+) -> None:
     """Raise `CheckpointError` naming what differs from the run in `directory`.
 
     steps_free: the number of steps may differ. written_only: the run is not continued; what computes it may differ.
@@ -125,9 +113,17 @@ def check_identity(directory: StateDirectory, identity: Mapping[str, Any], *, st
     if steps_free:
         now = with_steps(now, steps_of(stored))
     if written_only:
-        now = {**now, **{key: stored.get(key) for key in ("kernels", "precision")}}
-    if changed := differences(stored, json.loads(json.dumps(now))):
-        raise other_run(directory.path, changed)
+        now |= {key: stored.get(key) for key in ("kernels", "precision")}
+    now["recipe"] = _known(now["recipe"], stored.get("recipe"), Recipe().to_dict())
+    directory.check_identity(now)
+
+
+def _known(now: Any, stored: Any, default: Any) -> Any:
+    """A recipe without the keys that are younger than the record and have their default."""
+    if not all(isinstance(table, dict) for table in (now, stored, default)):
+        return now
+    kept = {name: value for name, value in now.items() if name in stored or value != default.get(name)}
+    return {name: _known(value, stored.get(name), default.get(name)) for name, value in kept.items()}
 
 
 def continued(horizons: Sequence[Sequence[int]], step: int, steps: int) -> Horizons:

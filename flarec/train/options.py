@@ -10,7 +10,8 @@ from ..base.files import check_apart, check_name
 from ..base.lock import check_free
 from ..checkpoint.own import check_destination, is_own
 from ..errors import RecipeError, UsageError
-from ..recipe import Recipe, load_recipe
+from ..recipe import Reading, Recipe, load_recipe
+from ..recipe.aliases import SEED
 from ..recipe.files import recipe_files
 from .arguments import Arguments
 from .data.sources import parse_source
@@ -31,15 +32,30 @@ class Options(Arguments):
     def state_directory(self) -> StateDirectory:
         return StateDirectory(self.output.with_name(f"{self.output.name}.partial"))
 
-    def own_recipe(self) -> Recipe:
-        """The recipe as it is without overrides. Raises `RecipeError`."""
-        return load_recipe(self.recipe)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        seed = self._seed()
+        if seed is not None and self.seed not in (0, seed):
+            raise RecipeError(f"--seed {self.seed} and seed = {seed} of the recipe are given: leave one of them out")
+        object.__setattr__(self, "seed", self.seed if seed is None else seed)
 
-    def load_recipe(self) -> Recipe:
-        """The recipe with all overrides. Raises `RecipeError`."""
+    def _seed(self) -> int | None:
+        """That a recipe or an override states under transformers' name."""
+        reading = Reading()
+        seeds = [text for text in self.overrides if text.partition("=")[0].strip() == SEED]
+        load_recipe(self.recipe, reading).override(seeds, reading)
+        return reading.seed
+
+    def own_recipe(self, reading: Reading | None = None) -> Recipe:
+        """The recipe as it is without overrides. Raises `RecipeError`."""
+        return load_recipe(self.recipe, reading)
+
+    def load_recipe(self, reading: Reading | None = None) -> Recipe:
+        """The recipe with all overrides; what names of transformers became is noted in `reading`. Raises `RecipeError`.
+        """
         short = {"optimizer.steps": self.steps, "data.max_length": self.max_length}
         given = [f"{key}={value}" for key, value in short.items() if value is not None]
-        recipe = self.own_recipe().override([*self.overrides, *given])
+        recipe = self.own_recipe(reading).override([*self.overrides, *given], reading)
         recipe = replace(recipe, passes=(*recipe.passes, *self.passes))
         for key, size in recipe.diffusion.block_sizes():
             if size > recipe.data.max_length:

@@ -20,7 +20,7 @@ from ..passes import AFTER, PASSES, lower, passes_by_name, pipeline, placed
 from ..passes.lower_mixers import IMPLEMENTATIONS
 from ..passes.plugins import load_plugins
 from ..passes.split_head import SplitHead, head_refusal
-from ..recipe import Recipe
+from ..recipe import Reading, Recipe
 from .adapter import adapter_of, start_adapter
 from .advice import before_training
 from .data.document import Document
@@ -63,7 +63,10 @@ class Run:
 
 def prepare(options: Options, reporter: Reporter) -> Run:
     """Check and load everything. Raises `UsageError` and its kin for bad input, `CaptureError` for an unknown model."""
-    recipe = options.load_recipe()
+    reading = Reading()
+    recipe = options.load_recipe(reading)
+    for line in reading.lines:
+        reporter.note(line)
     for line in before_training(recipe, options.own_recipe()):
         reporter.warn(line)
     load_plugins(options.plugins)

@@ -140,7 +140,7 @@ class StateDirectory:
             raise CheckpointError(
                 f"{self.path} belongs to another run: {'; '.join(changed[:3])}"
                 f"{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}; resume with what the run was started "
-                "with, or start again with --overwrite"
+                "with (--steps may change the number of its steps), or start again with --overwrite"
             )
 
     def latest(self, note: Callable[[str], None] = lambda line: None) -> SavedState | None:
@@ -180,8 +180,9 @@ class StateDirectory:
             return others, [f"{path} names no save of a run"]
         return [name, *(other for other in others if other != name)], []
 
-    def save(self, step: int, state: SavedState) -> None:
-        """Write a save for `step` and make it the latest; all but this one and the one before are removed."""
+    def save(self, step: int, state: SavedState, keep: int = 2) -> None:
+        """Write a save for `step` and make it the latest; all but the newest `keep` are removed, this one and the good
+        one before apart."""
         final = self.path / f"state-{step:08d}"
         before = self._good
         assert before != final.name, "a step is saved once; replacing the latest save would risk it"
@@ -201,8 +202,11 @@ class StateDirectory:
             self._remove(temporary)
             raise
         self._good = final.name
+        saves = [old.name for old in self._own() if _SAVE.fullmatch(old.name)]
+        older = [name for name in saves if before is not None and _step_of(name) < _step_of(before)]
+        kept = {final.name, before, *sorted(older, key=_step_of, reverse=True)[: keep - 2]}
         for old in self._own():
-            if old.is_dir() and old.name not in (final.name, before):
+            if old.is_dir() and old.name not in kept:
                 self._remove(old)
 
     def _replace(self, name: str, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import pytest
 import flarec as package
 from flarec.base.lock import OutputLock
 from flarec.checkpoint.manifest import Manifest
+from flarec.errors import CheckpointError
 from flarec.recipe import load_recipe
 from flarec.train.advice import after_training, before_training
-from flarec.train.identity import continued
+from flarec.train.identity import check_identity, continued
 from flarec.train.metrics import read_metrics
+from flarec.train.state import StateDirectory
 from tests.checkpoints import tree
 from tests.cli.conversions import QUICK, flarec, write_data
 from tests.models import tiny_checkpoint
@@ -134,12 +137,24 @@ def test_horizons() -> None:
     assert continued([[0, 40]], 0, 60) == [(0, 60)]
 
 
+def test_keys_that_are_younger_than_a_run(tmp_path: Path) -> None:
+    """At their defaults they change nothing: a run from before they were there goes on."""
+    directory, now = StateDirectory(tmp_path / "out.partial"), {"recipe": load_recipe("flare").to_dict(), "seed": 0}
+    before = copy.deepcopy(now)
+    del before["recipe"]["optimizer"]["warmup_ratio"], before["recipe"]["save"]["total_limit"]  # type: ignore[index]
+    directory.create(before)
+    check_identity(directory, now)
+    now["recipe"]["optimizer"]["warmup_ratio"] = 0.1  # type: ignore[index]
+    with pytest.raises(CheckpointError, match=r"recipe\.optimizer\.warmup_ratio was null and is now 0\.1"):
+        check_identity(directory, now)
+
+
 def test_what_is_rarely_wanted_is_said() -> None:
     own = load_recipe("flare")
     assert before_training(own, own) == []
     short = own.override(["optimizer.steps=60", "optimizer.lr=1e-3"])
     warmup, save, rate = before_training(short, own)
-    assert warmup.startswith("optimizer.warmup_steps = 100 is not shorter than the run of 60 steps")
+    assert warmup.startswith("a warmup of 100 steps is not shorter than the run of 60 steps")
     assert "rises to the end, to 0.0006" in warmup
     assert save.startswith("save.every = 200 saves nothing before the last of 60 steps")
     assert rate == "optimizer.lr = 0.001 is 100 times the recipe's own 1e-05"

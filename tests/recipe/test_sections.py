@@ -101,7 +101,7 @@ def test_overrides_survive_toml(values: dict[str, object]) -> None:
     ("assignment", "words"),
     [
         ("diffusion.blok_size=4", ["diffusion.blok_size", "did you mean diffusion.block_size?"]),
-        ("learning_rate=1", ["learning_rate", "unknown recipe key"]),
+        ("optimizer.learning_rate=1", ["unknown recipe key", "did you mean learning_rate, without a section?"]),
         ("warmup_step=1", ["did you mean optimizer.warmup_steps?"]),
         ("lr=1", ["did you mean optimizer.lr?"]),
         ("diffusion=4", ["unknown recipe key diffusion"]),

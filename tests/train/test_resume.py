@@ -131,6 +131,19 @@ def test_two_saves_are_kept(directory: StateDirectory) -> None:
     assert sorted(path.name for path in directory.path.iterdir()) == kept
 
 
+def test_more_saves_can_be_kept(directory: StateDirectory) -> None:
+    """The newest; a damaged one that a run was resumed before goes."""
+    for step in range(1, 7):
+        directory.save(step, values(step), keep=4)
+    assert sorted(path.name for path in directory.path.glob("state-*")) == [f"state-0000000{n}" for n in (3, 4, 5, 6)]
+    (directory.path / "state-00000006" / "model.safetensors").write_bytes(b"")
+    (directory.path / "state-00000005" / "model.safetensors").write_bytes(b"")
+    again = StateDirectory(directory.path)
+    assert step_of(again) == 4
+    again.save(7, values(7), keep=3)
+    assert sorted(path.name for path in directory.path.glob("state-*")) == [f"state-0000000{n}" for n in (3, 4, 7)]
+
+
 @pytest.mark.parametrize("limit", [0, 100, 10_000])
 def test_a_full_disk_keeps_the_last_good_save(directory: StateDirectory, limit: int) -> None:
     directory.save(3, values(3))
