@@ -20,10 +20,11 @@ import torch
 from .api import Model, Output
 from .base.fields import shown, whole_number
 from .base.generation import GenerationKeywords, GenerationOptions, merged, takes_options
+from .base.json_records import Place, Record
 from .decode import Cache, Stepper
 from .errors import DataError, FlarecWarning, UsageError
 from .train.data.files import BadRecord, read_records
-from .train.data.sources import record_encoder
+from .train.data.sources import RecordEncoder
 
 PATTERN_SECONDS = 5.0
 """How long a record's pattern may take on an answer: some take years."""
@@ -48,31 +49,29 @@ def read_examples(path: str | Path, model: Model, *, limit: int | None = None) -
 
 def to_examples(records: Iterable[Mapping[str, Any]], model: Model, *, limit: int | None = None) -> list[Example]:
     """Records that are in memory already. Raises `DataError` naming the record's number."""
-    numbered = ((number, dict(record)) for number, record in enumerate(records, 1))
+    numbered = ((Place("records", "line", number), dict(record)) for number, record in enumerate(records, 1))
     return list(_examples(numbered, model, "records", limit))
 
 
 def _examples(
-    records: Iterable[tuple[int, dict[str, Any] | BadRecord]], model: Model, where: str, limit: int | None
+    records: Iterable[Record], model: Model, where: str, limit: int | None
 ) -> Iterator[Example]:
-    encode = None
+    encode = RecordEncoder(model.tokenizer, model.eos_ids, Path(where))
     count = 0
-    for number, record in records:
+    for place, record in records:
         if limit is not None and count >= limit:
             return
         try:
             if isinstance(record, BadRecord):
                 raise record
-            if encode is None:
-                encode = record_encoder(record, model.tokenizer, model.eos_ids, Path(where))
             ids, found = encode(record)
             spans = tuple((max(start, 1), end) for start, end in found if end > max(start, 1))
             if not spans:
                 raise BadRecord("has no response")
-            prompt = [] if "messages" not in record and "prompt" not in record else ids[: spans[-1][0]]
+            prompt = [] if encode.format == "text" else ids[: spans[-1][0]]
             yield Example(ids, spans, prompt, *_question(record))
         except BadRecord as error:
-            raise DataError(f"{where}, line {number}: {error}; fix the line") from None
+            raise DataError(f"{place}: {error}; fix the line") from None
         count += 1
     if not count:
         raise DataError(f"{where}: no records; give a file with data")

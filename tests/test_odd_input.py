@@ -195,8 +195,8 @@ def test_wrong_values_are_one_line(value: Any) -> None:
 def test_json_with_numbers_that_python_refuses(tmp_path: Path) -> None:
     digits = "9" * 5000
     (tmp_path / "data.jsonl").write_text(f'{{"text": {digits}}}\n{{"text": "a", "x": 1e999}}\n')
-    (number, bad), (_, good) = read_records(tmp_path / "data.jsonl")
-    assert number == 1 and isinstance(bad, ValueError) and good["text"] == "a"  # type: ignore[index]
+    (place, bad), (_, good) = read_records(tmp_path / "data.jsonl")
+    assert str(place).endswith("data.jsonl, line 1") and isinstance(bad, ValueError) and good["text"] == "a"  # type: ignore[index]
     (tmp_path / "prompts.jsonl").write_text(f'{{"prompt": {digits}}}\n')
     with pytest.raises(DataError, match="line 1: not JSON"):
         list(read_prompts(tmp_path / "prompts.jsonl"))

@@ -1,59 +1,63 @@
-"""Prompt files: a prompt per line, or JSONL with `prompt` or `messages`."""
+"""Prompt files: a prompt per line, or JSONL with `prompt` or `messages`, compressed or not."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .files import why_no_file
+from .json_records import SUFFIXES, Place, json_records, lines, plain_suffix
+from .messages import BadRecord, messages_of, tools_of
 
-JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
+def read_prompts(path: Path, option: str = "--prompts") -> Iterator[tuple[Place, Any]]:
+    """(place, prompt) one by one: text, or a list of messages without a closing one of the assistant's.
 
-def read_prompts(path: Path, option: str = "--prompts") -> Iterator[tuple[int, Any]]:
-    """(line number, prompt) one by one: text, or a list of messages without a closing one of the assistant's.
-
-    The file is read as it is asked for, a line at a time. Raises `DataError` naming file and line, also for a file
-    without prompts.
+    The file is read as it is asked for, a line at a time (a JSON array as a whole). Raises `DataError` naming file and
+    line, also for a file without prompts.
     """
     found = False
-    if reason := why_no_file(path):
-        raise DataError(f"{option} {path} {reason}; write its contents to a file")
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                text = _decoded(line, f"{option} {path}, line {number}")
-                if text.strip():
-                    found = True
-                    where = f"{option} {path}, line {number}"
-                    yield number, _parse(text, where) if path.suffix in JSONL_SUFFIXES else text
-    except OSError as error:
-        raise DataError(f"{option} {path}: cannot be read ({error.strerror})") from None
+    for where, prompt in _prompts(path, f"{option} "):
+        found = True
+        if isinstance(prompt, BadRecord):
+            raise DataError(f"{where}: {prompt}")
+        yield where, prompt
     if not found:
         raise DataError(f"{option} {path}: no prompts; write one per line")
 
 
-def _decoded(line: bytes, where: str) -> str:
+def _prompts(path: Path, option: str) -> Iterator[tuple[Place, Any]]:
+    if plain_suffix(path) in SUFFIXES:
+        for where, record in json_records(path, option):
+            yield where, record if isinstance(record, BadRecord) else _prompt(record)
+        return
+    for number, line in lines(path, option):
+        text = _decoded(line)
+        if isinstance(text, BadRecord) or text.strip():
+            yield Place(f"{option}{path}", "line", number), text
+
+
+def _decoded(line: bytes) -> str | BadRecord:
     try:
         return line.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 text ({error}); convert it") from None
+        return BadRecord(f"not UTF-8 text ({error}); convert it")
 
 
-def _parse(line: str, where: str) -> Any:
-    """The prompt of a JSONL record: text, or messages up to the turn that the model writes."""
+def _prompt(record: dict[str, Any]) -> Any:
+    """The prompt of a record: text, or messages up to the turn that the model writes."""
+    prompt = record.get("prompt")
+    if isinstance(prompt, str):
+        return prompt
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error})") from None
-    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
-        return record["prompt"]
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages):
-        rest = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        if rest:
-            return rest
-    raise DataError(f'{where}: no "prompt" text and no "messages" list; give one of them')
+        key = next((key for key in ("messages", "conversations", "prompt") if record.get(key) is not None), None)
+        if key is None:
+            return BadRecord('no "prompt" text and no "messages" list; give one of them')
+        if tools_of(record.get("tools")):
+            return BadRecord("has tools, which a file of prompts cannot give; describe them in a system message")
+        messages = messages_of(record[key], key)
+    except BadRecord as error:
+        return error
+    rest = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    return rest or BadRecord("holds nothing but a turn of the assistant's; give what it answers")

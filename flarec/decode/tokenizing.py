@@ -6,16 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..base.fields import shown
+from ..base.messages import BadRecord, messages_of, tools_of
+from ..base.rendering import rendered, template_of
 from ..errors import GenerationError
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Messages
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt, *, chat: bool = False) -> list[int]:
+def encode_prompt(
+    tokenizer: Any, prompt: Prompt, *, chat: bool = False, tools: Any = None, options: Mapping[str, Any] | None = None
+) -> list[int]:
     """Token ids of a text, or of a conversation up to the turn that the model writes. Raises `GenerationError`.
 
-    chat: put a text into the chat template as the user's message.
+    chat: put a text into the chat template as the user's message. tools: JSON schemas, or JSON text of them. options:
+    variables of the template. Messages are taken in the forms of training data (`flarec.base.messages`).
     """
     if isinstance(prompt, str):
         try:
@@ -32,12 +37,13 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, *, chat: bool = False) -> list
     if not getattr(tokenizer, "chat_template", None):
         raise GenerationError("the tokenizer has no chat template; give plain text instead (without --chat)")
     try:
-        encoded = tokenizer.apply_chat_template(
-            [dict(message) for message in prompt], add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-    except Exception as error:  # whatever a template raises for messages it does not like
-        raise GenerationError(f"the chat template rejects the messages: {error}") from error
-    return list(encoded["input_ids"])
+        schemas = tools_of(tools)
+        template_of(tokenizer, schemas)
+        messages = messages_of([dict(message) for message in prompt], "the prompt")
+        _, text = rendered(tokenizer, messages, schemas, prompt=True, options=options)
+    except BadRecord as error:
+        raise GenerationError(str(error)) from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _encode_text(tokenizer: Any, text: str) -> list[int]:

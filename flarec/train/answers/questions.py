@@ -37,10 +37,9 @@ class Question:
 def read_questions(path: Path, tokenizer: Any, *, chat: bool) -> Iterator[Question]:
     """The prompts of a file, one at a time. Raises `DataError` naming file and line."""
     first: type | None = None
-    for line, prompt in read_prompts(path):
+    for where, prompt in read_prompts(path):
         if chat and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        where = f"--prompts {path}, line {line}"
         if first is not None and type(prompt) is not first:
             raise DataError(f"{where}: text and conversations are mixed; give --chat, which makes all conversations")
         first = type(prompt)
@@ -50,7 +49,7 @@ def read_questions(path: Path, tokenizer: Any, *, chat: bool) -> Iterator[Questi
             raise DataError(f"{where}: {error}") from None
         if not ids:
             raise DataError(f"{where}: the prompt has no token; leave the line out")
-        yield Question(line, tuple(ids), prompt)
+        yield Question(where.number, tuple(ids), prompt)
 
 
 def batches(questions: Iterator[Question], samples: int, size: int, skip: int) -> Iterator[list[tuple[Question, int]]]:

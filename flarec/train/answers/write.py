@@ -30,7 +30,7 @@ from ...device import resolve_kernels, torch_device, torch_dtype
 from ...errors import TrainingError
 from ...frontend.export import capture
 from ..data.files import BadRecord
-from ..data.sources import Encoder, record_encoder
+from ..data.sources import RecordEncoder
 from ..progress import Reporter
 from .arguments import AnswerArguments
 from .log import AnswerLog, Progress
@@ -149,7 +149,7 @@ class _Writer:
             suppress=masks,
         )
         self.settled = ByteFallback(self.tokenizer).settled
-        self.encode: Encoder | None = None
+        self.encode = RecordEncoder(self.tokenizer, self.eos_ids, self.arguments.out)
 
     def write(self, log: AnswerLog, progress: Progress) -> Progress:
         """All answers that are not done yet, a save after every few batches of them."""
@@ -204,8 +204,6 @@ class _Writer:
         try:
             if not answer.strip():
                 raise BadRecord("the answer is empty")
-            if self.encode is None:
-                self.encode = record_encoder(record, self.tokenizer, self.eos_ids, self.arguments.out)
             ids, spans = self.encode(record)
             if not spans:
                 raise BadRecord("has no response")

@@ -1,116 +1,222 @@
 """Chat records: token ids and the spans of the assistant's turns.
 
-A template with `{% generation %}` markers says itself which tokens the assistant writes. For any other template the
+A template with `{% generation %}` markers says itself which characters the assistant writes. For any other template the
 spans are found in the rendered text, and only from facts that are checked: a turn starts where the rendering of the
 messages before it, generation prompt included, ends; it ends with its end-of-turn token. Where a template renders a
-turn differently once later turns exist (reasoning is dropped from earlier turns, for example), the turn's content is
-located by rendering the conversation with a marker in its place.
+turn differently once later turns exist (reasoning is dropped from earlier turns, for example), the turn is located by
+rendering the conversation with a marker in its place: what is supervised is always what the whole rendering holds.
+
+docs/chat.md has a table of what is supervised for which kind of template.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from os.path import commonprefix
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from ...base.messages import BadRecord, Message, tool_name
+from ...base.rendering import render, rendered, template_of
+from .characters import Spans, token_spans
+from .markers import has_markers, marked_spans
 
-from .files import BadRecord
+MARKER = "\ue0f1\ue0f2\ue0f1"  # private-use characters: no template or text has a reason to contain them
+Turns = list[tuple[int | None, tuple[int, int]]]
+"""(place of the message, if it is known, characters [start, end) of its text and end token)."""
 
-MARKER = "\ue0f1flarec\ue0f1"  # private-use characters: no template or text has a reason to contain them
-Spans = list[tuple[int, int]]
+
+@dataclass(frozen=True)
+class Conversation:
+    """A chat record. first: number of messages that are a prompt, whose turns are not trained; options: variables of
+    the template."""
+
+    messages: Sequence[Message]
+    tools: Any = None
+    first: int = 0
+    options: Mapping[str, Any] | None = None
+
+    def assistant(self) -> list[int]:
+        """Places of the assistant's messages."""
+        return [place for place, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    def trained(self) -> list[int]:
+        """Places of those to train: not those of the prompt, and none of weight 0."""
+        return [place for place in self.assistant() if place >= self.first and self.messages[place].get("weight", 1)]
 
 
 class ChatEncoder:
     """Encodes conversations with a tokenizer's chat template.
 
-    `end_ids` are the tokens that end a turn: what a template writes after them (a newline) is nothing to learn.
+    `end_ids` are the tokens that end a turn: what a template writes after them (a newline) is nothing to learn. Where a
+    turn has none of them, the special token that closes it is its end.
+
+    notes  what should be known of the conversations so far, and of how many
     """
 
     def __init__(self, tokenizer: Any, end_ids: Collection[int]) -> None:
         self.tokenizer = tokenizer
-        self.end_ids = frozenset(end_ids)
-        self.has_markers = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()) is not None
+        self.notes: Counter[str] = Counter()
+        texts = {int(i): str(tokenizer.convert_ids_to_tokens(int(i))) for i in {*end_ids, *tokenizer.all_special_ids}}
+        self._ends = frozenset(texts[int(i)] for i in end_ids)
+        one = "|".join(re.escape(text) for text in sorted(texts.values(), key=len, reverse=True)) or "(?!)"
+        self._special, self._tail = re.compile(one), re.compile(rf"(?:\s|{one})*\Z")
 
-    def encode(self, messages: Sequence[dict[str, Any]], tools: Any = None) -> tuple[list[int], Spans]:
+    def encode(self, messages: Sequence[Message], tools: Any = None) -> tuple[list[int], Spans]:
         """Token ids and the token spans [start, end) of the assistant's turns. Raises `BadRecord`."""
-        try:
-            return self._encode_marked(messages, tools) if self.has_markers else self._encode_plain(messages, tools)
-        except TemplateError as error:
-            raise BadRecord(f"the chat template rejects the messages ({error})") from None
+        return self.encode_conversation(Conversation(messages, tools))
 
-    def _encode_marked(self, messages: Sequence[dict[str, Any]], tools: Any) -> tuple[list[int], Spans]:
-        out = self.tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids, mask = list(out["input_ids"]), list(out["assistant_masks"])
-        if not any(mask) and any(message["role"] == "assistant" for message in messages):
-            raise BadRecord("the chat template's generation markers enclose no assistant token")
-        edges = [i for i in range(len(mask) + 1) if (mask[i] if i < len(mask) else 0) != (mask[i - 1] if i else 0)]
-        return ids, list(zip(edges[::2], edges[1::2], strict=True))
-
-    def _render(self, messages: Sequence[dict[str, Any]], tools: Any, prompt: bool = False) -> str:
-        text = self.tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
-        )
-        assert isinstance(text, str)
-        return text
-
-    def _encode_plain(self, messages: Sequence[dict[str, Any]], tools: Any) -> tuple[list[int], Spans]:
-        text = self._render(messages, tools)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, starts = list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
-        spans: Spans = []
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            start, end = self._turn(text, messages, turn, tools)
-            inside = [i for i, at in enumerate(starts) if start <= at < end]
-            ends = [i for i in inside if ids[i] in self.end_ids]
-            if inside:
-                spans.append((inside[0], (ends or inside)[-1] + 1))
+    def encode_conversation(self, chat: Conversation) -> tuple[list[int], Spans]:
+        """As `encode`, for the turns that the conversation trains."""
+        template = template_of(self.tokenizer, chat.tools)
+        messages, text = rendered(self.tokenizer, chat.messages, chat.tools, options=chat.options)
+        chat = replace(chat, messages=messages)
+        self._check_printed(chat, text)
+        turns = self._marked(chat, text, template) if has_markers(template) else self._found(chat, text)
+        for place, (start, end) in turns:
+            self._check_turn(chat.messages[place] if place is not None else {}, place, text[start:end])
+        spans = [span for _, span in turns]
         if any(before[1] > after[0] for before, after in pairwise(spans)):
             raise BadRecord("the chat template renders assistant turns out of order")
-        return ids, spans
+        return token_spans(self.tokenizer, text, spans)
 
-    def _turn(self, text: str, messages: Sequence[dict[str, Any]], turn: int, tools: Any) -> tuple[int, int]:
-        """Character span of an assistant turn in the rendered conversation."""
-        try:
-            before, after = self._render(messages[:turn], tools, True), self._render(messages[: turn + 1], tools)
-        except (TemplateError, IndexError):  # some templates refuse to render parts of a conversation
-            before, after = "", ""
+    def _check_turn(self, message: Message, place: int | None, text: str) -> None:
+        """Raises `BadRecord` for a turn of which the template prints nothing but its end."""
+        who = "an assistant message" if place is None else f"message {place + 1} (assistant)"
+        for name in (str(tool_name(call)) for call in message.get("tool_calls", ())):
+            if name not in text:
+                raise BadRecord(
+                    f"{who} calls the tool {name}, which the chat template does not print; give a tokenizer whose "
+                    "template prints tool calls, or the call as content"
+                )
+        if not text[: self._ending(text)[0]].strip():
+            raise BadRecord(f"{who} has no text but its end; leave the message out")
+
+    def _check_printed(self, chat: Conversation, text: str) -> None:
+        """Raises `BadRecord` for a message of others that the template leaves out; notes tools that it leaves out."""
+        if chat.tools and not all(str(tool_name(tool)) in text for tool in chat.tools):
+            self.notes["conversations with tools that the chat template does not print"] += 1
+        for place, message in enumerate(chat.messages):
+            content = message.get("content", "").strip()
+            if message["role"] == "assistant" or content in text:
+                continue
+            try:
+                printed = MARKER in self._render(chat, self._instead(chat, place, {**message, "content": MARKER}))
+            except BadRecord:  # a template that looks into the message: it is not ignored
+                printed = True
+            if not printed:
+                raise BadRecord(
+                    f"message {place + 1} ({message['role']}) is not printed by the chat template; give it another "
+                    "role (system, user) or leave it out"
+                )
+
+    def _marked(self, chat: Conversation, text: str, template: str) -> Turns:
+        spans = marked_spans(template, text, lambda marked: self._render(chat, chat.messages, template=marked))
+        assistant, trained = chat.assistant(), chat.trained()
+        if not any(start < end for start, end in spans) and trained:
+            raise BadRecord("the chat template's generation markers enclose no assistant token")
+        if len(spans) == len(assistant):
+            turns = zip(assistant, spans, strict=True)
+            return [(place, span) for place, span in turns if place in trained and span[0] < span[1]]
+        if trained != assistant:
+            raise BadRecord(
+                f"the chat template's generation markers enclose {len(spans)} pieces of {len(assistant)} assistant "
+                "messages, of which not all are trained; give the trained ones a record of their own"
+            )
+        return [(None, span) for span in spans if span[0] < span[1]]
+
+    def _found(self, chat: Conversation, text: str) -> Turns:
+        return [(place, self._turn(chat, text, place)) for place in chat.trained()]
+
+    def _turn(self, chat: Conversation, text: str, place: int) -> tuple[int, int]:
+        """Characters of an assistant turn in the rendered conversation."""
+        before, after = self._part(chat, place, prompt=True), self._part(chat, place + 1)
         start = len(before) if before and text.startswith(before) else None
         end = len(after) if after and text.startswith(after) else None
         if start is None or end is None:
-            content = self._content(text, messages, turn, tools)
-            if content is not None:
-                start = content[0] if start is None else start
-                end = self._turn_end(text, content[1]) if end is None else end
+            shared = self._part(chat, place)
+            opening = before[len(shared) :] if before.startswith(shared) else ""
+            if found := next(self._located(chat, text, place, opening), None):
+                start, end = found[0] if start is None else start, found[1] if end is None else end
         if start is None or end is None or start > end:
             raise BadRecord(
-                f"assistant message {turn + 1} cannot be located: the chat template renders it differently in the "
+                f"assistant message {place + 1} cannot be located: the chat template renders it differently in the "
                 "whole conversation; add {% generation %} markers to the template or give prompt and response"
             )
-        return start, end
+        return start, start + self._ending(text[start:end])[1]
 
-    def _content(
-        self, text: str, messages: Sequence[dict[str, Any]], turn: int, tools: Any
-    ) -> tuple[int, int] | None:
-        """Character span of a message's content, from the rendering with a marker in its place."""
-        marked = [{**m, "content": MARKER} if i == turn else m for i, m in enumerate(messages)]
-        parts = self._render(marked, tools).split(MARKER)
-        if len(parts) != 2 or not text.startswith(parts[0]) or not text.endswith(parts[1]):
-            return None
-        start, end = len(parts[0]), len(text) - len(parts[1])
-        return (start, end) if start <= end else None
+    def _ending(self, turn: str) -> tuple[int, int]:
+        """Where a turn's text ends, and where the token that ends it does; what the template writes behind it is out.
 
-    def _turn_end(self, text: str, content_end: int) -> int | None:
-        """End of the end-of-turn token that follows the content, or None."""
-        tail = text[content_end:]
-        tokens = [self.tokenizer.convert_ids_to_tokens(i) for i in sorted(self.end_ids)]
-        for token in tokens:
-            match = re.match(rf"\s*{re.escape(token)}", tail)
-            if match:
-                return content_end + match.end()
+        Of several tokens at the end it is the first of the `end_ids`, else the last.
+        """
+        match = self._tail.search(turn)
+        assert match is not None
+        closing = list(self._special.finditer(turn, match.start()))
+        chosen = next((token for token in closing if token[0] in self._ends), closing[-1] if closing else None)
+        return chosen.span() if chosen else (len(turn), len(turn))
+
+    def _located(self, chat: Conversation, text: str, place: int, opening: str) -> Iterator[tuple[int, int]]:
+        """Characters of a turn, from the rendering with a marker as its only content. opening: the generation prompt."""
+        message = chat.messages[place]
+        plain = {"role": message["role"], "content": MARKER}
+        for form in (plain, {**message, "content": MARKER}):
+            try:
+                parts = self._render(chat, self._instead(chat, place, form)).split(MARKER)
+            except BadRecord:
+                continue
+            start = _start(parts[0], text, opening)
+            if len(parts) == 2 and start is not None and text.endswith(parts[1]):
+                content_end = len(text) - len(parts[1])
+                if start <= content_end:
+                    yield start, content_end + self._end_behind(chat, place, form, parts[1])
+
+    def _end_behind(self, chat: Conversation, place: int, form: Message, rest: str) -> int:
+        """Characters behind a turn's content that belong to it, of the rest of the rendering."""
+        try:
+            alone = self._render(chat, [*chat.messages[:place], form]).partition(MARKER)[2]
+        except BadRecord:
+            alone = ""
+        if alone and rest.startswith(alone):
+            return len(alone)
+        match = re.match(r"\s*", rest)
+        assert match is not None
+        token = self._special.match(rest, match.end())
+        return token.end() if token and token[0] in self._ends else 0
+
+    def _part(self, chat: Conversation, count: int, prompt: bool = False) -> str:
+        """The rendering of the first messages; empty if the template refuses part of a conversation, as some do."""
+        try:
+            return self._render(chat, chat.messages[:count], prompt=prompt)
+        except BadRecord:
+            return ""
+
+    def _render(
+        self, chat: Conversation, messages: Sequence[Message], *, prompt: bool = False, template: str | None = None
+    ) -> str:
+        return render(self.tokenizer, messages, chat.tools, prompt=prompt, template=template, options=chat.options)
+
+    @staticmethod
+    def _instead(chat: Conversation, place: int, message: Message) -> list[Message]:
+        return [*chat.messages[:place], message, *chat.messages[place + 1 :]]
+
+
+def _start(header: str, text: str, opening: str) -> int | None:
+    """Where a turn starts whose content alone would stand behind `header`; None if that is not certain.
+
+    Behind what the header and the text have in common, if the header goes on with white space only or within what the
+    generation prompt (`opening`) writes, an empty block of reasoning for example; and behind all of that prompt, if
+    the text goes on with the rest of it.
+    """
+    common = len(commonprefix([header, text]))
+    rest = header[common:]
+    if rest.strip() and not (header.endswith(opening) and len(rest) < len(opening)):
         return None
+    if not rest:
+        known = max((size for size in range(len(opening) + 1) if header.endswith(opening[:size])), default=0)
+        if known and text.startswith(opening[known:], common):
+            common += len(opening) - known
+    return common

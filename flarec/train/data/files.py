@@ -1,28 +1,27 @@
-"""Reading data files: JSONL, Parquet and saved `datasets` directories as numbered records."""
+"""Reading data files: JSONL, JSON arrays, Parquet and directories of them as records that say where they stand."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from ...base.files import why_no_file
+from ...base.json_records import SUFFIXES, UNKNOWN, Record, json_records, plain_suffix
+from ...base.messages import BadRecord
 from ...errors import DataError
+from .columns import read_parquet, read_saved
+from .folder import is_saved, train_files
 
-JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
-
-
-class BadRecord(ValueError):
-    """Why one record cannot be used; the reader adds file and line."""
+__all__ = ["BadRecord", "SourceSpec", "parse_source", "read_records"]
 
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One source of a mixture: a file or `datasets` directory, and its share of the tokens relative to the others."""
+    """One source of a mixture: a file or directory, and its share of the tokens relative to the others."""
 
     path: Path
     weight: float = 1.0
@@ -39,72 +38,22 @@ def parse_source(text: str) -> SourceSpec:
     return SourceSpec(Path(path), weight)
 
 
-def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
-    """(line or row number from 1, record or the reason why it is bad). Raises `DataError` if the file is unreadable."""
+def read_records(path: Path) -> Iterator[Record]:
+    """(place, record or the reason why it is bad).
+
+    Of a directory the train split is read. Raises `DataError` if a file is unreadable.
+    """
     if reason := why_no_file(path):
         raise DataError(f"{path} {reason}; write its contents to a file")
     if path.is_dir():
-        return _read_directory(path)
+        if is_saved(path):
+            return read_saved(path)
+        return chain.from_iterable(read_records(file) for file in train_files(path))
     if path.suffix == ".parquet":
-        return _read_parquet(path)
-    if path.suffix in JSONL_SUFFIXES:
-        return _read_jsonl(path)
+        return read_parquet(path)
+    if plain_suffix(path) in SUFFIXES or path.suffix in UNKNOWN:
+        return json_records(path)
     raise DataError(
-        f"{path}: unknown kind of data file; give a .jsonl or .parquet file or a directory written by `datasets`"
+        f"{path}: unknown kind of data file; give a .jsonl, .json (also as .gz) or .parquet file, a directory written "
+        "by `datasets`, or one of such files"
     )
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _parse_line(line)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _parse_line(line: bytes) -> dict[str, Any] | BadRecord:
-    try:
-        record = json.loads(line)
-    except UnicodeDecodeError:
-        return BadRecord("not UTF-8 text")
-    except json.JSONDecodeError as error:
-        return BadRecord(f"not JSON ({error.msg} at column {error.colno})")
-    except (RecursionError, ValueError):
-        return BadRecord("not JSON that can be read (nested too deeply, or a number with too many digits)")
-    if not isinstance(record, dict):
-        return BadRecord(f"a JSON {type(record).__name__}, not an object with messages, prompt and response, or text")
-    return record
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
-    import pyarrow as arrow  # loaded on demand: a JSONL user pays nothing for it
-    import pyarrow.parquet as parquet
-
-    try:
-        number = 0
-        with parquet.ParquetFile(path) as file:
-            for part in file.iter_batches():
-                for record in part.to_pylist():
-                    number += 1
-                    yield number, record
-    except (OSError, arrow.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({error})") from None
-
-
-def _read_directory(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRecord]]:
-    import datasets  # loaded on demand: slow to import
-
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a directory written by `datasets` ({error})") from None
-    if isinstance(loaded, datasets.DatasetDict):
-        if "train" not in loaded:
-            raise DataError(
-                f"{path}: has the splits {', '.join(sorted(loaded))} but no train split; give one split's directory"
-            )
-        loaded = loaded["train"]
-    for number, record in enumerate(loaded, 1):
-        yield number, dict(record)

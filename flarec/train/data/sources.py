@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,21 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import DataError
-from .chat import ChatEncoder, Spans
+from .characters import Spans, continued
+from .chat import ChatEncoder, Conversation
 from .document import Document
 from .files import BadRecord, SourceSpec, parse_source, read_records
+from .shapes import Pair, Text, shape_of
 
-__all__ = ["DataStats", "TokenSource", "hold_out", "load_sources", "parse_source", "record_encoder"]
-
-Encoder = Callable[[dict[str, Any]], tuple[list[int], Spans]]
-
+__all__ = ["DataStats", "RecordEncoder", "TokenSource", "hold_out", "load_sources", "parse_source"]
 
 @dataclass
 class DataStats:
-    """What became of one source. Tokens and targets are those of the kept documents, after truncation."""
+    """What became of one source. Tokens, targets and turns are those of the kept documents, after truncation.
+
+    turns  supervised responses; lost_turns: those that truncation cut off; endless: those that end without one of the
+    tokens that end a text; ends: the tokens that they end with, of the complete ones, with counts
+    """
 
     source: str
     format: str = ""
@@ -32,19 +36,30 @@ class DataStats:
     documents: int = 0
     tokens: int = 0
     targets: int = 0
+    turns: int = 0
+    lost_turns: int = 0
+    endless: int = 0
     truncated: int = 0
     truncated_tokens: int = 0
     dropped: int = 0
     bad_lines: int = 0
     first_bad_line: str = ""
+    ends: Counter[int] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         text = f"{self.source}: {self.documents:,} documents ({self.format}), {self.tokens:,} tokens"
-        text += f", {self.targets:,} targets"
+        text += f", {self.targets:,} targets in {self.turns:,} turns"
         if self.truncated:
-            text += f"; {self.truncated:,} truncated ({self.truncated_tokens:,} tokens lost)"
+            text += f"; {self.truncated:,} truncated ({self.truncated_tokens:,} tokens lost"
+            text += f", {self.lost_turns:,} turns" if self.lost_turns else ""
+            text += ")"
         if self.dropped:
             text += f"; {self.dropped:,} dropped (no response token left)"
+        if self.endless:
+            text += f"; {self.endless:,} turns end without a token that ends a text (what learns them does not stop there)"
+        for note, count in sorted(self.notes.items()):
+            text += f"; {count:,} {note}"
         if self.bad_lines:
             text += f"; {self.bad_lines:,} bad lines skipped (first: {self.first_bad_line})"
         return text
@@ -116,52 +131,69 @@ def load_sources(
 def _load(
     spec: SourceSpec, tokenizer: Any, max_length: int, skip_bad_lines: bool, end_ids: Collection[int] | None
 ) -> TokenSource:
-    stats = DataStats(str(spec.path))
-    tokens, starts, spans, span_starts = array("i"), array("q", [0]), array("q"), array("q", [0])
-    encode: Encoder | None = None
-    for number, record in read_records(spec.path):
+    kept = _Kept(DataStats(str(spec.path)), max_length)
+    stats, encode = kept.stats, RecordEncoder(tokenizer, end_ids, spec.path)
+    for place, record in read_records(spec.path):
         stats.records += 1
         try:
             if isinstance(record, BadRecord):
                 raise record
-            if encode is None:
-                stats.format = _format(record)
-                encode = _encoder(stats.format, tokenizer, end_ids, spec.path)
-            ids, found = encode(record)
+            ids, spans = encode(record)
         except BadRecord as error:
             stats.bad_lines += 1
-            where = f"{spec.path}, line {number}: {error}"
             if not skip_bad_lines:
-                raise DataError(f"{where}; fix the line or skip bad lines with --skip-bad-lines") from None
-            stats.first_bad_line = stats.first_bad_line or where
+                raise DataError(f"{place}: {error}; fix the line or skip bad lines with --skip-bad-lines") from None
+            stats.first_bad_line = stats.first_bad_line or f"{place}: {error}"
             continue
-        kept = [(max(start, 1), min(end, max_length)) for start, end in found]
-        kept = [(start, end) for start, end in kept if start < end]
-        if not kept:
-            stats.dropped += 1
-            continue
-        if len(ids) > max_length:
-            stats.truncated += 1
-            stats.truncated_tokens += len(ids) - max_length
-        tokens.extend(ids[:max_length])
-        starts.append(len(tokens))
-        for start, end in kept:
-            spans.extend((start, end))
-            stats.targets += end - start
-        span_starts.append(len(spans) // 2)
-        stats.documents += 1
-    stats.tokens = len(tokens)
+        kept.add(ids, spans, encode.end_ids)
+    stats.tokens, stats.notes, formats = len(kept.tokens), encode.chat.notes, encode.formats
+    named = [name if len(formats) == 1 else f"{count:,} {name}" for name, count in sorted(formats.items())]
+    stats.format = ", ".join(named)
     if not stats.documents:
         raise DataError(_why_empty(stats))
-    return TokenSource(
-        stats,
-        spec.weight,
-        np.array(tokens, dtype=np.int32),
-        np.array(starts, dtype=np.int64),
-        np.array(spans, dtype=np.int64).reshape(-1, 2),
-        np.array(span_starts, dtype=np.int64),
-        np.arange(stats.documents, dtype=np.int64),
-    )
+    return kept.source(spec.weight)
+
+
+class _Kept:
+    """The documents of a source as they are read, cut at `max_length`."""
+
+    def __init__(self, stats: DataStats, max_length: int) -> None:
+        self.stats, self.max_length = stats, max_length
+        self.tokens, self.starts, self.spans, self.span_starts = array("i"), array("q", [0]), array("q"), array("q", [0])
+
+    def add(self, ids: Sequence[int], found: Spans, end_ids: Collection[int]) -> None:
+        stats, limit = self.stats, self.max_length
+        whole = [(max(start, 1), end) for start, end in found if max(start, 1) < end]
+        kept = [(start, min(end, limit)) for start, end in whole if start < limit]
+        if not kept:
+            stats.dropped += 1
+            return
+        if len(ids) > limit:
+            stats.truncated += 1
+            stats.truncated_tokens += len(ids) - limit
+        self.tokens.extend(ids[:limit])
+        self.starts.append(len(self.tokens))
+        for start, end in kept:
+            self.spans.extend((start, end))
+            stats.targets += end - start
+        self.span_starts.append(len(self.spans) // 2)
+        complete = [ids[end - 1] for _, end in whole if end <= limit]
+        stats.ends.update(complete)
+        stats.endless += sum(token not in end_ids for token in complete)
+        stats.turns += len(kept)
+        stats.lost_turns += len(whole) - len(kept)
+        stats.documents += 1
+
+    def source(self, weight: float) -> TokenSource:
+        return TokenSource(
+            self.stats,
+            weight,
+            np.array(self.tokens, dtype=np.int32),
+            np.array(self.starts, dtype=np.int64),
+            np.array(self.spans, dtype=np.int64).reshape(-1, 2),
+            np.array(self.span_starts, dtype=np.int64),
+            np.arange(self.stats.documents, dtype=np.int64),
+        )
 
 
 def _why_empty(stats: DataStats) -> str:
@@ -175,85 +207,53 @@ def _why_empty(stats: DataStats) -> str:
     )
 
 
-def _format(record: dict[str, Any]) -> str:
-    if "messages" in record:
-        return "messages"
-    if "prompt" in record and "response" in record:
-        return "prompt/response"
-    if "text" in record:
-        return "text"
-    raise BadRecord("has none of the keys messages, prompt and response, or text")
+class RecordEncoder:
+    """The function from a record to (token ids, response spans), each by its own shape.
 
+    It raises `BadRecord` for the record, and `DataError` for a tokenizer that cannot serve its shape. `format` is the
+    shape of the last record, `formats` counts all of them.
+    """
 
-def record_encoder(
-    record: dict[str, Any], tokenizer: Any, end_ids: Collection[int] | None, path: Path
-) -> Encoder:
-    """The function from records of this record's format to (token ids, response spans); both raise `BadRecord`."""
-    return _encoder(_format(record), tokenizer, end_ids, path)
+    def __init__(self, tokenizer: Any, end_ids: Collection[int] | None, path: Path) -> None:
+        eos = tokenizer.eos_token_id
+        self.tokenizer, self.path, self.eos = tokenizer, path, eos
+        self.end_ids = frozenset(end_ids if end_ids is not None else [] if eos is None else [eos])
+        self.chat = ChatEncoder(tokenizer, self.end_ids)
+        self.formats: Counter[str] = Counter()
+        self.format = ""
 
+    def __call__(self, record: dict[str, Any]) -> tuple[list[int], Spans]:
+        self.format, shape = shape_of(record)
+        if isinstance(shape, Conversation):
+            if not getattr(self.tokenizer, "chat_template", None):
+                raise DataError(
+                    f"{self.path}: has {self.format}, but the tokenizer has no chat template; give prompt and response"
+                )
+            encoded = self.chat.encode_conversation(shape)
+        elif self.eos is None:
+            raise DataError(
+                f"{self.path}: the tokenizer has no EOS token to end a response with; give it an eos_token"
+            )
+        else:
+            encoded = self._text(shape) if isinstance(shape, Text) else self._pair(shape)
+        self.formats[self.format] += 1
+        return encoded
 
-def _encoder(name: str, tokenizer: Any, end_ids: Collection[int] | None, path: Path) -> Encoder:
-    """The function from a record of this format to (token ids, response spans); it raises `BadRecord`."""
-    eos = tokenizer.eos_token_id
-    if name == "messages":
-        if not getattr(tokenizer, "chat_template", None):
-            raise DataError(f"{path}: has messages, but the tokenizer has no chat template; give prompt and response")
-        chat = ChatEncoder(tokenizer, end_ids if end_ids is not None else ([] if eos is None else [eos]))
-        return lambda record: chat.encode(_messages(record), record.get("tools"))
-    if eos is None:
-        raise DataError(f"{path}: the tokenizer has no EOS token to end a response with; give it an eos_token")
-
-    def plain(text: str) -> list[int]:
+    def _plain(self, text: str) -> list[int]:
         """With the tokenizer's own opening tokens; a closing EOS comes from us."""
-        ids = list(tokenizer(text)["input_ids"])
-        return ids[:-1] if ids and ids[-1] == eos and not text.endswith(tokenizer.eos_token) else ids
+        ids = list(self.tokenizer(text)["input_ids"])
+        return ids[:-1] if ids and ids[-1] == self.eos and not text.endswith(self.tokenizer.eos_token) else ids
 
-    def encode_text(record: dict[str, Any]) -> tuple[list[int], Spans]:
-        ids = [*plain(_string(record, "text")), eos]
+    def _text(self, shape: Text) -> tuple[list[int], Spans]:
+        ids = [*self._plain(shape.text), self.eos]
         return ids, [(0, len(ids))]
 
-    def encode_pair(record: dict[str, Any]) -> tuple[list[int], Spans]:
-        prompt, response = _string(record, "prompt", empty=True), _string(record, "response")
-        before, ids = plain(prompt), plain(prompt + response)
+    def _pair(self, shape: Pair) -> tuple[list[int], Spans]:
+        before, ids = self._plain(shape.prompt), self._plain(shape.prompt + shape.response)
         # A token that spans the seam would show decoding a prompt it never sees: tokenise the response apart then.
         if ids[: len(before)] != before:
-            ids = before + list(tokenizer(response, add_special_tokens=False)["input_ids"])
-        return [*ids, eos], [(len(before), len(ids) + 1)]
-
-    return encode_text if name == "text" else encode_pair
-
-
-def _string(record: dict[str, Any], key: str, empty: bool = False) -> str:
-    value = record.get(key)
-    if not isinstance(value, str):
-        raise BadRecord(f"{key} is {'missing' if value is None else type(value).__name__}, not text")
-    if not value and not empty:
-        raise BadRecord(f"{key} is empty")
-    _check_unicode(key, value)
-    return value
-
-
-def _check_unicode(what: str, text: str) -> None:
-    """JSON can hold half a surrogate pair, which is no character and which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRecord(f"{what} holds half a surrogate pair, which is no text") from None
-
-
-def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise BadRecord("messages is not a list with at least one message")
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadRecord(f"message {number} is not an object with a role")
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise BadRecord(f"message {number} ({message['role']}) has no text content")
-        _check_unicode(f"message {number} ({message['role']})", content or "")
-    # Columnar files fill keys that a message does not have with null; templates ask whether a key is defined.
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+            ids = before + continued(self.tokenizer, before, shape.response, ids)
+        return [*ids, self.eos], [(len(before), len(ids) + 1)]
 
 
 def hold_out(sources: Sequence[TokenSource], count: int, seed: int) -> tuple[list[TokenSource], list[Document]]:

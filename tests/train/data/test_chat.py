@@ -13,7 +13,8 @@ from flarec.train.data.files import BadRecord
 from tests.train import small_tokenizer as small
 
 TOKENIZERS = {
-    name: small.small_tokenizer(getattr(small, name)) for name in ("CHATML", "MARKED", "THINKING", "STRICT", "COUNTING")
+    name: small.small_tokenizer(getattr(small, name))
+    for name in ("CHATML", "MARKED", "THINKING", "STRICT", "COUNTING", "TWICE")
 }
 END = "<|im_end|>"
 
@@ -62,9 +63,14 @@ def test_content_that_repeats_in_the_conversation_is_not_confused() -> None:
     assert spans("THINKING", chat("Hello", "Hello", "Hello", "user", "Hello")) == ["Hello" + END, "user" + END]
 
 
+def test_an_opening_that_depends_on_the_whole_conversation() -> None:
+    """The turn is found with a marker in its place, and is what the template prints of it."""
+    assert spans("COUNTING", chat("Hello", "world", "Hello")) == ["WORLD"]
+
+
 def test_a_template_that_hides_the_turns_is_refused() -> None:
     with pytest.raises(BadRecord, match=r"assistant message 2 cannot be located.*generation"):
-        spans("COUNTING", chat("Hello", "world", "Hello"))
+        spans("TWICE", chat("Hello", "world", "Hello"))
 
 
 def test_template_errors_are_reasons() -> None:
@@ -78,10 +84,10 @@ def test_markers_that_enclose_nothing_are_refused() -> None:
         ChatEncoder(tokenizer, [tokenizer.eos_token_id]).encode(chat("Hello", "world"))
 
 
-def test_without_end_tokens_the_turn_ends_where_the_next_rendering_begins() -> None:
+def test_a_turn_ends_with_its_special_token_whoever_calls_it_an_end() -> None:
     tokenizer = TOKENIZERS["CHATML"]
     ids, found = ChatEncoder(tokenizer, []).encode(chat("Hello", "world"))
-    assert [tokenizer.decode(ids[start:end]) for start, end in found] == ["world" + END + "\n"]
+    assert [tokenizer.decode(ids[start:end]) for start, end in found] == ["world" + END]
 
 
 def test_tools_reach_the_template() -> None:

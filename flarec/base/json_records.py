@@ -1,0 +1,118 @@
+"""JSON records of a file one by one: a line each (.jsonl, .ndjson, .json) or one array (.json), compressed or not."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from ..errors import DataError
+from .files import why_no_file
+from .messages import BadRecord
+
+SUFFIXES = (".jsonl", ".ndjson", ".json")
+OPENERS: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # type: ignore[dict-item]
+UNKNOWN = (".zst", ".zip", ".7z", ".lz4", ".tar", ".tgz", ".rar")
+MARK = b"\xef\xbb\xbf"  # some editors begin UTF-8 files with it
+
+
+class Place(NamedTuple):
+    """Where a record stands: "data.jsonl, line 3". unit: line, record (of an array) or row (of a table)."""
+
+    file: str
+    unit: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.unit} {self.number}"
+
+
+Record = tuple[Place, dict[str, Any] | BadRecord]
+
+
+def plain_suffix(path: Path) -> str:
+    """The suffix that says what a file holds: that before the one of a known compression."""
+    return (Path(path.stem) if path.suffix in OPENERS else path).suffix
+
+
+def open_data(path: Path, option: str = "") -> IO[bytes]:
+    """A data file for reading, decompressed by its suffix. Raises `DataError`."""
+    if reason := why_no_file(path):
+        raise DataError(f"{option}{path} {reason}; write its contents to a file")
+    if path.suffix in UNKNOWN:
+        raise DataError(f"{option}{path}: {path.suffix} files are not read; decompress it, or compress it with gzip")
+    try:
+        return OPENERS.get(path.suffix, open)(path, "rb")
+    except OSError as error:
+        raise DataError(f"{option}{path}: cannot be read ({error.strerror or error})") from None
+
+
+def lines(path: Path, option: str = "") -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) of a text file, as it is read. Raises `DataError`."""
+    try:
+        with open_data(path, option) as file:
+            for number, line in enumerate(file, 1):
+                yield number, line.removeprefix(MARK) if number == 1 else line
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{option}{path}: cannot be read ({why}); copy it again") from None
+
+
+def json_records(path: Path, option: str = "") -> Iterator[Record]:
+    """(place, record or why it is none) of a file. Raises `DataError`.
+
+    A .json file that begins with "[" is one array, and one that begins with "{" and has no whole object in its first
+    line is one record; such a file is read as a whole.
+    """
+    rest = lines(path, option)
+    whole = plain_suffix(path) == ".json"
+    for number, line in rest:
+        if not line.strip():
+            continue
+        if whole and (line.lstrip()[:1] == b"[" or isinstance(parse(line), BadRecord)):
+            yield from _whole(b"".join([line, *(line for _, line in rest)]), f"{option}{path}", number)
+            return
+        whole = False
+        yield Place(f"{option}{path}", "line", number), parse(line)
+
+
+def _whole(text: bytes, where: str, first: int) -> Iterator[Record]:
+    """The records of what is one JSON value; else of its lines, of which `first` is the number of the first one."""
+    value, begin = _read(text), text.split(b"\n", 1)[0]
+    if not isinstance(value, BadRecord):
+        for number, item in enumerate(value if isinstance(value, list) else [value], 1):
+            yield Place(where, "record", number), _record(item)
+    elif begin.lstrip()[:1] == b"[" and isinstance(_read(begin), BadRecord):
+        raise DataError(f"{where}: begins as a JSON array and is none: {value}; write it again, or a record per line")
+    else:
+        for number, line in enumerate(text.split(b"\n"), first):
+            if line.strip():
+                yield Place(where, "line", number), parse(line)
+
+
+def parse(line: bytes) -> dict[str, Any] | BadRecord:
+    """The record of a line."""
+    return _record(_read(line))
+
+
+def _read(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except UnicodeDecodeError:
+        return BadRecord("not UTF-8 text")
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return BadRecord(f"not JSON ({error.msg} at {line}column {error.colno})")
+    except (RecursionError, ValueError):
+        return BadRecord("not JSON that can be read (nested too deeply, or a number with too many digits)")
+
+
+def _record(value: Any) -> dict[str, Any] | BadRecord:
+    if isinstance(value, (dict, BadRecord)):
+        return value
+    return BadRecord(f"a JSON {type(value).__name__}, not an object with messages, prompt and response, or text")
