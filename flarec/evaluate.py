@@ -20,7 +20,7 @@ import torch
 from .api import Model, Output
 from .base.fields import shown, whole_number
 from .base.generation import GenerationKeywords, GenerationOptions, merged, takes_options
-from .base.json_records import Place, Record
+from .base.json_records import Record, Where
 from .decode import Cache, Stepper
 from .errors import DataError, FlarecWarning, UsageError
 from .train.data.files import BadRecord, read_records
@@ -49,7 +49,7 @@ def read_examples(path: str | Path, model: Model, *, limit: int | None = None) -
 
 def to_examples(records: Iterable[Mapping[str, Any]], model: Model, *, limit: int | None = None) -> list[Example]:
     """Records that are in memory already. Raises `DataError` naming the record's number."""
-    numbered = ((Place("records", "line", number), dict(record)) for number, record in enumerate(records, 1))
+    numbered = ((Where("records", "line", number), dict(record)) for number, record in enumerate(records, 1))
     return list(_examples(numbered, model, "records", limit))
 
 

@@ -16,12 +16,12 @@ from .files import why_no_file
 from .messages import BadRecord
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
-OPENERS: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # type: ignore[dict-item]
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 UNKNOWN = (".zst", ".zip", ".7z", ".lz4", ".tar", ".tgz", ".rar")
 MARK = b"\xef\xbb\xbf"  # some editors begin UTF-8 files with it
 
 
-class Place(NamedTuple):
+class Where(NamedTuple):
     """Where a record stands: "data.jsonl, line 3". unit: line, record (of an array) or row (of a table)."""
 
     file: str
@@ -32,7 +32,7 @@ class Place(NamedTuple):
         return f"{self.file}, {self.unit} {self.number}"
 
 
-Record = tuple[Place, dict[str, Any] | BadRecord]
+Record = tuple[Where, dict[str, Any] | BadRecord]
 
 
 def plain_suffix(path: Path) -> str:
@@ -47,9 +47,10 @@ def open_data(path: Path, option: str = "") -> IO[bytes]:
     if path.suffix in UNKNOWN:
         raise DataError(f"{option}{path}: {path.suffix} files are not read; decompress it, or compress it with gzip")
     try:
-        return OPENERS.get(path.suffix, open)(path, "rb")
+        file: IO[bytes] = OPENERS.get(path.suffix, open)(path, "rb")
     except OSError as error:
         raise DataError(f"{option}{path}: cannot be read ({error.strerror or error})") from None
+    return file
 
 
 def lines(path: Path, option: str = "") -> Iterator[tuple[int, bytes]]:
@@ -78,7 +79,7 @@ def json_records(path: Path, option: str = "") -> Iterator[Record]:
             yield from _whole(b"".join([line, *(line for _, line in rest)]), f"{option}{path}", number)
             return
         whole = False
-        yield Place(f"{option}{path}", "line", number), parse(line)
+        yield Where(f"{option}{path}", "line", number), parse(line)
 
 
 def _whole(text: bytes, where: str, first: int) -> Iterator[Record]:
@@ -86,13 +87,13 @@ def _whole(text: bytes, where: str, first: int) -> Iterator[Record]:
     value, begin = _read(text), text.split(b"\n", 1)[0]
     if not isinstance(value, BadRecord):
         for number, item in enumerate(value if isinstance(value, list) else [value], 1):
-            yield Place(where, "record", number), _record(item)
+            yield Where(where, "record", number), _record(item)
     elif begin.lstrip()[:1] == b"[" and isinstance(_read(begin), BadRecord):
         raise DataError(f"{where}: begins as a JSON array and is none: {value}; write it again, or a record per line")
     else:
         for number, line in enumerate(text.split(b"\n"), first):
             if line.strip():
-                yield Place(where, "line", number), parse(line)
+                yield Where(where, "line", number), parse(line)
 
 
 def parse(line: bytes) -> dict[str, Any] | BadRecord:

@@ -27,8 +27,8 @@ _CALL = "function_call"  # ShareGPT: a turn that is a call, its value JSON
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
-class Arguments(dict[str, Any]):
-    """Arguments of a tool call that the file holds as JSON text, which some templates print as it is."""
+class CallArguments(dict[str, Any]):
+    """CallArguments of a tool call that the file holds as JSON text, which some templates print as it is."""
 
     def __init__(self, value: Mapping[str, Any], text: str) -> None:
         super().__init__(value)
@@ -45,22 +45,30 @@ def messages_of(value: Any, what: str = "messages") -> list[Message]:
 
 def from_json(value: Any) -> Any:
     """What a text holds as JSON, objects and lists; everything else, and other text, as it is."""
+    read = _parsed(innermost(value))
+    return value if isinstance(read, str) else read
+
+
+def innermost(value: Any) -> Any:
+    """Of JSON text of JSON text the inner one."""
+    while isinstance(value, str) and isinstance(read := _parsed(value), str) and read != value:
+        value = read
+    return value
+
+
+def _parsed(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith(("{", "[", '"')):
         return value
     try:
-        read = json.loads(value)
+        return json.loads(value)
     except (ValueError, RecursionError):
         return value
-    if isinstance(read, str):  # JSON of JSON
-        inner = from_json(read)
-        return value if isinstance(inner, str) else inner
-    return read
 
 
 def tools_of(value: Any) -> list[Message] | None:
     """The tools of a record: a list of JSON schemas, one alone, or JSON text of either. Raises `BadRecord`."""
     value = from_json(value)
-    if value is None or value == "" or value == []:
+    if value is None or value == [] or (isinstance(value, str) and value.strip() in ("", "null")):
         return None
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list):
@@ -142,6 +150,7 @@ def _content(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
+        check_plain(where, content)
         raise BadRecord(f"{where} has no text content, but a value of type {type(content).__name__}; give JSON as text")
     if not content:
         raise BadRecord(f"{where} has no text content: its list of parts is empty")
@@ -165,17 +174,19 @@ def _calls(calls: Any, where: str) -> list[Message]:
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list):
         raise BadRecord(f"{where} has tool_calls that are no list")
-    out = []
-    for number, item in enumerate(calls, 1):
-        call = from_json(item)
-        if isinstance(call, Mapping) and "function" in call:
-            call = {**call, "function": from_json(call["function"])}
-        if not isinstance(call, Mapping) or tool_name(call) is None:
-            raise BadRecord(f"{where}: tool call {number} is not an object with the name of a function")
-        inner = call["function"] if isinstance(call.get("function"), Mapping) else call
-        inner = {**_present(inner), "arguments": _arguments(inner.get("arguments"))}
-        out.append({**_present(call), "function": inner} if isinstance(call.get("function"), Mapping) else inner)
-    return out
+    return [_call(from_json(item), f"{where}: tool call {number}") for number, item in enumerate(calls, 1)]
+
+
+def _call(call: Any, where: str) -> Message:
+    """With the function in a table of its own, as templates expect it."""
+    inner = from_json(call.get("function", call)) if isinstance(call, Mapping) else None
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
+        raise BadRecord(f"{where} is not an object with the name of a function")
+    outer = {key: value for key, value in _present(call).items() if key not in ("name", "arguments")}
+    kept = inner.keys() if inner is not call else {"name", "arguments"}
+    function = {key: value for key, value in _present(inner).items() if key in kept}
+    function["arguments"] = _arguments(inner.get("arguments"))
+    return {"type": "function", **outer, "function": function}
 
 
 def _arguments(value: Any) -> Any:
@@ -183,11 +194,12 @@ def _arguments(value: Any) -> Any:
     if value is None or value == "":
         return {}
     read = from_json(value)
-    return Arguments(read, value) if isinstance(value, str) and isinstance(read, Mapping) else read
+    return CallArguments(read, innermost(value)) if isinstance(value, str) and isinstance(read, Mapping) else read
 
 
 def check_plain(what: str, value: Any) -> None:
-    """Raise `BadRecord` for what no template prints: half a surrogate pair, dates, bytes and other values without JSON."""
+    """Raise `BadRecord` for what no template prints: half a surrogate pair, dates, bytes and other values that are not
+    JSON's."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -224,18 +236,14 @@ def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
 
 
 def _text_call(call: Message) -> Message:
-    inner = call.get("function")
-    if isinstance(inner, Mapping):
-        return {**call, "function": _text_call(dict(inner))}
-    arguments = call["arguments"]
-    text = arguments.text if isinstance(arguments, Arguments) else None
+    arguments = call["function"]["arguments"]
+    text = arguments.text if isinstance(arguments, CallArguments) else None
     if text is None:
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return {**call, "arguments": text}
+    return {**call, "function": {**call["function"], "arguments": text}}
 
 
 def arguments_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """The arguments of all tool calls that are objects."""
-    calls = (call for message in messages for call in message.get("tool_calls", ()))
-    found = (call["function"] if isinstance(call.get("function"), Mapping) else call for call in calls)
-    return [dict(inner["arguments"]) for inner in found if isinstance(inner.get("arguments"), Mapping)]
+    found = (call["function"]["arguments"] for message in messages for call in message.get("tool_calls", ()))
+    return [dict(arguments) for arguments in found if isinstance(arguments, Mapping)]

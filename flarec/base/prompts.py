@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .json_records import SUFFIXES, Place, json_records, lines, plain_suffix
+from .json_records import SUFFIXES, Where, json_records, lines, plain_suffix
 from .messages import BadRecord, messages_of, tools_of
 
 
-def read_prompts(path: Path, option: str = "--prompts") -> Iterator[tuple[Place, Any]]:
+def read_prompts(path: Path, option: str = "--prompts") -> Iterator[tuple[Where, Any]]:
     """(place, prompt) one by one: text, or a list of messages without a closing one of the assistant's.
 
     The file is read as it is asked for, a line at a time (a JSON array as a whole). Raises `DataError` naming file and
@@ -27,7 +27,7 @@ def read_prompts(path: Path, option: str = "--prompts") -> Iterator[tuple[Place,
         raise DataError(f"{option} {path}: no prompts; write one per line")
 
 
-def _prompts(path: Path, option: str) -> Iterator[tuple[Place, Any]]:
+def _prompts(path: Path, option: str) -> Iterator[tuple[Where, Any]]:
     if plain_suffix(path) in SUFFIXES:
         for where, record in json_records(path, option):
             yield where, record if isinstance(record, BadRecord) else _prompt(record)
@@ -35,7 +35,7 @@ def _prompts(path: Path, option: str) -> Iterator[tuple[Place, Any]]:
     for number, line in lines(path, option):
         text = _decoded(line)
         if isinstance(text, BadRecord) or text.strip():
-            yield Place(f"{option}{path}", "line", number), text
+            yield Where(f"{option}{path}", "line", number), text
 
 
 def _decoded(line: bytes) -> str | BadRecord:

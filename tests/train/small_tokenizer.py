@@ -39,8 +39,8 @@ TWICE = (
 )
 
 # As reasoning models have it: reasoning stays in the turns after the last question only, a turn there always has its
-# block, the generation prompt opens it (or gives an empty one), a conversation without a question is refused, and a call
-# is printed argument by argument.
+# block, the generation prompt opens it (or gives an empty one), a conversation without a question is refused, and a
+# call is printed argument by argument.
 REASONING = """\
 {%- set ns = namespace(last=-1) -%}
 {%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor -%}
@@ -76,10 +76,7 @@ REASONING = """\
 {%- if add_generation_prompt -%}
 <|im_start|>assistant
 <think>
-{% if thinking is defined and not thinking %}
-</think>
-
-{% endif -%}
+{% if thinking is defined and not thinking %}{{ '\n</think>\n\n' }}{% endif -%}
 {%- endif -%}
 """
 # Calls as JSON, roles that nobody knows are left out in silence, tools at the top.
@@ -142,10 +139,14 @@ def small_tokenizer(
     return fast
 
 
-def spaced_tokenizer(template: Any = CHATML) -> PreTrainedTokenizerFast:
-    """As of SentencePiece with byte fallback: every text begins with a space, spaces are part of what follows."""
+def spaced_tokenizer(template: Any = CHATML, *, legacy: bool = False) -> PreTrainedTokenizerFast:
+    """As of SentencePiece with byte fallback: a text begins with a space, and so does, in legacy ones, what follows a
+    special token. Spaces are part of the token behind them."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if legacy:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence([
         decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
     ])

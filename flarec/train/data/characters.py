@@ -19,6 +19,7 @@ from ...errors import DataError
 
 Spans = list[tuple[int, int]]
 Offsets = list[tuple[int, int]]
+CONTEXT = 5  # tokens: the bytes of the longest character, and one more
 
 
 def token_spans(tokenizer: Any, text: str, spans: Spans) -> tuple[list[int], Spans]:
@@ -56,7 +57,7 @@ def _cut(tokenizer: Any, text: str, edges: Sequence[int]) -> tuple[list[int], di
 
 
 def _cut_apart(tokenizer: Any, text: str, edges: Sequence[int], after: str) -> tuple[list[int], dict[int, int]]:
-    """As `_cut`, with every part between two edges tokenised on its own, those behind the first as text after `after`."""
+    """As `_cut`, with every part between two edges tokenised on its own, all but the first as text behind `after`."""
     ids: list[int] = []
     places = {}
     for start, end in pairwise([0, *edges, len(text)]):
@@ -87,12 +88,11 @@ def continued(tokenizer: Any, before: Sequence[int], text: str, whole: Sequence[
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[list[int], Offsets]:
-    try:
-        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    except NotImplementedError:
+    if not getattr(tokenizer, "is_fast", False):
         raise DataError(
             "the tokenizer has no character offsets, which chat data need; save it as tokenizer.json (a fast tokenizer)"
-        ) from None
+        )
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return list(out["input_ids"]), [(int(start), int(end)) for start, end in out["offset_mapping"]]
 
 
@@ -132,14 +132,17 @@ def _takes_space(tokenizer: Any, token: int) -> bool:
 def _check_text(tokenizer: Any, ids: Sequence[int], span: tuple[int, int], text: str) -> None:
     """Raises `BadRecord` if the tokens of a span do not read as a text, as far as this tokenizer can write it at all.
 
-    They are read behind the token before them: some decoders drop a space at the start of what they are given.
+    They are read behind some tokens before them: some decoders drop a space at the start of what they are given, and
+    read bytes only with the bytes before them.
     """
     start, end = span
-    before = list(ids[max(0, start - 1) : start])
-    read = decoded(tokenizer, [*before, *ids[start:end]]).removeprefix(decoded(tokenizer, before))
-    if read == text:
-        return
-    taken = any(_takes_space(tokenizer, token) for token in [*before, *ids[end - 1 : end]])
+    for size in range(min(start, CONTEXT) + 1):
+        before = list(ids[start - size : start])
+        read = decoded(tokenizer, [*before, *ids[start:end]]).removeprefix(decoded(tokenizer, before))
+        if read == text:
+            return
+    beside = [*ids[max(0, start - 1) : start], *ids[end - 1 : end]]
+    taken = any(_takes_space(tokenizer, token) for token in beside)
     if taken and read.strip() == text.strip():
         return
     alone = decoded(tokenizer, _encode(tokenizer, text)[0])

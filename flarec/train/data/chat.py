@@ -15,8 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from os.path import commonprefix
+from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
 from ...base.messages import BadRecord, Message, tool_name
@@ -30,7 +29,7 @@ Turns = list[tuple[int | None, tuple[int, int]]]
 
 
 @dataclass(frozen=True)
-class Conversation:
+class Dialogue:
     """A chat record. first: number of messages that are a prompt, whose turns are not trained; options: variables of
     the template."""
 
@@ -67,9 +66,9 @@ class ChatEncoder:
 
     def encode(self, messages: Sequence[Message], tools: Any = None) -> tuple[list[int], Spans]:
         """Token ids and the token spans [start, end) of the assistant's turns. Raises `BadRecord`."""
-        return self.encode_conversation(Conversation(messages, tools))
+        return self.encode_conversation(Dialogue(messages, tools))
 
-    def encode_conversation(self, chat: Conversation) -> tuple[list[int], Spans]:
+    def encode_conversation(self, chat: Dialogue) -> tuple[list[int], Spans]:
         """As `encode`, for the turns that the conversation trains."""
         template = template_of(self.tokenizer, chat.tools)
         messages, text = rendered(self.tokenizer, chat.messages, chat.tools, options=chat.options)
@@ -95,7 +94,7 @@ class ChatEncoder:
         if not text[: self._ending(text)[0]].strip():
             raise BadRecord(f"{who} has no text but its end; leave the message out")
 
-    def _check_printed(self, chat: Conversation, text: str) -> None:
+    def _check_printed(self, chat: Dialogue, text: str) -> None:
         """Raises `BadRecord` for a message of others that the template leaves out; notes tools that it leaves out."""
         if chat.tools and not all(str(tool_name(tool)) in text for tool in chat.tools):
             self.notes["conversations with tools that the chat template does not print"] += 1
@@ -113,7 +112,7 @@ class ChatEncoder:
                     "role (system, user) or leave it out"
                 )
 
-    def _marked(self, chat: Conversation, text: str, template: str) -> Turns:
+    def _marked(self, chat: Dialogue, text: str, template: str) -> Turns:
         spans = marked_spans(template, text, lambda marked: self._render(chat, chat.messages, template=marked))
         assistant, trained = chat.assistant(), chat.trained()
         if not any(start < end for start, end in spans) and trained:
@@ -128,10 +127,10 @@ class ChatEncoder:
             )
         return [(None, span) for span in spans if span[0] < span[1]]
 
-    def _found(self, chat: Conversation, text: str) -> Turns:
+    def _found(self, chat: Dialogue, text: str) -> Turns:
         return [(place, self._turn(chat, text, place)) for place in chat.trained()]
 
-    def _turn(self, chat: Conversation, text: str, place: int) -> tuple[int, int]:
+    def _turn(self, chat: Dialogue, text: str, place: int) -> tuple[int, int]:
         """Characters of an assistant turn in the rendered conversation."""
         before, after = self._part(chat, place, prompt=True), self._part(chat, place + 1)
         start = len(before) if before and text.startswith(before) else None
@@ -159,22 +158,23 @@ class ChatEncoder:
         chosen = next((token for token in closing if token[0] in self._ends), closing[-1] if closing else None)
         return chosen.span() if chosen else (len(turn), len(turn))
 
-    def _located(self, chat: Conversation, text: str, place: int, opening: str) -> Iterator[tuple[int, int]]:
-        """Characters of a turn, from the rendering with a marker as its only content. opening: the generation prompt."""
-        message = chat.messages[place]
+    def _located(self, chat: Dialogue, text: str, place: int, opening: str) -> Iterator[tuple[int, int]]:
+        """Characters of a turn, from the rendering with a marker as its content. opening: the generation prompt."""
+        message, before = chat.messages[place], chat.messages[place - 1] if place else {}
+        previous = before.get("content", "").strip()
         plain = {"role": message["role"], "content": MARKER}
         for form in (plain, {**message, "content": MARKER}):
             try:
                 parts = self._render(chat, self._instead(chat, place, form)).split(MARKER)
             except BadRecord:
                 continue
-            start = _start(parts[0], text, opening)
+            start = _start(parts[0], text, opening, previous)
             if len(parts) == 2 and start is not None and text.endswith(parts[1]):
                 content_end = len(text) - len(parts[1])
                 if start <= content_end:
                     yield start, content_end + self._end_behind(chat, place, form, parts[1])
 
-    def _end_behind(self, chat: Conversation, place: int, form: Message, rest: str) -> int:
+    def _end_behind(self, chat: Dialogue, place: int, form: Message, rest: str) -> int:
         """Characters behind a turn's content that belong to it, of the rest of the rendering."""
         try:
             alone = self._render(chat, [*chat.messages[:place], form]).partition(MARKER)[2]
@@ -187,7 +187,7 @@ class ChatEncoder:
         token = self._special.match(rest, match.end())
         return token.end() if token and token[0] in self._ends else 0
 
-    def _part(self, chat: Conversation, count: int, prompt: bool = False) -> str:
+    def _part(self, chat: Dialogue, count: int, prompt: bool = False) -> str:
         """The rendering of the first messages; empty if the template refuses part of a conversation, as some do."""
         try:
             return self._render(chat, chat.messages[:count], prompt=prompt)
@@ -195,28 +195,27 @@ class ChatEncoder:
             return ""
 
     def _render(
-        self, chat: Conversation, messages: Sequence[Message], *, prompt: bool = False, template: str | None = None
+        self, chat: Dialogue, messages: Sequence[Message], *, prompt: bool = False, template: str | None = None
     ) -> str:
         return render(self.tokenizer, messages, chat.tools, prompt=prompt, template=template, options=chat.options)
 
     @staticmethod
-    def _instead(chat: Conversation, place: int, message: Message) -> list[Message]:
+    def _instead(chat: Dialogue, place: int, message: Message) -> list[Message]:
         return [*chat.messages[:place], message, *chat.messages[place + 1 :]]
 
 
-def _start(header: str, text: str, opening: str) -> int | None:
+def _start(header: str, text: str, opening: str, previous: str) -> int | None:
     """Where a turn starts whose content alone would stand behind `header`; None if that is not certain.
 
-    Behind what the header and the text have in common, if the header goes on with white space only or within what the
-    generation prompt (`opening`) writes, an empty block of reasoning for example; and behind all of that prompt, if
-    the text goes on with the rest of it.
+    Behind the lines that `opening`, the generation prompt, and the text have in common, which may be fewer than all
+    (an empty block of reasoning where the turn has one of its own), but the first one is. Without a generation
+    prompt, behind what header and text have in common, if the header goes on with nothing but white space. previous:
+    what the message before says.
     """
-    common = len(commonprefix([header, text]))
-    rest = header[common:]
-    if rest.strip() and not (header.endswith(opening) and len(rest) < len(opening)):
-        return None
-    if not rest:
-        known = max((size for size in range(len(opening) + 1) if header.endswith(opening[:size])), default=0)
-        if known and text.startswith(opening[known:], common):
-            common += len(opening) - known
-    return common
+    lines = opening.splitlines(keepends=True)
+    at = header.rfind(lines[0]) if opening.strip() else -1
+    if at >= 0 and text.startswith(header[: at + len(lines[0])]) and not (previous and previous in header[at:]):
+        shared = takewhile(lambda size: text.startswith(opening[:size], at), accumulate(map(len, lines)))
+        return at + max(shared)
+    common = next((at for at, (one, other) in enumerate(zip(header, text, strict=False)) if one != other), len(header))
+    return None if header[common:].strip() else common

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ...base.json_records import Place, Record
+from ...base.json_records import Record, Where
 from ...base.messages import BadRecord
 from ...errors import DataError
 
@@ -31,7 +31,7 @@ def read_parquet(path: Path) -> Iterator[Record]:
             for part in file.iter_batches():
                 for record in part.to_pylist():
                     number += 1
-                    yield Place(str(path), "row", number), _plain(record, columns)
+                    yield Where(str(path), "row", number), _plain(record, columns)
     except (OSError, arrow.ArrowException) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({error})") from None
 
@@ -54,7 +54,7 @@ def read_saved(path: Path) -> Iterator[Record]:
     for part in loaded.with_format("arrow").iter(batch_size=1000):
         for record in part.to_pylist():
             number += 1
-            yield Place(str(path), "row", number), _plain(record, columns)
+            yield Where(str(path), "row", number), _plain(record, columns)
 
 
 def _plain(record: dict[str, Any], columns: dict[str, Read]) -> dict[str, Any] | BadRecord:

@@ -27,8 +27,8 @@ def is_saved(path: Path) -> bool:
 def train_files(path: Path) -> list[Path]:
     """The data files of the train split, in order; all of them if no name says of which split it is.
 
-    A shard (`NAME-00000-of-00002.parquet`) belongs to the split NAME, another file to the one that its name, or a folder
-    of it, has as a word: the rules of `datasets`. Raises `DataError` for none, and for several subsets.
+    A shard (`NAME-00000-of-00002.parquet`) belongs to the split NAME, another file to the one that its name or a folder
+    has as a word: the rules of `datasets`. Raises `DataError` for none, and for several subsets.
     """
     found = sorted(_data_files(path))
     if not found:

@@ -12,9 +12,11 @@ from typing import Any
 
 from ...base.messages import BadRecord, Message, check_plain, from_json, messages_of, not_text, tools_of
 from ...base.rendering import check_options
-from .chat import Conversation
+from .chat import Dialogue
 
-MISSING = "has none of the keys messages, conversations, prompt with response or completion, instruction with output, or text"
+MISSING = (
+    "has none of the keys messages, conversations, prompt with response or completion, instruction with output, or text"
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Text:
     text: str
 
 
-Shape = Conversation | Pair | Text
+Shape = Dialogue | Pair | Text
 
 
 def shape_of(record: Mapping[str, Any]) -> tuple[str, Shape]:
@@ -53,12 +55,12 @@ def shape_of(record: Mapping[str, Any]) -> tuple[str, Shape]:
     raise BadRecord(f"{MISSING} (it has {keys or 'no key'})")
 
 
-def _conversation(record: Mapping[str, Any], messages: list[Message], first: int = 0) -> Conversation:
+def _conversation(record: Mapping[str, Any], messages: list[Message], first: int = 0) -> Dialogue:
     system = record.get("system")
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":  # as ShareGPT's files have it
         messages, first = [{"role": "system", "content": system}, *messages], first + 1 if first else 0
     check_plain("the record", [messages[0]["role"], record.get("chat_template_kwargs")])
-    return Conversation(
+    return Dialogue(
         messages, tools_of(record.get("tools")), first, check_options(from_json(record.get("chat_template_kwargs")))
     )
 
@@ -73,7 +75,7 @@ def _prompt_and(record: Mapping[str, Any], key: str) -> Shape:
     return _conversation(record, [*before, *after], len(before))
 
 
-def _instruction(record: Mapping[str, Any]) -> Conversation:
+def _instruction(record: Mapping[str, Any]) -> Dialogue:
     """Alpaca's keys, and those of databricks-dolly: the user's message is the instruction and the input below it."""
     output = next((key for key in ("output", "response") if record.get(key) is not None), "output")
     given = next((key for key in ("input", "context") if record.get(key)), None)

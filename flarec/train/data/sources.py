@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ...errors import DataError
 from .characters import Spans, continued
-from .chat import ChatEncoder, Conversation
+from .chat import ChatEncoder, Dialogue
 from .document import Document
 from .files import BadRecord, SourceSpec, parse_source, read_records
 from .shapes import Pair, Text, shape_of
@@ -57,7 +57,7 @@ class DataStats:
         if self.dropped:
             text += f"; {self.dropped:,} dropped (no response token left)"
         if self.endless:
-            text += f"; {self.endless:,} turns end without a token that ends a text (what learns them does not stop there)"
+            text += f"; {self.endless:,} turns end without a token that ends a text: generation will not stop there"
         for note, count in sorted(self.notes.items()):
             text += f"; {count:,} {note}"
         if self.bad_lines:
@@ -159,7 +159,8 @@ class _Kept:
 
     def __init__(self, stats: DataStats, max_length: int) -> None:
         self.stats, self.max_length = stats, max_length
-        self.tokens, self.starts, self.spans, self.span_starts = array("i"), array("q", [0]), array("q"), array("q", [0])
+        self.tokens, self.starts = array("i"), array("q", [0])
+        self.spans, self.span_starts = array("q"), array("q", [0])
 
     def add(self, ids: Sequence[int], found: Spans, end_ids: Collection[int]) -> None:
         stats, limit = self.stats, self.max_length
@@ -224,7 +225,7 @@ class RecordEncoder:
 
     def __call__(self, record: dict[str, Any]) -> tuple[list[int], Spans]:
         self.format, shape = shape_of(record)
-        if isinstance(shape, Conversation):
+        if isinstance(shape, Dialogue):
             if not getattr(self.tokenizer, "chat_template", None):
                 raise DataError(
                     f"{self.path}: has {self.format}, but the tokenizer has no chat template; give prompt and response"

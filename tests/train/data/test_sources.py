@@ -213,7 +213,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=words):
             load(tmp_path / name)
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(DataError, match="not a directory written by `datasets`, and no .jsonl"):
+    with pytest.raises(DataError, match=r"not a directory written by `datasets`, and no \.jsonl"):
         load(tmp_path / "nothing")
 
 

@@ -1,0 +1,171 @@
+"""Shapes of records, each decided for itself: what is trained, and what is refused by its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flarec.base.messages import BadRecord
+from flarec.errors import DataError
+from flarec.train.data.shapes import shape_of
+from flarec.train.data.sources import RecordEncoder, TokenSource, load_sources, parse_source
+from tests.train.small_tokenizer import CHATML, REASONING, small_tokenizer
+
+TOKENIZER = small_tokenizer()
+END = "<|im_end|>"
+USER, ASSISTANT = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "world"}
+TURN = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nworld<|im_end|>\n"
+IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}
+
+
+def load(path: Path, *records: Any, **options: Any) -> TokenSource:
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    return load_sources([parse_source(str(path))], TOKENIZER, max_length=options.pop("max_length", 200), **options)[0]
+
+
+def read(record: Any, tokenizer: Any = TOKENIZER) -> tuple[str, list[str]]:
+    """(the whole text, what is trained)."""
+    ids, spans = RecordEncoder(tokenizer, None, Path("a.jsonl"))(record)
+    return tokenizer.decode(ids), [tokenizer.decode(ids[start:end]) for start, end in spans]
+
+
+CHATS: dict[str, Any] = {
+    "messages": {"messages": [USER, ASSISTANT]},
+    "messages as JSON text": {"messages": json.dumps([USER, ASSISTANT])},
+    "conversations with roles": {"conversations": [USER, ASSISTANT], "id": "3"},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "world"}]},
+    "other names": {"conversation": [{"from": "user", "value": "Hello"}, {"from": "model", "value": "world"}]},
+    "messages and a prompt": {"prompt": "other", "prompt_id": "3", "messages": [USER, ASSISTANT]},
+    "null beside": {"text": None, "prompt": None, "messages": [USER, ASSISTANT]},
+    "prompt and completion": {"prompt": [USER], "completion": [ASSISTANT]},
+    "prompt and response": {"prompt": [USER], "response": [ASSISTANT]},
+    "a list and a text": {"prompt": [USER], "completion": "world"},
+    "a text and a list": {"prompt": "Hello", "completion": [ASSISTANT]},
+    "Alpaca": {"instruction": "Hello", "input": "", "output": "world"},
+    "dolly": {"instruction": "Hello", "context": "", "response": "world", "category": "x"},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"text": "lo"}]},
+                           {"role": "assistant", "content": [{"type": "output_text", "text": "world"}]}]},
+    "parts that are text": {"messages": [{"role": "user", "content": ["Hel", {"text": "lo"}]}, ASSISTANT]},
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_chats(name: str) -> None:
+    assert read(CHATS[name]) == (TURN, ["world" + END])
+
+
+PAIRS: dict[str, Any] = {
+    "response": {"prompt": "Hello ", "response": "world"},
+    "completion": {"prompt": "Hello ", "completion": "world"},
+    "null beside": {"messages": None, "instruction": None, "prompt": "Hello ", "completion": "world", "text": None},
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs(name: str) -> None:
+    assert read(PAIRS[name]) == ("Hello world" + END, ["world" + END])
+
+
+def test_turns_of_the_prompt_are_not_trained() -> None:
+    text, found = read({"prompt": [USER, ASSISTANT, USER], "completion": [{"role": "assistant", "content": "Fine"}]})
+    assert text.count("world") == 1 and found == ["Fine" + END]
+    _, found = read({"prompt": [USER], "completion": [ASSISTANT, USER, ASSISTANT]})
+    assert found == ["world" + END] * 2
+    _, found = read({"system": "You", "prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]})
+    assert found == ["world" + END]
+
+
+def test_instructions() -> None:
+    record = {"instruction": "Add", "input": "1 2", "output": "3", "system": "You", "history": [["Hello", "world"]]}
+    text, found = read(record)
+    assert text.startswith("<|im_start|>system\nYou<|im_end|>\n" + TURN + "<|im_start|>user\nAdd\n\n1 2<|im_end|>")
+    assert found == ["world" + END, "3" + END]
+
+
+def test_sharegpt_with_tools() -> None:
+    tokenizer = small_tokenizer(REASONING)
+    record = {
+        "system": "You", "tools": '[{"name": "f", "parameters": {}}]',
+        "conversations": [
+            {"from": "human", "value": "Hello"},
+            {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+            {"from": "observation", "value": "3"}, {"from": "gpt", "value": "world"},
+        ],
+    }
+    text, found = read(record, tokenizer)
+    assert text.startswith("<|im_start|>system\nYou<|im_end|>") and "<|im_start|>tool\n3<|im_end|>" in text
+    assert found == ["\n</think>\n\n<call=f> a=1</call>" + END, "\n</think>\n\nworld" + END]
+
+
+def test_variables_of_the_template() -> None:
+    tokenizer = small_tokenizer(REASONING)
+    record: dict[str, Any] = {"messages": [USER, ASSISTANT], "chat_template_kwargs": {"thinking": False}}
+    assert read(record, tokenizer)[1] == ["world" + END]
+    assert read({**record, "chat_template_kwargs": '{"thinking": false}'}, tokenizer)[1] == ["world" + END]
+    for bad, reason in [({"tokenize": True}, "sets tokenize, which is no variable"), (3, "is not an object")]:
+        with pytest.raises(BadRecord, match=reason):
+            read({**record, "chat_template_kwargs": bad}, tokenizer)
+
+
+def test_shapes_mixed_in_one_file(tmp_path: Path) -> None:
+    records = [{"text": "Hello"}, CHATS["messages"], PAIRS["completion"], CHATS["Alpaca"], CHATS["messages"]]
+    source = load(tmp_path / "a.jsonl", *records)
+    assert source.stats.format == "1 instruction/output, 2 messages, 1 prompt/completion, 1 text"
+    alone = [load(tmp_path / f"{number}.jsonl", record) for number, record in enumerate(records)]
+    assert [source.document(i).ids.tolist() for i in range(5)] == [one.document(0).ids.tolist() for one in alone]
+
+
+def test_counts(tmp_path: Path) -> None:
+    three = {"messages": [USER, ASSISTANT] * 3}
+    full = load(tmp_path / "a.jsonl", three, CHATS["messages"])
+    assert (full.stats.turns, full.stats.lost_turns, full.stats.endless) == (4, 0, 0)
+    assert dict(full.stats.ends) == {TOKENIZER.eos_token_id: 4}
+    assert f"{full.stats.targets} targets in 4 turns" in str(full.stats) and "without" not in str(full.stats)
+    second = full.document(0).responses[1]
+    cut = load(tmp_path / "a.jsonl", three, CHATS["messages"], max_length=second[0] + 1)
+    assert (cut.stats.turns, cut.stats.lost_turns, dict(cut.stats.ends)) == (3, 1, {TOKENIZER.eos_token_id: 2})
+    assert "tokens lost, 1 turns)" in str(cut.stats)
+    other = load(tmp_path / "a.jsonl", CHATS["messages"], end_ids=[7])
+    assert other.stats.endless == 1 and "1 turns end without a token that ends a text" in str(other.stats)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "image": ({"messages": [{"role": "user", "content": [IMAGE]}, ASSISTANT]},
+              r"message 1 \(user\) has a part of type 'image_url', and a text model reads text alone"),
+    "thinking part": ({"messages": [USER, {"role": "assistant", "content": [{"type": "thinking", "thinking": "x"}]}]},
+                      r"message 2 \(assistant\) has a part of type 'thinking'"),
+    "part without text": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "'text' without text"),
+    "no parts": ({"messages": [{"role": "user", "content": []}]}, "list of parts is empty"),
+    "JSON as content": ({"messages": [USER, {"role": "tool", "content": {"a": 1}}]},
+                        r"message 2 \(tool\) has no text content, but a value of type dict; give JSON as text"),
+    "number as content": ({"messages": [{"role": "user", "content": 3}]}, "no text content, but a value of type int"),
+    "narrator": ({"conversations": [{"from": "narrator", "value": "x"}]}, "message 1 is from 'narrator', which is no"),
+    "half a pair": ({"messages": [USER, {**ASSISTANT, "reasoning_content": "\ud83d"}]}, "half a surrogate pair"),
+    "history": ({"instruction": "a", "output": "b", "history": [["a"]]}, "history is not a list of pairs"),
+    "text in messages": ({"messages": "hello"}, "messages is not a list with at least one message"),
+    "empty completion": ({"prompt": "a", "completion": ""}, "completion is empty"),
+    "empty list": ({"prompt": [USER], "completion": []}, "completion is not a list with at least one message"),
+    "nothing": ({}, r"has none of the keys .* \(it has no key\)"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str, tmp_path: Path) -> None:
+    record, reason = REFUSED[name]
+    with pytest.raises(BadRecord, match=reason):
+        shape_of(record)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: .*--skip-bad-lines"):
+        load(tmp_path / "a.jsonl", CHATS["messages"], record)
+    stats = load(tmp_path / "a.jsonl", record, CHATS["messages"], skip_bad_lines=True).stats
+    assert (stats.bad_lines, stats.documents) == (1, 1) and "line 1" in stats.first_bad_line
+
+
+def test_chats_need_a_template(tmp_path: Path) -> None:
+    for name in ("Alpaca", "ShareGPT", "prompt and completion"):
+        with pytest.raises(DataError, match="no chat template; give prompt and response"):
+            read(CHATS[name], small_tokenizer(None))
+    assert read(PAIRS["completion"], small_tokenizer(None))[1] == ["world" + END]
+    assert small_tokenizer().chat_template == CHATML
