@@ -189,7 +189,7 @@ def test_patterns_that_are_none(pattern: Any, model: Model) -> None:
         (['{"text": "a"}', "{"], "line 2: not JSON"),
         (['{"messages": []}'], "line 1: messages is not a list with at least one"),
         (['{"messages": [{"role": "user", "content": "x"}]}'], "line 1: has no response"),
-        (['{"text": "a"}', "", '{"other": 1}'], "line 3: text is missing"),
+        (['{"text": "a"}', "", '{"other": 1}'], "line 3: has none of the keys"),
         ([json.dumps({**PAIRS[0], "answer": "1", "pattern": "("})], "line 1: pattern '\\(' is not a regular"),
         ([json.dumps({**PAIRS[0], "answer": "1", "pattern": "x"})], "line 1: pattern 'x' has no group"),
         ([], "no records"),

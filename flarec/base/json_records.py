@@ -116,4 +116,4 @@ def _read(text: bytes) -> Any:
 def _record(value: Any) -> dict[str, Any] | BadRecord:
     if isinstance(value, (dict, BadRecord)):
         return value
-    return BadRecord(f"a JSON {type(value).__name__}, not an object with messages, prompt and response, or text")
+    return BadRecord(f"a JSON {type(value).__name__}, not an object")

@@ -173,8 +173,8 @@ def test_errors(arguments: list[str], message: str, generate: Callable[..., Resu
         ("p.txt", b"\xff\xfe", "not UTF-8"),
         ("p.jsonl", b'{"prompt": "a"}\n{', "line 2: not JSON"),
         ("p.jsonl", b'{"text": "a"}', 'line 1: no "prompt" text'),
-        ("p.jsonl", b'{"messages": [{"role": "assistant", "content": "a"}]}', 'line 1: no "prompt" text'),
-        ("p.jsonl", b"[1]", 'line 1: no "prompt" text'),
+        ("p.jsonl", b'{"messages": [{"role": "assistant", "content": "a"}]}', "line 1: holds nothing but a turn"),
+        ("p.jsonl", b"[1]", "line 1: a JSON list, not an object"),
     ],
 )
 def test_bad_prompt_files(
