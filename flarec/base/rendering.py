@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jinja2.exceptions import TemplateSyntaxError
+
 from ..errors import first_line
 from .messages import BadRecord, Message, arguments_of, with_text_arguments
 
@@ -34,6 +36,8 @@ def render(
             list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, chat_template=template,
             **(options or {}),
         )
+    except TemplateSyntaxError as error:
+        raise BadRecord(f"the chat template is none: {first_line(error)} in its line {error.lineno}") from None
     except Exception as error:  # whatever a template raises for messages it does not like
         raise BadRecord(f"the chat template rejects the messages ({first_line(error)})") from None
     if not isinstance(text, str):

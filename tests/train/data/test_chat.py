@@ -78,6 +78,12 @@ def test_template_errors_are_reasons() -> None:
         spans("STRICT", chat("Hello", "world", system="You"))
 
 
+def test_a_template_that_is_none_is_named_by_its_line() -> None:
+    tokenizer = small.small_tokenizer("{% for m in messages %}\n{{ m.content }")
+    with pytest.raises(BadRecord, match="the chat template is none: .* in its line 2"):
+        ChatEncoder(tokenizer, []).encode(chat("Hello", "world"))
+
+
 def test_markers_that_enclose_nothing_are_refused() -> None:
     tokenizer = small.small_tokenizer(small.CHATML + "{% if false %}{% generation %}{% endgeneration %}{% endif %}")
     with pytest.raises(BadRecord, match="enclose no assistant token"):
