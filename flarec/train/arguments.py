@@ -28,8 +28,8 @@ class Arguments:
 
     source: str = key(MISSING, "A model directory or hub id.")
     data: TEXTS = key(
-        (), "Training data: a JSONL, JSON or Parquet file, or a directory of them or of datasets, with messages, prompt "
-        "and response, or text. Repeat to mix several by weight.", metavar="PATH[:WEIGHT]",
+        (), "Training data: a JSONL, JSON or Parquet file, or a directory of them or of datasets, with messages, "
+        "prompt and response, or text. Repeat to mix several by weight.", metavar="PATH[:WEIGHT]",
     )
     recipe: str = key("flare", "A built-in recipe or a TOML file.", metavar="NAME|FILE")
     out: Path | None = key(

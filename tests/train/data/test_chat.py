@@ -80,7 +80,7 @@ def test_template_errors_are_reasons() -> None:
 
 def test_a_template_that_is_none_is_named_by_its_line() -> None:
     tokenizer = small.small_tokenizer("{% for m in messages %}\n{{ m.content }")
-    with pytest.raises(BadRecord, match="the chat template is none: .* in its line 2"):
+    with pytest.raises(BadRecord, match=r"the chat template is none: .* in its line 2"):
         ChatEncoder(tokenizer, []).encode(chat("Hello", "world"))
 
 
