@@ -6,7 +6,6 @@ Records are those of training (`messages`, `prompt` and `response`, or `text`). 
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,20 +14,18 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import regex
-import torch
 
 from .api import Model, Output
 from .base.fields import shown, whole_number
 from .base.generation import GenerationKeywords, GenerationOptions, merged, takes_options
 from .base.json_records import Record, Where
-from .decode import Cache, Stepper
 from .errors import DataError, FlarecWarning, UsageError
+from .evaluation.scoring import score
 from .train.data.files import BadRecord, read_records
 from .train.data.sources import RecordEncoder
 
 PATTERN_SECONDS = 5.0
 """How long a record's pattern may take on an answer: some take years."""
-SCORE_ROWS = 1024  # clean rows per forward while scoring: bounds the logits
 
 
 @dataclass(frozen=True)
@@ -172,38 +169,6 @@ def response_loss(model: Model, examples: Sequence[Example], batch: int = 8) -> 
     Documents are cut at the model's context. The mask token's logit is minus infinity, as in training.
     """
     room = model.engine.max_positions
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
-    total, tokens = 0.0, 0
-    for start in range(0, len(order), batch):
-        part = [examples[index] for index in order[start : start + batch]]
-        loss, count = _score([(example.ids[:room], example.responses) for example in part], model)
-        total, tokens = total + loss, tokens + count
-    return total, tokens
-
-
-@torch.no_grad()
-def _score(documents: Sequence[tuple[Sequence[int], Sequence[tuple[int, int]]]], model: Model) -> tuple[float, int]:
-    """`response_loss` of documents that run as one batch, in chunks like a prefill."""
-    rows, longest = len(documents), max(len(ids) for ids, _ in documents)
-    device = model.decode_program.device
-    ids = torch.zeros(rows, longest, dtype=torch.int64)
-    wanted = torch.zeros(rows, longest, dtype=torch.bool)  # rows of the clean stream that predict a response token
-    for row, (tokens, spans) in enumerate(documents):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        for start, end in spans:
-            wanted[row, start - 1 : min(end, len(tokens)) - 1] = True
-    ids, wanted = ids.to(device), wanted.to(device)
-    suppress = torch.tensor(sorted(model.engine.suppress), dtype=torch.int64, device=device)
-    cache = Cache.allocate(model.decode_program.cache_slots, rows, longest, device)
-    stepper = Stepper(model.decode_program, cache)
-    chunk = max(1, SCORE_ROWS // rows)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for start in range(0, longest, chunk):
-        plan = stepper.plan([len(tokens[start : start + chunk]) for tokens, _ in documents])
-        here = wanted[plan.clean_request, plan.clean_slot + start]
-        logits = stepper.run(plan, ids[:, start : start + plan.clean_length], plan.head_rows[here])
-        cache.accept(plan.counts)
-        target = ids[plan.clean_request[here], plan.clean_slot[here] + start + 1]
-        logits = logits.float().index_fill(1, suppress, -math.inf)
-        total += torch.nn.functional.cross_entropy(logits, target, reduction="sum").double()
-    return float(total), int(wanted.sum())
+    scores = score(model, [(example.ids[:room], example.responses) for example in examples], batch)
+    total = -sum(float(found.log_probs.sum()) for found in scores)
+    return total, sum(len(found.log_probs) for found in scores)

@@ -17,18 +17,13 @@ import random
 import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RUN, TIMES, RESAMPLES = 8, 3, 1000
+from flarec.evaluation.loops import loops
 
-
-def loops(tokens: Sequence[int]) -> bool:
-    """Whether some run of `RUN` tokens stands `TIMES` times."""
-    runs = Counter(tuple(tokens[at : at + RUN]) for at in range(len(tokens) - RUN + 1))
-    return bool(runs) and max(runs.values()) >= TIMES
+RESAMPLES = 1000
 
 
 def summary(pairs: Sequence[tuple[int, int]]) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "generate": "Generate text with a checkpoint or a source model.",
     "chat": "Talk with a checkpoint or a source model in the terminal.",
     "eval": "Held-out loss, exact-match accuracy and tokens per forward on a data file.",
+    "lm-eval": "Run the tasks of lm-eval on a checkpoint: its own command line.",
     "inspect": "Show a model's program, layer by layer, and what each pass changed.",
     "verify": "Check a checkpoint against the invariants of the method.",
     "bench": "Check and time the Triton kernels on a GPU.",
@@ -36,7 +37,7 @@ COMMANDS: dict[str, str] = {
 }
 """Name and one-line help, in the order in which `flarec --help` lists them."""
 
-MODULES = {"eval": "evaluate"}
+MODULES = {"eval": "evaluate", "lm-eval": "lm_eval"}
 """Modules that are not named like their command."""
 
 DEBUG = "flarec.debug"
