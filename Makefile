@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast test-search test-exact test-matrix test-fla test-peft pytest lint typecheck demo bench-cpu clean
+.PHONY: help install test test-fast test-search test-exact test-matrix test-fla test-peft test-lm-eval pytest lint typecheck demo bench-cpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -56,6 +56,10 @@ test-fla: $(VENV)/.installed-test  ## the models of flash-linear-attention, whic
 test-peft: $(VENV)/.installed-test  ## adapters to peft and back; peft is never installed in .venv
 	$(BIN)/python tools/environment.py .venv-peft -c constraints-peft.txt torch==2.13.0 peft
 	.venv-peft/bin/python -m pytest -q tests_peft
+
+test-lm-eval: $(VENV)/.installed-test  ## the model class of lm-eval; lm-eval is never installed in .venv
+	$(BIN)/python tools/environment.py .venv-lm-eval -c constraints-lm-eval.txt torch==2.13.0 lm-eval
+	.venv-lm-eval/bin/python -m pytest -q tests_lm_eval
 
 lint: $(VENV)/.installed-test typecheck  ## ruff and the type check
 	$(BIN)/ruff check

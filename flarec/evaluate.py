@@ -169,6 +169,7 @@ def response_loss(model: Model, examples: Sequence[Example], batch: int = 8) -> 
     Documents are cut at the model's context. The mask token's logit is minus infinity, as in training.
     """
     room = model.engine.max_positions
-    scores = score(model, [(example.ids[:room], example.responses) for example in examples], batch)
+    documents = [(example.ids[:room], example.responses) for example in examples]
+    scores = score(model.decode_program, documents, batch, suppress=model.engine.suppress)
     total = -sum(float(found.log_probs.sum()) for found in scores)
     return total, sum(len(found.log_probs) for found in scores)

@@ -11,10 +11,10 @@ import regex
 import torch
 from transformers import AutoModelForCausalLM
 
-from flarec import evaluate as module
 from flarec.api import Model, load
 from flarec.errors import DataError, FlarecWarning, UsageError
 from flarec.evaluate import evaluate, found_answer, read_examples, response_loss, to_examples
+from flarec.evaluation import scoring
 from tests.checkpoints import MASK_ROW, converted
 
 CHATS = [
@@ -70,7 +70,7 @@ def spans_by_text(model: Model, ids: list[int], replies: list[str]) -> list[tupl
 def test_loss_of_chats_is_that_of_transformers(
     rows: int, model: Model, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SCORE_ROWS", rows)  # 7: several chunks, the cache carries the state
+    monkeypatch.setattr(scoring, "SCORE_ROWS", rows)  # 7: several chunks, the cache carries the state
     documents = []
     for chat in CHATS:
         ids = model.tokenizer.apply_chat_template(chat["messages"], tokenize=True, return_dict=True)["input_ids"]

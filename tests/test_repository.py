@@ -26,12 +26,13 @@ API = ("api", "hf_generate", "evaluate")
 KERNELS = tuple(sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")))
 ROOMS = (
     "base", "recipe", "ir", "ops", "frontend", "passes", "checkpoint", "train", "decode", "verify", "inspect", "bench",
-    "conformance", "doctor", "cli",
+    "conformance", "doctor", "evaluation", "cli",
 )
 LAYER_OF = {
     "flarec": "root",  # flarec/__init__.py: the version, no imports
     **{f"flarec.{name}": name for name in (*AT_THE_ROOT, *ROOMS)},
     "flarec.bench.serving": "serving",
+    "flarec.evaluation.harness": "harness",  # imports lm-eval; nothing of the package imports it
     "flarec.ir.slots": "slots",  # all that the decoder knows of a program
     "flarec.recipes": "recipes",
     "flarec.kernels": "kernels",
@@ -73,7 +74,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": {*ALL_KERNELS, "ops", "layout", "base"},
     "serving": {*ALL_KERNELS, "bench", "base", "decode", "frontend", "ir", "passes"},
     "checkpoint": {"frontend", "ir", "layout", "passes", "base"},
-    "api": {"device", "collector", "base", "frontend", "passes", "ir", "decode", "checkpoint", "train"},
+    "evaluation": {"decode", "base"},
+    "harness": {"api", "base", "decode", "evaluation"},
+    "api": {"device", "collector", "base", "frontend", "passes", "ir", "decode", "checkpoint", "train", "evaluation"},
     "cli": BELOW_CLI,
 }
 
@@ -221,7 +224,7 @@ def test_a_class_name_means_one_class() -> None:
 
 def test_no_comment_speaks_to_a_formatter() -> None:
     """Lines are laid out by hand: tables stay tables. `ruff check` holds the width and the order of imports."""
-    files = python_files(*PYTHON_FOLDERS, "tests_fla", "tests_peft")
+    files = python_files(*PYTHON_FOLDERS, "tests_fla", "tests_peft", "tests_lm_eval")
     assert [str(path.relative_to(ROOT)) for path in files if re.search(r"#\s*(fmt|yapf):", path.read_text())] == []
 
 
@@ -282,7 +285,7 @@ def clock_uses(source: str) -> Iterator[tuple[int, str]]:
 
 
 def test_tests_read_no_clock() -> None:
-    files = python_files("tests", "tests_fla", "tests_peft")
+    files = python_files("tests", "tests_fla", "tests_peft", "tests_lm_eval")
     found = [f"{p.relative_to(ROOT)}:{line}: {name}" for p in files for line, name in clock_uses(p.read_text())]
     assert found == []
 

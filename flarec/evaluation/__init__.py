@@ -1,1 +1,1 @@
-"""What an evaluation is made of: scores of the clean stream, grades, statistics, its record; and lm-eval's model class."""
+"""What an evaluation is made of: scores of the clean stream, grades, statistics, its record; lm-eval's model class."""

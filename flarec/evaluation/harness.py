@@ -24,7 +24,7 @@ from ..base.fields import shown, whole_number
 from ..base.generation import GenerationOptions, merged
 from ..decode.tokenizing import encode_prompt
 from ..errors import UsageError
-from .scoring import Document, score
+from .scoring import Document, Scores, score
 
 GENERATION = ("do_sample", "until", "max_gen_toks", "temperature", "top_k", "top_p", "seed")
 """What a task may ask of a generation, after lm-eval has put its aliases right."""
@@ -133,11 +133,15 @@ class FlarecLM(TemplateLM):
                 )
             ids = (before + after)[-(self.max_length + 1) :]
             documents.append((ids, [(len(ids) - len(after), len(ids))]))
-        found = score(self.model, documents, self.batch_size)
+        found = self._scores(documents)
         results = [(float(item.log_probs.sum()), bool(item.greedy.all())) for item in found]
         for (key, _, _), result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", key, result)
         return results
+
+    def _scores(self, documents: Sequence[Document]) -> list[Scores]:
+        engine = self.model.engine
+        return score(self.model.decode_program, documents, self.batch_size, suppress=engine.suppress)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         results = []
@@ -148,7 +152,7 @@ class FlarecLM(TemplateLM):
                 for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
             ]
             documents = [([*before, *after], [(len(before), len(before) + len(after))]) for before, after in windows]
-            total = sum(float(item.log_probs.sum()) for item in score(self.model, documents, self.batch_size))
+            total = sum(float(item.log_probs.sum()) for item in self._scores(documents))
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
             results.append(total)
         return results

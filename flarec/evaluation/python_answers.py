@@ -7,6 +7,7 @@ files and network. Commands run answers only when told to (`--execute`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -86,10 +87,8 @@ def run_answer(
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill the answer and what it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.communicate()
 
 

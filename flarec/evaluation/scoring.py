@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..decode import Cache, Stepper
-
-if TYPE_CHECKING:
-    from ..api import Model
+from ..decode.plan import DecodeProgram
 
 SCORE_ROWS = 1024  # clean rows per forward while scoring: bounds the logits
 Document = tuple[Sequence[int], Sequence[tuple[int, int]]]
@@ -31,25 +28,27 @@ class Scores:
     greedy: Tensor
 
 
-def score(model: Model, documents: Sequence[Document], batch: int = 8) -> list[Scores]:
+def score(
+    program: DecodeProgram, documents: Sequence[Document], batch: int = 8, *, suppress: Collection[int] = ()
+) -> list[Scores]:
     """Scores of every document, in the same order; `batch` documents of about the same length run together.
 
-    The mask token's logit is minus infinity, as in training. Logits are in the dtype that the model computes in,
-    normalised in float32. Documents fit the model's context: the caller cuts them.
+    The logits of `suppress` (the mask token, as in training) are minus infinity. Logits are in the dtype that the model
+    computes in, normalised in float32. Documents fit the model's context: the caller cuts them.
     """
     order = sorted(range(len(documents)), key=lambda index: len(documents[index][0]))
     found: dict[int, Scores] = {}
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
-        found.update(zip(part, _score([documents[index] for index in part], model), strict=True))
+        found.update(zip(part, _score([documents[index] for index in part], program, suppress), strict=True))
     return [found[index] for index in range(len(documents))]
 
 
 @torch.no_grad()
-def _score(documents: Sequence[Document], model: Model) -> list[Scores]:
+def _score(documents: Sequence[Document], program: DecodeProgram, suppress: Collection[int]) -> list[Scores]:
     """`score` of documents that run as one batch, in chunks like a prefill."""
     rows, longest = len(documents), max(len(ids) for ids, _ in documents)
-    device = model.decode_program.device
+    device = program.device
     ids = torch.zeros(rows, longest, dtype=torch.int64)
     wanted = torch.zeros(rows, longest, dtype=torch.bool)  # rows of the clean stream that predict a scored token
     for row, (tokens, spans) in enumerate(documents):
@@ -59,9 +58,9 @@ def _score(documents: Sequence[Document], model: Model) -> list[Scores]:
     ids, wanted = ids.to(device), wanted.to(device)
     log_probs = torch.zeros(rows, longest, dtype=torch.float64, device=device)
     greedy = torch.zeros(rows, longest, dtype=torch.bool, device=device)
-    suppress = torch.tensor(sorted(model.engine.suppress), dtype=torch.int64, device=device)
-    cache = Cache.allocate(model.decode_program.cache_slots, rows, longest, device)
-    stepper = Stepper(model.decode_program, cache)
+    never = torch.tensor(sorted(suppress), dtype=torch.int64, device=device)
+    cache = Cache.allocate(program.cache_slots, rows, longest, device)
+    stepper = Stepper(program, cache)
     chunk = max(1, SCORE_ROWS // rows)
     for start in range(0, longest, chunk):
         plan = stepper.plan([len(tokens[start : start + chunk]) for tokens, _ in documents])
@@ -70,7 +69,7 @@ def _score(documents: Sequence[Document], model: Model) -> list[Scores]:
         cache.accept(plan.counts)
         place = plan.clean_request[here], plan.clean_slot[here] + start
         target = ids[place[0], place[1] + 1]
-        logits = logits.float().index_fill(1, suppress, -math.inf)
+        logits = logits.float().index_fill(1, never, -math.inf)
         log_probs[place] = -torch.nn.functional.cross_entropy(logits, target, reduction="none").double()
         greedy[place] = logits.argmax(dim=1) == target
     return [
