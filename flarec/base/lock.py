@@ -67,10 +67,12 @@ class Process:
 
 
 def _start_of(pid: int) -> int:
-    """Start of a process in clock ticks since boot; 0 if there is none, or no way to know."""
+    """Start of a process in clock ticks since boot; 0 if there is none, if it has ended and its parent did not notice
+    yet, or if there is no way to know."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        return int(text.rpartition(")")[2].split()[19])
+        state, *values = text.rpartition(")")[2].split()
+        return 0 if state in "ZX" else int(values[18])
     except (OSError, ValueError, IndexError):
         return 0
 

@@ -215,3 +215,14 @@ def test_impossible_processes_hold_nothing(out: Path, pid: str) -> None:
     with contextlib.suppress(UsageError), OutputLock(out) as lock:
         assert lock.left == {}
     assert check_free(out) == {}
+
+
+def test_a_process_that_ended_runs_no_more_although_its_parent_has_not_noticed() -> None:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # it stays as it is: ended, and known to the system
+    here = Process.current()
+    assert replace(here, pid=child, started=here.started).runs() is False
+    assert module._start_of(child) == 0
+    os.waitpid(child, 0)
