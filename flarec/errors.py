@@ -51,6 +51,14 @@ class TrainingError(FlarecError):
     """Training cannot go on (for example a loss that is not finite)."""
 
 
+class ToldElsewhere(FlarecError):
+    """A rank of a run on several stops for a reason that another one tells: the command line prints nothing."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
 class GenerationError(UsageError):
     """A generation request cannot be served (for example a prompt longer than the context)."""
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from flarec import __version__
-from flarec.errors import FlarecError, FlarecWarning, first_line
+from flarec.errors import FlarecError, FlarecWarning, ToldElsewhere, first_line
 
 COMMANDS: dict[str, str] = {
     "convert": "Train a source model into a dual-mode checkpoint.",
@@ -41,7 +41,7 @@ MODULES = {"eval": "evaluate", "lm-eval": "lm_eval"}
 """Modules that are not named like their command."""
 
 DEBUG = "flarec.debug"
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 
 
@@ -92,6 +92,8 @@ class LazyGroup(click.Group):
                 result = super().invoke(ctx)
                 sys.stdout.flush()
                 return result
+        except ToldElsewhere as error:
+            ctx.exit(error.exit_code)
         except FlarecError as error:
             if ctx.meta.get(DEBUG):
                 raise

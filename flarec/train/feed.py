@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from ..ir.program import Program
 from ..recipe import Recipe
 from .data.document import PackedRow
@@ -25,6 +26,7 @@ from .objective.head_loss import plan_for
 from .objective.head_plan import HeadPlan
 from .objective.loss import Scales
 from .objective.noise import step_generator
+from .ranks.group import Ranks
 
 T = TypeVar("T")
 
@@ -50,8 +52,31 @@ class StepInput:
     ready: Any = None
 
 
+def micro_rows_of(recipe: Recipe, ranks: int) -> int:
+    """Rows of a forward pass, where each of the ranks has the same number of rows of a step.
+
+    Raises `UsageError` if they cannot be split so.
+    """
+    rows, micro = recipe.optimizer.batch_rows, recipe.optimizer.micro_rows
+    own, rest = divmod(rows, ranks)
+    if rest:
+        raise UsageError(
+            f"optimizer.batch_rows = {rows} cannot be split over {ranks} ranks; choose a multiple of {ranks}"
+        )
+    if own % min(own, micro):
+        raise UsageError(
+            f"optimizer.batch_rows = {rows} over {ranks} ranks is {own} rows for each, which optimizer.micro_rows = "
+            f"{micro} does not divide; choose another"
+        )
+    return min(own, micro)
+
+
 class Feed:
-    """Inputs of one step after the other. ahead: made on a thread, one step ahead; None: on a GPU."""
+    """Inputs of one step after the other. ahead: made on a thread, one step ahead; None: on a GPU.
+
+    Every rank draws all rows and noise of a step, which do not depend on the ranks, and computes its share: rank `r`
+    the `r`th part of the rows, in their order.
+    """
 
     def __init__(
         self,
@@ -61,13 +86,16 @@ class Feed:
         rows: RowStream,
         seed: int,
         ahead: bool | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks(str(program.device))
         self.program = program
         self.recipe = recipe
         self.mask_token_id = mask_token_id
         self.rows = rows
         self.seed = seed
         self.position = rows.state_dict()
+        self.micro_rows = micro_rows_of(recipe, self.ranks.size)
         self.next: tuple[int, Future[StepInput]] | None = None
         on_gpu = program.device.type == "cuda"
         self.stream = torch.cuda.Stream(program.device) if on_gpu else None
@@ -106,7 +134,7 @@ class Feed:
         rows = self.rows.rows(options.batch_rows)
         batches = build_batches(
             rows, self.recipe.diffusion_at(step), self.mask_token_id, step_generator(self.seed, step),
-            micro_rows=options.micro_rows, noisy=self.recipe.objective.diffusion_weight > 0,
+            micro_rows=self.micro_rows, noisy=self.recipe.objective.diffusion_weight > 0,
         )
         return StepInput(rows, batches, None, self.rows.state_dict())
 
@@ -118,13 +146,13 @@ class Feed:
         return replace(made, micro_batches=micro_batches, ready=ready)
 
     def micro_batches(self, batches: Sequence[Batch]) -> Iterator[MicroBatch]:
-        """The forward passes of host batches that form one optimizer step, one by one."""
+        """This rank's share of the forward passes of host batches that form one optimizer step, one by one."""
         device, scales = self.program.device, Scales.of(batches, self.recipe.objective)
 
         def move(value: T) -> T:
             return moved(value, device)
 
-        for host in batches:
+        for host in batches[self.ranks.share(len(batches))]:
             batch, plan = move(host), move(plan_for(self.program, host, scales))
             yield MicroBatch(batch, self.program.derive(host.layout, moved=batch.layout, move=move), plan, scales)
 

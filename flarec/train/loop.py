@@ -23,8 +23,11 @@ from .objective.head_loss import losses_of
 from .objective.kinds import LOSSES
 from .objective.loss import Metrics
 from .precision import Weights
+from .ranks.group import Ranks
+from .ranks.sums import over_ranks
 from .router import ExpertLoad
 from .saves import SavedState, check_tensors
+from .sharding import ShardedWeights
 
 NAMED_ROWS, NAMED_DOCUMENTS = 2, 8
 """How much of a batch an error names."""
@@ -99,7 +102,8 @@ class Trainer:
 
     program: lowered with the "train" pipeline, in float32 or bfloat16; with `recipe.adapter` its model is frozen. rows:
     an endless stream of packed rows. exact: float32 values of parameters that a bfloat16 program holds rounded, where
-    they are known (`Weights`).
+    they are known (`Weights`). ranks: those that share each step's micro batches, and call every method together; what
+    a step returns is the whole step's on all of them.
     """
 
     def __init__(
@@ -110,17 +114,21 @@ class Trainer:
         rows: RowStream,
         seed: int,
         exact: Mapping[str, Tensor] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks(str(program.device))
         self.program = program
         self.recipe = recipe
         self.mask = mask
         self.rows = rows
-        self.feed = Feed(program, recipe, mask.token_id, rows, seed)
+        self.feed = Feed(program, recipe, mask.token_id, rows, seed, ranks=self.ranks)
         self.step = 0
-        self.weights = Weights(choose_trained(program, recipe), exact)
+        trained = choose_trained(program, recipe)
+        alone = self.ranks.size == 1
+        self.weights = Weights(trained, exact) if alone else ShardedWeights(trained, exact, self.ranks)
         options = recipe.optimizer
         self.optimizer = torch.optim.AdamW(
-            self.weights.masters.values(),
+            self.weights.optimized,
             lr=options.lr,
             betas=options.betas,
             eps=options.eps,
@@ -146,11 +154,10 @@ class Trainer:
         lr = options.lr_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
+        self.weights.forget()
         micro_batches = given.micro_batches or self.feed.micro_batches(given.batches)
         losses, metrics, experts = self._accumulate(micro_batches)
-        masters = [master for master in self.weights.masters.values() if master.grad is not None]
-        gradient = nn.utils.clip_grad_norm_(masters, options.clip or math.inf)
+        gradient = self.weights.clip(options.clip or math.inf)
         self.optimizer.step()
         self.weights.round()
         self.step += 1
@@ -161,13 +168,13 @@ class Trainer:
         clean, noisy = (sum(getattr(x, name) for x in given.batches) for name in ("clean_tokens", "noisy_tokens"))
         learned = [name for name in LOSSES if any(name in batch.losses for batch in given.batches)]
         return Step(
-            self.step, lr, losses, gradient, metrics, given.rows, options.micro_rows, clean, noisy, learned, experts,
+            self.step, lr, losses, gradient, metrics, given.rows, self.feed.micro_rows, clean, noisy, learned, experts,
             done,
         )
 
     def accumulate(self, batches: Sequence[Batch]) -> tuple[Tensor, Metrics, ExpertLoad | None]:
         """Gradients of the micro batches (on the host) of one step, added up: (losses [micro batches], summed metrics
-        and load)."""
+        and load). Of several ranks each computes its share of them."""
         return self._accumulate(self.feed.micro_batches(batches))
 
     def _accumulate(self, given: Iterable[MicroBatch]) -> tuple[Tensor, Metrics, ExpertLoad | None]:
@@ -187,29 +194,21 @@ class Trainer:
             metrics = result.metrics if metrics is None else metrics + result.metrics
             experts = load if experts is None or load is None else experts + load
         assert metrics is not None, "a step without rows"
-        return torch.stack(losses), metrics, experts
+        return over_ranks(self.ranks, torch.stack(losses), metrics, experts)
 
     def state(self, **values: Any) -> SavedState:
-        """Everything that the next step depends on; `values` are kept beside it."""
-        moments = {
-            f"{name}.{kind}": tensor
-            for name, master in self.weights.masters.items()
-            for kind, tensor in self.optimizer.state.get(master, {}).items()
-        }
-        plain = {"step": self.step, "rows": self.feed.position, **values}
-        return SavedState({name: master.detach() for name, master in self.weights.masters.items()}, moments, plain)
+        """Everything that the next step depends on; `values` are kept beside it. Of several ranks the first one has the
+        tensors, and all of them call."""
+        model, moments = self.weights.saved(self.optimizer)
+        return SavedState(model, moments, {"step": self.step, "rows": self.feed.position, **values})
 
-    @torch.no_grad()
-    def load(self, state: SavedState) -> None:
-        """Continue from a save, bit for bit. Raises `CheckpointError` if it is not of this model or data."""
-        masters = self.weights.masters
-        check_tensors(state, masters)
-        self.feed.seek(state.values["rows"])
-        for name, master in masters.items():
-            master.copy_(state.model[name])
-        self.weights.round()
-        for key, tensor in state.optimizer.items():
-            name, _, kind = key.rpartition(".")
-            master = masters[name]
-            self.optimizer.state[master][kind] = tensor.to(master.device, copy=True)
-        self.step = int(state.values["step"])
+    def load(self, state: SavedState | None) -> None:
+        """Continue from a save, bit for bit. Of several ranks the first one has read it, and all of them call. Raises
+        `CheckpointError` if it is not of this model or data."""
+        given = state or SavedState({}, {}, {})
+        if self.ranks.first:
+            check_tensors(given, self.weights.kinds)
+        values = self.ranks.from_first(lambda: given.values)
+        self.feed.seek(values["rows"])
+        self.weights.load(given, self.optimizer)
+        self.step = int(values["step"])

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from ..checkpoint.directory import Checkpoint
 from ..checkpoint.weights import stored_dtypes
 from ..ir.program import Program
+from .saves import SavedState
 
 Precision = Literal["bf16", "float32"]
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "float32": torch.float32}
@@ -103,6 +104,44 @@ class Weights:
             else:
                 master.grad += parameter.grad
             parameter.grad = None
+
+    @property
+    def optimized(self) -> list[nn.Parameter]:
+        """What the optimizer changes."""
+        return list(self.masters.values())
+
+    @property
+    def kinds(self) -> dict[str, Tensor]:
+        """Tensors of the shapes and dtypes of the masters, by name."""
+        return dict(self.masters)
+
+    def forget(self) -> None:
+        """Drop all gradients."""
+        for master in self.masters.values():
+            master.grad = None
+
+    def clip(self, limit: float) -> Tensor:
+        """Scale the gradients down to a global norm of `limit`; returns the norm before, a scalar on the device."""
+        return nn.utils.clip_grad_norm_([master for master in self.optimized if master.grad is not None], limit)
+
+    def saved(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The masters, and what the optimizer keeps of them under NAME.KIND."""
+        moments = {
+            f"{name}.{kind}": tensor
+            for name, master in self.masters.items()
+            for kind, tensor in optimizer.state.get(master, {}).items()
+        }
+        return {name: master.detach() for name, master in self.masters.items()}, moments
+
+    @torch.no_grad()
+    def load(self, state: SavedState, optimizer: torch.optim.Optimizer) -> None:
+        """Take over what `saved` gave."""
+        for name, master in self.masters.items():
+            master.copy_(state.model[name])
+        self.round()
+        for key, tensor in state.optimizer.items():
+            name, _, kind = key.rpartition(".")
+            optimizer.state[self.masters[name]][kind] = tensor.to(self.masters[name].device, copy=True)
 
     @torch.no_grad()
     def round(self) -> None:

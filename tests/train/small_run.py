@@ -17,6 +17,7 @@ from flarec.train.data.packing import RowStream
 from flarec.train.data.sources import DataStats, TokenSource
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import MaskToken, choose_mask_token, initialise_mask_token
+from flarec.train.ranks.group import Ranks
 from tests.models import TOKENS, tiny_model, tiny_tokenizer
 
 SMALL = [
@@ -70,14 +71,16 @@ class Small:
         self.program: Program = lower(self.captured, "train", mask_vector=vector, adapter=adapter)
         self.start = {name: value.detach().clone() for name, value in self.program.parameters().items()}
 
-    def trainer(self, chosen: Recipe, *, seed: int = 0, data: TokenSource | None = None) -> Trainer:
+    def trainer(
+        self, chosen: Recipe, *, seed: int = 0, data: TokenSource | None = None, ranks: Ranks | None = None
+    ) -> Trainer:
         """A fresh trainer; the parameters start again."""
         with torch.no_grad():
             for name, value in self.program.parameters().items():
                 value.copy_(self.start[name])
                 value.grad = None
         rows = RowStream([data or source()], max_length=chosen.data.max_length, seed=seed, lookahead=4)
-        return Trainer(self.program, chosen, self.mask, rows, seed)
+        return Trainer(self.program, chosen, self.mask, rows, seed, ranks=ranks)
 
 
 @functools.cache

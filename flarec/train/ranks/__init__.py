@@ -1,0 +1,1 @@
+"""Training on several ranks: one process per device, joined by torch.distributed."""

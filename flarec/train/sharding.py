@@ -1,0 +1,256 @@
+"""Masters, gradients and moments of the trained parameters, a part of them on each rank (ZeRO, stage 2).
+
+Every rank holds all parameters, as its program computes with them. What training keeps beside them is cut in equal
+parts: the parameters of a dtype stand one behind the other, in buckets, of which each rank has its part. After a
+backward pass the gradients are added up over the ranks in float32, bucket by bucket, so that each gets the sum of its
+part; the optimizer changes the part's masters, and all ranks gather the parameters that are rounded from them.
+
+Elementwise nothing differs from one rank: AdamW does not see where a tensor is cut, and the norm is that of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .precision import Weights
+from .ranks.group import Ranks
+from .saves import MOMENTS, SavedState
+
+BUCKET_ELEMENTS = 1 << 25
+"""Of one collective: enough to use the links between GPUs well, and little beside the weights."""
+SUMMED = MOMENTS[1:]
+"""Those of AdamW's that are as large as the parameter."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Elements `start .. stop` of a flattened parameter, which stand from `at` on in something longer."""
+
+    name: str
+    start: int
+    stop: int
+    at: int
+
+    @property
+    def place(self) -> slice:
+        return slice(self.at, self.at + self.stop - self.start)
+
+
+def cut(sizes: Mapping[str, int], start: int, stop: int) -> list[Span]:
+    """What stands at `start .. stop` of the parameters, one behind the other; places count from `start`."""
+    found, at = [], 0
+    for name, size in sizes.items():
+        first, last = max(start, at), min(stop, at + size)
+        if first < last:
+            found.append(Span(name, first - at, last - at, first - start))
+        at += size
+    return found
+
+
+class Bucket:
+    """Parameters of one dtype at `start .. start + length`, padded to a multiple of the ranks.
+
+    spans          where the parameters stand in the bucket
+    pieces         where they stand in this rank's part of it [length / size]
+    master, grad   this rank's part: float32 for 16-bit parameters, else in their dtype
+    tensors        by name what the optimizer changes: the pieces of `master`
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], start: int, length: int, ranks: Ranks) -> None:
+        sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+        any_one = next(iter(parameters.values()))
+        self.dtype, device = any_one.dtype, any_one.device
+        self.wide = torch.float32 if self.dtype.itemsize == 2 else self.dtype
+        self.length = -(-length // ranks.size) * ranks.size
+        self.spans = cut(sizes, start, start + length)
+        part = self.length // ranks.size
+        first = start + ranks.rank * part
+        self.pieces = cut(sizes, first, min(first + part, start + length))
+        self.master, self.grad = (torch.zeros(part, dtype=self.wide, device=device) for _ in range(2))
+        self.tensors = {span.name: nn.Parameter(self.master[span.place]) for span in self.pieces}
+
+    def fill(self, values: Mapping[str, Tensor]) -> None:
+        """The masters from whole parameters."""
+        for span in self.pieces:
+            self.master[span.place].copy_(values[span.name].detach().reshape(-1)[span.start : span.stop])
+
+
+class ShardedWeights(Weights):
+    """As `Weights`, over several ranks. Every method is called by all of them, in the same order."""
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], exact: Mapping[str, Tensor] | None, ranks: Ranks
+    ) -> None:
+        self.ranks = ranks
+        self.parameters = dict(parameters)
+        self.masters = {}  # no rank has whole ones
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.contiguous()
+        self.moved = dict.fromkeys(self.parameters, 0)
+        """By name how many steps the optimizer has taken with it."""
+        self._learns: set[str] = set()
+        self.buckets = [*self._cut(BUCKET_ELEMENTS)]
+        values = {name: (exact or {}).get(name, parameter) for name, parameter in self.parameters.items()}
+        for bucket in self.buckets:
+            bucket.fill(values)
+        self._device = self.buckets[0].master.device
+        most = max(bucket.length * bucket.wide.itemsize for bucket in self.buckets)
+        self._space = torch.empty(most, dtype=torch.uint8, device=self._device)
+        self._part = torch.empty(most // ranks.size, dtype=torch.uint8, device=self._device)
+        self.round()
+
+    def _cut(self, elements: int) -> Iterator[Bucket]:
+        for dtype in dict.fromkeys(parameter.dtype for parameter in self.parameters.values()):
+            group = {name: value for name, value in self.parameters.items() if value.dtype == dtype}
+            total = sum(value.numel() for value in group.values())
+            for start in range(0, total, elements):
+                yield Bucket(group, start, min(elements, total - start), self.ranks)
+
+    @property
+    def optimized(self) -> list[nn.Parameter]:
+        return [tensor for bucket in self.buckets for tensor in bucket.tensors.values()]
+
+    def _whole(self, bucket: Bucket, dtype: torch.dtype) -> Tensor:
+        """Space for a whole bucket in a dtype, with any values."""
+        return self._space[: bucket.length * dtype.itemsize].view(dtype)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Add the gradients of a backward pass, summed over the ranks, to those of this rank's part."""
+        for bucket in self.buckets:
+            whole = self._whole(bucket, bucket.wide).zero_()
+            for span in bucket.spans:
+                parameter = self.parameters[span.name]
+                if parameter.grad is not None:
+                    whole[span.place].copy_(parameter.grad.reshape(-1)[span.start : span.stop])
+                    self._learns.add(span.name)
+                    if span.stop == parameter.numel():
+                        parameter.grad = None
+            part = self._part[: bucket.grad.nbytes].view(bucket.wide)
+            self.ranks.reduce_scatter(part, whole)
+            bucket.grad += part
+
+    def clip(self, limit: float) -> Tensor:
+        """As `Weights.clip`; also settles, for all ranks, which parameters have a gradient."""
+        names = list(self.parameters)
+        flags = self.ranks.union([name in self._learns for name in names])
+        learns = {name for name, flag in zip(names, flags, strict=True) if flag}
+        for name in learns:
+            self.moved[name] += 1
+        for bucket in self.buckets:
+            for span in bucket.pieces:
+                bucket.tensors[span.name].grad = bucket.grad[span.place] if span.name in learns else None
+        tensors = [tensor for tensor in self.optimized if tensor.grad is not None]
+        norm = nn.utils.get_total_norm([tensor.grad for tensor in tensors if tensor.grad is not None])
+        total = norm.to(self._device, torch.float64).square()
+        self.ranks.sum(total)
+        total = total.sqrt().to(self.buckets[0].wide)
+        nn.utils.clip_grads_with_norm_(tensors, limit, total)
+        return total
+
+    def forget(self) -> None:
+        self._learns.clear()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        for bucket in self.buckets:
+            bucket.grad.zero_()
+            for tensor in bucket.tensors.values():
+                tensor.grad = None
+
+    @torch.no_grad()
+    def round(self) -> None:
+        for bucket in self.buckets:
+            whole = self._whole(bucket, bucket.dtype)
+            self.ranks.all_gather(whole, bucket.master.to(bucket.dtype))
+            for span in bucket.spans:
+                self.parameters[span.name].view(-1)[span.start : span.stop].copy_(whole[span.place])
+
+    @torch.no_grad()
+    def widen(self) -> None:
+        """As `Weights.widen`, on the first rank; the others keep what they have."""
+        for name, value in self._gathered([bucket.master for bucket in self.buckets], self._device).items():
+            parameter = self.parameters[name]
+            if value.dtype != parameter.dtype:
+                parameter.data = value
+
+    @property
+    def kinds(self) -> dict[str, Tensor]:
+        wide = {span.name: bucket.wide for bucket in self.buckets for span in bucket.spans}
+        return {name: torch.empty_like(value, dtype=wide[name], device="meta")
+                for name, value in self.parameters.items()}
+
+    @torch.no_grad()
+    def saved(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """As `Weights.saved`, on the host of the first rank; nothing on the others."""
+        host = torch.device("cpu")
+        model = self._gathered([bucket.master for bucket in self.buckets], host)
+        moments: dict[str, Tensor] = {}
+        for kind in SUMMED:
+            whole = self._gathered([self._moment(bucket, optimizer, kind) for bucket in self.buckets], host)
+            moments |= {f"{name}.{kind}": value for name, value in whole.items() if self.moved[name]}
+        if self.ranks.first:
+            moments |= {f"{name}.step": torch.tensor(float(steps)) for name, steps in self.moved.items() if steps}
+        return model, moments
+
+    def _moment(self, bucket: Bucket, optimizer: torch.optim.Optimizer, kind: str) -> Tensor:
+        """This rank's part of a moment, 0 where there is none."""
+        part = torch.zeros_like(bucket.master)
+        for span in bucket.pieces:
+            state = optimizer.state.get(bucket.tensors[span.name], {})
+            if kind in state:
+                part[span.place].copy_(state[kind])
+        return part
+
+    def _gathered(self, parts: Sequence[Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Whole tensors by name from the parts of every bucket, on the first rank; nothing on the others."""
+        found: dict[str, Tensor] = {}
+        for bucket, part in zip(self.buckets, parts, strict=True):
+            whole = self.ranks.gather(part)
+            if whole is None:
+                continue
+            for span in bucket.spans:
+                if span.name not in found:
+                    shape = self.parameters[span.name].shape
+                    found[span.name] = torch.empty(shape, dtype=bucket.wide, device=device)
+                found[span.name].view(-1)[span.start : span.stop].copy_(whole[span.place])
+        return found
+
+    @torch.no_grad()
+    def load(self, state: SavedState, optimizer: torch.optim.Optimizer) -> None:
+        """As `Weights.load`; the state is the first rank's, and not read on the others."""
+        counted = {name: state.optimizer.get(f"{name}.step") for name in self.parameters}
+        self.moved = self.ranks.from_first(lambda: {name: int(step or 0) for name, step in counted.items()})
+        for bucket in self.buckets:
+            self._scatter(bucket.master, bucket, state.model, "")
+            moments = {kind: torch.zeros_like(bucket.master) for kind in SUMMED}
+            for kind, part in moments.items():
+                self._scatter(part, bucket, state.optimizer, f".{kind}")
+            for span in bucket.pieces:
+                if steps := self.moved[span.name]:
+                    optimizer.state[bucket.tensors[span.name]] = {
+                        "step": torch.tensor(float(steps), device=self._device),
+                        **{kind: part[span.place].clone() for kind, part in moments.items()},
+                    }
+        self.round()
+
+    def _scatter(self, part: Tensor, bucket: Bucket, tensors: Mapping[str, Tensor], suffix: str) -> None:
+        """A bucket of the first rank's whole tensors, the part of each rank to it; 0 where there is none."""
+        if not self.ranks.first:
+            self.ranks.scatter(part, None)
+            return
+        whole = self._whole(bucket, bucket.wide).zero_()
+        for span in bucket.spans:
+            value = tensors.get(f"{span.name}{suffix}")
+            if value is not None:
+                whole[span.place].copy_(value.reshape(-1)[span.start : span.stop])
+        self.ranks.scatter(part, whole)
+
+    @property
+    def bytes(self) -> int:
+        """Of this rank."""
+        kept = sum(parameter.nbytes for parameter in self.parameters.values()) + self._space.nbytes + self._part.nbytes
+        return kept + 4 * sum(bucket.master.nbytes for bucket in self.buckets)
