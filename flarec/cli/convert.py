@@ -34,7 +34,9 @@ def command(ctx: click.Context, /, dry_run: bool, **arguments: Any) -> None:
     options = Options(**arguments, debug=bool(ctx.meta.get(DEBUG)))
     reporter = ConsoleReporter()
     if dry_run:
-        click.echo(plan(options, reporter).text())
+        planned = plan(options, reporter)
+        if planned is not None:
+            click.echo(planned.text())
         return
     try:
         if run(options, reporter) != options.output:

@@ -25,14 +25,16 @@ from .advice import after_training
 from .answers.step import with_answers
 from .arguments import Arguments, ConversionKeywords
 from .identity import Horizons, check_identity, check_resumable, continued, identity_of, name_of, steps_of
+from .leading import END, LeadingTrainer, check_same_run, follow, share_text
 from .logs import LoggingReporter, ProgressCallback
-from .loop import Step
+from .loop import Step, Trainer, out_of_memory
 from .metrics import MetricsLog
 from .options import Options
 from .outcome import Trained, adapter_info
 from .pace import Pace
 from .prepare import Run, prepare
 from .progress import Reporter
+from .ranks.group import Ranks, joined
 from .recorded import arguments_of, recorded_options
 from .saves import check_values
 from .state import StateDirectory
@@ -100,12 +102,41 @@ def finish(
 
 def run(options: Options, reporter: Reporter, *, written_only: bool = False, keep: bool = False) -> Path:
     """As `convert`, or as `finish` if the checkpoint is `written_only`."""
+    with joined(options.device) as ranks:
+        if ranks.first:
+            result = _lead(ranks, options, reporter, written_only, keep)
+        else:
+            followed = prepare(ranks.from_first(lambda: options), Reporter(), ranks)
+            check_same_run(followed)
+            follow(followed.trainer)
+            return options.output
+    if isinstance(result, Interrupted):
+        raise result
+    return result
+
+
+def _lead(ranks: Ranks, options: Options, reporter: Reporter, written_only: bool, keep: bool) -> Path | Interrupted:
+    """The run, on the rank that conducts it. An interrupt is an orderly end, of all ranks."""
     check_resumable(options, options.load_recipe())
     options = with_answers(options, reporter)
-    prepared = prepare(options, reporter)
+    ranks.from_first(lambda: options)
+    prepared = prepare(options, reporter, ranks, LeadingTrainer if ranks.size > 1 else Trainer)
+    check_same_run(prepared)
+    try:
+        result: Path | Interrupted = _conduct(prepared, reporter, written_only, keep)
+    except Interrupted as stop:
+        result = stop
+    ranks.instruct(END)
+    return result
+
+
+def _conduct(prepared: Run, reporter: Reporter, written_only: bool, keep: bool) -> Path:
+    """From what was prepared to the checkpoint."""
     for source in prepared.sources:
         reporter.note(str(source.stats))
     reporter.note(held_out_text(prepared))
+    if prepared.trainer.ranks.size > 1:
+        reporter.note(share_text(prepared))
     reporter.note(f"recipe:\n{prepared.recipe.to_toml()}".rstrip())
     out = prepared.options.output
     adapter_info(prepared.options, prepared.pipelines)
@@ -288,10 +319,7 @@ class _Conversion:
         try:
             return self.trainer.advance()
         except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"out of memory in step {self.trainer.step + 1}; lower optimizer.micro_rows or --max-length and start "
-                "again with --overwrite"
-            ) from error
+            raise out_of_memory(self.trainer.step) from error
 
     def _read(self, pending: Sequence[Step], clock: float) -> None:
         """Check, log and report the steps since the last read. Comes before every save: a bad step is never saved."""

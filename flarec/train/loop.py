@@ -196,6 +196,10 @@ class Trainer:
         assert metrics is not None, "a step without rows"
         return over_ranks(self.ranks, torch.stack(losses), metrics, experts)
 
+    def widen(self) -> None:
+        """Put the masters in the place of the program's parameters (of several ranks on the first), to be written."""
+        self.weights.widen()
+
     def state(self, **values: Any) -> SavedState:
         """Everything that the next step depends on; `values` are kept beside it. Of several ranks the first one has the
         tensors, and all of them call."""
@@ -212,3 +216,10 @@ class Trainer:
         self.feed.seek(values["rows"])
         self.weights.load(given, self.optimizer)
         self.step = int(values["step"])
+
+
+def out_of_memory(done: int) -> TrainingError:
+    """What to say of the step after `done` steps."""
+    return TrainingError(
+        f"out of memory in step {done + 1}; lower optimizer.micro_rows or --max-length and start again with --overwrite"
+    )

@@ -51,7 +51,7 @@ class Trained:
     def write(self, metrics: Path, lock: OutputLock, note: Callable[[str], None]) -> Path:
         """The finished checkpoint, in one rename. Raises `TrainingError`; the training state stays."""
         run = self.run
-        run.trainer.weights.widen()
+        run.trainer.widen()
         manifest = self.manifest()
         extra = {name: torch.nn.Parameter(value.detach().cpu()) for name, value in run.captured.extra.items()}
         try:

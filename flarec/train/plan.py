@@ -16,6 +16,7 @@ from .objective.noise import step_generator
 from .options import Options
 from .prepare import Run, prepare
 from .progress import Reporter
+from .ranks.group import joined
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Plan:
     def memory_bytes(self) -> int:
         return self.weight_bytes + self.activation_bytes
 
+    def _split(self) -> str:
+        size = self.run.trainer.ranks.size
+        return "" if size == 1 else f" on each of {size} ranks; memory is that of rank 0"
+
     def text(self) -> str:
         """For people; sizes in GB = 10^9 bytes or MB = 10^6 bytes."""
         run, recipe = self.run, self.run.recipe
@@ -52,7 +57,7 @@ class Plan:
             f"held out     {run.held_documents} documents",
             f"mask token   {run.mask.kind}, id {run.mask.token_id}",
             f"rows         {optimizer.batch_rows} of {recipe.data.max_length} tokens per step, "
-            f"{optimizer.micro_rows} at a time",
+            f"{run.trainer.feed.micro_rows} at a time{self._split()}",
             f"steps        {optimizer.steps:,}, about {self.epochs:.2f} epochs",
             f"device       {run.trainer.program.device}, kernels {run.options.kernels}, precision {run.precision}",
             f"memory       {_size(self.memory_bytes)}: weights, gradients and moments "
@@ -68,19 +73,26 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(options: Options, reporter: Reporter) -> Plan:
-    """Prepare the run, measure one step in memory and return what was found."""
-    run = prepare(with_answers(options, reporter, write=False), reporter)
+def plan(options: Options, reporter: Reporter) -> Plan | None:
+    """Prepare the run, measure one step in memory and return what was found; of several ranks on the first one."""
+    with joined(options.device) as ranks:
+        reporter = reporter if ranks.first else Reporter()
+        run = prepare(with_answers(options, reporter, write=False), reporter, ranks)
+        found = _measured(run, reporter)
+        return found if ranks.first else None
+
+
+def _measured(run: Run, reporter: Reporter) -> Plan:
     recipe, trainer = run.recipe, run.trainer
     reporter.note("measuring one step")
     position = trainer.rows.state_dict()
     rows = trainer.rows.rows(recipe.optimizer.batch_rows)
     trainer.rows.load_state_dict(position)
-    micro = recipe.optimizer.micro_rows
     batches = build_batches(
-        rows, recipe.diffusion, run.mask.token_id, step_generator(run.options.seed, 0), micro_rows=micro
+        rows, recipe.diffusion, run.mask.token_id, step_generator(run.options.seed, 0),
+        micro_rows=trainer.feed.micro_rows,
     )
-    activations = _activation_bytes(run, lambda: trainer.accumulate(batches[:1]))
+    activations = _activation_bytes(run, lambda: trainer.accumulate(batches[: trainer.ranks.size]))
     start = time.perf_counter()
     trainer.advance()
     if trainer.program.device.type == "cuda":

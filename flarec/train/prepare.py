@@ -26,12 +26,14 @@ from .advice import before_training
 from .data.document import Document
 from .data.packing import RowStream
 from .data.sources import TokenSource, hold_out, load_sources, parse_source
+from .feed import micro_rows_of
 from .heldout import HeldOut
 from .loop import Trainer
 from .mask_token import MaskToken, choose_mask_token, initialise_mask_token
 from .options import Options
 from .precision import DTYPES, Precision, exact_weights, keep_float32, resolve_precision
 from .progress import Reporter
+from .ranks.group import Ranks
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,23 @@ class Run:
         return sum(int((source.starts[1:] - source.starts[:-1])[source.members].sum()) for source in self.sources)
 
 
-def prepare(options: Options, reporter: Reporter) -> Run:
-    """Check and load everything. Raises `UsageError` and its kin for bad input, `CaptureError` for an unknown model."""
+def prepare(
+    options: Options, reporter: Reporter, ranks: Ranks | None = None, trainer_class: type[Trainer] = Trainer
+) -> Run:
+    """Check and load everything; on several ranks each of them calls, for its device.
+
+    Raises `UsageError` and its kin for bad input, `CaptureError` for an unknown model.
+    """
+    ranks = ranks or Ranks(options.device)
     reading = Reading()
     recipe = options.load_recipe(reading)
     for line in reading.lines:
         reporter.note(line)
+    micro_rows_of(recipe, ranks.size)
     for line in before_training(recipe, options.own_recipe()):
         reporter.warn(line)
     load_plugins(options.plugins)
-    device = torch_device(options.device)
+    device = torch_device(ranks.device)
     check_shard_size(options.max_shard_size)
     options = _with_kernels(options, device, reporter)
     precision = resolve_precision(recipe.optimizer.precision, device)
@@ -86,12 +95,7 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     elif left := () if recipe.adapter.rank else source.left_out(empty):
         what = f"{left[0]} of the source, which" if len(left) == 1 else f"{len(left)} tensors ({left[0]}, ...), which"
         reporter.note(f"left out: {what} transformers does not load")
-    context = context_of(config, tokenizer)
-    if recipe.data.max_length > context:
-        raise UsageError(
-            f"data.max_length = {recipe.data.max_length} is longer than the model's context of {context} positions; "
-            f"use --max-length {context} or less"
-        )
+    context = _context(config, tokenizer, recipe)
     mask = _mask_token(source, recipe, tokenizer, reporter)
     eos_ids = tuple(sorted(source.eos_ids(config, tokenizer)))
 
@@ -113,13 +117,24 @@ def prepare(options: Options, reporter: Reporter) -> Run:
     rows = RowStream(
         sources, max_length=recipe.data.max_length, seed=options.seed, lookahead=recipe.data.lookahead
     )
-    trainer = Trainer(train, recipe, mask, rows, options.seed, exact)
+    trainer = trainer_class(train, recipe, mask, rows, options.seed, exact, ranks)
     held_out = HeldOut(held, train, decode, recipe, mask, eos_ids, context) if held else None
     return Run(
         options, recipe, source, tokenizer, model, carried, captured, mask, sources, len(held), trainer, held_out,
         {target: pipeline_text(chosen) for target, chosen in steps.items()}, _origins(options, recipe),
         precision,
     )
+
+
+def _context(config: Any, tokenizer: Any, recipe: Recipe) -> int:
+    """Positions that the model has. Raises `UsageError` if rows have more."""
+    context = context_of(config, tokenizer)
+    if recipe.data.max_length > context:
+        raise UsageError(
+            f"data.max_length = {recipe.data.max_length} is longer than the model's context of {context} positions; "
+            f"use --max-length {context} or less"
+        )
+    return context
 
 
 def _pipelines(

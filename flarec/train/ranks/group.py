@@ -67,6 +67,10 @@ class Ranks:
         """What the first rank made, on every rank (pickled); the others make nothing."""
         return make()
 
+    def instruct(self, number: int) -> int:
+        """The number that the first rank gives."""
+        return number
+
     def check_same(self, values: Mapping[str, Any]) -> None:
         """Raise `UsageError` naming the first key whose JSON value is another one on another rank."""
 
@@ -173,6 +177,12 @@ class _Joined(Ranks):
         with self._together():
             dist.broadcast_object_list(given, src=0, device=torch.device("cpu"))
         return given[0]  # type: ignore[no-any-return]
+
+    def instruct(self, number: int) -> int:
+        given = torch.tensor([number])
+        with self._together():
+            dist.broadcast(given, src=0)
+        return int(given)
 
     def check_same(self, values: Mapping[str, Any]) -> None:
         digests = {key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
