@@ -24,7 +24,7 @@ from .modes.causal import CausalMode
 from .modes.diffusion_trust import DiffusionTrustMode
 from .plan import DecodeProgram
 from .policy import DraftPolicy, sizes_of
-from .request import Generation, OnTokens, Prompts, Request, StopCheck, Stopping
+from .request import MOST_LOGPROBS, Generation, OnTokens, Prompts, Request, StopCheck, Stopping
 from .rows import Mode
 from .scheduler import Lane, Scheduler
 from .stats import DecodeStats
@@ -162,12 +162,20 @@ class Engine:
         *,
         stop_check: StopCheck | None = None,
         on_tokens: OnTokens | None = None,
+        logprobs: int | None = None,
         **keywords: Unpack[GenerationKeywords],
     ) -> Request:
         """Take a request; it runs in the following steps, beside those that run already. Arguments as in `generate`;
-        on_tokens is told the `index` of the request, which counts them."""
+        on_tokens is told the `index` of the request, which counts them.
+
+        logprobs: keep how likely each new token was, and this many alternatives (0: none), in `Request.chosen`; such
+        requests step beside those that want as many, and never as CUDA graphs.
+        """
         filled = self._filled(merged(options, keywords))
+        if logprobs is not None:
+            logprobs = whole_number("logprobs", logprobs, GenerationError, low=0, high=MOST_LOGPROBS)
         request = self._request(self._added, prompt, filled, stop_check, on_tokens)
+        request.logprobs = logprobs
         self._added += 1
         self._serving.add(request)
         return request
@@ -182,6 +190,10 @@ class Engine:
         if not request.finished:
             request.end("cancelled")
 
+    def reset(self) -> None:
+        """Give up everything that was added: after a step that raised, nobody knows what the requests hold."""
+        self._serving.close()
+
     @property
     def busy(self) -> bool:
         """Whether any request that was added waits or runs."""
@@ -189,11 +201,11 @@ class Engine:
 
     def _scheduler(self, slots: int, chunk: int) -> Scheduler:
         def key(request: Request) -> Hashable:
-            return tuple(getattr(request.options, name) for name in OF_A_LANE)
+            return (*(getattr(request.options, name) for name in OF_A_LANE), request.logprobs)
 
         def lane(request: Request, key: Hashable) -> Lane:
             mode, suppress = self._mode(request.options), self._suppressed(request.options.suppress)
-            stores = self.shelf.of(key) if self.shelf is not None else None
+            stores = self.shelf.of(key) if self.shelf is not None and request.logprobs is None else None
             program = self._causal() if request.options.mode == "causal" else self.program
             return Lane(program, mode, suppress, slots, chunk, self.stats, stores)
 

@@ -18,6 +18,28 @@ Prompts: TypeAlias = Sequence[Sequence[int]] | Sequence[Tensor] | Sequence[Array
 """Token ids of several prompts."""
 StopCheck = Callable[[Sequence[int]], int | None]
 OnTokens = Callable[[int, list[int]], None]
+MOST_LOGPROBS = 20
+"""Alternatives per token of which a request may ask the log-probability."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a new token was, by the logits of the row that chose it: before temperature, top-k and top-p, without
+    the ids that are never generated.
+
+    logprob  natural logarithm of its probability
+    top      the most likely ids and theirs, in falling order
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+    @staticmethod
+    def read(numbers: Sequence[float]) -> TokenLogprob:
+        """From the numbers of `Rows.note`."""
+        half = (len(numbers) + 1) // 2
+        top = zip(map(int, numbers[1:half]), numbers[half:], strict=True)
+        return TokenLogprob(numbers[0], tuple(top))
 
 
 @dataclass(frozen=True)
@@ -69,7 +91,11 @@ class Request:
     index    its place in the caller's list, or how many were added before it
     limit    largest number of new tokens, >= 1
     options  complete
+    logprobs how many alternatives per token are wanted with it; None: no log-probabilities
     ready    a note of its mode: how many drafts it has, or whether its block is full
+    notes    log-probabilities of what the last step chose (`Rows.note`), until it emits
+    chosen   those of `tokens`; empty unless they are wanted
+    offered  drafts that a step verified -> how many steps
     failure  what ended it if an error did
     """
 
@@ -78,7 +104,11 @@ class Request:
     limit: int
     stopping: Stopping
     options: GenerationOptions
+    logprobs: int | None = None
     ready: int = 0
+    notes: list[list[float]] = field(default_factory=list)
+    chosen: list[TokenLogprob] = field(default_factory=list)
+    offered: dict[int, int] = field(default_factory=dict)
     failure: Exception | None = None
     tokens: list[int] = field(default_factory=list)
     forwards: int = 0
@@ -104,9 +134,11 @@ class Request:
         self.stop_reason = reason
         self.seconds = time.perf_counter() - self.started
 
-    def count(self, tokens: int) -> None:
-        """One more step that accepted (or committed) `tokens` tokens."""
+    def count(self, tokens: int, offered: int | None = None) -> None:
+        """One more step that accepted (or committed) `tokens` tokens; of `offered` drafts, if it had any."""
         self.histogram[tokens] = self.histogram.get(tokens, 0) + 1
+        if offered is not None:
+            self.offered[offered] = self.offered.get(offered, 0) + 1
 
     def check(self, token: int) -> None:
         """Raise `GenerationError` for a token that could not be chosen (`sampling.UNCHOSEN`)."""
@@ -116,13 +148,16 @@ class Request:
                 "infinity), so that no token can be chosen; check the weights, or compute in float32"
             )
 
-    def emit(self, tokens: Sequence[int]) -> None:
-        """Append final tokens up to the first reason to stop; what follows it is dropped."""
+    def emit(self, tokens: Sequence[int], place: int = 0) -> None:
+        """Append final tokens up to the first reason to stop; what follows it is dropped. place: of the first of them
+        among the step's notes."""
         assert self.stop_reason is None
         start = len(self.tokens)
-        for token in tokens:
+        for index, token in enumerate(tokens, start=place):
             self.check(token)
             self.tokens.append(token)
+            if self.logprobs is not None:
+                self.chosen.append(TokenLogprob.read(self.notes[index]))
             reason = self._reason()
             if reason is not None:
                 self.end(reason)
@@ -141,7 +176,7 @@ class Request:
                     raise GenerationError(
                         f"the stop check asked to keep {keep} of {len(self.tokens)} tokens; return a number up to that"
                     )
-                del self.tokens[keep:]
+                del self.tokens[keep:], self.chosen[keep:]
                 return "stop"
         return "length" if len(self.tokens) >= self.limit else None
 

@@ -72,9 +72,13 @@ class Rows(Stepper):
     suppress  [V] bool ids that are never chosen, or None
     plans     shared between the rows of a scheduler
     active    [rows] bool: rows of a request; None: all of them
+    logprobs  alternatives per token whose log-probabilities all of its requests want; None: they want none
+    notes     what `note` gave for the tokens of the last step, by place in the step
     """
 
     active: Tensor | None = None
+    logprobs: int | None = None
+    notes: Tensor | None = None
 
     def __init__(
         self,
@@ -89,6 +93,7 @@ class Rows(Stepper):
         cache = Cache.allocate(program.cache_slots, len(requests), self.longest() + 1, program.device)
         super().__init__(program, cache, mode.blocks)
         self.mode = mode
+        self.logprobs = requests[0].logprobs
         self.sampling = SamplingRows.build(options, self.device)
         self.suppress = suppress
         self.state: dict[str, Tensor] = {}
@@ -113,6 +118,20 @@ class Rows(Stepper):
             logits.reshape(rows * n, vocab), sampling, positions.reshape(-1), self.suppress, confidence=confidence
         )
         return token.view(rows, n), probability.view(rows, n)
+
+    def note(self, logits: Tensor, tokens: Tensor) -> Tensor | None:
+        """How likely tokens [rows, n] are by logits [rows, n, V], if that is wanted: [rows, n, 1 + 2 k] float64, their
+        log-probabilities, then the k most likely ids and theirs (`TokenLogprob`). Becomes `notes`."""
+        if self.logprobs is None:
+            return None
+        scores = logits.float()
+        if self.suppress is not None:
+            scores = scores.masked_fill(self.suppress, -torch.inf)
+        known = scores.log_softmax(-1).double()
+        values, ids = known.topk(min(self.logprobs, known.shape[-1]), dim=-1)
+        chosen = known.gather(-1, tokens.clamp_min(0)[..., None])
+        self.notes = torch.cat([chosen, ids.double(), values], dim=-1)
+        return self.notes
 
     def ahead(self, count: int) -> Tensor:
         """[rows, count] int64: the positions of the next `count` tokens behind what is cached."""
@@ -147,10 +166,12 @@ class Rows(Stepper):
 
     def _report(self, values: list[list[int]]) -> None:
         """Tell the mode. A request whose report fails ends; the others go on."""
-        for request, row in zip(self.requests, values, strict=True):
+        notes = self.notes.tolist() if self.notes is not None else None
+        for index, (request, row) in enumerate(zip(self.requests, values, strict=True)):
             if request.finished:
                 continue
             request.forwards += 1
+            request.notes = notes[index] if notes is not None else []
             try:
                 self.mode.report(request, row)
             except Exception as error:

@@ -150,12 +150,15 @@ def diffusion_trust(
     readout: str,
     threshold: float,
     steps: int,
+    rows: list[np.ndarray] | None = None,
 ) -> Oracle:
+    """rows: gets the logits that chose each token, of whole blocks."""
     tokens: list[int] = []
     forwards, histogram = 0, Counter[int]()
     while True:
         prefix = prompt + tokens
         block = [model.mask] * size
+        chose: dict[int, np.ndarray] = {}
         hidden = set(range(size))
         for step in range(steps):
             forwards += 1
@@ -166,6 +169,7 @@ def diffusion_trust(
                 else:
                     logits = model.noisy(prefix, block, offset - 1, readout)
                 guesses[offset] = pick(logits, params, len(prefix) + offset, [model.mask])
+                chose[offset] = logits
             if step == steps - 1:
                 chosen = set(hidden)
             else:
@@ -177,6 +181,8 @@ def diffusion_trust(
             histogram[len(chosen)] += 1
             final = size if not hidden else min(hidden)
             done = end(tokens + block[:final], eos, limit)
+            if rows is not None and (done is not None or not hidden):
+                rows += [chose[offset] for offset in range(final)]
             if done is not None:
                 return Oracle(*done, forwards, histogram)
             if not hidden:

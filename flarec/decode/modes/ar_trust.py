@@ -37,6 +37,7 @@ class ARTrustMode:
 
     def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
         token, _ = rows.choose(clean, rows.ahead(1))
+        rows.note(clean, token)
         self._keep(rows, token, noisy[:, 0], torch.ones_like(rows.cache.length, dtype=torch.bool))
         have = rows.state["have"][:, None]
         return torch.cat([torch.full_like(token, -1), have, token], dim=1)
@@ -62,6 +63,7 @@ class ARTrustMode:
     def read(self, rows: Rows, shape: StepShape, clean: Tensor, noisy: Tensor) -> Tensor:
         drafts, have, count = rows.state["drafts"], rows.state["have"], shape.clean - 1
         choice, _ = rows.choose(clean, rows.ahead(count + 1) + 1)
+        rows.note(clean, choice)
         right = self.judge(rows, drafts[:, :count], choice[:, :-1])
         right = right & (torch.arange(count, device=rows.device) < have[:, None])
         accepted = right.long().cumprod(dim=1).sum(dim=1)
@@ -97,9 +99,10 @@ class ARTrustMode:
         if accepted < 0:  # the start
             request.emit(tokens)
             return
+        offered = min(held, self.verified)
         if self.policy is not None:
-            self.policy.accepted(min(held, self.verified), accepted)
-        request.count(accepted)
+            self.policy.accepted(offered, accepted)
+        request.count(accepted, offered)
         request.emit(tokens[: accepted + 1])
 
     def timed(self, shape: StepShape, seconds: float) -> None:

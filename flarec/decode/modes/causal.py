@@ -19,6 +19,7 @@ class CausalMode:
 
     def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
         token, _ = rows.choose(clean, rows.ahead(1))
+        rows.note(clean, token)
         rows.state["token"] = token[:, 0].clamp_min(0)
         return token
 

@@ -19,7 +19,8 @@ from ..stepper import BlockSpec
 
 class DiffusionTrustMode:
     """State: block [rows, size] (the mask token where masked), masked [rows, size] bool, steps [rows] done in this
-    block, first and confidence [rows] of its first position.
+    block, first and confidence [rows] of its first position; if log-probabilities are wanted, the notes of the first
+    one [rows, 1, n] and of the block [rows, size, n].
 
     threshold = confidence at which a position is committed, steps = denoising steps per block (the last commits all).
     Rows may be at different stages of their blocks; one forward serves all. `Request.ready`: its block is full.
@@ -41,6 +42,8 @@ class DiffusionTrustMode:
             "first": first[:, 0],
             "confidence": confidence[:, 0],
         }
+        if (note := rows.note(clean, first)) is not None:
+            rows.state |= {"first_note": note, "notes": note.new_zeros(count, size, note.shape[2])}
         return self._denoise(rows, noisy[:, 0])
 
     def shape(self, rows: Rows) -> StepShape:
@@ -65,6 +68,8 @@ class DiffusionTrustMode:
             first, confidence = rows.choose(clean, rows.ahead(1), confidence=True)
             state["first"] = torch.where(full, first[:, 0], state["first"])
             state["confidence"] = torch.where(full, confidence[:, 0], state["confidence"])
+            if (note := rows.note(clean, first)) is not None:
+                state["first_note"] = torch.where(full[:, None, None], note, state["first_note"])
         return self._denoise(rows, noisy[:, 0])
 
     def _full(self, rows: Rows) -> Tensor:
@@ -90,6 +95,11 @@ class DiffusionTrustMode:
         state["masked"] = masked & ~commit
         state["steps"] = state["steps"] + 1
         state["block"] = block.clamp_min(0)
+        if "notes" in state:
+            behind = rows.note(logits, token[:, 1:])
+            assert behind is not None
+            notes = torch.cat([state["first_note"], behind], dim=1)
+            rows.notes = state["notes"] = torch.where(commit[:, :, None], notes, state["notes"])
         return torch.cat([commit.sum(dim=1, keepdim=True), block.masked_fill(state["masked"], -1)], dim=1)
 
     def report(self, request: Request, values: list[int]) -> None:
@@ -101,7 +111,8 @@ class DiffusionTrustMode:
         request.count(count)
         request.ready = final == len(tokens)
         # earlier blocks are emitted in full, so the rest of the new tokens belong to this block
-        request.emit(tokens[len(request.tokens) % len(tokens) : final])
+        place = len(request.tokens) % len(tokens)
+        request.emit(tokens[place:final], place)
 
     def timed(self, shape: StepShape, seconds: float) -> None:
         pass
