@@ -108,7 +108,8 @@ def test_every_package_on_disk_is_listed() -> None:
 
 def test_third_party_imports_are_declared() -> None:
     project = PROJECT["project"]
-    declared = requirement_names([*project["dependencies"], *project["optional-dependencies"]["gpu"]])
+    extras = (names for extra, names in project["optional-dependencies"].items() if extra != "test")
+    declared = requirement_names([*project["dependencies"], *(name for names in extras for name in names)])
     used = third_party_imports(path for path in source_files().values() if path.suffix == ".py")
     assert {module: files for module, files in used.items() if not declared & distribution_names(module)} == {}
 

@@ -25,8 +25,8 @@ AT_THE_ROOT = ("errors", "layout", "device", "collector")
 API = ("api", "hf_generate", "evaluate")
 KERNELS = tuple(sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")))
 ROOMS = (
-    "base", "recipe", "ir", "ops", "frontend", "passes", "checkpoint", "train", "decode", "verify", "inspect", "bench",
-    "conformance", "doctor", "evaluation", "cli",
+    "base", "recipe", "ir", "ops", "frontend", "passes", "checkpoint", "train", "decode", "serve", "verify", "inspect",
+    "bench", "conformance", "doctor", "evaluation", "cli",
 )
 LAYER_OF = {
     "flarec": "root",  # flarec/__init__.py: the version, no imports
@@ -67,10 +67,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ops", "ir", "layout", "recipe", "device", "decode", "recipes", "frontend", "passes", "checkpoint",
         "base", "kernels.row_losses",
     },
-    "conformance": BELOW_CLI - {"doctor"},
-    "doctor": BELOW_CLI - {"conformance"},
-    "verify": BELOW_CLI - {"conformance", "doctor"},
-    "inspect": BELOW_CLI - {"train", "decode", "verify", "bench", "conformance", "doctor"},
+    "serve": {"base", "decode"},  # of a model it knows what `flarec.serve.prompts.Served` says
+    "conformance": BELOW_CLI - {"doctor", "serve"},
+    "doctor": BELOW_CLI - {"conformance", "serve"},
+    "verify": BELOW_CLI - {"conformance", "doctor", "serve"},
+    "inspect": BELOW_CLI - {"train", "decode", "serve", "verify", "bench", "conformance", "doctor"},
     "bench": {*ALL_KERNELS, "ops", "layout", "base"},
     "serving": {*ALL_KERNELS, "bench", "base", "decode", "frontend", "ir", "passes"},
     "checkpoint": {"frontend", "ir", "layout", "passes", "base"},

@@ -25,6 +25,7 @@ COMMANDS: dict[str, str] = {
     "answers": "Let a source model write its own training data.",
     "generate": "Generate text with a checkpoint or a source model.",
     "chat": "Talk with a checkpoint or a source model in the terminal.",
+    "serve": "Serve a checkpoint or a source model with OpenAI's protocol.",
     "eval": "Held-out loss, exact-match accuracy and tokens per forward on a data file.",
     "lm-eval": "Run the tasks of lm-eval on a checkpoint: its own command line.",
     "inspect": "Show a model's program, layer by layer, and what each pass changed.",

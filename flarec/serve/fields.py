@@ -1,0 +1,209 @@
+"""The fields of a request. What is not declared here, or not with a value that has an effect, is refused by its name.
+
+A field that is null counts as absent. `mode`, `drafts`, `threshold`, `denoising_steps`, `top_k` and
+`chat_template_kwargs` are not OpenAI's.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from flarec.base.fields import LARGEST, shown
+from flarec.base.generation import HOTTEST, Drafts, Mode
+from flarec.decode.request import MOST_LOGPROBS
+
+from .refusals import HttpRefusal
+
+MOST_CHOICES = 128
+MOST_PROMPTS = 1024
+MOST_STOPS, LONGEST_STOP = 64, 1000
+MOST_MESSAGES = 10_000
+UNIONS = {
+    "prompt": f"give a text, up to {MOST_PROMPTS} texts, token ids, or up to {MOST_PROMPTS} lists of these",
+    "stop": f"give up to {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters",
+}
+_UNION_TAGS = {"str", "int", "bool", "float", "dict", "tuple"}
+
+Whole = Annotated[int, Field(ge=1, le=LARGEST)]
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+Token = Annotated[int, Field(ge=0, le=LARGEST)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+"""A number that has no effect; others are not supported."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+
+
+class Sampling(_Strict):
+    """What completions and chats have in common."""
+
+    model: str
+    max_tokens: Whole | None = None
+    temperature: Annotated[float, Field(ge=0, le=HOTTEST)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=LARGEST)] | None = None
+    seed: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    mode: Mode | None = None
+    drafts: Drafts | None = None
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    denoising_steps: Whole | None = None
+    user: str | None = None
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def usage_in_stream(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @model_validator(mode="after")
+    def _stream_options_belong_to_a_stream(self) -> Sampling:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for requests with stream = true")
+        return self
+
+
+class CompletionFields(Sampling):
+    """Of `/v1/completions`. prompt: text, texts, token ids, or lists of these."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Token], Field(min_length=1)]
+        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: Literal[False] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or more, each text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Function(_Strict):
+    name: str
+    arguments: str
+
+
+class ToolCall(_Strict):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: Function
+    index: int | None = None
+
+
+class Message(_Strict):
+    """One turn. Content in parts is joined with line breaks."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    refusal: None = None
+
+
+class ToolFunction(_Strict):
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text"]
+
+
+class ChatFields(Sampling):
+    """Of `/v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    max_completion_tokens: Whole | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> ChatFields:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is for requests with logprobs = true")
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+        return self
+
+
+Fields = TypeVar("Fields", CompletionFields, ChatFields)
+
+
+def parse(kind: type[Fields], body: bytes) -> Fields:
+    """The fields of a JSON body. Raises `HttpRefusal` that names the first field which cannot be used."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> HttpRefusal:
+    first = error.errors(include_url=False, include_context=False)[0]
+    for other in error.errors(include_url=False, include_context=False):
+        if other["type"] == "extra_forbidden":  # a union reports every member: a name that nobody knows says most
+            first = other
+            break
+    path = [part for part in first["loc"] if isinstance(part, int) or _is_name(part)]
+    name = ".".join(str(part) for part in path) or None
+    if first["type"] == "json_invalid":
+        return HttpRefusal(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+    if first["type"] == "extra_forbidden":
+        return HttpRefusal(400, f"the field '{shown(name)[1:-1]}' is unknown or not supported", param=shown(name)[1:-1])
+    if name is None and first["type"] == "model_type":
+        return HttpRefusal(400, "the body is no JSON object; give one")
+    if name is None:
+        return HttpRefusal(400, first["msg"].removeprefix("Value error, "))
+    if first["type"] == "missing":
+        return HttpRefusal(400, f"the field '{name}' is missing", param=name)
+    wanted = UNIONS.get(name.partition(".")[0], first["msg"])  # of a union every member complains
+    return HttpRefusal(400, f"{name} is {shown(first['input'])}: {wanted}", param=name)
+
+
+def _is_name(part: str) -> bool:
+    return part not in _UNION_TAGS and not part.startswith(("list[", "constrained-", "function-", "nullable"))

@@ -1,0 +1,111 @@
+"""From the fields of a request to token ids and options."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+from flarec.base.fields import LARGEST, shown
+from flarec.base.generation import GenerationOptions
+from flarec.decode import Engine
+from flarec.decode.tokenizing import encode_prompt
+from flarec.errors import GenerationError
+
+from .fields import ChatFields, CompletionFields, Message, Sampling
+from .refusals import HttpRefusal
+
+SHORT = 16
+"""New tokens of a completion that does not say how many; a chat goes on to the end of the context."""
+
+
+class Served(Protocol):
+    """The model that is served: `flarec.api.Model`."""
+
+    tokenizer: Any
+
+    @property
+    def engine(self) -> Engine: ...
+
+    def complete(self, options: GenerationOptions) -> GenerationOptions: ...
+
+    def encode(self, prompt: Any, *, chat: bool = False) -> list[int]: ...
+
+    def decode(self, tokens: Any) -> str: ...
+
+
+def options_of(model: Served, fields: Sampling, limit: int) -> GenerationOptions:
+    """What the fields say, the checkpoint's defaults where they say nothing; temperature 1 and a random seed as OpenAI
+    has it. `limit`: new tokens, unless they say it. Raises `GenerationError`."""
+    return model.complete(GenerationOptions(
+        mode=fields.mode,
+        max_new_tokens=fields.max_tokens or limit,
+        temperature=1.0 if fields.temperature is None else fields.temperature,
+        top_k=max(fields.top_k or 0, 0),
+        top_p=1.0 if fields.top_p is None else fields.top_p,
+        seed=secrets.randbelow(LARGEST) if fields.seed is None else fields.seed,
+        stop=fields.stops,
+        drafts=fields.drafts,
+        threshold=fields.threshold,
+        denoising_steps=fields.denoising_steps,
+    ))
+
+
+def choices_of(options: GenerationOptions, count: int) -> list[GenerationOptions]:
+    """One per choice: choice i has the seed of the first one plus i."""
+    return [replace(options, seed=(options.seed + index) % (LARGEST + 1)) for index in range(count)]
+
+
+def completion_prompts(model: Served, fields: CompletionFields) -> list[list[int]]:
+    """Token ids of every prompt. Raises `GenerationError`."""
+    return [model.encode(prompt) if isinstance(prompt, str) else prompt for prompt in fields.prompts]
+
+
+def chat_prompt(model: Served, fields: ChatFields) -> list[int]:
+    """Token ids of the conversation up to the turn that the model writes. Raises `GenerationError`, `HttpRefusal`."""
+    more = dict(fields.chat_template_kwargs or {})
+    tools = None
+    if fields.tools and fields.tool_choice != "none":
+        tools = [tool.model_dump(exclude_none=True) for tool in fields.tools]
+    messages = [turn(message) for message in fields.messages]
+    if not more and not tools:
+        return encode_prompt(model.tokenizer, messages)
+    template = model.tokenizer.apply_chat_template
+    taken = {*inspect.signature(template).parameters, "messages"} & more.keys()
+    if taken:
+        name = f"chat_template_kwargs.{min(taken)}"
+        raise HttpRefusal(400, f"the field '{name}' is the server's own; give variables of the template", param=name)
+    if not getattr(model.tokenizer, "chat_template", None):
+        raise GenerationError("the tokenizer has no chat template; use /v1/completions")
+    try:
+        ids = template(messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True, **more)
+    except Exception as error:  # whatever a template raises for what it does not like
+        raise GenerationError(f"the chat template rejects the messages: {error}") from error
+    return list(ids["input_ids"])
+
+
+def turn(message: Message) -> dict[str, Any]:
+    """A message as templates of transformers read it: text in one piece, arguments of calls as tables."""
+    found = message.model_dump(exclude_none=True)
+    if isinstance(message.content, list):
+        found["content"] = "\n".join(part.text for part in message.content)
+    if message.content is None:
+        if not message.tool_calls:
+            raise HttpRefusal(400, f"a message of the {message.role} has no content", param="messages")
+        found["content"] = ""
+    for call in found.get("tool_calls", ()):
+        call["function"]["arguments"] = _table(call["function"]["arguments"])
+    return found
+
+
+def _table(text: str) -> Mapping[str, Any]:
+    try:
+        table = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict):
+        raise HttpRefusal(400, f"the arguments of a tool call are no JSON object: {shown(text)}", param="messages")
+    return table
