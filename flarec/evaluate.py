@@ -1,31 +1,32 @@
 """Evaluation on held-out records: loss of the clean stream, exact-match accuracy, tokens per forward.
 
-Records are those of training (`messages`, `prompt` and `response`, or `text`). A record that also has `answer` and
-`pattern` counts for accuracy: the last match of the pattern's first group in the generated text must equal the answer.
+Records are those of training (`messages`, `prompt` and `response`, or `text`). A record that also says what is right
+counts for accuracy: with `answer` and `pattern`, the last match of the pattern's first group in the generated text must
+equal the answer; with `tests`, the text's Python code must run, and they after it (`flarec.evaluation.grading`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-import regex
-
 from .api import Model, Output
-from .base.fields import shown, whole_number
+from .base.fields import whole_number
 from .base.generation import GenerationKeywords, GenerationOptions, merged, takes_options
 from .base.json_records import Record, Where
+from .checkpoint.directory import describe_source
+from .checkpoint.write import versions
 from .errors import DataError, FlarecWarning, UsageError
+from .evaluation.grading import PythonQuestion, Question, question_of
+from .evaluation.record import hash_of_data
 from .evaluation.scoring import score
+from .evaluation.summary import Attempt, summarise
 from .train.data.files import BadRecord, read_records
 from .train.data.sources import RecordEncoder
-
-PATTERN_SECONDS = 5.0
-"""How long a record's pattern may take on an answer: some take years."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ class Example:
     ids: list[int]
     responses: tuple[tuple[int, int], ...]
     prompt: list[int]
-    answer: str | None = None
-    pattern: Any = None
+    question: Question | None = None
 
 
 def read_examples(path: str | Path, model: Model, *, limit: int | None = None) -> list[Example]:
@@ -66,43 +66,12 @@ def _examples(
             if not spans:
                 raise BadRecord("has no response")
             prompt = [] if encode.format == "text" else ids[: spans[-1][0]]
-            yield Example(ids, spans, prompt, *_question(record))
+            yield Example(ids, spans, prompt, question_of(record))
         except BadRecord as error:
             raise DataError(f"{place}: {error}; fix the line") from None
         count += 1
     if not count:
         raise DataError(f"{where}: no records; give a file with data")
-
-
-def _question(record: Mapping[str, Any]) -> tuple[str, Any] | tuple[None, None]:
-    answer, pattern = record.get("answer"), record.get("pattern")
-    if answer is None or pattern is None:
-        return None, None
-    try:
-        compiled = regex.compile(str(pattern))
-    except (regex.error, RecursionError, OverflowError, ValueError) as error:
-        raise BadRecord(f"pattern {shown(pattern)} is not a regular expression ({error})") from None
-    if compiled.groups < 1:
-        raise BadRecord(f"pattern {shown(pattern)} has no group; put parentheses around the answer")
-    return str(answer), compiled
-
-
-def found_answer(pattern: Any, text: str) -> str | None:
-    """The last match of the pattern's first group (`regex`), stripped; None without a match.
-
-    A pattern that takes longer than `PATTERN_SECONDS` counts as one without a match, with a `FlarecWarning`.
-    """
-    try:
-        found = [match[1] for match in pattern.finditer(text, timeout=PATTERN_SECONDS)]
-    except TimeoutError:
-        warnings.warn(
-            f"the pattern {shown(pattern.pattern)} took longer than {PATTERN_SECONDS:g} s on an answer, which counts "
-            "as wrong; write it without nested repetitions",
-            FlarecWarning,
-            stacklevel=2,
-        )
-        return None
-    return found[-1].strip() if found and found[-1] is not None else None
 
 
 @takes_options
@@ -112,55 +81,95 @@ def evaluate(
     options: GenerationOptions | None = None,
     *,
     batch: int = 8,
+    samples: int = 1,
+    execute: bool = False,
     on_output: Callable[[int, Output], None] | None = None,
     **keywords: Unpack[GenerationKeywords],
 ) -> dict[str, Any]:
-    """Loss over all responses, then a generation for every example with a prompt.
+    """Loss over all responses, then `samples` generations for every example with a prompt.
 
-    options, keywords  see `GenerationOptions`; batch = prompts that run at the same time
+    options, keywords  see `GenerationOptions`; sample n of a prompt has the seed n higher
+    batch              prompts that run at the same time
+    execute            run answers that are graded by tests: it is code that a model wrote (`python_answers`)
     on_output          called with (index of the example, output)
 
-    Returns plain values: mode, records, loss (nats per response token), response_tokens, and, over the generated ones,
-    generated, new_tokens, forwards, tokens_per_forward, stop_reasons, seconds, too_long (prompts that fill the context,
-    left out), answers, correct, accuracy (None without answers).
+    Returns plain values: mode, records, samples, loss (nats per response token), response_tokens, too_long (prompts
+    that fill the context, left out), and, over the generated answers, generated, new_tokens, forwards,
+    tokens_per_forward, stop_reasons, seconds, answers (that are graded), correct, accuracy, accuracy_interval (95 %),
+    pass_at ({"k": probability}), loop_free (the speed of answers that do not run in circles). None where there are no
+    such answers. Raises `UsageError` for arguments that make no sense.
     """
+    options = merged(options, keywords)
+    return assess(model, examples, options, batch=batch, samples=samples, execute=execute, on_output=on_output)[0]
+
+
+def assess(
+    model: Model,
+    examples: Sequence[Example],
+    options: GenerationOptions,
+    *,
+    batch: int = 8,
+    samples: int = 1,
+    execute: bool = False,
+    on_output: Callable[[int, Output], None] | None = None,
+) -> tuple[dict[str, Any], list[Attempt]]:
+    """`evaluate`, and the single answers behind it, ordered by example and sample."""
     batch = whole_number("batch", batch, UsageError, low=1)
-    options = model.complete(merged(options, keywords))
+    samples = whole_number("samples", samples, UsageError, low=1)
+    options = model.complete(options)
+    if samples > 1 and options.temperature == 0:
+        raise UsageError(f"{samples} samples at temperature 0 are {samples} times the same answer; give a temperature")
+    untested = sum(isinstance(example.question, PythonQuestion) for example in examples)
+    if untested and not execute:
+        warnings.warn(
+            f"{untested} records have tests, which run code that the model writes; give --execute to grade them",
+            FlarecWarning,
+            stacklevel=3,
+        )
     total, tokens = response_loss(model, examples, batch)
-    room = model.engine.max_positions
-    asked = [index for index, example in enumerate(examples) if 0 < len(example.prompt) < room]
-    outputs: dict[int, Output] = {}
-
-    def ended(place: int, output: Output) -> None:
-        outputs[asked[place]] = output
-        if on_output is not None:
-            on_output(asked[place], output)
-
-    model.generate_ids([examples[index].prompt for index in asked], options, batch=batch, on_output=ended)
-    seconds = max((output.seconds for output in outputs.values()), default=0.0)
-    new = sum(output.new_tokens for output in outputs.values())
-    forwards = sum(output.forwards for output in outputs.values())
-    graded = [
-        found_answer(example.pattern, outputs[index].text) == example.answer.strip()
-        for index, example in enumerate(examples)
-        if index in outputs and example.pattern is not None and example.answer is not None
-    ]
-    return {
+    attempts = _attempts(model, examples, options, batch, samples, execute, on_output)
+    result = {
         "mode": options.mode,
         "records": len(examples),
+        "samples": samples,
         "loss": total / tokens if tokens else None,
         "response_tokens": tokens,
-        "generated": len(outputs),
-        "too_long": sum(len(example.prompt) >= room for example in examples),
-        "new_tokens": new,
-        "forwards": forwards,
-        "tokens_per_forward": new / forwards if forwards else None,
-        "stop_reasons": dict(sorted(Counter(output.stop_reason for output in outputs.values()).items())),
-        "seconds": seconds,
-        "answers": len(graded),
-        "correct": sum(graded),
-        "accuracy": sum(graded) / len(graded) if graded else None,
+        "too_long": sum(len(example.prompt) >= model.engine.max_positions for example in examples),
+        **summarise(attempts, samples),
     }
+    return result, attempts
+
+
+def _attempts(
+    model: Model, examples: Sequence[Example], options: GenerationOptions, batch: int, samples: int, execute: bool,
+    on_output: Callable[[int, Output], None] | None,
+) -> list[Attempt]:
+    room = model.engine.max_positions
+    asked = [
+        (index, sample)
+        for index, example in enumerate(examples)
+        if 0 < len(example.prompt) < room
+        for sample in range(samples)
+    ]
+
+    def ended(place: int, output: Output) -> None:
+        if on_output is not None:
+            on_output(asked[place][0], output)
+
+    outputs = model.generate_ids(
+        [examples[index].prompt for index, _ in asked],
+        [replace(options, seed=options.seed + sample) for _, sample in asked],
+        batch=batch, on_output=ended,
+    )
+    attempts = []
+    for (index, sample), output in zip(asked, outputs, strict=True):
+        question = examples[index].question
+        graded = question is not None and (execute or not isinstance(question, PythonQuestion))
+        attempts.append(Attempt(
+            index, sample, options.seed + sample, output.text, tuple(output.token_ids), output.forwards,
+            output.stop_reason, output.seconds, question.grade(output.text) if graded and question else None,
+        ))
+    return attempts
 
 
 def response_loss(model: Model, examples: Sequence[Example], batch: int = 8) -> tuple[float, int]:
@@ -173,3 +182,23 @@ def response_loss(model: Model, examples: Sequence[Example], batch: int = 8) -> 
     scores = score(model.decode_program, documents, batch, suppress=model.engine.suppress)
     total = -sum(float(found.log_probs.sum()) for found in scores)
     return total, sum(len(found.log_probs) for found in scores)
+
+
+def identity(model: Model, path: str, data: str | Path) -> dict[str, Any]:
+    """What an evaluation was made with: model and data by name and hash, template, device and versions."""
+    source = describe_source(path)
+    manifest = model.manifest
+    return {
+        "model": {
+            "name": source.name, "sha256": source.sha256,
+            "adapter": manifest.adapter is not None if manifest else False,
+            "manifest": hashlib.sha256(manifest.to_json().encode()).hexdigest() if manifest else None,
+        },
+        "data": {"name": Path(data).name, "sha256": hash_of_data(Path(data))},
+        "chat_template": hashlib.sha256(str(model.tokenizer.chat_template).encode()).hexdigest(),
+        "computed_in": {
+            "device": str(model.decode_program.device), "kernels": model.kernels,
+            "dtype": str(next(iter(model.program.parameters().values())).dtype).removeprefix("torch."),
+        },
+        "versions": versions(),
+    }

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from flarec.api import Model, load
 from flarec.errors import DataError, FlarecWarning, UsageError
-from flarec.evaluate import evaluate, found_answer, read_examples, response_loss, to_examples
+from flarec.evaluate import evaluate, read_examples, response_loss, to_examples
 from flarec.evaluation import scoring
+from flarec.evaluation.grading import found_answer
 from tests.checkpoints import MASK_ROW, converted
 
 CHATS = [
@@ -168,7 +169,7 @@ def test_found_answer(pattern: str, text: str, answer: str | None) -> None:
 
 def test_a_pattern_that_would_take_years(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is stopped and said, and counts as one that found nothing; others go on."""
-    monkeypatch.setattr("flarec.evaluate.PATTERN_SECONDS", 0.01)
+    monkeypatch.setattr("flarec.evaluation.grading.PATTERN_SECONDS", 0.01)
     endless = regex.compile(r"(?:(a|b|ab)(c|bcd)?(d*)|a*|b*|(?:ab)*)*(?:x+x+)+y")
     with pytest.warns(FlarecWarning, match="counts as wrong; write it without nested repetitions"):
         assert found_answer(endless, "x" * 5000 + "abcd" * 200) is None

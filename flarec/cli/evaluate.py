@@ -1,4 +1,4 @@
-"""`flarec eval`: held-out loss, exact-match accuracy and tokens per forward."""
+"""`flarec eval`: held-out loss, accuracy and tokens per forward, alone or beside another model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from flarec.base.files import write_file
 from flarec.base.generation import GenerationOptions
 from flarec.errors import UsageError
 
@@ -15,61 +17,146 @@ from .loading import open_model
 from .options import adapter_option, foreign_options, generation_options, plugin_options, runtime_options
 
 if TYPE_CHECKING:
-    from flarec.api import Output
+    from flarec.api import Model, Output
+    from flarec.evaluate import Example
+    from flarec.evaluation.summary import Attempt
+
+OPTIONS = (
+    "mode", "threshold", "denoising_steps", "drafts", "max_new_tokens", "temperature", "top_k", "top_p", "seed",
+)
+OF_A_RECORD = (*OPTIONS, "samples", "limit", "batch", "execute")
+"""What --repeat takes from the record."""
 
 
 @click.command("eval")
 @click.argument("checkpoint", metavar="CKPT")
 @click.option(
     "--data", required=True, metavar="FILE", type=click.Path(path_type=Path),
-    help='Records as for training. Those with "answer" and "pattern" (a regular expression with a group) count for '
-    "accuracy.",
+    help='Records as for training. Those with "answer" and "pattern" (a regular expression with a group), or with '
+    '"tests" (Python code), count for accuracy.',
 )
-@generation_options("mode", "threshold", "denoising_steps", "drafts", "max_new_tokens")
+@generation_options(*OPTIONS)
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N records.")
 @click.option(
     "--batch", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Prompts at the same time.",
+)
+@click.option(
+    "--samples", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+    help="Answers per prompt, for pass@k; the seed of each is one higher.",
+)
+@click.option(
+    "--execute", is_flag=True,
+    help='Run the Python code of answers to records with "tests". It has limits on time and memory and no sandbox '
+    "beyond: use a machine that has nothing to lose.",
+)
+@click.option(
+    "--against", metavar="MODEL", help="Another model, such as the source, compared on the same prompts and seeds.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FILE",
+    help="Write a JSON record: numbers, answers, and what is needed to repeat them.",
+)
+@click.option(
+    "--repeat", type=click.Path(path_type=Path), metavar="FILE",
+    help="Take the settings from a record of --out, and say whether the numbers are the same.",
 )
 @runtime_options
 @foreign_options
 @adapter_option
 @plugin_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.pass_context
 def command(
-    checkpoint: str, data: Path, limit: int | None, batch: int, device: str, dtype: str | None, kernels: str,
-    graphs: str, mask_token_id: int | None, block_size: int | None, adapter: Path | None, plugins: tuple[str, ...],
-    passes: tuple[str, ...], as_json: bool, **keywords: Any,
+    ctx: click.Context, /, checkpoint: str, data: Path, limit: int | None, batch: int, samples: int, execute: bool,
+    against: str | None, out: Path | None, repeat: Path | None, mask_token_id: int | None, block_size: int | None,
+    adapter: Path | None, plugins: tuple[str, ...], passes: tuple[str, ...], as_json: bool, **keywords: Any,
 ) -> None:
     """Evaluate CKPT (or a source model, causally) on held-out records.
 
-    The loss is that of the clean stream per response token. Every record with a prompt is generated greedily.
+    The loss is that of the clean stream per response token. Every record with a prompt is generated, greedily unless
+    a temperature is given.
     """
     if not data.exists():
         raise UsageError(f"--data {data} does not exist; give a JSONL or Parquet file")
-    options = GenerationOptions(**keywords)
+    options = GenerationOptions(**{name: keywords.pop(name) for name in OPTIONS})
+    settings: dict[str, Any] = {"samples": samples, "limit": limit, "batch": batch, "execute": execute}
+    record = None
+    if repeat is not None:
+        record, options, settings = _settings(ctx, repeat, data)
+    model = open_model(
+        checkpoint, mask_token_id=mask_token_id, block_size=block_size, passes=passes, plugins=plugins,
+        adapter=adapter, mode=options.mode, **keywords,
+    )
+    from flarec.evaluate import identity, read_examples  # slow to import, like everything below flarec.api
+    from flarec.evaluation.record import differences, to_record
+    from flarec.evaluation.summary import compare
+
+    examples = read_examples(data, model, limit=settings["limit"])
+    options = model.complete(options)
+    found = identity(model, checkpoint, data)
+    if record is not None and found["model"] != record["model"]:
+        raise UsageError(f"{checkpoint} is not the model of --repeat {repeat}; give {record['model'].get('name')}")
+    result, attempts = _measure(model, examples, options, settings)
+    kernels = model.kernels
+    beside = None
+    if against is not None:
+        del model
+        other = open_model(against, mask_token_id=None, block_size=None, **keywords)
+        others = read_examples(data, other, limit=settings["limit"])
+        plain = GenerationOptions(**{name: getattr(options, name) for name in OPTIONS if name != "mode"})
+        second, answers = _measure(other, others, plain, settings)
+        beside = {**identity(other, against, data)["model"], **compare(attempts, answers), "mode": second["mode"]}
+    if out is not None:
+        table = to_record(found, options, settings, result, beside, attempts)
+        write_file(out, json.dumps(table, ensure_ascii=False, indent=1) + "\n")
+    if as_json:
+        shown = result if beside is None else {**result, "against": beside}
+        click.echo(json.dumps(shown, ensure_ascii=False, indent=1))
+    else:
+        for name, value in (*_lines(result, kernels), *_beside(beside, result["samples"])):
+            click.echo(f"{name:<20}{value}")
+    if record is not None:
+        changed = differences(record["result"], result)
+        click.echo("; ".join(changed) or "the same numbers as in the record", err=True)
+        if changed:
+            ctx.exit(1)
+
+
+def _settings(
+    ctx: click.Context, path: Path, data: Path
+) -> tuple[dict[str, Any], GenerationOptions, dict[str, Any]]:
+    """The record of --repeat, and the options and settings in it; given beside it they are refused."""
+    from flarec.evaluation.record import hash_of_data, options_of, read_record, settings_of
+
+    given = [name for name in OF_A_RECORD if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    if given:
+        raise UsageError(f"--{given[0].replace('_', '-')} is in the record of --repeat; leave it out")
+    record = read_record(path)
+    options, settings = options_of(record, path), settings_of(record, path)
+    if hash_of_data(data) != record["data"].get("sha256"):
+        raise UsageError(f"--data {data} is not the data of --repeat {path}; give {record['data'].get('name')}")
+    return record, options, settings
+
+
+def _measure(
+    model: Model, examples: list[Example], options: GenerationOptions, settings: dict[str, Any]
+) -> tuple[dict[str, Any], list[Attempt]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    model = open_model(
-        checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
-        passes=passes, plugins=plugins, graphs=graphs, adapter=adapter,
-        mode=options.mode,
-    )
-    from flarec.evaluate import evaluate, read_examples  # slow to import, like everything below flarec.api
+    from flarec.evaluate import assess
 
-    examples = read_examples(data, model, limit=limit)
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("generating", total=sum(bool(example.prompt) for example in examples))
+        asked = sum(bool(example.prompt) for example in examples)
+        task = progress.add_task("generating", total=asked * settings["samples"])
 
         def advance(index: int, output: Output) -> None:
             progress.advance(task)
 
-        result = evaluate(model, examples, options, on_output=advance, batch=batch)
-    if as_json:
-        click.echo(json.dumps(result, ensure_ascii=False, indent=1))
-        return
-    for name, value in _lines(result, model.kernels):
-        click.echo(f"{name:<20}{value}")
+        return assess(
+            model, examples, options, on_output=advance, batch=settings["batch"], samples=settings["samples"],
+            execute=settings["execute"],
+        )
 
 
 def _lines(result: dict[str, Any], kernels: str) -> list[tuple[str, str]]:
@@ -77,11 +164,36 @@ def _lines(result: dict[str, Any], kernels: str) -> list[tuple[str, str]]:
     if result["loss"] is not None:
         rows.append(("held-out loss", f"{result['loss']:.4f} nats per token ({result['response_tokens']:,} tokens)"))
     if result["accuracy"] is not None:
-        rows.append(("exact match", f"{result['accuracy']:.1%} ({result['correct']} of {result['answers']})"))
+        low, high = result["accuracy_interval"]
+        counts = f"{result['correct']} of {result['answers']}; 95 %: {low:.1%} to {high:.1%}"
+        rows.append(("accuracy", f"{result['accuracy']:.1%} ({counts})"))
+    if result["samples"] > 1 and result["pass_at"]:
+        rows.append(("pass@k", ", ".join(f"{k}: {value:.1%}" for k, value in result["pass_at"].items())))
     if result["tokens_per_forward"] is not None:
         counts = f"{result['new_tokens']:,} tokens, {result['forwards']:,} forwards, {result['seconds']:.1f} s"
         rows.append(("tokens per forward", f"{result['tokens_per_forward']:.2f} ({counts})"))
+        free = result["loop_free"]
+        if free["generated"] < result["generated"] and free["tokens_per_forward"] is not None:
+            rows.append(("without loops", f"{free['tokens_per_forward']:.2f} ({free['generated']} answers)"))
         rows.append(("stopped by", ", ".join(f"{name} {count}" for name, count in result["stop_reasons"].items())))
     if result["too_long"]:
         rows.append(("left out", f"{result['too_long']} prompts that fill the model's context"))
+    return rows
+
+
+def _beside(found: dict[str, Any] | None, samples: int) -> list[tuple[str, str]]:
+    """The rows of --against."""
+    if found is None:
+        return []
+    rows = [("against", f"{found['name']}, {found['mode']}")]
+    rows.append(("equal texts", f"{found['equal_texts']} of {found['answers']}"))
+    paired = found["paired"]
+    if paired is not None:
+        span = f"95 %: {paired['low']:+.1%} to {paired['high']:+.1%}"
+        rows.append(("its accuracy", f"{found['other_accuracy']:.1%}"))
+        rows.append(("difference", f"{paired['difference']:+.1%} ({span})"))
+        counts = f"better on {paired['better']}, worse on {paired['worse']} prompts"
+        rows.append(("McNemar's test" if samples == 1 else "sign test", f"p = {paired['p_value']:.3g} ({counts})"))
+    if found["loop_free"]["tokens_per_forward"] is not None:
+        rows.append(("where it loops not", f"{found['loop_free']['tokens_per_forward']:.2f} tokens per forward"))
     return rows

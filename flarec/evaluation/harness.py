@@ -15,9 +15,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise ImportError("lm-eval is not installed; run: pip install 'flarec[lm-eval]'") from error
 
 from .. import api
 from ..base.fields import shown, whole_number
@@ -34,7 +38,7 @@ DEFAULT_DEVICE = "cuda:0"
 LOADING = ("dtype", "kernels", "graphs", "adapter", "mask_token_id", "block_size")
 
 
-class FlarecLM(TemplateLM):
+class FlarecLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types here
     """A checkpoint, or a source model, for lm-eval's tasks.
 
     path        directory or hub id; `pretrained` is accepted for it
@@ -120,7 +124,7 @@ class FlarecLM(TemplateLM):
         ))
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **more: Any
     ) -> list[tuple[float, bool]]:
         """(sum of the log-probabilities of the continuation, whether it is the greedy one). Contexts lose their start
         where both do not fit."""

@@ -34,7 +34,8 @@ def score(
     """Scores of every document, in the same order; `batch` documents of about the same length run together.
 
     The logits of `suppress` (the mask token, as in training) are minus infinity. Logits are in the dtype that the model
-    computes in, normalised in float32. Documents fit the model's context: the caller cuts them.
+    computes in, normalised in float32. Documents have at most one token more than the model's context: the caller cuts
+    them.
     """
     order = sorted(range(len(documents)), key=lambda index: len(documents[index][0]))
     found: dict[int, Scores] = {}
@@ -47,9 +48,10 @@ def score(
 @torch.no_grad()
 def _score(documents: Sequence[Document], program: DecodeProgram, suppress: Collection[int]) -> list[Scores]:
     """`score` of documents that run as one batch, in chunks like a prefill."""
-    rows, longest = len(documents), max(len(ids) for ids, _ in documents)
-    device = program.device
-    ids = torch.zeros(rows, longest, dtype=torch.int64)
+    rows = len(documents)
+    lengths = [max(1, len(ids) - 1) for ids, _ in documents]  # a last token is only predicted
+    longest, device = max(lengths), program.device
+    ids = torch.zeros(rows, longest + 1, dtype=torch.int64)
     wanted = torch.zeros(rows, longest, dtype=torch.bool)  # rows of the clean stream that predict a scored token
     for row, (tokens, spans) in enumerate(documents):
         ids[row, : len(tokens)] = torch.tensor(tokens)
@@ -63,7 +65,7 @@ def _score(documents: Sequence[Document], program: DecodeProgram, suppress: Coll
     stepper = Stepper(program, cache)
     chunk = max(1, SCORE_ROWS // rows)
     for start in range(0, longest, chunk):
-        plan = stepper.plan([len(tokens[start : start + chunk]) for tokens, _ in documents])
+        plan = stepper.plan([min(max(length - start, 0), chunk) for length in lengths])
         here = wanted[plan.clean_request, plan.clean_slot + start]
         logits = stepper.run(plan, ids[:, start : start + plan.clean_length], plan.head_rows[here])
         cache.accept(plan.counts)

@@ -40,7 +40,7 @@ def interval(rates: Sequence[float], samples: int = 1) -> tuple[float, float]:
     square = QUANTILE**2 / number
     centre = (mean + square / 2) / (1 + square)
     half = QUANTILE / (1 + square) * math.sqrt(mean * (1 - mean) / number + square / (4 * number))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (max(0.0, centre - half) if mean > 0 else 0.0), (min(1.0, centre + half) if mean < 1 else 1.0)
 
 
 @dataclass(frozen=True)
@@ -83,4 +83,4 @@ def sign_test(better: int, worse: int) -> float:
     """Probability, if neither is likelier, of a split that is at least as uneven."""
     number = better + worse
     tail = sum(math.comb(number, index) for index in range(min(better, worse) + 1))
-    return min(1.0, 2 * tail / 2**number)
+    return min(1.0, float(2 * tail / 2**number))
