@@ -138,7 +138,7 @@ def test_eos_ends_the_text_and_is_not_part_of_it(model: Model, monkeypatch: pyte
     assert (ended.token_ids, ended.stop_reason) == (free.token_ids[:cut], "eos")
 
 
-def test_eos_ids_come_from_generation_config_and_tokenizer(model: Model, tmp_path: Path) -> None:
+def test_eos_ids_come_from_both_configurations_and_the_tokenizer(model: Model, tmp_path: Path) -> None:
     assert model.eos_ids == {END_ID}
     checkpoint = Checkpoint(tmp_path, None)
     config = tiny_config("bamba", eos_token_id=9)

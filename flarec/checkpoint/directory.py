@@ -7,7 +7,6 @@ has no place for, a model card, and `custom_generate/generate.py`, which brings 
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from ..frontend.trust import opened
 from .adapter import FOLDER, check_source, open_adapter, read_adapter, refuse_bare_adapter
 from .card import licence_of
 from .carried import Carried
+from .ends import stated_ends
 from .location import resolve
 from .manifest import NAME as MANIFEST
 from .manifest import Manifest, Source
@@ -34,7 +34,6 @@ from .stated import stated, states_all
 from .weights import EXTRA, weight_files
 
 SCRIPT = "custom_generate/generate.py"
-GENERATION_CONFIG = "generation_config.json"
 NO_LIMIT = 1 << 20
 """Context of a model that states none."""
 _TOKENIZER_WITHOUT_LIMIT = 10**9  # such tokenizers state a huge number
@@ -161,17 +160,8 @@ class Checkpoint:
         return {name: nn.Parameter(tensor.to(dtype or tensor.dtype)) for name, tensor in tensors.items()}
 
     def eos_ids(self, config: Any, tokenizer: Any) -> frozenset[int]:
-        """Ids that end a text: those of the generation config (else of the configuration) and the tokenizer's own."""
-        path = self.path / GENERATION_CONFIG
-        stated = getattr(config.get_text_config(), "eos_token_id", None)
-        if path.is_file():
-            try:
-                stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            except (OSError, ValueError, AttributeError) as error:
-                raise CheckpointError(f"{path} cannot be read: {first_line(error)}; copy the model again") from error
-        ids = {*stated} if isinstance(stated, (list, tuple)) else {stated}
-        ids.add(getattr(tokenizer, "eos_token_id", None))
-        return frozenset(int(token) for token in ids if token is not None)
+        """Ids that end a text: all that the configurations and the tokenizer call so (`flarec.checkpoint.ends`)."""
+        return stated_ends(self.path, config, tokenizer)
 
 
 def context_of(config: Any, tokenizer: Any) -> int:

@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..frontend.source.ties import TIE
 from .adapter import FOLDER, place_source, write_adapter
 from .card import model_card
 from .carried import Carried
-from .directory import GENERATION_CONFIG
+from .ends import GENERATION_CONFIG, state_ends
 from .manifest import NAME as MANIFEST
 from .manifest import Manifest
 from .own import check_destination
@@ -69,6 +69,7 @@ def write_checkpoint(
     dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     carried: Carried | None = None,
+    ends: Sequence[int] = (),
     attachments: Mapping[str, Path] | None = None,
     overwrite: bool = False,
     lock: OutputLock | None = None,
@@ -83,6 +84,7 @@ def write_checkpoint(
     max_shard_size  of a weight file, in bytes or as "5GB": more weights are split into several files and an index
     carried         the multimodal checkpoint that `model` was loaded from (`Checkpoint.carried`): it is written with
                     `model` as its text model, in the source's own files and dtypes
+    ends            ids that end a text, that of the training data first: stated alike in all files; none: as they are
     attachments     further files to copy: name in the checkpoint -> file
     overwrite       replace a checkpoint that flarec wrote, after everything has been written
     lock            on `out`, if the caller holds it
@@ -98,6 +100,8 @@ def write_checkpoint(
             _save_text_model(partial, model, carried)
         _suppress_mask(partial, manifest)
         state(partial, manifest, model.config)
+        if ends:
+            state_ends(partial, ends, tokenizer.convert_ids_to_tokens(ends[0]))
         if extra:
             _save_extra(partial, extra, dtype)
         return carried.describe() if carried else None

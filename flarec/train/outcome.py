@@ -77,6 +77,7 @@ class Trained:
                 dtype=stored_dtypes(run.source.path, run.model),
                 max_shard_size=run.options.max_shard_size,
                 carried=run.carried,
+                ends=run.ends,
                 attachments={METRICS: metrics},
                 overwrite=run.options.overwrite,
                 lock=lock,

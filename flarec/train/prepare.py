@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,7 +40,7 @@ from .ranks.group import Ranks
 @dataclass(frozen=True)
 class Run:
     """A conversion that is ready to train. `held_out` is None if nothing is evaluated, `carried` if the source is no
-    multimodal checkpoint."""
+    multimodal checkpoint. ends: ids that end a text, that of the data first."""
 
     options: Options
     recipe: Recipe
@@ -50,6 +51,7 @@ class Run:
     captured: Program
     mask: MaskToken
     sources: Sequence[TokenSource]
+    ends: tuple[int, ...]
     held_documents: int
     trainer: Trainer
     held_out: HeldOut | None
@@ -97,10 +99,11 @@ def prepare(
         reporter.note(f"left out: {what} transformers does not load")
     context = _context(config, tokenizer, recipe)
     mask = _mask_token(source, recipe, tokenizer, reporter)
-    eos_ids = tuple(sorted(source.eos_ids(config, tokenizer)))
 
     reporter.note("reading data")
+    eos_ids = source.eos_ids(config, tokenizer)
     sources, held = _read_data(options, recipe, tokenizer, eos_ids)
+    ends = _ends(sources, tokenizer, eos_ids, reporter)
     _check_ids([*sources], held, config, mask)
 
     reporter.note(f"loading {options.source} on {device}")
@@ -118,9 +121,9 @@ def prepare(
         sources, max_length=recipe.data.max_length, seed=options.seed, lookahead=recipe.data.lookahead
     )
     trainer = trainer_class(train, recipe, mask, rows, options.seed, exact, ranks)
-    held_out = HeldOut(held, train, decode, recipe, mask, eos_ids, context) if held else None
+    held_out = HeldOut(held, train, decode, recipe, mask, ends, context) if held else None
     return Run(
-        options, recipe, source, tokenizer, model, carried, captured, mask, sources, len(held), trainer, held_out,
+        options, recipe, source, tokenizer, model, carried, captured, mask, sources, ends, len(held), trainer, held_out,
         {target: pipeline_text(chosen) for target, chosen in steps.items()}, _origins(options, recipe),
         precision,
     )
@@ -216,6 +219,19 @@ def _read_data(
         return hold_out(sources, wanted, options.seed)
     documents = [other.document(index) for other in load(options.eval_data) for index in range(min(wanted, len(other)))]
     return sources, documents[:wanted]
+
+
+def _ends(
+    sources: Sequence[TokenSource], tokenizer: Any, eos_ids: Collection[int], reporter: Reporter
+) -> tuple[int, ...]:
+    """All ids that end a text: that with which most turns of the data end first, then those that the model states."""
+    counts = sum((source.stats.ends for source in sources), Counter[int]())
+    closing = [token for token, _ in counts.most_common() if token in eos_ids or token in tokenizer.all_special_ids]
+    if new := [tokenizer.convert_ids_to_tokens(token) for token in closing if token not in eos_ids]:
+        what = ", ".join(new)
+        reporter.note(f"turns of the data end with {what}, which the source names nowhere as an end: it is one")
+    rest = sorted({*eos_ids, *closing} - {*closing[:1]})
+    return (*closing[:1], *rest)
 
 
 def _check_ids(sources: Sequence[TokenSource], held: Sequence[Document], config: Any, mask: MaskToken) -> None:

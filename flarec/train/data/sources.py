@@ -145,7 +145,7 @@ def _load(
                 raise DataError(f"{place}: {error}; fix the line or skip bad lines with --skip-bad-lines") from None
             stats.first_bad_line = stats.first_bad_line or f"{place}: {error}"
             continue
-        kept.add(ids, spans, encode.end_ids)
+        kept.add(ids, spans, encode.closing)
     stats.tokens, stats.notes, formats = len(kept.tokens), encode.chat.notes, encode.formats
     named = [name if len(formats) == 1 else f"{count:,} {name}" for name, count in sorted(formats.items())]
     stats.format = ", ".join(named)
@@ -212,14 +212,15 @@ class RecordEncoder:
     """The function from a record to (token ids, response spans), each by its own shape.
 
     It raises `BadRecord` for the record, and `DataError` for a tokenizer that cannot serve its shape. `format` is the
-    shape of the last record, `formats` counts all of them.
+    shape of the last record, `formats` counts all of them, `closing` are the ids that can end a text.
     """
 
     def __init__(self, tokenizer: Any, end_ids: Collection[int] | None, path: Path) -> None:
         eos = tokenizer.eos_token_id
         self.tokenizer, self.path, self.eos = tokenizer, path, eos
-        self.end_ids = frozenset(end_ids if end_ids is not None else [] if eos is None else [eos])
-        self.chat = ChatEncoder(tokenizer, self.end_ids)
+        ends = frozenset(end_ids if end_ids is not None else [] if eos is None else [eos])
+        self.closing = ends | {*tokenizer.all_special_ids}
+        self.chat = ChatEncoder(tokenizer, ends)
         self.formats: Counter[str] = Counter()
         self.format = ""
 

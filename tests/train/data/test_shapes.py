@@ -12,7 +12,7 @@ from flarec.base.messages import BadRecord
 from flarec.errors import DataError
 from flarec.train.data.shapes import shape_of
 from flarec.train.data.sources import RecordEncoder, TokenSource, load_sources, parse_source
-from tests.train.small_tokenizer import CHATML, REASONING, small_tokenizer
+from tests.train.small_tokenizer import CHATML, MARKED_CONTENT, REASONING, small_tokenizer
 
 TOKENIZER = small_tokenizer()
 END = "<|im_end|>"
@@ -128,8 +128,13 @@ def test_counts(tmp_path: Path) -> None:
     cut = load(tmp_path / "a.jsonl", three, CHATS["messages"], max_length=second[0] + 1)
     assert (cut.stats.turns, cut.stats.lost_turns, dict(cut.stats.ends)) == (3, 1, {TOKENIZER.eos_token_id: 2})
     assert "tokens lost, 1 turns)" in str(cut.stats)
-    other = load(tmp_path / "a.jsonl", CHATS["messages"], end_ids=[7])
-    assert other.stats.endless == 1 and "1 turns end without a token that ends a text" in str(other.stats)
+
+
+def test_turns_without_an_end_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(CHATS["messages"]))
+    specs = [parse_source(str(tmp_path / "a.jsonl"))]
+    (source,) = load_sources(specs, small_tokenizer(MARKED_CONTENT), max_length=200)
+    assert source.stats.endless == 1 and "1 turns end without a token that ends a text" in str(source.stats)
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
