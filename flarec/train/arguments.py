@@ -82,6 +82,10 @@ class Arguments:
         ANSWER_TOKENS, "With --prompts: an answer without an end within so many tokens is dropped.",
         low=1, high=LARGEST, metavar="N",
     )
+    report_to: str = key(
+        "none", "Trackers, joined by commas: tensorboard, wandb, trackio. A resumed run goes on where they are.",
+        metavar="NAMES",
+    )
     adapter_only: bool = key(False, "With an adapter recipe: write the adapter without the model (see --adapter).")
     link: bool = key(False, "With an adapter recipe: link the source's weight files into DIR instead of copying them.")
     debug: bool = key(False, "Check every property again after every pass.")
@@ -116,6 +120,7 @@ class ConversionKeywords(TypedDict, total=False):
     samples: int
     temperature: float
     answer_tokens: int
+    report_to: str
     adapter_only: bool
     link: bool
     debug: bool

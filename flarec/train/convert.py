@@ -28,7 +28,7 @@ from .identity import Horizons, check_identity, check_resumable, continued, iden
 from .leading import END, LeadingTrainer, check_same_run, follow, share_text
 from .logs import LoggingReporter, ProgressCallback
 from .loop import Step, Trainer, out_of_memory
-from .metrics import MetricsLog
+from .metrics import MetricsLog, read_metrics
 from .options import Options
 from .outcome import Trained, adapter_info
 from .pace import Pace
@@ -38,6 +38,7 @@ from .ranks.group import Ranks, joined
 from .recorded import arguments_of, recorded_options
 from .saves import check_values
 from .state import StateDirectory
+from .trackers.tracking import Tracking, chosen_trackers
 
 READ_EVERY = {"cpu": (1, 0), "cuda": (10, 2)}
 """By device: steps between reads of the losses, and the newest steps, left alone. A read waits for what it reads."""
@@ -117,6 +118,7 @@ def run(options: Options, reporter: Reporter, *, written_only: bool = False, kee
 
 def _lead(ranks: Ranks, options: Options, reporter: Reporter, written_only: bool, keep: bool) -> Path | Interrupted:
     """The run, on the rank that conducts it. An interrupt is an orderly end, of all ranks."""
+    chosen_trackers(options.report_to)
     check_resumable(options, options.load_recipe())
     options = with_answers(options, reporter)
     ranks.from_first(lambda: options)
@@ -201,7 +203,15 @@ class _Conversion:
         self.identity = identity_of(run)
         steps = run.recipe.optimizer.steps
         self.horizons: Horizons = [(0, steps)]
-        self._start(steps)
+        if run.options.resume:
+            free = run.options.steps is not None
+            check_identity(self.directory, self.identity, steps_free=free, written_only=written_only)
+        self.tracking = self._open_tracking()
+        try:
+            self._start(steps)
+        except BaseException:
+            self.tracking.close()
+            raise
         self.end = self.trainer.step if written_only else min(steps, run.options.stop_after or steps)
         # without a save everything comes again, the first evaluation too
         resume_at = -1 if self.saved is None else self.trainer.step
@@ -209,20 +219,19 @@ class _Conversion:
         evaluated = self.run.held_out is not None
         self.pace = Pace(self.end, run.recipe.evaluation.every if evaluated else 0, run.recipe.save.every)
         self.log = MetricsLog(self.directory.metrics, resume_at=resume_at, evaluations=self.evaluations)
+        for line in read_metrics(self.directory.metrics):  # of a tracker that did not have them
+            self.tracking.log(line)
 
     def _start(self, steps: int) -> None:
         """Make OUT.partial/, or continue from its last save."""
         options = self.run.options
         if not options.resume:
-            self.directory.create(self.identity, arguments_of(options))
+            self.directory.create(self.identity, arguments_of(options), self.tracking.record)
             return
-        check_identity(
-            self.directory, self.identity, steps_free=options.steps is not None, written_only=self.written_only
-        )
         before = self.directory.identity
         state = self.directory.latest(self.reporter.note)
         if state is None:
-            self.directory.rewrite(self.identity, arguments_of(options))
+            self._write_record()
             self.reporter.note(f"{self.directory.path} has no save yet: starting from the first step")
             return
         values = state.values
@@ -237,8 +246,34 @@ class _Conversion:
             return
         if steps != steps_of(before):
             self._say_horizon(steps_of(before))
-        self.directory.rewrite(self.identity, arguments_of(options))
+        self._write_record()
         self.reporter.note(f"continuing after step {step} of {steps}")
+
+    def _write_record(self) -> None:
+        self.directory.rewrite(self.identity, arguments_of(self.run.options), self.tracking.record)
+
+    def _open_tracking(self) -> Tracking:
+        """The trackers, with what those of the process before have."""
+        options = self.run.options
+        names = () if self.written_only else chosen_trackers(options.report_to)
+        record = self.directory.tracking if options.resume else {}
+        tracking = Tracking(names, options.output, self.identity, record, self.reporter.warn)
+        for place in tracking.places:
+            self.reporter.note(f"reporting to: {place}")
+        return tracking
+
+    def _log(self, line: dict[str, Any]) -> None:
+        self.log.write(line)
+        self.tracking.log(line)
+
+    def _close(self) -> None:
+        """The log, and the trackers, whose state the record gets."""
+        self.log.close()
+        if self.tracking.trackers:
+            self.tracking.close()
+            with contextlib.suppress(TrainingError):  # a full disk: the next process takes them for left open
+                self._write_record()
+        self.reporter.end()
 
     def _say_horizon(self, before: int) -> None:
         """What another number of steps changes."""
@@ -256,8 +291,7 @@ class _Conversion:
         try:
             self._train()
         finally:
-            self.log.close()
-            self.reporter.end()
+            self._close()
         steps = self.run.recipe.optimizer.steps
         if self.trainer.step < steps and not self.written_only:
             return self.directory.path
@@ -336,7 +370,7 @@ class _Conversion:
             line["tokens_per_second"] = line["clean_tokens"] / seconds
             for name in self.totals:
                 self.totals[name] += line[name]
-            self.log.write(line)
+            self._log(line)
         self.last = lines[-1]
         self.pace.stepped(seconds)
         self.reporter.step({**self.last, "seconds_left": self.pace.left(self.last["step"])})
@@ -362,7 +396,7 @@ class _Conversion:
         values = {**measured, "seconds": time.perf_counter() - start}
         self.pace.evaluated(values["seconds"])
         self.evaluations[step] = values
-        self.log.write({"step": step, "evaluation": values})
+        self._log({"step": step, "evaluation": values})
         self.reporter.evaluation(step, values)
 
     def _save(self) -> None:

@@ -96,7 +96,12 @@ class StateDirectory:
         others = self._others() if whole else []
         return f"holds {others[0].name}, which no run of flarec wrote" if others else ""
 
-    def create(self, identity: Mapping[str, Any], arguments: Mapping[str, Any] | None = None) -> None:
+    def create(
+        self,
+        identity: Mapping[str, Any],
+        arguments: Mapping[str, Any] | None = None,
+        tracking: Mapping[str, Any] | None = None,
+    ) -> None:
         """Make the directory, empty; `identity` is what a resumed run is compared with, `arguments` what `flarec
         finish` calls it with. An earlier run's is replaced. An empty one is written into: it may be a mount point.
 
@@ -109,15 +114,23 @@ class StateDirectory:
         except OSError as error:
             raise UsageError(f"cannot make {self.path}: {error.strerror}; choose another --out") from error
         try:
-            self.rewrite(identity, arguments)
+            self.rewrite(identity, arguments, tracking)
         except TrainingError:
             with contextlib.suppress(OSError):
                 self.remove()  # a folder without a record would be in the way of the next run
             raise
 
-    def rewrite(self, identity: Mapping[str, Any], arguments: Mapping[str, Any] | None = None) -> None:
+    def rewrite(
+        self,
+        identity: Mapping[str, Any],
+        arguments: Mapping[str, Any] | None = None,
+        tracking: Mapping[str, Any] | None = None,
+    ) -> None:
         """State in the record what the run is from now on."""
-        table = {"record": RECORD, "format_version": RECORD_VERSION, "identity": identity, "arguments": arguments or {}}
+        table = {
+            "record": RECORD, "format_version": RECORD_VERSION, "identity": identity, "arguments": arguments or {},
+            "tracking": tracking or {},
+        }
         with writing(self.path / RUN):
             self._replace(RUN, json.dumps(table, indent=1, sort_keys=True))
 
@@ -130,8 +143,16 @@ class StateDirectory:
     @property
     def arguments(self) -> dict[str, Any]:
         """What it was called with; empty in records from before they held it."""
+        return self._part("arguments")
+
+    @property
+    def tracking(self) -> dict[str, Any]:
+        """Which trackers it has, and how far they are (`flarec.train.trackers.tracking`); empty without any."""
+        return self._part("tracking")
+
+    def _part(self, name: str) -> dict[str, Any]:
         table = self._table()
-        found = table.get("arguments") if isinstance(table, dict) and table.get("record") == RECORD else None
+        found = table.get(name) if isinstance(table, dict) and table.get("record") == RECORD else None
         return found if isinstance(found, dict) else {}
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
