@@ -86,6 +86,9 @@ class Arguments:
         "none", "Trackers, joined by commas: tensorboard, wandb, trackio. A resumed run goes on where they are.",
         metavar="NAMES",
     )
+    push_to_hub: str | None = key(
+        None, "Upload DIR to this model repository of the Hugging Face hub once it is complete.", metavar="REPO"
+    )
     adapter_only: bool = key(False, "With an adapter recipe: write the adapter without the model (see --adapter).")
     link: bool = key(False, "With an adapter recipe: link the source's weight files into DIR instead of copying them.")
     debug: bool = key(False, "Check every property again after every pass.")
@@ -121,6 +124,7 @@ class ConversionKeywords(TypedDict, total=False):
     temperature: float
     answer_tokens: int
     report_to: str
+    push_to_hub: str | None
     adapter_only: bool
     link: bool
     debug: bool

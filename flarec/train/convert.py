@@ -18,6 +18,7 @@ import torch
 from ..base.fields import shows_fields
 from ..base.interrupts import Interrupts
 from ..base.lock import OutputLock, only_writer
+from ..checkpoint.hub import check_push, push
 from ..checkpoint.manifest import RUN_KEY, Manifest
 from ..checkpoint.write import clear_left_overs, versions
 from ..errors import CheckpointError, TrainingError, UsageError
@@ -113,12 +114,17 @@ def run(options: Options, reporter: Reporter, *, written_only: bool = False, kee
             return options.output
     if isinstance(result, Interrupted):
         raise result
+    if options.push_to_hub is not None and result == options.output:
+        reporter.working(f"pushing {result} to {options.push_to_hub}")
+        reporter.note(f"pushed: {push(result, options.push_to_hub)}")
     return result
 
 
 def _lead(ranks: Ranks, options: Options, reporter: Reporter, written_only: bool, keep: bool) -> Path | Interrupted:
     """The run, on the rank that conducts it. An interrupt is an orderly end, of all ranks."""
     chosen_trackers(options.report_to)
+    if options.push_to_hub is not None:
+        check_push(options.push_to_hub)
     check_resumable(options, options.load_recipe())
     options = with_answers(options, reporter)
     ranks.from_first(lambda: options)

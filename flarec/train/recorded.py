@@ -15,8 +15,10 @@ from .options import Options
 from .state import StateDirectory
 
 PARTIAL = ".partial"
-_OF_A_CALL = {"out", "resume", "overwrite", "stop_after", "debug", "prompts", "chat", "samples", "temperature",
-              "answer_tokens"}
+_OF_A_CALL = {
+    "out", "resume", "overwrite", "stop_after", "push_to_hub", "debug", "prompts", "chat", "samples", "temperature",
+    "answer_tokens",
+}
 """Arguments that say nothing about the run, or whose result is among the data already."""
 
 
