@@ -60,11 +60,15 @@ class Checkpoint:
         """The directory of the manifest: `path`, or that of an adapter which was given with the model."""
         return self.path if self.adapter is None else self.adapter.parent
 
+    @property
+    def has_tokenizer(self) -> bool:
+        return any((self.path / name).is_file() for name in TOKENIZER_FILES)
+
     def load_tokenizer(self) -> Any:
         """The transformers tokenizer. Raises `CheckpointError` if the directory has none that can be read."""
         from transformers import AutoTokenizer
 
-        if not any((self.path / name).is_file() for name in TOKENIZER_FILES):
+        if not self.has_tokenizer:
             raise CheckpointError(f"{self.path} has no tokenizer (tokenizer.json); save the model's tokenizer there")
         try:
             tokenizer = opened(AutoTokenizer, self.path)

@@ -13,10 +13,11 @@ from flarec.base.generation import GenerationOptions
 from flarec.base.hashes import sha256_of
 from flarec.checkpoint.directory import Checkpoint, open_checkpoint
 from flarec.checkpoint.weights import weight_files
-from flarec.decode import Engine
 from flarec.errors import CheckpointError
+from flarec.frontend.export import capture
+from flarec.passes import lower
 
-from .decoding import ar_trust_is_causal, near_tie
+from .decoding import ar_trust_is_causal, engine_of, near_tie
 from .inputs import all_logits, random_ids, random_layout, random_tokens
 from .subject import Comparison, Result, Subject
 
@@ -86,16 +87,26 @@ def is_the_source_in_transformers(subject: Subject, source: str | Path, cases: i
     return Result(10, "source in transformers", f"logits of {rows} tokens, {models[0].dtype}", largest, 0.0, equal)
 
 
-def ar_trust_is_the_source(subject: Subject, cases: int = 8) -> Result:
+def ar_trust_is_the_source(
+    subject: Subject, cases: int = 8, source: str | Path | None = None, *, new_tokens: int = 24
+) -> Result:
     """Check 11: AR-Trust with the adapter gives the text of the source itself, greedy and sampled, in float32: of its
-    program without the adapter, and greedily of transformers."""
+    program without the adapter, and greedily of transformers.
+
+    source: its directory; without it the checkpoint's own model stands for it.
+    """
     assert subject.adapted is not None
-    result = ar_trust_is_causal(subject, cases, reference=subject.adapted.decode)
+    witness, reference = subject.source, subject.adapted.decode
+    if source is not None:
+        witness = open_source(subject, source).load_model(torch.float32)
+        witness.set_attn_implementation("eager")
+        reference = lower(capture(witness, cache=True), "decode")
+    result = ar_trust_is_causal(subject, cases, new_tokens=new_tokens, reference=reference)
     rng = random.Random(subject.seed + 11)
     tokens = random_tokens(rng, subject, 6)
     for _ in range(GREEDY_TOKENS):
         with torch.no_grad():
-            tokens.append(int(subject.source(torch.tensor([tokens])).logits[0, -1].argmax()))
+            tokens.append(int(witness(torch.tensor([tokens])).logits[0, -1].argmax()))
     drafted = trusted_text(subject, tokens[:6], GREEDY_TOKENS)
     same = drafted == tokens[6:] or near_tie(subject, tokens[:6], GenerationOptions(), tokens[6:], drafted)
     notes = result.notes if same else (*result.notes, f"transformers {tokens[6:]}, AR-Trust {drafted}")
@@ -107,9 +118,5 @@ def ar_trust_is_the_source(subject: Subject, cases: int = 8) -> Result:
 
 def trusted_text(subject: Subject, prompt: list[int], new_tokens: int) -> list[int]:
     """AR-Trust's greedy continuation."""
-    engine = Engine(
-        subject.decode, mask_token_id=subject.mask_token_id, block_size=subject.block_size,
-        readouts={"ar-trust": subject.readouts[0]}, eos_ids=(), max_positions=4096, suppress=subject.suppress,
-    )
-    (made,) = engine.generate([prompt], mode="ar-trust", max_new_tokens=new_tokens)
+    (made,) = engine_of(subject, subject.readouts[0]).generate([prompt], mode="ar-trust", max_new_tokens=new_tokens)
     return made.token_ids

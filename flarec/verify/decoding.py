@@ -15,6 +15,7 @@ from flarec.ir.program import Program
 from flarec.layout import build_layout
 
 from .inputs import all_logits, random_tokens
+from .places import compare_texts, compare_with_source
 from .replay import Replay, compare_caches
 from .subject import Comparison, Result, Subject
 
@@ -40,8 +41,8 @@ def split_is_whole(subject: Subject, cases: int = 4) -> Result:
             with torch.no_grad():
                 row = torch.tensor([tokens[request]])
                 trained = all_logits(subject.train, row, build_layout([[length]], [[]]))[0]
-            comparison.add(trained, complete[request])
-            comparison.add(trained, torch.cat(pieces[request]))
+            for decoded in (complete[request], torch.cat(pieces[request])):
+                compare_texts(comparison, subject, tokens[request], trained, decoded)
         whole.flush()
         split.flush()
         count += compare_caches(comparison, whole, split)
@@ -69,16 +70,8 @@ def ar_trust_is_causal(
     compared, excused, forwards = 0, 0, 0
     notes: list[str] = []
     for readout in subject.readouts:
-        engine = Engine(
-            subject.decode,
-            mask_token_id=subject.mask_token_id,
-            block_size=subject.block_size,
-            readouts={"ar-trust": readout},
-            eos_ids=(),
-            max_positions=4096,
-            suppress=subject.suppress,
-        )
-        causal = (_causal(reference) if reference else engine).generate(
+        engine = engine_of(subject, readout)
+        causal = (causal_engine(reference) if reference else engine).generate(
             prompts, settings, mode="causal", max_new_tokens=new_tokens
         )
         for scheme in drafts:
@@ -90,7 +83,7 @@ def ar_trust_is_causal(
                 if near_tie(subject, prompt, setting, a.token_ids, b.token_ids):
                     excused += 1
                 else:
-                    case = f"{readout}, {scheme}, {_written(setting)}"
+                    case = f"{readout}, {scheme}, {written(setting)}"
                     notes.append(f"{case}: causal {a.token_ids}, AR-Trust {b.token_ids}")
     text = f"{compared} texts, {compared * new_tokens / forwards:.2f} tokens per forward"
     text += f", {excused} with a near tie" if excused else ""
@@ -98,7 +91,15 @@ def ar_trust_is_causal(
     return Result(4, "AR-Trust = causal", text, float(len(notes)), 0.0, passed, tuple(notes[:3]))
 
 
-def _causal(program: Program) -> Engine:
+def engine_of(subject: Subject, readout: str) -> Engine:
+    """Drafts and verifies with that readout; no token ends a text."""
+    return Engine(
+        subject.decode, mask_token_id=subject.mask_token_id, block_size=subject.block_size,
+        readouts={"ar-trust": readout}, eos_ids=(), max_positions=4096, suppress=subject.suppress,
+    )
+
+
+def causal_engine(program: Program) -> Engine:
     """Of a program that may have no mask token."""
     return Engine(program, mask_token_id=None, block_size=None, readouts={}, eos_ids=(), max_positions=4096)
 
@@ -113,7 +114,7 @@ def random_sampling(rng: random.Random) -> GenerationOptions:
     )
 
 
-def _written(setting: GenerationOptions) -> str:
+def written(setting: GenerationOptions) -> str:
     return f"T {setting.temperature}, top-k {setting.top_k}, top-p {setting.top_p}, seed {setting.seed}"
 
 
@@ -124,7 +125,8 @@ def near_tie(subject: Subject, prompt: list[int], setting: GenerationOptions, a:
     whole = Replay(subject, [tokens]).feed([len(tokens)])[0][-1]
     stepwise = Replay(subject, [tokens])
     last = [stepwise.feed([1])[0][-1] for _ in tokens][-1]
-    error = 4 * max(float((last - whole).abs().max()), torch.finfo(torch.float32).eps * float(whole.abs().max()))
+    last, whole, step = last.float(), whole.float(), torch.finfo(last.dtype).eps
+    error = 4 * max(float((last - whole).abs().max()), step * float(whole.abs().max()))
     noise = torch.rand(NEAR_TIE_TRIALS, len(whole), generator=torch.Generator().manual_seed(0)) * 2 - 1
     trials = SamplingRows.build([setting] * NEAR_TIE_TRIALS)
     positions = torch.full((NEAR_TIE_TRIALS,), len(tokens))
@@ -142,12 +144,15 @@ def rejected_draft_leaves_no_trace(subject: Subject, cases: int = 4) -> Result:
         tokens = [random_tokens(rng, subject, n + a + 2) for n, a in zip(known, accepted, strict=True)]
         wrong = [random_tokens(rng, subject, rng.randint(1, subject.block_size)) for _ in range(2)]
         plain, drafted = Replay(subject, tokens), Replay(subject, tokens)
-        pairs: list[tuple[Tensor, Tensor]] = []
+        pieces: list[list[Tensor]] = [[], [], [], []]
         for step in ("prompt", "verify", "next"):
             counts = {"prompt": known, "verify": accepted, "next": [2, 2]}[step]
-            pairs += zip(plain.feed(counts), drafted.feed(counts, wrong if step == "verify" else None), strict=True)
-        for a, b in pairs:
-            comparison.add(a, b)
+            seen, beside = plain.feed(counts), drafted.feed(counts, wrong if step == "verify" else None)
+            for place, logits in zip(pieces, [*seen, *beside], strict=True):
+                place.append(logits)
+        for request in range(2):
+            a, b = (torch.cat(pieces[request + 2 * side]) for side in range(2))
+            compare_texts(comparison, subject, tokens[request], a, b)
         plain.flush()
         drafted.flush()
         count += compare_caches(comparison, plain, drafted)
@@ -162,8 +167,6 @@ def opens_in_transformers(subject: Subject, cases: int = 3) -> Result:
         tokens = random_tokens(rng, subject, rng.randint(8, 24))
         replay = Replay(subject, [tokens])
         ours = torch.cat([replay.feed([1])[0] for _ in tokens])
-        with torch.no_grad():
-            theirs = subject.source(torch.tensor([tokens])).logits[0]
-        comparison.add(theirs, ours)
+        compare_with_source(comparison, subject, tokens, ours)
         count += len(tokens)
     return comparison.result(6, "opens in transformers", f"logits of {count} causal decode steps")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,15 +34,29 @@ def random_layout(
 
 
 def random_tokens(rng: random.Random, subject: Subject, count: int) -> list[int]:
+    """A piece of the subject's texts; without these any ids."""
+    if subject.texts is not None:
+        return subject.texts.piece(rng, count)
     return [rng.randrange(subject.vocab_size) for _ in range(count)]
 
 
 def random_ids(rng: random.Random, subject: Subject, layout: Layout) -> Tensor:
-    """[rows, T] int64; about half of the noisy tokens are the mask token."""
+    """[rows, T] int64: every document is a text, and about half of the noisy tokens are the mask token."""
     ids = torch.tensor([random_tokens(rng, subject, layout.length) for _ in range(layout.rows)])
+    if subject.texts is not None:
+        for row, slots in texts_of(layout):
+            ids[row, slots] = torch.tensor(random_tokens(rng, subject, len(slots)))
     masked = torch.tensor([[rng.random() < 0.5 for _ in range(layout.length)] for _ in range(layout.rows)])
     masked[:, : layout.clean_length] = False
     return ids.masked_fill(masked, subject.mask_token_id)
+
+
+def texts_of(layout: Layout) -> Iterator[tuple[int, Tensor]]:
+    """(row, clean slots) of every document."""
+    for row in range(layout.rows):
+        documents = layout.clean_document[row]
+        for document in documents[documents >= 0].unique():
+            yield row, (documents == document).nonzero().squeeze(1)
 
 
 def reads(layout: Layout, row: int) -> Tensor:

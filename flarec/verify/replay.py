@@ -16,6 +16,7 @@ class Replay(Stepper):
     """Requests whose tokens are known; `fed[b]` of them are in the cache or pending."""
 
     def __init__(self, subject: Subject, tokens: Sequence[Sequence[int]]) -> None:
+        self.subject = subject
         self.tokens = [list(row) for row in tokens]
         self.fed = [0] * len(self.tokens)
         program, longest = subject.decode, max(len(row) for row in self.tokens)
@@ -58,11 +59,12 @@ class Replay(Stepper):
 
 def compare_caches(comparison: Comparison, a: Replay, b: Replay) -> int:
     """Compare all flushed caches; keys and values up to each request's length. Returns how many tensors."""
-    assert a.fed == b.fed
+    assert a.fed == b.fed and a.tokens == b.tokens
+    slacks = [a.subject.slack(tokens) for tokens in a.tokens]
     for slot in a.program.cache_slots:
         for row, length in enumerate(a.fed):
             pair = [replay.cache.tensors[slot.name][row] for replay in (a, b)]
             if slot.in_place:
                 pair = [tensor[:, :length] for tensor in pair]
-            comparison.add(*pair)
+            comparison.add(*pair, slack=slacks[row])
     return len(a.program.cache_slots)

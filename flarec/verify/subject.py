@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,13 @@ from flarec.passes import AdaptNoisyStream, lower
 from flarec.passes.embed_mask import PARAMETER
 from flarec.passes.plugins import load_plugins
 
+from .texts import Texts
+from .witness import Witness
+
 ROUNDING_STEPS = 1000
-"""Differences up to this many rounding steps of the largest compared number count as rounding."""
+"""Differences up to this many rounding steps of the largest compared number count as rounding, ..."""
+OWN_ERRORS = 8
+"""... and up to this many times what the model's own float32 is off on that text: large hidden states cancel."""
 DEFAULT_BLOCK = 4
 READOUTS = ("block_end", "causal")
 
@@ -45,6 +51,7 @@ class Subject:
     mask_token_id   input id of masked positions; for a model that was not converted any id serves
     readouts        of the checkpoint's blocks; suppress: ids that are never generated
     adapted         of a checkpoint with an adapter: what its checks look at
+    texts           to take tokens from; None: random ids
     """
 
     train: Program
@@ -56,10 +63,29 @@ class Subject:
     suppress: tuple[int, ...] = ()
     seed: int = 0
     adapted: Adapted | None = None
+    texts: Texts | None = None
 
     @property
     def vocab_size(self) -> int:
         return self.train.vocab_size
+
+    @cached_property
+    def witness(self) -> Witness:
+        """The source in float64; asked for by checks that compare numbers of one text."""
+        return Witness(self.source)
+
+    def slack(self, tokens: Sequence[int]) -> float:
+        """What multiplies the bound of numbers that float32 computes from a text: 1 where the model's own error is no
+        more than rounding at its logits. In float64 there is nothing to allow for."""
+        if self.source is None or self.train.dtype != torch.float32:
+            return 1.0
+        seen = self.witness.see(tokens)
+        rounding = ROUNDING_STEPS * torch.finfo(torch.float32).eps * seen.largest
+        return max(1.0, OWN_ERRORS * seen.error / rounding) if rounding else 1.0
+
+    def shown(self, tokens: Sequence[int]) -> str:
+        """Tokens for people: their text where they are some, else their ids."""
+        return self.texts.shown(list(tokens)) if self.texts is not None else f"of the ids {list(tokens)}"
 
 
 @dataclass(frozen=True)
@@ -80,23 +106,35 @@ class Comparison:
 
     def __init__(self) -> None:
         self.difference, self.bound, self.worst = 0.0, 0.0, -1.0
+        self.note: str | None = None
 
-    def add(self, a: Tensor, b: Tensor) -> None:
-        """Compare two tensors of one shape. The bound is `ROUNDING_STEPS` rounding steps at the size of `a`."""
+    def add(
+        self, a: Tensor, b: Tensor, *, slack: float = 1.0, where: Callable[[int, float], str] | None = None
+    ) -> None:
+        """Compare two tensors of one shape. The bound is `ROUNDING_STEPS` rounding steps at the size of `a`.
+
+        slack: multiplies the bound (`Subject.slack`). where: says what the place of a failure is, from the row (first
+        dimension) and the size of the difference.
+        """
         assert a.shape == b.shape, (a.shape, b.shape)
         if not a.numel():
             return
-        difference = float((a - b).detach().abs().max())
+        distance = (a - b).detach().abs()
+        difference = float(distance.max())
         dtype = torch.float64 if a.dtype == b.dtype == torch.float64 else torch.float32
-        bound = ROUNDING_STEPS * torch.finfo(dtype).eps * float(a.detach().abs().max())
+        bound = slack * ROUNDING_STEPS * torch.finfo(dtype).eps * float(a.detach().abs().max())
         ratio = difference / bound if bound else float(difference > 0)
         ratio = math.inf if math.isnan(ratio) else ratio
         if ratio > self.worst:
             self.difference, self.bound, self.worst = difference, bound, ratio
+            self.note = None
+            if where is not None and not difference <= bound:
+                self.note = where(int(distance.flatten(1).amax(1).argmax()), difference)
 
     def result(self, invariant: int, title: str, compared: str) -> Result:
         assert self.worst >= 0, "nothing was compared"
-        return Result(invariant, title, compared, self.difference, self.bound, self.difference <= self.bound)
+        notes = (self.note,) if self.note else ()
+        return Result(invariant, title, compared, self.difference, self.bound, self.difference <= self.bound, notes)
 
 
 def open_subject(
@@ -107,9 +145,13 @@ def open_subject(
     passes: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
     adapter: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    debug: bool = True,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Subject:
-    """Open a checkpoint or model in float32 on the CPU, capture it and lower both programs, checking every pass.
+    """Open a checkpoint or model on the CPU, capture it and lower both programs.
 
+    dtype: of the run; debug: check every pass. say: called with a line before each slow part.
     Raises `CheckpointError` for a directory that is damaged or holds no model.
     """
     load_plugins(plugins)
@@ -117,10 +159,12 @@ def open_subject(
     if checkpoint.manifest is not None and not checkpoint.foreign:
         checkpoint.manifest.check_files(checkpoint.home, whole=True)
     manifest = checkpoint.manifest
-    source = checkpoint.load_model(torch.float32)
+    say(f"opening {checkpoint.path}")
+    source = checkpoint.load_model(dtype)
     source.set_attn_implementation("eager")  # the definition: gemma2's default in transformers 5.17 drops its softcap
-    program = capture(source)
-    program.extra.update(checkpoint.load_extra(torch.float32))
+    say("capturing, or taking the graph from the program cache")
+    program = capture(source, cache=True)
+    program.extra.update(checkpoint.load_extra(dtype))
     vector = manifest is not None and manifest.mask.kind == "vector"
     if vector and PARAMETER not in program.extra:
         raise CheckpointError(f"{checkpoint.path} has no mask vector ({PARAMETER}); copy the checkpoint again")
@@ -130,9 +174,11 @@ def open_subject(
     }
     # training leaves out the gradients of the clean stream over a frozen model, which invariants 2 and 7 look at
     steps["train"] = [step for step in steps["train"] if step.name != "split-streams"]
-    train, decode = (lower(program, target, steps=chosen, debug=True) for target, chosen in steps.items())
+    say("lowering, with a check behind every pass" if debug else "lowering")
+    train, decode = (lower(program, target, steps=chosen, debug=debug) for target, chosen in steps.items())
+    texts = _texts_of(checkpoint, program.vocab_size, say)
     if manifest is None:
-        return Subject(train, decode, source, mask_token_id=0, seed=seed)
+        return Subject(train, decode, source, mask_token_id=0, seed=seed, texts=texts)
     return Subject(
         train,
         decode,
@@ -142,8 +188,19 @@ def open_subject(
         readouts=tuple(dict.fromkeys(manifest.decode.readouts.values())) or READOUTS,
         suppress=() if vector else (manifest.mask.token_id,),
         seed=seed,
+        texts=texts,
         adapted=_without_adapter(checkpoint, program, steps) if checkpoint.adapter is not None else None,
     )
+
+
+def _texts_of(checkpoint: Checkpoint, vocabulary: int, say: Callable[[str], None]) -> Texts | None:
+    if not checkpoint.has_tokenizer:
+        say("there is no tokenizer: texts are random ids")
+        return None
+    texts = Texts.of(checkpoint.load_tokenizer(), vocabulary)
+    if texts is None:
+        say("the tokenizer gives ids that the model does not have: texts are random ids")
+    return texts
 
 
 def _without_adapter(checkpoint: Checkpoint, program: Program, steps: Mapping[str, list[Pass]]) -> Adapted:

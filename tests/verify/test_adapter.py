@@ -83,6 +83,14 @@ def test_weights_that_changed(made: tuple[Path, Path], subject: Subject, tmp_pat
     assert not weights_are_the_sources(subject, stranger).passed
 
 
+def test_the_text_is_that_of_the_source_given(made: tuple[Path, Path], subject: Subject, tmp_path: Path) -> None:
+    """Not that of the checkpoint's own model, whose weights may have changed with it."""
+    assert ar_trust_is_the_source(subject, 2, made[0], new_tokens=8).passed
+    stranger = tiny_checkpoint(tmp_path, "lfm2", seed=1)
+    result = ar_trust_is_the_source(subject, 2, stranger, new_tokens=8)
+    assert not result.passed and any("transformers" in note for note in result.notes)
+
+
 def test_an_adapter_on_all_rows(subject: Subject) -> None:
     """What peft would compute: clean rows move, and the text is another."""
     assert clean_rows_keep_their_bits(subject).passed and ar_trust_is_the_source(subject, cases=2).passed

@@ -115,13 +115,22 @@ def test_json_and_exit_code(model: Path) -> None:
     assert "7 of 7 invariants hold" in run.stderr
 
 
+def test_a_quick_run_makes_every_check_and_says_so(model: Path) -> None:
+    run = CliRunner().invoke(main, ["verify", str(model), "--quick"])
+    assert run.exit_code == 0, run.output
+    assert "7 of 7 invariants hold" in run.stdout
+    said = [line for line in run.stderr.splitlines() if line.startswith("check ")]
+    assert [line.split(":")[0] for line in said] == [f"check {n} of 7" for n in range(1, 8)]
+    assert "capturing" in run.stderr
+
+
 def test_a_broken_model_fails(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The witness is independent: a program whose captured constants are wrong differs from transformers."""
     import flarec.verify.subject as module
 
     original = flarec.frontend.export.capture
 
-    def wrong(source: object) -> object:
+    def wrong(source: object, **given: object) -> object:
         program = original(source)  # type: ignore[arg-type]
         node = next(n for n in program.graph.nodes if "linear_attention" in str(n.target))
         node.kwargs = node.kwargs | {"scale": 1.01 * float(node.kwargs["scale"])}
@@ -130,7 +139,8 @@ def test_a_broken_model_fails(model: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "capture", wrong)
     subject = open_subject(model)
     assert not flarec.verify.clean_logits(subject).passed
-    assert not flarec.verify.opens_in_transformers(subject).passed
+    decoded = flarec.verify.opens_in_transformers(subject)
+    assert not decoded.passed and "from float64" in decoded.notes[0]
     assert flarec.verify.split_is_whole(subject).passed, "the program still agrees with itself"
 
 
