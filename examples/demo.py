@@ -18,6 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flarec.threads import manage
+
+manage()  # before torch is imported: threads must not wait in a loop for a core that others use
+
 import torch
 import transformers
 from demo_picture import draw

@@ -33,6 +33,7 @@ from .ir.program import Program
 from .passes.adapt_noisy_stream import adapter_parameters
 from .passes.embed_mask import PARAMETER
 from .passes.plugins import load_plugins
+from .threads import settle
 
 OnText = Callable[[int, str], None]
 OnOutput = Callable[[int, "Output"], None]
@@ -110,6 +111,7 @@ class Model:
         self.program = opened.program if opened is not None else capture(hf_model, cache=cache)
         self.program.extra.update(extra or {})
         self.kernels = resolve_kernels(kernels, self.program.device)
+        settle(sum(parameter.numel() for parameter in self.program.parameters().values()))
         self._checkpoint, self._foreign = checkpoint, bool(passes)
         self._plain: Program | None = None
         self._lowering = threading.Lock()

@@ -21,7 +21,7 @@ LONGEST_FUNCTION = 60  # lines, its docstring not counted
 """But for Triton kernels: each is one program, what it calls is inlined, and spills show in it."""
 
 # Which module belongs to which layer: the longest prefix decides.
-AT_THE_ROOT = ("errors", "layout", "device", "collector")
+AT_THE_ROOT = ("errors", "layout", "device", "collector", "threads")
 API = ("api", "hf_generate", "evaluate")
 KERNELS = tuple(sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")))
 ROOMS = (
@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layout": {"base"},
     "device": set(),
     "collector": set(),
+    "threads": set(),
     "slots": set(),
     "recipe": {"recipes", "layout", "base"},
     "recipes": set(),
@@ -65,7 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugin": {"ir", "layout", "ops", "passes"},
     "train": {
         "ops", "ir", "layout", "recipe", "device", "decode", "recipes", "frontend", "passes", "checkpoint",
-        "base", "kernels.row_losses",
+        "base", "kernels.row_losses", "threads",
     },
     "serve": {"base", "decode"},  # of a model it knows what `flarec.serve.prompts.Served` says
     "conformance": BELOW_CLI - {"doctor", "serve"},
@@ -77,7 +78,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"frontend", "ir", "layout", "passes", "base"},
     "evaluation": {"decode", "base"},
     "harness": {"api", "base", "decode", "evaluation"},
-    "api": {"device", "collector", "base", "frontend", "passes", "ir", "decode", "checkpoint", "train", "evaluation"},
+    "api": {
+        "device", "collector", "threads", "base", "frontend", "passes", "ir", "decode", "checkpoint", "train",
+        "evaluation",
+    },
     "cli": BELOW_CLI,
 }
 

@@ -18,6 +18,7 @@ import click
 
 from flarec import __version__
 from flarec.errors import FlarecError, FlarecWarning, ToldElsewhere, first_line
+from flarec.threads import manage
 
 COMMANDS: dict[str, str] = {
     "convert": "Train a source model into a dual-mode checkpoint.",
@@ -69,6 +70,7 @@ class LazyGroup(click.Group):
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
         _open_closed_outputs()
+        manage()  # before any command imports torch
         try:
             return super().make_context(info_name, args, parent, **extra)
         except OSError as error:  # --help and --version are written here

@@ -14,6 +14,7 @@ from flarec.base.generation import GenerationOptions
 from flarec.base.interrupts import Interrupts
 from flarec.base.prompts import read_prompts
 from flarec.errors import DataError, UsageError
+from flarec.threads import said
 
 from .loading import check_files, open_model
 from .options import adapter_option, foreign_options, generation_options, plugin_options, runtime_options
@@ -85,7 +86,7 @@ def command(
             click.echo(output.text)
     if stats:
         sys.stdout.flush()
-        for line in [*_stats(outputs, model.kernels), *model.engine.stats.lines()]:
+        for line in [*_stats(outputs, model.kernels), *model.engine.stats.lines(), said()]:
             click.echo(line, err=True)
 
 

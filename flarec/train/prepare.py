@@ -22,6 +22,7 @@ from ..passes.lower_mixers import IMPLEMENTATIONS
 from ..passes.plugins import load_plugins
 from ..passes.split_head import SplitHead, head_refusal
 from ..recipe import Reading, Recipe
+from ..threads import said, settle
 from .adapter import adapter_of, start_adapter
 from .advice import before_training
 from .data.document import Document
@@ -109,6 +110,8 @@ def prepare(
     reporter.note(f"loading {options.source} on {device}")
     model = source.load_model(DTYPES[precision], device)
     reporter.note("capturing and lowering the model (a graph that was captured before is found again)")
+    settle(sum(parameter.numel() for parameter in model.parameters()))
+    reporter.note(said())
     captured = capture(model, cache=True)
     exact = exact_weights(source, model, device) if precision == "bf16" else {}
     keep_float32(captured, exact)

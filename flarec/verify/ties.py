@@ -27,10 +27,11 @@ def ar_trust_up_to_ties(subject: Subject, cases: int = 200, *, new_tokens: int =
     prompts = [random_tokens(rng, subject, rng.randint(1, 12)) for _ in range(cases)]
     settings = [random_sampling(rng) for _ in range(cases)]
     engine = engine_of(subject, subject.readouts[0])
-    given = {"max_new_tokens": new_tokens}
-    plain = engine.generate(prompts, settings, mode="causal", batch=BATCH, **given)
-    again = engine.generate(prompts, settings, mode="causal", batch=OTHER_BATCH, **given)
-    trusted = engine.generate(prompts, settings, mode="ar-trust", drafts="branches", batch=BATCH, **given)
+    plain = engine.generate(prompts, settings, mode="causal", batch=BATCH, max_new_tokens=new_tokens)
+    again = engine.generate(prompts, settings, mode="causal", batch=OTHER_BATCH, max_new_tokens=new_tokens)
+    trusted = engine.generate(
+        prompts, settings, mode="ar-trust", drafts="branches", batch=BATCH, max_new_tokens=new_tokens
+    )
     ties, faults = differences(subject, prompts, settings, plain, trusted)
     floor, unexplained = differences(subject, prompts, settings, plain, again)
     forwards = sum(generation.forwards for generation in trusted)

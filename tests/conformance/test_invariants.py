@@ -31,7 +31,7 @@ IN_FLOAT64 = (2, 3, 5, 7)
 @pytest.mark.parametrize("family", EVERY)
 def test_invariant(family: str, invariant: int) -> None:
     float64 = invariant in IN_FLOAT64
-    result = INVARIANTS[invariant](subject(family, float64=float64), cases=CASES[invariant])  # type: ignore[call-arg]
+    result = INVARIANTS[invariant](subject(family, float64=float64), cases=CASES[invariant])
     assert result.passed, result
     assert result.bound < (1e-8 if float64 else 1e-2), "the bound says something about these logits"
 
