@@ -1,8 +1,8 @@
 """How many threads a command computes with, and how they wait for each other: chosen for the machine that it finds.
 
-torch's CPU operators share their work among OpenMP threads and wait for the last one after each operator. By default they
-wait in a loop. On a machine where others compute too, that loop takes the core which the awaited thread needs: two threads
-on two busy cores are tens of times slower than one. Waiting without a loop costs next to nothing, but has to be asked for
+torch's CPU operators share their work among OpenMP threads and wait for the last one after each operator, by default in
+a loop. On a machine where others compute too, that loop takes the core which the awaited thread needs: two threads on
+two busy cores are tens of times slower than one. Waiting without a loop costs next to nothing, but has to be asked for
 before torch is loaded, in the environment (`manage`). How many threads pay depends on the size of the model (`settle`).
 
 Commands do both; a Python program that wants it calls `manage()` before it imports torch. The number that a user set in
@@ -29,7 +29,7 @@ PER_THREAD = 1_500_000
 
 
 @dataclass(frozen=True)
-class Choice:
+class ThreadChoice:
     """What was found when the process started.
 
     own      the variable with which the user chose the number of threads; None: it is ours to choose
@@ -40,7 +40,7 @@ class Choice:
     passive: bool
 
 
-_choice: Choice | None = None
+_choice: ThreadChoice | None = None
 _settled: int | None = None
 
 
@@ -52,12 +52,12 @@ def manage() -> None:
         _choice = choose(os.environ, loaded="torch" in sys.modules)
 
 
-def choose(environment: MutableMapping[str, str], *, loaded: bool) -> Choice:
+def choose(environment: MutableMapping[str, str], *, loaded: bool) -> ThreadChoice:
     """Set how threads wait, unless the user did or it is too late because torch is `loaded`."""
     if not loaded and not any(name in environment for name in POLICIES):
         environment.update(PASSIVE)
     own = next((name for name in NUMBERS if environment.get(name)), None)
-    return Choice(own, environment.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE")
+    return ThreadChoice(own, environment.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE")
 
 
 def settle(parameters: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flarec import threads
-from flarec.threads import PASSIVE, Choice, choose, cores, others_running, quota, settle, threads_for
+from flarec.threads import PASSIVE, ThreadChoice, choose, cores, others_running, quota, settle, threads_for
 
 
 @pytest.mark.parametrize(("parameters", "available", "others", "expected"), [
@@ -30,7 +30,7 @@ def test_how_many(parameters: int, available: int, others: int, expected: int) -
 
 def test_threads_sleep_while_they_wait() -> None:
     environment = {"HOME": "/nowhere"}
-    assert choose(environment, loaded=False) == Choice(own=None, passive=True)
+    assert choose(environment, loaded=False) == ThreadChoice(own=None, passive=True)
     assert environment == {"HOME": "/nowhere", **PASSIVE}
 
 
@@ -39,13 +39,13 @@ def test_threads_sleep_while_they_wait() -> None:
 ])
 def test_what_the_user_set_stays(given: dict[str, str]) -> None:
     environment = given | {"OMP_NUM_THREADS": "3"}
-    assert choose(environment, loaded=False) == Choice(own="OMP_NUM_THREADS", passive=False)
+    assert choose(environment, loaded=False) == ThreadChoice(own="OMP_NUM_THREADS", passive=False)
     assert environment == given | {"OMP_NUM_THREADS": "3"}
 
 
 def test_behind_the_import_of_torch_it_is_too_late() -> None:
     environment: dict[str, str] = {}
-    assert choose(environment, loaded=True) == Choice(own=None, passive=False)
+    assert choose(environment, loaded=True) == ThreadChoice(own=None, passive=False)
     assert not environment
 
 
@@ -66,7 +66,8 @@ def test_settling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "others_running", lambda: 4)
     try:
         for choice, count in (
-            (None, before), (Choice("OMP_NUM_THREADS", True), before), (Choice(None, True), 6), (Choice(None, False), 2),
+            (None, before), (ThreadChoice("OMP_NUM_THREADS", True), before),
+            (ThreadChoice(None, True), 6), (ThreadChoice(None, False), 2),
         ):
             monkeypatch.setattr(threads, "_choice", choice)
             settle(135_000_000)
