@@ -147,16 +147,21 @@ def refuse_bare_adapter(directory: Path) -> None:
             f"{directory} holds an adapter without its model; give the model ({manifest.source.name}) and "
             f"--adapter {directory}"
         )
-    config = _read_json(directory / CONFIG)
-    if MARK in config:
+    refuse_noisy_adapter(directory)
+    if config := _read_json(directory / CONFIG):
+        base = config.get("base_model_name_or_path") or "MODEL"
+        raise CheckpointError(
+            f"{directory} is an adapter of peft, not a model; give its model and the adapter: flarec convert {base} "
+            f"--merge-adapter {directory}"
+        )
+
+
+def refuse_noisy_adapter(directory: Path) -> None:
+    """Raise `CheckpointError` for an adapter of ours, which must not be merged."""
+    if MARK in _read_json(directory / CONFIG):
         raise CheckpointError(
             f"{directory} is a noise-row adapter of flarec and cannot be merged into a model: {NOISY_ROWS_ONLY}; open "
             f"its model with --adapter {directory.resolve().parent}"
-        )
-    if config:
-        raise CheckpointError(
-            f"{directory} is an adapter of peft, not a model; merge it into its model (peft's merge_and_unload) and "
-            "give the result"
         )
 
 

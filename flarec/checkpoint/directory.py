@@ -34,6 +34,8 @@ from .stated import stated, states_all
 from .weights import EXTRA, weight_files
 
 SCRIPT = "custom_generate/generate.py"
+DEQUANTIZED = "dequantized"
+"""In the manifest's `data`: the weights beside an adapter are quantised, and are opened as plain ones."""
 NO_LIMIT = 1 << 20
 """Context of a model that states none."""
 _TOKENIZER_WITHOUT_LIMIT = 10**9  # such tokenizers state a huge number
@@ -47,6 +49,7 @@ class Checkpoint:
     manifest  None for a model that was not converted
     foreign   the manifest stands for values of config.json or of the user: another program made this checkpoint. One of
               flarec's own that lost its manifest is not foreign
+    dequantize  the weights are quantised, and opened as plain ones
     adapter   the folder with the adapter's files: here or of another directory; None without an adapter
     """
 
@@ -54,6 +57,7 @@ class Checkpoint:
     manifest: Manifest | None
     foreign: bool = False
     adapter: Path | None = None
+    dequantize: bool = False
 
     @property
     def home(self) -> Path:
@@ -100,14 +104,14 @@ class Checkpoint:
     def check_weights(self) -> None:
         """Raises `CheckpointError` for weights that cannot be opened, told from headers and sizes; reads none."""
         try:
-            judge_source(self.path)
+            judge_source(self.path, dequantize=self.dequantize)
         except UsageError as error:
             raise CheckpointError(str(error)) from error
 
     def load_model(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
         """The transformers model in `dtype` (default: as stored), in eval mode; the text model of a multimodal one."""
         try:
-            model = load_model(self.path, dtype, device).eval()
+            model = load_model(self.path, dtype, device, dequantize=self.dequantize).eval()
         except UsageError as error:
             raise CheckpointError(str(error)) from error
         except (SafetensorError, RuntimeError) as error:  # damaged weights, shapes that do not fit
@@ -184,13 +188,14 @@ def open_checkpoint(
     block_size: int | None = None,
     adapter: str | Path | None = None,
     whole: bool = False,
+    dequantize: bool = False,
 ) -> Checkpoint:
     """Check a checkpoint, or a source model, before anything is loaded from it.
 
     path: a directory or a hub id. mask_token_id, block_size: for a dual-mode checkpoint that another program wrote and
     whose config.json does not state them (`flarec.checkpoint.stated`). adapter: a directory that `flarec convert` wrote
     with an adapter for the model in `path`, which is opened with it. whole: compare all files with their hashes,
-    weights of any size too.
+    weights of any size too. dequantize: the weights are quantised, and wanted plain; a checkpoint says so itself.
 
     Raises `CheckpointError` if there is no such directory, if it holds no model, and for a checkpoint with a manifest
     that is foreign, damaged or of a newer format, or with a missing or changed file; `UsageError` for the numbers.
@@ -212,7 +217,7 @@ def open_checkpoint(
         if whole:
             manifest.check_files(Path(adapter), whole=True)
         check_source(directory, manifest, Path(adapter))
-        return Checkpoint(directory, manifest, adapter=Path(adapter) / FOLDER)
+        return Checkpoint(directory, manifest, adapter=Path(adapter) / FOLDER, dequantize=_is_quantised(manifest))
     if manifest is None:
         if whole:
             raise CheckpointError(f"{directory} has no {MANIFEST}, which says what its files were: nothing to check")
@@ -225,11 +230,17 @@ def open_checkpoint(
                 FlarecWarning,
                 stacklevel=3,
             )
-        return Checkpoint(directory, manifest, foreign=manifest is not None and not own)
+        return Checkpoint(directory, manifest, foreign=manifest is not None and not own, dequantize=dequantize)
     if mask_token_id is not None or block_size is not None:
         raise UsageError(f"{directory / MANIFEST} states the mask token and the block size; leave them out")
     manifest.check_files(directory, whole=whole)
-    return Checkpoint(directory, manifest, adapter=directory / FOLDER if manifest.adapter is not None else None)
+    folder = directory / FOLDER if manifest.adapter is not None else None
+    return Checkpoint(directory, manifest, adapter=folder, dequantize=_is_quantised(manifest))
+
+
+def _is_quantised(manifest: Manifest) -> bool:
+    """Whether an adapter was trained over the plain form of quantised weights, which stayed as they were."""
+    return bool(manifest.data.get(DEQUANTIZED))
 
 
 def _check_entries(directory: Path) -> None:

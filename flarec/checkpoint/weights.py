@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, UsageError
 from ..frontend.loading import text_name
 from ..frontend.source import headers
+from ..frontend.source.formats import QUANTISED, SCALES
 from ..frontend.source.headers import INDEX as INDEX
 from ..frontend.source.headers import WEIGHTS as WEIGHTS
 from ..frontend.source.prefixes import WRAPPINGS, renamed
@@ -28,24 +29,27 @@ def stored_dtypes(path: str | Path, model: nn.Module) -> dict[str, torch.dtype]:
 
     Models often keep a few tensors (decay rates, norms) wider than the rest. Names are matched exactly (of text models
     inside wrappers without the prefix), then from the layer index on; tensors without a counterpart get the dtype that
-    holds most elements.
+    holds most elements. Quantised weights count as bfloat16.
     """
     found: dict[str, torch.dtype] = {}
     similar: dict[str, torch.dtype] = {}
     elements: Counter[torch.dtype] = Counter()
+    narrow = False
     for file in weight_files(resolve(path)):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a mapping
                 piece = opened.get_slice(name)
-                dtype = _DTYPES.get(piece.get_dtype())
-                if dtype is not None:
+                kind = piece.get_dtype()
+                narrow |= kind in QUANTISED and kind not in _DTYPES and len(piece.get_shape()) > 1
+                dtype = _DTYPES.get(kind, torch.bfloat16 if kind in QUANTISED else None)
+                if dtype is not None and not name.endswith(SCALES):
                     found[text_name(renamed(name, WRAPPINGS))] = dtype
                     similar.setdefault(_from_layer(name), dtype)
                     elements[dtype] += torch.Size(piece.get_shape()).numel()
     floating = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     if not found:  # weights in another format: nothing better is known than what was loaded
         return {name: tensor.dtype for name, tensor in floating.items()}
-    usual = elements.most_common(1)[0][0]
+    usual = torch.bfloat16 if narrow else elements.most_common(1)[0][0]
     return {name: found.get(name, similar.get(_from_layer(name), usual)) for name in floating}
 
 

@@ -95,7 +95,7 @@ def write_checkpoint(
     def fill(partial: Path) -> str | None:
         tokenizer.save_pretrained(str(partial))
         if carried is None:
-            _save_model(partial, model, dtype, max_shard_size)
+            save_model(partial, model, dtype, max_shard_size)
         else:
             _save_text_model(partial, model, carried)
         _suppress_mask(partial, manifest)
@@ -188,7 +188,7 @@ def clear_left_overs(out: Path, lock: OutputLock) -> None:
         raise CheckpointError(f"what a killed run left of {out} cannot be removed ({error.strerror})") from error
 
 
-def _save_model(
+def save_model(
     directory: Path, model: Any, dtype: torch.dtype | Mapping[str, torch.dtype] | None, max_shard_size: str | int
 ) -> None:
     """Weights and configurations. transformers notes the live dtype in the configuration; the stored one counts."""
@@ -211,7 +211,7 @@ def _save_text_model(directory: Path, model: Any, carried: Carried) -> None:
     """The source's files with the weights of `model` in them, which are saved on their own for a moment."""
     saved = directory / "text"
     saved.mkdir()
-    _save_model(saved, model, None, MAX_SHARD_SIZE)
+    save_model(saved, model, None, MAX_SHARD_SIZE)
     carried.write(directory, saved, model.state_dict())
     shutil.rmtree(saved)
     tied = bool(model.config.tie_word_embeddings)

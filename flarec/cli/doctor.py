@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flarec.train.arguments import Arguments
+
+from .options import field_options
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -31,15 +35,17 @@ WIDTH = 118  # of what is not a terminal
 @click.option("--dtype", metavar="NAME", help="That serves. Default: float32 on the CPU, else as stored.")
 @click.option("--kernels", is_flag=True, help="Also say which mixers the Triton kernels would run, and why not others.")
 @click.option("--quick", is_flag=True, help="Only capture: no memory and no time.")
+@field_options(Arguments, "dequantize", "gguf", "merge_adapter")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     source: str, length: int, batch: int, recipe: str, device: str, dtype: str | None, kernels: bool, quick: bool,
-    as_json: bool,
+    dequantize: bool, gguf: str | None, merge_adapter: str | None, as_json: bool,
 ) -> None:
     """Examine SOURCE (model directory, config.json or hub id): does it convert, what is it made of, what does it need.
 
-    Only the configuration is read. Memory is that of one training step and of decoding, run without numbers; times are
-    extrapolated from a micro-benchmark of this device. Exit code 1 if the model does not convert.
+    Only the configuration is read, and the headers of the weight files. Memory is that of one training step and of
+    decoding, run without numbers; times are extrapolated from a micro-benchmark of this device. Exit code 1 if the
+    model does not convert.
     """
     from flarec.device import torch_device, torch_dtype
     from flarec.doctor import diagnose
@@ -54,6 +60,9 @@ def command(
         dtype=torch_dtype(dtype),
         kernels=kernels,
         estimate=not quick,
+        gguf=gguf,
+        merge_adapter=merge_adapter,
+        dequantize=dequantize,
         say=lambda text: click.echo(text, err=True),
     )
     if as_json:

@@ -9,8 +9,9 @@ from pathlib import Path
 import click
 
 from flarec.errors import UsageError
+from flarec.train.arguments import Arguments
 
-from .options import kernels_option, plugin_options
+from .options import field_options, kernels_option, plugin_options
 
 
 @click.command()
@@ -22,11 +23,12 @@ from .options import kernels_option, plugin_options
 @click.option("--format", "kind", type=click.Choice(("text", "json", "svg")), default="text", show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False), metavar="FILE", help="Write to a file instead of stdout.")
 @click.option("--pipeline", "whole", is_flag=True, help="Show the passes alone: who requires and provides what.")
+@field_options(Arguments, "gguf")
 @kernels_option("torch")
 @plugin_options
 def command(
     source: str, target: str, after: str | None, diff: bool, ops: bool, kind: str, out: str | None, whole: bool,
-    kernels: str, plugins: tuple[str, ...], passes: tuple[str, ...],
+    gguf: str | None, kernels: str, plugins: tuple[str, ...], passes: tuple[str, ...],
 ) -> None:
     """Show the program of a SOURCE model or checkpoint: mixers, streams, masks, schedules, shapes, caches.
 
@@ -34,6 +36,7 @@ def command(
     and the state schedule of a small example.
     """
     from flarec.base.files import check_apart
+    from flarec.frontend.source.gguf import without_gguf
     from flarec.inspect import as_svg, as_text, open_program, summarize
     from flarec.inspect.lines import Recorder
 
@@ -47,9 +50,10 @@ def command(
     if kind != "text" and (diff or ops):
         raise UsageError(f"--diff and --ops belong to --format text; {kind} shows the passes anyway")
     recorder = Recorder() if diff else None
-    program = open_program(
-        source, target, after=after, kernels=kernels, passes=passes, plugins=plugins, on_pass=recorder
-    )
+    with without_gguf(source, gguf) as location:
+        program = open_program(
+            location, target, after=after, kernels=kernels, passes=passes, plugins=plugins, on_pass=recorder
+        )
     summary = summarize(program)
     if kind == "svg":
         text = as_svg(summary)

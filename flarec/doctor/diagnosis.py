@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from flarec.checkpoint.merging import check_mergeable
 from flarec.errors import CaptureError, PassError, PropertyError, UsageError
 from flarec.frontend.export import capture
 from flarec.frontend.loading import meta_model
@@ -41,6 +42,9 @@ def diagnose(
     dtype: torch.dtype | None = None,
     kernels: bool = False,
     estimate: bool = True,
+    gguf: str | None = None,
+    dequantize: bool = False,
+    merge_adapter: str | None = None,
     say: Callable[[str], None] = _silent,
 ) -> Report:
     """Examine a model.
@@ -52,6 +56,7 @@ def diagnose(
     dtype      that serves; default: float32 on the CPU, else as stored. Training is in the recipe's precision
     kernels    also tell what `--kernels triton` would do with every site
     estimate   tell memory and time
+    gguf, dequantize, merge_adapter  as in `flarec convert`
     say        called with a line before each slow part
 
     Raises `UsageError` for a source that is not there, and for a length or batch that no step can have.
@@ -63,9 +68,11 @@ def diagnose(
         recipe=recipe.name, block_size=recipe.diffusion.block_size,
         train_dtype=str(train_dtype).removeprefix("torch."), serve_dtype="",
     )
-    with located(source) as location:
+    with located(source, gguf) as location:
         try:
-            model = _opened(source, location, train_dtype, say)
+            if merge_adapter is not None:
+                _check_adapter(merge_adapter)
+            model = _opened(source, location, train_dtype, dequantize, say)
             wrapper = wrapper_of(location)
             report = replace(report, anatomy=anatomy(model, None, wrapper))
             say(f"capturing {type(model).__name__}")
@@ -74,8 +81,8 @@ def diagnose(
             report = replace(report, capture_seconds=time.perf_counter() - start)
             adapter = adapter_of(recipe)
             train = lower(captured, "train", mask_vector=adapter is not None, adapter=adapter)
-            serve_dtype = _serving_dtype(location, dtype, device)
-            served = captured if serve_dtype == train_dtype else capture(open_meta(location, serve_dtype))
+            serve_dtype = _serving_dtype(location, dtype, device, dequantize)
+            served = captured if serve_dtype == train_dtype else capture(open_meta(location, serve_dtype, dequantize))
             decode = lower(served, "decode", mask_vector=adapter is not None, adapter=adapter)
         except NOT_CONVERTED as error:
             return replace(report, reason=str(error))
@@ -98,11 +105,11 @@ def _check_sizes(length: int, batch: int, recipe: Recipe) -> None:
         )
 
 
-def _opened(source: str, location: str, dtype: torch.dtype, say: Callable[[str], None]) -> Any:
+def _opened(source: str, location: str, dtype: torch.dtype, dequantize: bool, say: Callable[[str], None]) -> Any:
     """The model on the meta device. Raises `CaptureError` for one that transformers does not open, `UsageError` for a
     hub id that cannot be fetched. `say` is told what is unusual of it."""
     try:
-        facts = judged(location)
+        facts = judged(location, dequantize)
         for note in facts.notes:
             say(note)
         return meta_model(facts.text, dtype)
@@ -113,10 +120,17 @@ def _opened(source: str, location: str, dtype: torch.dtype, say: Callable[[str],
         raise CaptureError(source + text.removeprefix(location) if text.startswith(location) else text) from error
 
 
-def _serving_dtype(location: str, dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+def _check_adapter(path: str) -> None:
+    try:
+        check_mergeable(Path(path))
+    except UsageError as error:
+        raise CaptureError(str(error)) from error
+
+
+def _serving_dtype(location: str, dtype: torch.dtype | None, device: torch.device, dequantize: bool) -> torch.dtype:
     if dtype is not None:
         return dtype
     if device.type == "cpu":
         return torch.float32
-    stored: torch.dtype = next(open_meta(location, None).parameters()).dtype
+    stored: torch.dtype = next(open_meta(location, None, dequantize).parameters()).dtype
     return stored

@@ -18,6 +18,7 @@ from flarec.errors import UsageError
 from flarec.frontend.families import FAMILIES, family_of
 from flarec.frontend.loading import is_wrapper, judge_source, meta_model, read_config
 from flarec.frontend.source.check import SourceFacts
+from flarec.frontend.source.gguf import without_gguf
 from flarec.inspect.summary import Summary
 
 from .report import Anatomy
@@ -27,8 +28,17 @@ PLAIN = ("softmax",)  # mixers of what has no row
 
 
 @contextlib.contextmanager
-def located(source: str) -> Iterator[str]:
-    """What `load_model` opens for a source. Raises `UsageError` if there is nothing of that name."""
+def located(source: str, gguf: str | None = None) -> Iterator[str]:
+    """What `load_model` opens for a source; of a GGUF file its configuration alone.
+
+    Raises `UsageError` if there is nothing of that name, or a file that transformers does not read.
+    """
+    with without_gguf(source, gguf) as location, _located(location) as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def _located(source: str) -> Iterator[str]:
     path = Path(source)
     if path.is_file():
         if path.name == CONFIG:
@@ -45,14 +55,14 @@ def located(source: str) -> Iterator[str]:
     yield source
 
 
-def judged(location: str) -> SourceFacts:
+def judged(location: str, dequantize: bool = False) -> SourceFacts:
     """What is known of a source before its weights are read. Raises `UsageError` for one that is not opened."""
-    return judge_source(location, weights=False)
+    return judge_source(location, weights=False, dequantize=dequantize)
 
 
-def open_meta(location: str, dtype: torch.dtype | None) -> Any:
+def open_meta(location: str, dtype: torch.dtype | None, dequantize: bool = False) -> Any:
     """The model on the meta device; `dtype` None: as stored. Raises `UsageError` for a source that is not opened."""
-    return meta_model(judged(location).text, dtype)
+    return meta_model(judged(location, dequantize).text, dtype or (torch.bfloat16 if dequantize else None))
 
 
 def wrapper_of(location: str) -> str:

@@ -23,6 +23,7 @@ from ..errors import CaptureError, FlarecWarning, UsageError
 from .families import family_of
 from .fla.families import prepare, without_flash_attention
 from .source.check import SourceFacts, examine
+from .source.dequantise import make_plain
 from .source.headers import WEIGHTS
 from .source.prefixes import TEXT_PREFIXES, renamed
 from .source.ties import claimed
@@ -70,11 +71,11 @@ def text_name(name: str) -> str:
     return name
 
 
-def judge_source(path: str | Path, *, weights: bool = True) -> SourceFacts:
+def judge_source(path: str | Path, *, weights: bool = True, dequantize: bool = False) -> SourceFacts:
     """Judge a source by its configuration and the headers of its files (`flarec.frontend.source.check`).
 
-    weights: refuse a directory that holds a configuration alone. Raises `UsageError` for a source that cannot be
-    opened, `CaptureError` for a family that cannot be captured.
+    weights: refuse a directory that holds a configuration alone. dequantize: quantised weights are wanted plain.
+    Raises `UsageError` for a source that cannot be opened, `CaptureError` for a family that cannot be captured.
     """
     name = str(path)
     whole = read_config(name)
@@ -83,7 +84,7 @@ def judge_source(path: str | Path, *, weights: bool = True) -> SourceFacts:
     family_of(text)
     check_weights(name, whole)
     try:
-        facts = examine(name, table, whole, text, _empty)
+        facts = examine(name, table, whole, text, _empty, dequantize=dequantize)
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_open(path, error) from error
     if weights and not facts.weights:
@@ -101,10 +102,13 @@ def _empty(config: Any) -> Any:
     return model
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None, device: torch.device | str) -> Any:
+def load_model(
+    path: str | Path, dtype: torch.dtype | None, device: torch.device | str, *, dequantize: bool = False
+) -> Any:
     """Open a causal LM from a directory or hub id; never with remote code. On "meta" only the configuration is read.
 
-    Of a multimodal checkpoint the text model is opened. What is unusual of a source is told as a `FlarecWarning`.
+    Of a multimodal checkpoint the text model is opened. dequantize: of quantised weights, which are bfloat16 where no
+    dtype is given. What is unusual of a source is told as a `FlarecWarning`.
     Raises `UsageError` for a path that holds no such model or not all of its weights, `CaptureError` for a family that
     cannot be captured.
     """
@@ -118,12 +122,13 @@ def load_model(path: str | Path, dtype: torch.dtype | None, device: torch.device
     if torch.device(device).type == "meta":
         config = text_config_of(read_config(name), _table(name))
         return meta_model(config, dtype)
-    facts = judge_source(name)
+    facts = judge_source(name, dequantize=dequantize)
     for note in facts.notes:
         warnings.warn(note, FlarecWarning, stacklevel=2)
     try:
         with without_flash_attention():
-            wanted: Any = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
+            usual = "auto" if facts.quantised is None else torch.bfloat16
+            wanted: Any = {"dtype": dtype or usual, "use_safetensors": True, "output_loading_info": True}
             if facts.mapping:
                 wanted["key_mapping"] = dict(facts.mapping)
             if facts.config is not None:
@@ -133,6 +138,8 @@ def load_model(path: str | Path, dtype: torch.dtype | None, device: torch.device
         raise _cannot_open(path, error) from error
     if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
         raise UsageError(f"{name} holds no weights for {', '.join(missing[:3])}; copy the model again")
+    if facts.quantised is not None:
+        make_plain(model, dtype or torch.bfloat16)
     if facts.mapping and not facts.wrapper:
         model._weight_conversions = None  # else the names would be written as they were stored
     check_rotary(model)

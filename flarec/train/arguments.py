@@ -89,12 +89,23 @@ class Arguments:
     push_to_hub: str | None = key(
         None, "Upload DIR to this model repository of the Hugging Face hub once it is complete.", metavar="REPO"
     )
+    dequantize: bool = key(
+        False, "Train quantised weights as bfloat16 (docs/sources.md lists the formats); with an adapter recipe the "
+        "files stay as they are."
+    )
+    gguf: str | None = key(
+        None, "The GGUF file in SOURCE that holds the model, dequantised; SOURCE may be such a file itself.",
+        metavar="FILE",
+    )
+    merge_adapter: str | None = key(
+        None, "Merge an adapter of peft into SOURCE first (needs peft).", metavar="DIR"
+    )
     adapter_only: bool = key(False, "With an adapter recipe: write the adapter without the model (see --adapter).")
     link: bool = key(False, "With an adapter recipe: link the source's weight files into DIR instead of copying them.")
     debug: bool = key(False, "Check every property again after every pass.")
 
     def __post_init__(self) -> None:
-        for item in fields(self):
+        for item in fields(Arguments):
             value = read_value(item.name, getattr(self, item.name), field_types(Arguments)[item.name], item.metadata)
             object.__setattr__(self, item.name, value)
 
@@ -125,6 +136,9 @@ class ConversionKeywords(TypedDict, total=False):
     answer_tokens: int
     report_to: str
     push_to_hub: str | None
+    dequantize: bool
+    gguf: str | None
+    merge_adapter: str | None
     adapter_only: bool
     link: bool
     debug: bool

@@ -33,6 +33,7 @@ from .metrics import MetricsLog, read_metrics
 from .options import Options
 from .outcome import Trained, adapter_info
 from .pace import Pace
+from .plain_source import plain_source
 from .prepare import Run, prepare
 from .progress import Reporter
 from .ranks.group import Ranks, joined
@@ -126,6 +127,13 @@ def _lead(ranks: Ranks, options: Options, reporter: Reporter, written_only: bool
     if options.push_to_hub is not None:
         check_push(options.push_to_hub)
     check_resumable(options, options.load_recipe())
+    with plain_source(options, reporter) as opened:
+        return _run(ranks, opened, reporter, written_only, keep)
+
+
+def _run(
+    ranks: Ranks, options: Options, reporter: Reporter, written_only: bool, keep: bool
+) -> Path | Interrupted:
     options = with_answers(options, reporter)
     ranks.from_first(lambda: options)
     prepared = prepare(options, reporter, ranks, LeadingTrainer if ranks.size > 1 else Trainer)

@@ -26,7 +26,7 @@ Horizons = list[tuple[int, int]]
 
 def identity_of(run: Run) -> dict[str, Any]:
     """What decides the result: a resumed run must agree with it, the number of steps apart."""
-    source = describe_source(run.options.source)
+    source = describe_source(run.options.location)
     return {
         "recipe": run.recipe.to_dict(),
         "seed": run.options.seed,

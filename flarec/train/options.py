@@ -10,6 +10,7 @@ from ..base.files import check_apart, check_name
 from ..base.lock import check_free
 from ..checkpoint.own import check_destination, is_own
 from ..errors import RecipeError, UsageError
+from ..frontend.source.gguf import gguf_file
 from ..recipe import Reading, Recipe, load_recipe
 from ..recipe.aliases import SEED
 from ..recipe.files import recipe_files
@@ -20,13 +21,27 @@ from .state import StateDirectory
 
 @dataclass(frozen=True)
 class Options(Arguments):
-    """Arguments of a conversion, and what follows from them."""
+    """Arguments of a conversion, and what follows from them.
+
+    plain: a plain copy of the source, which is opened in its place (`flarec.train.plain_source`)
+    """
+
+    plain: Path | None = None
+
+    @property
+    def location(self) -> str:
+        """What is opened."""
+        return self.source if self.plain is None else str(self.plain)
 
     @property
     def output(self) -> Path:
         out = self.out or Path(f"{Path(self.source).resolve().name}-flarec")
         # `.`, `..` and the like have no name to put anything beside
         return Path(os.path.realpath(out)) if out.name in ("", "..") else out
+
+    @property
+    def _gguf(self) -> Path | None:
+        return gguf_file(self.source, self.gguf)
 
     @property
     def state_directory(self) -> StateDirectory:
@@ -74,7 +89,7 @@ class Options(Arguments):
         out, state = self.output, self.state_directory
         data = [parse_source(text).path for text in [*self.data, *self.eval_data]]
         inputs = [Path(self.source), source, *data, *recipe_files(self.recipe), *map(Path, self.plugins)]
-        inputs += [self.prompts] if self.prompts else []
+        inputs += [Path(path) for path in (self.prompts, self.merge_adapter, self._gguf) if path]
         check_apart([out, state.path], inputs)
         # what a killed run left is removed or finished once the lock is taken; a run to be resumed may be complete
         later = not locked and (bool(check_free(out)) or (self.resume and is_own(out)))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..base.lock import OutputLock
-from ..checkpoint.directory import describe_source
+from ..checkpoint.directory import DEQUANTIZED, describe_source
 from ..checkpoint.manifest import RUN_KEY, AdapterInfo, DecodeDefaults, Manifest
 from ..checkpoint.weights import stored_dtypes
 from ..checkpoint.write import write_adapter_checkpoint, write_checkpoint
@@ -107,7 +107,7 @@ class Trained:
         steps |= {"seed": run.options.seed, "held_out_documents": run.held_documents, "precision": self.precision,
                   RUN_KEY: self.name}
         return Manifest(
-            source=describe_source(run.options.source),
+            source=describe_source(run.options.location),
             mask=run.mask,
             decode=DecodeDefaults(
                 block_size=recipe.diffusion.block_size,
@@ -120,7 +120,9 @@ class Trained:
             pipelines=run.pipelines,
             plugins=run.plugins,
             adapter=adapter_info(run.options, run.pipelines),
-            data={"sources": sources, **steps, **self.totals},
+            data={
+                "sources": sources, **steps, **self.totals, **({DEQUANTIZED: True} if run.source.dequantize else {}),
+            },
             metrics={
                 "ar_loss": self.last["ar_loss"],
                 "diffusion_loss": self.last["diffusion_loss"],

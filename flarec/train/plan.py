@@ -14,6 +14,7 @@ from .answers.step import with_answers
 from .objective.batch import build_batches
 from .objective.noise import step_generator
 from .options import Options
+from .plain_source import plain_source
 from .prepare import Run, prepare
 from .progress import Reporter
 from .ranks.group import joined
@@ -77,8 +78,9 @@ def plan(options: Options, reporter: Reporter) -> Plan | None:
     """Prepare the run, measure one step in memory and return what was found; of several ranks on the first one."""
     with joined(options.device) as ranks:
         reporter = reporter if ranks.first else Reporter()
-        run = prepare(with_answers(options, reporter, write=False), reporter, ranks)
-        found = _measured(run, reporter)
+        with plain_source(options, reporter) as opened:
+            run = prepare(with_answers(opened, reporter, write=False), reporter, ranks)
+            found = _measured(run, reporter)
         return found if ranks.first else None
 
 

@@ -87,7 +87,7 @@ def prepare(
     options = _with_kernels(options, device, reporter)
     precision = resolve_precision(recipe.optimizer.precision, device)
     reporter.note(f"precision: {precision}")
-    source = _open_source(options.source)
+    source = _open_source(options.location, dequantize=options.dequantize and options.plain is None)
     options.check_output(source.path)
     tokenizer = source.load_tokenizer()
     empty = source.load_model(device="meta")  # the configuration and the family, without weights
@@ -182,8 +182,8 @@ def _with_kernels(options: Options, device: torch.device, reporter: Reporter) ->
     return replace(options, kernels=kernels)
 
 
-def _open_source(location: str) -> Checkpoint:
-    source = open_checkpoint(location)
+def _open_source(location: str, *, dequantize: bool = False) -> Checkpoint:
+    source = open_checkpoint(location, dequantize=dequantize)
     if source.manifest is not None and not source.foreign:
         raise CheckpointError(
             f"{location} is a converted checkpoint already; convert its source model ({source.manifest.source.name})"

@@ -34,6 +34,8 @@ def arguments_of(options: Options) -> dict[str, Any]:
     recipe = place(options.recipe) if recipe_files(options.recipe) else options.recipe
     values = {item.name: getattr(options, item.name) for item in fields(Arguments) if item.name not in _OF_A_CALL}
     values |= {"source": place(options.source), "data": data(options.data), "eval_data": data(options.eval_data)}
+    values["merge_adapter"] = place(options.merge_adapter) if options.merge_adapter is not None else None
+    values["gguf"] = place(options.gguf) if options.gguf is not None else None
     values |= {"recipe": recipe, "plugins": [place(text) for text in options.plugins]}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 

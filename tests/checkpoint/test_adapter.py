@@ -20,8 +20,9 @@ import flarec
 from flarec.checkpoint.adapter import place_source
 from flarec.checkpoint.directory import open_checkpoint
 from flarec.checkpoint.manifest import Manifest
+from flarec.checkpoint.plain import write_plain
 from flarec.cli import main
-from flarec.errors import CheckpointError
+from flarec.errors import CheckpointError, UsageError
 from flarec.ir.program import Program
 from flarec.passes.adapt_noisy_stream import adapter_parameters
 from flarec.passes.embed_mask import PARAMETER
@@ -179,8 +180,23 @@ def test_a_converted_checkpoint_takes_no_adapter(alone: tuple[Path, Path], tmp_p
 
 def test_an_adapter_of_peft_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(CheckpointError, match=r"adapter of peft, not a model; merge it .*merge_and_unload"):
+    words = r"adapter of peft, not a model; give its model and the adapter: flarec convert \S+ --merge-adapter"
+    with pytest.raises(CheckpointError, match=words):
         flarec.load(tmp_path)
+
+
+def test_merging_needs_peft(alone: tuple[Path, Path], tmp_path: Path) -> None:
+    """Which is never in this environment: tests_peft/ has the merges. The doctor says it too."""
+    source, out = alone
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    shutil.copyfile(out / "adapter" / "adapter_model.safetensors", tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UsageError, match="--merge-adapter needs peft, which is not installed; pip install peft"):
+        write_plain(tmp_path / "plain", source, dequantize=False, adapter=tmp_path)
+    result = CliRunner().invoke(main, ["doctor", str(source), "--quick", "--merge-adapter", str(tmp_path)])
+    assert result.exit_code == 1 and "converts    no: --merge-adapter needs peft" in result.stdout
+    with pytest.raises(CheckpointError, match="is a noise-row adapter of flarec and cannot be merged"):
+        write_plain(tmp_path / "plain", source, dequantize=False, adapter=out / "adapter")
+    assert not (tmp_path / "plain").exists()
 
 
 def test_a_damaged_adapter_is_named(alone: tuple[Path, Path], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
+from .dequantise import asking, companions, why_not
 from .formats import KEY, Quantised, quantised
 from .headers import StoredTensor, read_headers
 from .prefixes import TEXT_PREFIXES, mapping_of, renamed, shared_prefix
@@ -32,6 +33,7 @@ class SourceFacts:
     weights    whether there are any; a directory may hold a configuration alone
     notes      one line each: stored tensors that nothing reads, names that were changed, a tie that was given up
     quantised  the format of weights that are dequantised; None for plain ones
+    asking     the configuration that makes transformers dequantise
     untied     the files hold a head of its own, against the configuration
     """
 
@@ -42,10 +44,13 @@ class SourceFacts:
     quantised: Quantised | None = None
     untied: bool = False
     weights: bool = True
+    asking: Any = None
 
     @property
     def config(self) -> Any:
         """What `from_pretrained` is to be given; None where it reads the same itself."""
+        if self.asking is not None:
+            return self.asking
         return self.text if self.wrapper or self.untied else None
 
 
@@ -72,7 +77,8 @@ def examine(
         return SourceFacts(text, wrapper, TEXT_PREFIXES if wrapper else {})
     stored = read_headers(directory, getattr(whole, "transformers_weights", None))
     if not stored:
-        _refuse_quantised(path, quantised(directory, table, (), ()), dequantize)
+        if (kind := quantised(directory, table, (), ())) is not None:
+            _refuse_quantised(path, kind, why_not(kind, table, {}), dequantize)
         return SourceFacts(text, wrapper, TEXT_PREFIXES if wrapper else {}, weights=False)
     if (directory / ADAPTER_CONFIG).is_file():
         raise UsageError(
@@ -88,9 +94,12 @@ def examine(
     found = rehearse(model, own.values(), mapping)
     _refuse_unmerged(path, own)
     kind = quantised(directory, table, own.values(), found.unread)
-    _refuse_quantised(path, kind, dequantize)
+    _refuse_quantised(path, kind, why_not(kind, table, own) if kind is not None else "", dequantize)
     if kind is not None:
-        return SourceFacts(text, wrapper, mapping, quantised=kind)
+        plain = {name: tensor for name, tensor in own.items() if name not in companions(own)}
+        if len(plain) < len(own):  # weights keep their sizes
+            _refuse_incomplete(path, rehearse(empty(text), plain.values(), mapping), names, text)
+        return SourceFacts(text, wrapper, mapping, quantised=kind, asking=asking(text, table, kind))
     _refuse_incomplete(path, found, names, text)
     _refuse_undescribed(path, found.unread, model)
     differs = head_differs(model, own, mapping)
@@ -116,7 +125,8 @@ def _refuse_unmerged(path: str | Path, stored: Mapping[str, StoredTensor]) -> No
         )
 
 
-def _refuse_quantised(path: str | Path, kind: Quantised | None, dequantize: bool) -> None:
+def _refuse_quantised(path: str | Path, kind: Quantised | None, why: str, dequantize: bool) -> None:
+    """why: they cannot be dequantised."""
     if kind is None:
         if dequantize:
             raise UsageError(f"the weights of {path} are not quantised; leave out --dequantize")
@@ -125,10 +135,11 @@ def _refuse_quantised(path: str | Path, kind: Quantised | None, dequantize: bool
         raise UsageError(
             f"{path}: {kind.where} says {kind.method}, and no tensor is quantised; remove {KEY} from config.json"
         )
-    raise UsageError(
-        f"the weights of {path} are quantised ({kind.method}: {kind.where}) and cannot be trained; give the model that "
-        "they were made from"
-    )
+    what = f"the weights of {path} are quantised ({kind.method}: {kind.where})"
+    if why:
+        raise UsageError(f"{what}, and cannot be dequantised: {why}; give the model that they were made from")
+    if not dequantize:
+        raise UsageError(f"{what}; add --dequantize to train them as bfloat16, or give what they were made from")
 
 
 def _refuse_incomplete(path: str | Path, found: Rehearsal, names: frozenset[str], text: Any) -> None:

@@ -35,6 +35,10 @@ _MARKS: tuple[tuple[str, str], ...] = (
 )
 """Format -> names that no model of transformers has; the first that is met counts."""
 _DTYPES = {"F8_E4M3": "fp8", "F8_E5M2": "fp8", "F8_E4M3FNUZ": "fp8", "F8_E5M2FNUZ": "fp8", "F4": "fp4"}
+QUANTISED = {*_DTYPES, "I8", "U8", "I32", "U32"}
+"""Dtypes in which files hold quantised weights..."""
+SCALES = ("_scale_inv", ".weight_scale", ".input_scale", ".activation_scale", ".weight_zero_point", ".weight_shape")
+"""... and endings of the names of what belongs to them."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ headers alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,6 @@ def rehearse(model: Any, stored: Collection[StoredTensor], mapping: Mapping[str,
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
-    from transformers.utils import logging
 
     meta = torch.device("meta")
     tensors = {
@@ -56,13 +56,8 @@ def rehearse(model: Any, stored: Collection[StoredTensor], mapping: Mapping[str,
     how = LoadStateDictConfig(
         device_map={"": meta}, dtype=model.dtype, weight_mapping=names, ignore_mismatched_sizes=True
     )
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with quiet():
         info, _ = convert_and_load_state_dict_in_model(model, tensors, how, None)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     tied = _ties_met(model, info.missing_keys)
     model._adjust_missing_and_unexpected_keys(info)
     return Rehearsal(
@@ -71,6 +66,20 @@ def rehearse(model: Any, stored: Collection[StoredTensor], mapping: Mapping[str,
         tuple(sorted((name, tuple(have), tuple(want)) for name, have, want in info.mismatched_keys)),
         {name: first_line(ValueError(str(error))) for name, error in dict(info.conversion_errors).items()},
     )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without progress bars of transformers."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _ties_met(model: Any, missing: Collection[str]) -> set[str]:

@@ -31,13 +31,13 @@ def with_answers(options: Options, reporter: Reporter, *, write: bool = True) ->
         return options
     out = answers_file(options)
     arguments = AnswerArguments(
-        source=options.source, prompts=options.prompts, out=out, samples=options.samples,
+        source=options.location, prompts=options.prompts, out=out, samples=options.samples,
         temperature=options.temperature, chat=options.chat, max_new_tokens=options.answer_tokens, seed=options.seed,
         device=options.device, kernels=options.kernels,
     )
     options.load_recipe()
     log, state = AnswerLog(out), options.state_directory
-    arguments.check_apart(log.paths, resolve(options.source))
+    arguments.check_apart(log.paths, resolve(options.location))
     progress = log.read()
     complete = progress is not None and progress.sha256 is not None and progress.identity == identity_of(arguments)
     if not complete and not write:
@@ -45,7 +45,7 @@ def with_answers(options: Options, reporter: Reporter, *, write: bool = True) ->
     # a run that was stopped among its answers has no training state yet
     stopped = progress is not None and not state.in_use and not is_own(options.output)
     training = replace(options, resume=False) if stopped else options
-    training.check_output(resolve(options.source))
+    training.check_output(resolve(options.location))
     resume = complete or (options.resume and progress is not None)
     write_answers(replace(arguments, resume=resume, overwrite=options.overwrite), reporter)
     return replace(training, data=(*options.data, str(out)))

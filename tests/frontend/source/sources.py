@@ -18,13 +18,16 @@ from tests.models import tiny_checkpoint
 
 Tensors = dict[str, Tensor]
 HIDDEN, ROWS = 64, 512
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+"""Of originals; gone with the process."""
 
 
 @functools.cache
 def original(family: str, tied: bool | None = None) -> Path:
     """Never changed."""
     overrides = {} if tied is None else {"tie_word_embeddings": tied}
-    return tiny_checkpoint(Path(tempfile.mkdtemp(prefix="flarec-test-")), family, **overrides)
+    _FOLDERS.append(tempfile.TemporaryDirectory(prefix="flarec-tests-"))
+    return tiny_checkpoint(Path(_FOLDERS[-1].name), family, **overrides)
 
 
 def copied(directory: Path, family: str = "qwen3_5_text", tied: bool | None = None) -> Path:
