@@ -32,7 +32,8 @@ GIVEN: dict[str, Any] = {
     "passes": ("mine(depth=2)@after:canonicalize",),
     "prompts": Path("questions.txt"), "chat": True, "samples": 3, "temperature": 0.5, "answer_tokens": 99,
     "report_to": "tensorboard,wandb", "push_to_hub": "me/mine",
-    "dequantize": True, "gguf": "model.gguf", "merge_adapter": "a lora", "adapter_only": True, "link": True, "debug": True,
+    "dequantize": True, "gguf": "model.gguf", "merge_adapter": "a lora",
+    "adapter_only": True, "link": True, "debug": True,
 }
 """Every argument with another value than its default."""
 
