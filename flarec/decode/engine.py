@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Unpack
 
-from flarec.base.fields import shown, whole_number
+from flarec.base.fields import LARGEST, shown, whole_number
 from flarec.base.generation import (
     MODES,
     GenerationKeywords,
@@ -24,6 +24,7 @@ from .modes.causal import CausalMode
 from .modes.diffusion_trust import DiffusionTrustMode
 from .plan import DecodeProgram
 from .policy import DraftPolicy, sizes_of
+from .prefix import PrefixCache
 from .request import MOST_LOGPROBS, Generation, OnTokens, Prompts, Request, StopCheck, Stopping
 from .rows import Mode
 from .scheduler import Lane, Scheduler
@@ -56,6 +57,7 @@ class Engine:
     graphs         "auto": steps on a CUDA device are replayed as graphs (`flarec.decode.graphs`); "off": never
     causal         gives the program of causal decoding where that is another one, which does less for clean rows and
                    gives their logits bit for bit; asked when it is needed
+    prefix_cache   bytes for prompts that were read before (`flarec.decode.prefix`); 0: every prompt is read anew
     stats          what it has done so far
     """
 
@@ -72,6 +74,7 @@ class Engine:
         slots: int = SLOTS,
         graphs: str = "auto",
         causal: Callable[[], DecodeProgram] | None = None,
+        prefix_cache: int = 0,
     ) -> None:
         if block_size is not None:
             block_size = whole_number("block_size", block_size, GenerationError, low=1, high=max_positions)
@@ -97,6 +100,8 @@ class Engine:
         if graphs not in GRAPHS:
             raise GenerationError(f"unknown graphs {shown(graphs)}; choose {' or '.join(GRAPHS)}")
         self.stats = DecodeStats()
+        limit = whole_number("prefix_cache", prefix_cache, GenerationError, low=0, high=LARGEST)
+        self.prefixes = PrefixCache(limit) if limit else None
         self.shelf: Shelf | None = None
         if graphs == "auto" and program.device.type == "cuda":
             self.shelf = Shelf(lambda: CudaReplays(program.device))
@@ -207,7 +212,7 @@ class Engine:
             mode, suppress = self._mode(request.options), self._suppressed(request.options.suppress)
             stores = self.shelf.of(key) if self.shelf is not None and request.logprobs is None else None
             program = self._causal() if request.options.mode == "causal" else self.program
-            return Lane(program, mode, suppress, slots, chunk, self.stats, stores)
+            return Lane(program, mode, suppress, slots, chunk, self.stats, stores, self.prefixes)
 
         return Scheduler(lane, key)
 

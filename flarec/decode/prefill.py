@@ -2,37 +2,97 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Hashable, Sequence
 
+import torch
+from torch import Tensor
+
+from .prefix import Prefix, PrefixCache, restored
 from .rows import Rows
 
 
 class Prefill:
-    """The prompts of some rows, all with the same number of chunks."""
+    """The prompts of some rows, of each of which the same number of chunks is left.
 
-    def __init__(self, rows: Rows, chunk: int) -> None:
+    chunk     clean rows per prompt and forward; with a prefix cache the length of its pages
+    prefixes  where prompts are kept, and known: what is known of each prompt
+    """
+
+    def __init__(
+        self, rows: Rows, chunk: int, prefixes: PrefixCache | None = None, known: Sequence[Prefix] = ()
+    ) -> None:
         self.rows = rows
         self.chunk = chunk
-        self._start = 0
+        self.prefixes = prefixes
+        self.known = list(known) or [Prefix()] * len(rows.requests)
+        self._at = [prefix.length for prefix in self.known]
+        if prefixes is not None:
+            for prefix, request in zip(self.known, rows.requests, strict=True):
+                prefixes.counted(prefix, request.prompt)
+            if any(self._at):
+                rows.cache = restored(rows.cache.slots, self.known, rows.cache.capacity, rows.device)
 
     @staticmethod
-    def chunks(tokens: int, chunk: int) -> int:
-        return -(-tokens // chunk)
+    def chunks(tokens: int, chunk: int, known: int = 0) -> int:
+        """Forwards that read a prompt of which the first `known` tokens are known; chunks end at multiples of their
+        length."""
+        return -(-tokens // chunk) - known // chunk if known < tokens else 0
 
     def advance(self) -> bool:
         """One forward. True if it was the last one: the rows have started, and may step."""
-        rows = self.rows
+        rows, at = self.rows, self._at
         prompts = [request.prompt for request in rows.requests]
-        end = self._start + self.chunk
-        last = max(map(len, prompts)) <= end
-        pieces = [prompt[self._start : end] for prompt in prompts]
+        if at == list(map(len, prompts)):
+            self._start_from_logits()
+            return True
+        ends = [
+            min(len(prompt), (start // self.chunk + 1) * self.chunk)
+            for prompt, start in zip(prompts, at, strict=True)
+        ]
+        last = ends == list(map(len, prompts))
+        pieces = [prompt[start:end] for prompt, start, end in zip(prompts, at, ends, strict=True)]
         blocks = [[len(piece)] if last and rows.blocks else [] for piece in pieces]
         plan = rows.plan([len(piece) for piece in pieces], blocks, [int(last)] * len(pieces))
         logits = rows.run(plan, torch.cat([rows.clean(pieces), rows.masked(plan)], dim=1))
         rows.cache.accept(plan.counts)
-        self._start = end
+        self._keep_pages()
+        self._at = ends
         if last:
             clean, noisy = logits.split([len(pieces), len(logits) - len(pieces)])
             blocks_of, heads = (1, rows.blocks.heads) if rows.blocks else (0, 0)
-            rows.start(clean[:, None], noisy.view(len(pieces), blocks_of, heads, logits.shape[1]))
+            clean, noisy = clean[:, None], noisy.view(len(pieces), blocks_of, heads, logits.shape[1])
+            self._keep_ends([len(piece) for piece in pieces], clean, noisy)
+            rows.start(clean, noisy)
         return last
+
+    def _start_from_logits(self) -> None:
+        """Every prompt is known to its end."""
+        pairs = [prefix.logits for prefix in self.known if prefix.logits is not None]
+        assert len(pairs) == len(self.known)
+        self.rows.start(torch.cat([clean for clean, _ in pairs]), torch.cat([noisy for _, noisy in pairs]))
+
+    def _keep_pages(self) -> None:
+        """The forward that just ran committed what was read before it: pages that end there can be kept."""
+        if self.prefixes is None:
+            return
+        for row, (request, at) in enumerate(zip(self.rows.requests, self._at, strict=True)):
+            if at and at % self.chunk == 0:
+                self.prefixes.add_page(_program(self.rows), request.prompt, at, self.rows.cache, row)
+
+    def _keep_ends(self, pending: Sequence[int], clean: Tensor, noisy: Tensor) -> None:
+        if self.prefixes is None:
+            return
+        for row, (request, count) in enumerate(zip(self.rows.requests, pending, strict=True)):
+            logits = clean[row : row + 1], noisy[row : row + 1]
+            self.prefixes.add_end(
+                _program(self.rows), request.prompt, self.rows.cache, row, count, self.rows.blocks, logits
+            )
+
+
+def find(prefixes: PrefixCache | None, program: object, prompt: Sequence[int], mode: Hashable) -> Prefix:
+    """What is known of a prompt; mode: the `BlockSpec` of its mode, or None."""
+    return prefixes.find(id(program), prompt, mode) if prefixes is not None else Prefix()
+
+
+def _program(rows: Rows) -> int:
+    return id(rows.program)

@@ -16,7 +16,8 @@ from flarec.kernels.sampling import mask_of
 
 from .graphs import StaticRows
 from .plan import DecodeProgram, StepPlan, StepShape
-from .prefill import Prefill
+from .prefill import Prefill, find
+from .prefix import Prefix, PrefixCache
 from .request import Request
 from .rows import Mode, Rows
 from .stats import DecodeStats
@@ -31,6 +32,7 @@ class Lane:
     """The requests that step together, those whose prompts are being read, and those that wait.
 
     stores: buffers for steps as graphs; None: steps are run
+    prefixes: prompts that were read before; None: they are read anew. With it a chunk is a page
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class Lane:
         chunk: int,
         stats: DecodeStats,
         stores: Stores | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self.program = program
         self.mode = mode
         self.suppress = mask_of(suppress, program.vocab_size, program.device) if suppress else None
         self.slots = slots
-        self.chunk = chunk
+        self.chunk = prefixes.page if prefixes is not None else chunk
+        self.prefixes = prefixes
         self.stats = stats
         self.stores = stores
         self.waiting: deque[Request] = deque()
@@ -110,12 +114,13 @@ class Lane:
     def _admitted(self, ended: list[Request]) -> Rows | None:
         """Requests whose prompts have just been read, if there are any."""
         if self.reading is None:
-            group = self._group(self.slots - (len(self.running.requests) if self.running else 0))
-            if not group:
+            known = self._group(self.slots - (len(self.running.requests) if self.running else 0))
+            if not known:
                 return None
+            group = list(known)
             options = [request.options for request in group]
             rows = Rows(self.program, self.mode, group, options, self.suppress, self._plans)
-            self.reading = Prefill(rows, self.chunk)
+            self.reading = Prefill(rows, self.chunk, self.prefixes, list(known.values()))
         if all(request.finished for request in self.reading.rows.requests):
             self.reading = None
             return None
@@ -127,20 +132,26 @@ class Lane:
         fresh, self.reading = self.reading.rows, None
         return self._left(fresh, ended)
 
-    def _group(self, free: int) -> list[Request]:
-        """Who is read next: the one that waits longest, and others whose prompts take as many forwards."""
+    def _group(self, free: int) -> dict[Request, Prefix]:
+        """Who is read next, with what is known of each prompt: the one that waits longest, and others whose prompts
+        take as many forwards."""
         while self.waiting and self.waiting[0].finished:
             self.waiting.popleft()
         if not self.waiting or free < 1:
-            return []
-        chunks = Prefill.chunks(len(self.waiting[0].prompt), self.chunk)
+            return {}
         widest = min(self.chunk, max(len(request.prompt) for request in self.waiting))
         most = min(free, max(1, PREFILL_ROWS // widest))
-        group: list[Request] = []
+        group: dict[Request, Prefix] = {}
+        chunks: int | None = None
         rest: deque[Request] = deque()
         for request in self.waiting:
-            same = Prefill.chunks(len(request.prompt), self.chunk) == chunks
-            (group if same and len(group) < most and not request.finished else rest).append(request)
+            if len(group) < most and not request.finished:
+                known = find(self.prefixes, self.program, request.prompt, self.mode.blocks)
+                left = Prefill.chunks(len(request.prompt), self.chunk, known.length)
+                if chunks in (None, left):
+                    group[request], chunks = known, left
+                    continue
+            rest.append(request)
         self.waiting = rest
         return group
 

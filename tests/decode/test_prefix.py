@@ -1,0 +1,194 @@
+"""The prefix cache: what is found is what was read, and every output is the one without it."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from flarec.decode import Cache, Engine
+from flarec.decode.prefill import Prefill
+from flarec.decode.prefix import PrefixCache
+from flarec.errors import GenerationError
+from flarec.ir.slots import CacheSlot
+from tests.decode.fake_model import FakeModel
+from tests.decode.helpers import make_engine, random_options
+from tests.decode.test_scheduler import WAYS
+
+PAGE = 4
+SLOTS = (
+    CacheSlot("keys", "keys", ("batch", "capacity", 2), torch.float32),
+    CacheSlot("conv", "conv", ("batch", 3, 2), torch.float32),
+    CacheSlot("state", "state", ("batch", 5), torch.float32),
+    CacheSlot("pending", "pending_keys", ("batch", "pending", 2), torch.float32),
+)
+LOGITS = torch.zeros(1, 1, 7), torch.zeros(1, 0, 0, 7)
+
+
+def cache_of(rows: int = 2, clean: int = PAGE) -> Cache:
+    """As after a forward of `clean` rows, with a number of its own in every place."""
+    cache = Cache.allocate(SLOTS, rows, 64, "cpu", pending=clean)
+    for name, tensor in cache.tensors.items():
+        cache.tensors[name] = torch.arange(tensor.numel(), dtype=torch.float32).reshape(tensor.shape)
+    return cache
+
+
+def nothing_lost(cache: PrefixCache) -> None:
+    """The count of bytes is that of the nodes in the tree, every one of which can be reached."""
+    nodes, waiting = [], list(cache._roots.values())
+    while waiting:
+        node = waiting.pop()
+        children = [*node.pages.values(), *node.ends.values()]
+        nodes += children
+        waiting += children
+    assert set(nodes) == set(cache._used) and cache.bytes == sum(node.size for node in nodes) <= cache.limit
+
+
+def test_the_longest_prefix_is_found() -> None:
+    prefixes, prompt = PrefixCache(10**6, PAGE), list(range(10))
+    assert prefixes.find("p", prompt, None).length == 0
+    prefixes.add_page("p", prompt, 8, cache_of(), 0)  # what leads to it is not known
+    assert len(prefixes) == 0
+    for end in (4, 8):
+        prefixes.add_page("p", prompt, end, cache_of(), 0)
+    assert prefixes.find("p", prompt, None).length == 8
+    assert prefixes.find("p", prompt[:8], None).length == 4  # one token is left to read
+    assert prefixes.find("p", [*prompt[:5], 99, *prompt[6:]], None).length == 4
+    assert prefixes.find("other", prompt, None).length == 0
+    prefixes.add_end("p", prompt, cache_of(clean=2), 1, 2, "mode", LOGITS)
+    assert prefixes.find("p", prompt, "mode").length == 10 and prefixes.find("p", prompt, "mode").logits is not None
+    assert prefixes.find("p", prompt, "another").length == 8  # nothing to start from
+    longer = prefixes.find("p", [*prompt, 3], "another")
+    assert longer.length == 10 and longer.logits is None and longer.nodes[-1].pending == 2
+    nothing_lost(prefixes)
+
+
+def test_parts_are_those_of_the_request() -> None:
+    prefixes, prompt, cache = PrefixCache(10**6, PAGE), list(range(9)), cache_of(clean=6)
+    prefixes.add_page("p", prompt, 4, cache, 1)
+    page = prefixes.find("p", prompt, None).nodes[-1]
+    assert torch.equal(page.tensors["keys"], cache.tensors["keys"][1:2, :4])
+    assert torch.equal(page.tensors["conv"], cache.tensors["conv"][1:2, :, :2])
+    assert torch.equal(page.tensors["state"], cache.tensors["state"][1:2])
+    assert page.tensors["pending"].shape == (1, 0, 2)
+    prefixes.add_page("p", prompt, 8, cache, 1)
+    prefixes.add_end("p", prompt, cache, 1, 5, None, LOGITS)
+    end = prefixes.find("p", [*prompt, 1], None).nodes[-1]
+    assert torch.equal(end.tensors["keys"], cache.tensors["keys"][1:2, 8:9])
+    assert torch.equal(end.tensors["conv"], cache.tensors["conv"][1:2, :, :7])
+    assert torch.equal(end.tensors["pending"], cache.tensors["pending"][1:2, :5])
+
+
+def test_the_least_recently_used_go_first() -> None:
+    one = PrefixCache(10**6, PAGE)
+    one.add_page("p", list(range(5)), 4, cache_of(), 0)
+    prefixes = PrefixCache(3 * one.bytes, PAGE)
+    chain, other = list(range(9)), [9] * 5
+    for end in (4, 8):
+        prefixes.add_page("p", chain, end, cache_of(), 0)
+    prefixes.add_page("p", other, 4, cache_of(), 0)
+    assert len(prefixes) == 3 and prefixes.evicted == 0
+    assert prefixes.find("p", other, None).length == 4
+    prefixes.add_page("p", [7] * 5, 4, cache_of(), 0)
+    assert prefixes.find("p", chain, None).length == 4  # the leaf went, not what leads to it
+    prefixes.add_page("p", [6] * 5, 4, cache_of(), 0)
+    assert prefixes.find("p", chain, None).length == 4 and prefixes.find("p", other, None).length == 0
+    nothing_lost(prefixes)
+    small = PrefixCache(one.bytes - 1, PAGE)
+    small.add_page("p", chain, 4, cache_of(), 0)
+    assert len(small) == small.bytes == 0
+    filled = PrefixCache(2 * one.bytes, PAGE)
+    for end in (4, 8):
+        filled.add_page("p", [*chain, 1, 2, 3, 4], end, cache_of(), 0)
+    filled.add_page("p", [*chain, 1, 2, 3, 4], 12, cache_of(), 0)  # its own path fills the limit
+    assert len(filled) == 2
+    nothing_lost(filled)
+
+
+def test_random_prompts_and_evictions() -> None:
+    rng, prefixes = random.Random(0), PrefixCache(6000, PAGE)
+    for _ in range(300):
+        prompt = [rng.randrange(2) for _ in range(rng.randint(1, 20))]
+        known = prefixes.find("p", prompt, None)
+        assert [token for node in known.nodes for token in node.tokens] == prompt[: known.length]
+        assert known.length < len(prompt) or known.logits is not None
+        for end in range(PAGE, len(prompt), PAGE):
+            prefixes.add_page("p", prompt, end, cache_of(1), 0)
+        prefixes.add_end("p", prompt, cache_of(1), 0, 1, None, LOGITS)
+        nothing_lost(prefixes)
+    assert prefixes.evicted > 0
+
+
+def with_cache(engine: Engine, limit: int) -> Engine:
+    engine.prefixes = PrefixCache(limit, PAGE)
+    return engine
+
+
+@pytest.mark.parametrize("limit", [10**6, 40_000])
+@pytest.mark.parametrize("seed", range(4))
+def test_outputs_are_those_without_it(seed: int, limit: int) -> None:
+    """Prompts that share beginnings, in all modes, a few at a time: miss, partial hit, whole hit, evicted."""
+    rng = random.Random(seed)
+    model = FakeModel(agreement=0.7, key=seed)
+    engine, plain = (make_engine(model, 3, eos=[2])[0] for _ in range(2))
+    with_cache(engine, limit)
+    beginnings = [[rng.randrange(model.mask) for _ in range(18)] for _ in range(3)]
+    for _ in range(8):
+        prompts = [
+            [*rng.choice(beginnings)[: rng.randint(1, 18)], *([rng.randrange(model.mask)] * rng.randint(0, 2))]
+            for _ in range(4)
+        ]
+        options = random_options(rng)
+        way = rng.choice(WAYS)
+        found = engine.generate(prompts, options, **way, max_new_tokens=9)
+        expected = plain.generate(prompts, options, **way, max_new_tokens=9)
+        for one, other in zip(found, expected, strict=True):
+            assert (one.token_ids, one.forwards, one.accepted) == (other.token_ids, other.forwards, other.accepted)
+    assert engine.prefixes is not None and engine.prefixes.found_tokens > 0
+    nothing_lost(engine.prefixes)
+
+
+def test_a_whole_hit_needs_no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, program = make_engine(FakeModel(agreement=0.7), 3)
+    with_cache(engine, 10**6)
+    prompt, calls = list(range(3, 14)), []
+    step = program.step
+    monkeypatch.setattr(program, "step", lambda *given: calls.append(given) or step(*given))
+    first = engine.generate([prompt], mode="ar-trust", max_new_tokens=1)[0]
+    assert len(calls) == 3
+    again = engine.generate([prompt], mode="ar-trust", max_new_tokens=1)[0]
+    assert len(calls) == 3 and told_alike(first, again)
+    engine.generate([[*prompt, 5]], mode="causal", max_new_tokens=1)  # behind the end
+    assert len(calls) == 4
+    engine.generate([prompt], mode="causal", max_new_tokens=1)  # another mode starts from other logits
+    assert len(calls) == 5
+
+
+def told_alike(one: Any, other: Any) -> bool:
+    return bool((one.token_ids, one.forwards) == (other.token_ids, other.forwards))
+
+
+def test_chunks_that_are_left() -> None:
+    def left(tokens: int, known: int) -> int:
+        """By counting: pieces end at multiples of the page."""
+        count, at = 0, known
+        while at < tokens:
+            at = min(tokens, (at // PAGE + 1) * PAGE)
+            count += 1
+        return count
+
+    for tokens in range(1, 20):
+        for known in range(tokens + 1):
+            assert Prefill.chunks(tokens, PAGE, known) == left(tokens, known)
+
+
+def test_bad_limits() -> None:
+    model = FakeModel()
+    for limit in (-1, 1.5, "many"):
+        with pytest.raises(GenerationError, match="prefix_cache"):
+            Engine(
+                make_engine(model)[1], mask_token_id=None, block_size=None, readouts={}, eos_ids=[], max_positions=99,
+                prefix_cache=limit,  # type: ignore[arg-type]
+            )
