@@ -14,7 +14,7 @@ from flarec.base.interrupts import Interrupts
 from flarec.errors import GenerationError
 
 from .loading import open_model
-from .options import adapter_option, foreign_options, generation_options, plugin_options, runtime_options
+from .options import adapter_option, foreign_options, generation_options, plugin_options, prefix_option, runtime_options
 
 if TYPE_CHECKING:
     from flarec.api import Model, Output
@@ -27,13 +27,15 @@ HELP = "/mode NAME changes the mode, /stats shows the last answer's numbers, /re
 @generation_options(
     "mode", "threshold", "denoising_steps", "drafts", "max_new_tokens", "temperature", "top_k", "top_p", "seed",
 )
+@prefix_option
 @runtime_options
 @foreign_options
 @adapter_option
 @plugin_options
 def command(
     checkpoint: str, device: str, dtype: str | None, kernels: str, graphs: str, mask_token_id: int | None,
-    block_size: int | None, adapter: Path | None, plugins: tuple[str, ...], passes: tuple[str, ...], **keywords: Any,
+    block_size: int | None, adapter: Path | None, plugins: tuple[str, ...], passes: tuple[str, ...], prefix_cache: int,
+    **keywords: Any,
 ) -> None:
     """Talk with a converted checkpoint CKPT, or with any supported model that has a chat template.
 
@@ -46,6 +48,7 @@ def command(
         passes=passes, plugins=plugins, graphs=graphs, adapter=adapter,
         mode=options.mode, chat=True,
     )
+    model.engine.keep_prefixes(prefix_cache << 20)
     click.echo(HELP, err=True)
     conversation = Conversation(model, options)
     while (line := _line()) is not None:

@@ -117,3 +117,10 @@ def adapter_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--adapter`: of a directory that holds no model."""
     text = "What `flarec convert --adapter-only` wrote for this model; another model is refused."
     return click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help=text)(command)
+
+
+prefix_option = click.option(
+    "--prefix-cache", type=click.IntRange(min=0), default=1024, show_default=True, metavar="MIB",
+    help="Memory for what was read of earlier prompts: one that begins like them goes on from there. 0: none.",
+)
+"""`--prefix-cache`: of commands that meet the same beginnings again."""

@@ -9,7 +9,7 @@ import click
 from flarec.errors import UsageError
 
 from .loading import open_model
-from .options import adapter_option, foreign_options, plugin_options, runtime_options
+from .options import adapter_option, foreign_options, plugin_options, prefix_option, runtime_options
 
 
 @click.command("serve")
@@ -26,6 +26,7 @@ from .options import adapter_option, foreign_options, plugin_options, runtime_op
               help="Largest request (413).")
 @click.option("--grace", type=click.IntRange(min=0), default=30, show_default=True, metavar="S",
               help="After SIGTERM open requests get S seconds to end.")
+@prefix_option
 @runtime_options
 @foreign_options
 @adapter_option
@@ -34,6 +35,7 @@ def command(
     checkpoint: str, host: str, port: int, name: str | None, api_key: str | None, max_queue: int, max_body: int,
     grace: int, device: str, dtype: str | None, kernels: str, graphs: str, mask_token_id: int | None,
     block_size: int | None, adapter: Path | None, plugins: tuple[str, ...], passes: tuple[str, ...],
+    prefix_cache: int,
 ) -> None:
     """Serve a converted checkpoint CKPT, or any supported model, with OpenAI's protocol.
 
@@ -55,6 +57,7 @@ def command(
         checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
         passes=passes, plugins=plugins, graphs=graphs, adapter=adapter,
     )
+    model.engine.keep_prefixes(prefix_cache << 20)
     known = name or (Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint)
     service = Service(model, known, api_key=api_key, limits=Limits(max_queue, max_body))
     serve(service, bound, grace=grace, ready=lambda: click.echo(f"serving {known} on {url_of(bound)}", err=True))

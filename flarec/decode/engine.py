@@ -100,14 +100,19 @@ class Engine:
         if graphs not in GRAPHS:
             raise GenerationError(f"unknown graphs {shown(graphs)}; choose {' or '.join(GRAPHS)}")
         self.stats = DecodeStats()
-        limit = whole_number("prefix_cache", prefix_cache, GenerationError, low=0, high=LARGEST)
-        self.prefixes = PrefixCache(limit) if limit else None
+        self.prefixes: PrefixCache | None = None
+        self.keep_prefixes(prefix_cache)
         self.shelf: Shelf | None = None
         if graphs == "auto" and program.device.type == "cuda":
             self.shelf = Shelf(lambda: CudaReplays(program.device))
         self._policies: dict[str, DraftPolicy] = {}  # what was learned about this model here serves the next call
         self._serving = self._scheduler(self.slots, PREFILL_CHUNK)
         self._added = 0
+
+    def keep_prefixes(self, limit: int) -> None:
+        """Remember what was read of prompts, in at most `limit` bytes on the program's device; 0 forgets all of it."""
+        limit = whole_number("prefix_cache", limit, GenerationError, low=0, high=LARGEST)
+        self.prefixes = PrefixCache(limit) if limit else None
 
     @takes_options
     def generate(

@@ -26,11 +26,8 @@ class Prefill:
         self.prefixes = prefixes
         self.known = list(known) or [Prefix()] * len(rows.requests)
         self._at = [prefix.length for prefix in self.known]
-        if prefixes is not None:
-            for prefix, request in zip(self.known, rows.requests, strict=True):
-                prefixes.counted(prefix, request.prompt)
-            if any(self._at):
-                rows.cache = restored(rows.cache.slots, self.known, rows.cache.capacity, rows.device)
+        if any(self._at):
+            rows.cache = restored(rows.cache.slots, self.known, rows.cache.capacity, rows.device)
 
     @staticmethod
     def chunks(tokens: int, chunk: int, known: int = 0) -> int:

@@ -87,7 +87,7 @@ class PrefixCache:
         self.limit = limit
         self.page = page
         self.bytes = 0
-        self.found_tokens = self.asked_tokens = self.evicted = 0
+        self.evicted = 0
         self._roots: dict[Hashable, PrefixNode] = {}
         self._used: OrderedDict[PrefixNode, int] = OrderedDict()  # node -> bytes; those used last stand last
         self._lock = threading.Lock()
@@ -121,12 +121,6 @@ class PrefixCache:
             if known.end < len(prompt) or logits is not None:
                 return Prefix(tuple(known.path()), logits if known.end == len(prompt) else None)
         return Prefix()
-
-    def counted(self, prefix: Prefix, prompt: Sequence[int]) -> None:
-        """Note that a prompt was read with this prefix."""
-        with self._lock:
-            self.found_tokens += prefix.length
-            self.asked_tokens += len(prompt)
 
     def add_page(self, program: Hashable, prompt: Sequence[int], end: int, cache: Cache, row: int) -> None:
         """Keep the page that ends there. The cache has just run the forward that follows it."""

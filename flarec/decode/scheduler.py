@@ -118,6 +118,8 @@ class Lane:
             if not known:
                 return None
             group = list(known)
+            self.stats.prompt_tokens += sum(len(request.prompt) for request in group)
+            self.stats.known_tokens += sum(prefix.length for prefix in known.values())
             options = [request.options for request in group]
             rows = Rows(self.program, self.mode, group, options, self.suppress, self._plans)
             self.reading = Prefill(rows, self.chunk, self.prefixes, list(known.values()))

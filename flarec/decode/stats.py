@@ -11,6 +11,7 @@ class DecodeStats:
 
     steps, step_seconds        forwards of running requests, and the wall time with all that belongs to them
     prefills, prefill_seconds  forwards that read prompts
+    prompt_tokens, known_tokens  of prompts that were read, and how many of them a prefix cache knew
     tokens                     new tokens
     replays                    steps that were replays of a graph
     graphs                     graphs that were captured
@@ -21,6 +22,8 @@ class DecodeStats:
     step_seconds: float = 0.0
     prefills: int = 0
     prefill_seconds: float = 0.0
+    prompt_tokens: int = 0
+    known_tokens: int = 0
     tokens: int = 0
     replays: int = 0
     graphs: int = 0
@@ -38,6 +41,8 @@ class DecodeStats:
             f"{rate:.1f} tokens/s, {per_step:.2f} ms per forward, {self.steps} forwards, {self.prefills} of prompts "
             f"({self.prefill_seconds:.2f} s)"
         ]
+        if self.known_tokens:
+            lines.append(f"prompts: {self.known_tokens} of {self.prompt_tokens} tokens were read before")
         if self.eager:
             lines.append(f"graphs: none, {self.eager}")
         elif self.replays:

@@ -1,8 +1,9 @@
 """AR-Trust gives the tokens of causal decoding, whatever runs beside it: random scenarios on real (tiny) models.
 
-A scenario draws a family, a readout, a policy of drafts, a block size, slots, chunks of prompts, and whether steps go
-through the buffers of graphs; its requests arrive, stop and are cancelled at random. A case is a request. The default
-suite runs a sample; `make test-exact CASES=10000` runs as many as one likes.
+A scenario draws a family, a readout, a policy of drafts, a block size, slots, chunks of prompts, whether steps go
+through the buffers of graphs, and whether prompts come from a prefix cache; its requests arrive, stop and are cancelled
+at random. A case is a request. The default suite runs a sample; `make test-exact CASES=10000` runs as many as one
+likes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pytest
 
 from flarec.base.generation import DRAFTS
 from flarec.decode import Engine
+from flarec.decode.prefix import PrefixCache
 from flarec.decode.request import Request
 from flarec.layout import READOUTS
 from flarec.passes import lower
@@ -35,8 +37,8 @@ def subject(family: str) -> Subject:
     return Subject(decode, decode, shared_model(family), mask_token_id=MASK, block_size=3, suppress=(MASK,))
 
 
-def scenario(seed: int, families: tuple[str, ...]) -> tuple[int, int, list[str]]:
-    """(cases, near ties, differences) of one."""
+def scenario(seed: int, families: tuple[str, ...]) -> tuple[int, int, int, list[str]]:
+    """(cases, prompt tokens that a prefix cache knew, near ties, differences) of one."""
     rng = random.Random(seed)
     family, size, readout = rng.choice(families), rng.choice([1, 2, 3, 5]), rng.choice(sorted(READOUTS))
     drafts = rng.choice([name for name in DRAFTS if name != "auto" or readout == "causal"])
@@ -49,12 +51,20 @@ def scenario(seed: int, families: tuple[str, ...]) -> tuple[int, int, list[str]]
     if graphs:
         with_graphs(engine)
     engine._serving = engine._scheduler(rng.choice([1, 2, 4]), rng.choice([3, 8, 512]))
-    prompts = [[rng.randrange(MASK) for _ in range(rng.randint(1, 14))] for _ in range(REQUESTS)]
+    opening = [rng.randrange(MASK) for _ in range(9)]  # of some of them: a prefix cache finds it
+    prompts = [
+        [*opening[: rng.choice([0, 0, 4, 9])], *[rng.randrange(MASK) for _ in range(rng.randint(1, 14))]]
+        for _ in range(REQUESTS)
+    ]
     each = [replace(random_sampling(rng), max_new_tokens=rng.randint(1, 14)) for _ in prompts]
     expected = engine.generate(prompts, each, mode="causal")
     eos = [
         [item.token_ids[rng.randrange(len(item.token_ids))]] if rng.random() < 0.3 else [] for item in expected
     ]
+    prefixes = rng.choice([0, 0, 3 * 10**5, 10**8])  # none, one that forgets, one that keeps everything
+    if prefixes:
+        engine.prefixes = PrefixCache(prefixes, rng.choice([2, 5]))
+        engine._serving = engine._scheduler(rng.choice([1, 2, 4]), 1)
     waiting, running = list(range(REQUESTS)), dict[int, Request]()
     while waiting or engine.busy:
         for index in waiting[: rng.choice([0, 1, 3])]:
@@ -78,20 +88,21 @@ def scenario(seed: int, families: tuple[str, ...]) -> tuple[int, int, list[str]]
             ties += 1
         else:
             wrong.append(
-                f"scenario {seed}: {family}, blocks of {size}, {readout}, {drafts}, graphs {graphs}, request {index}, "
-                f"{each[index]}: causal {wanted}, AR-Trust {found.token_ids}"
+                f"scenario {seed}: {family}, blocks of {size}, {readout}, {drafts}, graphs {graphs}, prefix cache "
+                f"{prefixes}, request {index}, {each[index]}: causal {wanted}, AR-Trust {found.token_ids}"
             )
-    return REQUESTS, ties, wrong
+    return REQUESTS, engine.stats.known_tokens, ties, wrong
 
 
 def test_ar_trust_equals_causal(pytestconfig: pytest.Config) -> None:
     asked: Any = pytestconfig.getoption("--exact-cases")
     families = FAMILIES if asked is None else ALL_FAMILIES
-    cases = ties = seed = 0
+    cases = known = ties = seed = 0
     wrong: list[str] = []
     while cases < (asked or SAMPLE):
-        more, tied, found = scenario(seed, families)
-        cases, ties, wrong, seed = cases + more, ties + tied, wrong + found, seed + 1
-    print(f"{cases} cases, {ties} near ties, {len(wrong)} differences")
+        more, hits, tied, found = scenario(seed, families)
+        cases, known, ties, wrong, seed = cases + more, known + hits, ties + tied, wrong + found, seed + 1
+    print(f"{cases} cases, {known} prompt tokens from prefix caches, {ties} near ties, {len(wrong)} differences")
+    assert known
     assert not wrong, "\n".join(wrong[:5])
     assert ties <= cases // 100, f"{ties} near ties of {cases}"

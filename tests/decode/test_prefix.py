@@ -146,7 +146,7 @@ def test_outputs_are_those_without_it(seed: int, limit: int) -> None:
         expected = plain.generate(prompts, options, **way, max_new_tokens=9)
         for one, other in zip(found, expected, strict=True):
             assert (one.token_ids, one.forwards, one.accepted) == (other.token_ids, other.forwards, other.accepted)
-    assert engine.prefixes is not None and engine.prefixes.found_tokens > 0
+    assert engine.prefixes is not None and engine.stats.known_tokens > 0 == plain.stats.known_tokens
     nothing_lost(engine.prefixes)
 
 
