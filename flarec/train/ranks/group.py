@@ -147,7 +147,7 @@ class _Joined(Ranks):
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
         if self.watch.failure is not None:
-            raise self._stopped()
+            raise TrainingError(str(self.watch.failure))
         try:
             yield
         except torch.OutOfMemoryError:
@@ -155,16 +155,11 @@ class _Joined(Ranks):
         except RuntimeError as error:
             self.watch.wait_for(lambda: self.watch.look() is not None, REASON_SECONDS)
             if self.watch.failure is not None:
-                raise self._stopped() from error
+                raise TrainingError(str(self.watch.failure)) from error
             raise TrainingError(
                 f"the ranks lost each other ({first_line(error)}); start all of them again, with --resume if there "
                 "is a save"
             ) from error
-
-    def _stopped(self) -> TrainingError:
-        failure = self.watch.failure
-        hint = "; start all ranks again, with --resume if there is a save" if failure and failure.killed else ""
-        return TrainingError(f"{failure}{hint}")
 
     def union(self, flags: Sequence[bool]) -> list[bool]:
         values = torch.tensor([int(flag) for flag in flags], dtype=torch.int32)

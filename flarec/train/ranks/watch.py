@@ -35,7 +35,9 @@ class Failure:
     killed: bool = False
 
     def __str__(self) -> str:
-        return f"rank {self.rank} {self.text}" if self.killed else f"rank {self.rank} stopped: {self.text}"
+        if not self.killed:
+            return f"rank {self.rank} stopped: {self.text}"
+        return f"rank {self.rank} {self.text}; start all ranks again, with --resume if there is a save"
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,18 @@ BOUNDS = {"flare": 1e-13, "draft": 1e-5, "adapter": 1e-13}
 model makes float32. The passes of `flare` and `adapter` are the same on two ranks, those of `draft` have fewer rows."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("ranks")
-    words = [sys.executable, "-m", "tests.train.ranks.scenarios", str(place)]
+def run_script(module: str, place: Path) -> Path:
+    """A process of its own, which has seen no GPU and forks."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    words = [sys.executable, "-m", module, str(place)]
     found = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
     return place
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_script("tests.train.ranks.scenarios", tmp_path_factory.mktemp("ranks"))
 
 
 def stored(folder: Path, name: str) -> Any:
