@@ -188,8 +188,7 @@ class Trainer:
             )
             load = ExpertLoad.of(self.program.outputs, results)
             result = losses_of(results[0], self.program, batch, micro.plan, micro.scales, suppress=self.mask.suppress)
-            result.total.backward()
-            self.weights.collect()
+            self.weights.backward(result.total)
             losses.append(result.total.detach())
             metrics = result.metrics if metrics is None else metrics + result.metrics
             experts = load if experts is None or load is None else experts + load

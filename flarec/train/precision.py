@@ -91,6 +91,11 @@ class Weights:
         self._rounded = [(parameter, master) for parameter, master in pairs if parameter is not master]
         self.round()
 
+    def backward(self, loss: Tensor) -> None:
+        """A backward pass whose gradients are added up."""
+        loss.backward()
+        self.collect()
+
     def collect(self) -> None:
         """Add the gradients of a backward pass to those of the masters, in float32, and forget them.
 

@@ -1,16 +1,19 @@
 """Masters, gradients and moments of the trained parameters, a part of them on each rank (ZeRO, stage 2).
 
 Every rank holds all parameters, as its program computes with them. What training keeps beside them is cut in equal
-parts: the parameters of a dtype stand one behind the other, in buckets, of which each rank has its part. After a
+parts: the parameters of a dtype stand one behind the other, in buckets, of which each rank has its part. During a
 backward pass the gradients are added up over the ranks in float32, bucket by bucket, so that each gets the sum of its
-part; the optimizer changes the part's masters, and all ranks gather the parameters that are rounded from them.
+part, and are freed; the optimizer changes the part's masters, and all ranks gather the parameters that are rounded from
+them.
 
 Elementwise nothing differs from one rank: AdamW does not see where a tensor is cut, and the norm is that of all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +25,8 @@ from .saves import MOMENTS, SavedState
 
 BUCKET_ELEMENTS = 1 << 25
 """Of one collective: enough to use the links between GPUs well, and little beside the weights."""
+AT_ONCE = 2
+"""Buckets that are added up while the backward pass goes on."""
 SUMMED = MOMENTS[1:]
 """Those of AdamW's that are as large as the parameter."""
 
@@ -79,6 +84,16 @@ class Bucket:
             self.master[span.place].copy_(values[span.name].detach().reshape(-1)[span.start : span.stop])
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A bucket that is being added up: in `space`, to `part`; `wait` before they are used."""
+
+    bucket: Bucket
+    space: Tensor
+    part: Tensor
+    wait: Callable[[], None]
+
+
 class ShardedWeights(Weights):
     """As `Weights`, over several ranks. Every method is called by all of them, in the same order."""
 
@@ -93,14 +108,19 @@ class ShardedWeights(Weights):
         self.moved = dict.fromkeys(self.parameters, 0)
         """By name how many steps the optimizer has taken with it."""
         self._learns: set[str] = set()
-        self.buckets = [*self._cut(BUCKET_ELEMENTS)]
+        place = {name: number for number, name in enumerate(self.parameters)}
+        self.buckets = sorted(self._cut(BUCKET_ELEMENTS), key=lambda bucket: place[bucket.spans[0].name])
         values = {name: (exact or {}).get(name, parameter) for name, parameter in self.parameters.items()}
         for bucket in self.buckets:
             bucket.fill(values)
         self._device = self.buckets[0].master.device
         most = max(bucket.length * bucket.wide.itemsize for bucket in self.buckets)
-        self._space = torch.empty(most, dtype=torch.uint8, device=self._device)
-        self._part = torch.empty(most // ranks.size, dtype=torch.uint8, device=self._device)
+        self._spaces = deque(torch.empty(most, dtype=torch.uint8, device=self._device) for _ in range(AT_ONCE))
+        self._running: deque[_Running] = deque()
+        self._left = [*self.buckets]
+        self._arrived: set[str] | None = None
+        for name, parameter in self.parameters.items():
+            parameter.register_post_accumulate_grad_hook(_told_weakly(self, name))
         self.round()
 
     def _cut(self, elements: int) -> Iterator[Bucket]:
@@ -116,23 +136,58 @@ class ShardedWeights(Weights):
 
     def _whole(self, bucket: Bucket, dtype: torch.dtype) -> Tensor:
         """Space for a whole bucket in a dtype, with any values."""
-        return self._space[: bucket.length * dtype.itemsize].view(dtype)
+        return self._spaces[0][: bucket.length * dtype.itemsize].view(dtype)
 
-    @torch.no_grad()
+    def backward(self, loss: Tensor) -> None:
+        """As `Weights.backward`. A bucket is added up over the ranks as soon as its gradients are there, while the
+        backward pass goes on, and they are freed."""
+        self._arrived = set()
+        try:
+            super().backward(loss)
+        finally:
+            self._arrived = None
+
+    def _arrive(self, name: str) -> None:
+        """The gradient of a parameter is complete."""
+        if self._arrived is None:
+            return
+        self._arrived.add(name)
+        while self._left and all(span.name in self._arrived for span in self._left[-1].spans):
+            self._reduce(self._left.pop())
+
     def collect(self) -> None:
         """Add the gradients of a backward pass, summed over the ranks, to those of this rank's part."""
-        for bucket in self.buckets:
-            whole = self._whole(bucket, bucket.wide).zero_()
-            for span in bucket.spans:
-                parameter = self.parameters[span.name]
-                if parameter.grad is not None:
-                    whole[span.place].copy_(parameter.grad.reshape(-1)[span.start : span.stop])
-                    self._learns.add(span.name)
-                    if span.stop == parameter.numel():
-                        parameter.grad = None
-            part = self._part[: bucket.grad.nbytes].view(bucket.wide)
-            self.ranks.reduce_scatter(part, whole)
-            bucket.grad += part
+        while self._left:
+            self._reduce(self._left.pop())
+        while self._running:
+            self._finish()
+        self._left = [*self.buckets]
+
+    @torch.no_grad()
+    def _reduce(self, bucket: Bucket) -> None:
+        """Start to add up a bucket. All ranks take them in one order, the last one first: a backward pass ends where
+        the parameters begin."""
+        if not self._spaces:
+            self._finish()
+        space = self._spaces.popleft()
+        whole = space[: bucket.length * bucket.wide.itemsize].view(bucket.wide).zero_()
+        for span in bucket.spans:
+            parameter = self.parameters[span.name]
+            if parameter.grad is not None:
+                whole[span.place].copy_(parameter.grad.reshape(-1)[span.start : span.stop])
+                self._learns.add(span.name)
+                if span.start == 0:  # the buckets of what comes behind have it already
+                    parameter.grad = None
+        part = torch.empty_like(bucket.grad)
+        self._running.append(_Running(bucket, space, part, self.ranks.reduce_scatter(part, whole)))
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """Take what the oldest of the running sums gave."""
+        first = self._running.popleft()
+        first.wait()
+        first.bucket.grad += first.part
+        self._spaces.append(first.space)
 
     def clip(self, limit: float) -> Tensor:
         """As `Weights.clip`; also settles, for all ranks, which parameters have a gradient."""
@@ -252,5 +307,17 @@ class ShardedWeights(Weights):
     @property
     def bytes(self) -> int:
         """Of this rank."""
-        kept = sum(parameter.nbytes for parameter in self.parameters.values()) + self._space.nbytes + self._part.nbytes
+        kept = sum(tensor.nbytes for tensor in (*self.parameters.values(), *self._spaces))
         return kept + 4 * sum(bucket.master.nbytes for bucket in self.buckets)
+
+
+def _told_weakly(weights: ShardedWeights, name: str) -> Callable[[Tensor], None]:
+    """A hook on a parameter that does not keep the weights alive: a program may be trained again with others."""
+    reference = weakref.ref(weights)
+
+    def arrive(_: Tensor) -> None:
+        found = reference()
+        if found is not None:
+            found._arrive(name)
+
+    return arrive

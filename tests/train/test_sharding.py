@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -119,6 +121,50 @@ def test_what_was_saved_continues_bit_for_bit(dtype: torch.dtype, monkeypatch: p
     for found in others:
         for name, value in same[1].items():
             torch.testing.assert_close(found[1][name], value, rtol=1e-6, atol=1e-6)
+
+
+class Noting(Ranks):
+    """Notes at every sum of gradients which parameters have one, and how many of them run at once."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.notes: list[tuple[set[str], int]] = []
+        self.running = 0
+
+    def reduce_scatter(self, part: Tensor, whole: Tensor) -> Callable[[], None]:
+        self.running += 1
+        self.notes.append(({name for name, value in self.parameters.items() if value.grad is not None}, self.running))
+        super().reduce_scatter(part, whole)
+
+        def wait() -> None:
+            self.running -= 1
+
+        return wait
+
+
+def test_gradients_are_added_up_and_freed_while_the_backward_pass_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "BUCKET_ELEMENTS", 4)
+    ranks = Noting()
+    ranks.parameters = {name: nn.Parameter(torch.full((4,), 2.0)) for name in "abcd"}
+    weights = ShardedWeights(ranks.parameters, None, ranks)
+    stale = ShardedWeights(ranks.parameters, None, ranks)
+    a, b, c, d = ranks.parameters.values()
+    weights.backward((((a * b) * c) * d).sum())
+    assert ranks.notes == [(set(), 1), (set(), 2), ({"a"}, 2), (set(), 2)], "d and c are gone when a and b come"
+    assert ranks.running == 0 and all(bool((bucket.grad == 8).all()) for bucket in weights.buckets)
+    assert all(bool((bucket.grad == 0).all()) for bucket in stale.buckets), "of the same parameters, but not at work"
+
+
+def test_a_bucket_without_a_gradient_does_not_hold_up_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "BUCKET_ELEMENTS", 4)
+    values = {name: nn.Parameter(torch.full((4,), 2.0)) for name in "abc"}
+    weights = ShardedWeights(values, None, Ranks("cpu"))
+    for _ in range(2):
+        weights.backward((values["a"] * values["b"]).sum())
+    weights.clip(float("inf"))
+    assert [float(bucket.grad[0]) for bucket in weights.buckets] == [4.0, 4.0, 0.0]
+    assert [tensor.grad is None for tensor in weights.optimized] == [False, False, True]
 
 
 def test_widened_weights_are_the_masters() -> None:

@@ -77,9 +77,10 @@ class Ranks:
     def sum(self, tensor: Tensor) -> None:
         """Over the ranks, in place, on the tensor's device."""
 
-    def reduce_scatter(self, part: Tensor, whole: Tensor) -> None:
-        """part [n] becomes this rank's of the sum of whole [size * n]."""
+    def reduce_scatter(self, part: Tensor, whole: Tensor) -> Callable[[], None]:
+        """part [n] becomes this rank's of the sum of whole [size * n], once what is returned was called."""
         part.copy_(whole)
+        return lambda: None
 
     def all_gather(self, whole: Tensor, part: Tensor) -> None:
         """whole [size * n] becomes the parts [n] of all ranks, one behind the other."""
@@ -195,9 +196,15 @@ class _Joined(Ranks):
         with self._together():
             dist.all_reduce(tensor)
 
-    def reduce_scatter(self, part: Tensor, whole: Tensor) -> None:
+    def reduce_scatter(self, part: Tensor, whole: Tensor) -> Callable[[], None]:
         with self._together():
-            _reduce_scatter(part, whole)
+            work = _reduce_scatter(part, whole, async_op=True)
+
+        def wait() -> None:
+            with self._together():
+                work.wait()
+
+        return wait
 
     def all_gather(self, whole: Tensor, part: Tensor) -> None:
         with self._together():

@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from flarec.train.ranks.watch import GRACE_SECONDS, SILENT_SECONDS, Failure, RankWatch
 
+AGAIN = "; start all ranks again, with --resume if there is a save"
+
 
 class Clock:
     def __init__(self) -> None:
