@@ -22,7 +22,10 @@ OPTIONS = [item for item in fields(Arguments) if item.name not in ELSEWHERE]
 @click.option("--dry-run", is_flag=True, help="Say what would run, and what memory and time it needs; writes nothing.")
 @click.pass_context
 def command(ctx: click.Context, /, dry_run: bool, **arguments: Any) -> None:
-    """Train SOURCE, a hybrid-attention causal language model (directory or hub id), into a dual-mode checkpoint."""
+    """Train SOURCE, a hybrid-attention causal language model (directory or hub id), into a dual-mode checkpoint.
+
+    Several GPUs: torchrun --nproc-per-node N -m flarec convert ... (docs/ranks.md).
+    """
     # imported here so that `flarec convert --help` stays quick
     from ..train.answers.step import AnswersInterrupted
     from ..train.convert import Interrupted, run

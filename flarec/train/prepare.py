@@ -88,7 +88,8 @@ def prepare(
     precision = resolve_precision(recipe.optimizer.precision, device)
     reporter.note(f"precision: {precision}")
     source = _open_source(options.location, dequantize=options.dequantize and options.plain is None)
-    options.check_output(source.path)
+    if ranks.first:  # what another machine has under that name does not matter
+        options.check_output(source.path)
     tokenizer = source.load_tokenizer()
     empty = source.load_model(device="meta")  # the configuration and the family, without weights
     source.check_weights()
