@@ -153,9 +153,13 @@ def test_outputs_are_those_without_it(seed: int, limit: int) -> None:
 def test_a_whole_hit_needs_no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, program = make_engine(FakeModel(agreement=0.7), 3)
     with_cache(engine, 10**6)
-    prompt, calls = list(range(3, 14)), []
-    step = program.step
-    monkeypatch.setattr(program, "step", lambda *given: calls.append(given) or step(*given))
+    prompt, calls, step = list(range(3, 14)), list[Any](), program.step
+
+    def counted(*given: Any) -> Any:
+        calls.append(given)
+        return step(*given)
+
+    monkeypatch.setattr(program, "step", counted)
     first = engine.generate([prompt], mode="ar-trust", max_new_tokens=1)[0]
     assert len(calls) == 3
     again = engine.generate([prompt], mode="ar-trust", max_new_tokens=1)[0]
