@@ -42,8 +42,8 @@ test-fast: $(VENV)/.installed-test  ## the tests that are not marked slow, nothi
 test-search: $(VENV)/.installed-test  ## the tests by hypothesis with new random examples instead of the same ones: TESTS="tests/..."
 	FLAREC_HYPOTHESIS=search $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup $(TESTS)
 
-test-exact: $(VENV)/.installed-test  ## AR-Trust against causal decoding, all families: CASES=10000
-	$(BIN)/python -m pytest -q -s --timeout 0 tests/decode/test_exact.py --exact-cases $(CASES)
+test-exact: $(VENV)/.installed-test  ## AR-Trust against causal decoding, rows and chunks, all families: CASES=10000
+	$(BIN)/python -m pytest -q -s --timeout 0 tests/decode/test_exact.py tests/test_rows.py --exact-cases $(CASES)
 
 # These two share .venv's packages and hold a few of their own: see tools/environment.py.
 test-matrix: $(VENV)/.installed-test  ## the tests of the families with other versions of transformers: MATRIX="5.17.0 newest"

@@ -38,7 +38,8 @@ hypothesis.settings.load_profile(os.environ.get("FLAREC_HYPOTHESIS", "flarec"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--exact-cases", type=int, metavar="N", help="cases of tests/decode/test_exact.py, over all families"
+        "--exact-cases", type=int, metavar="N",
+        help="cases of tests/decode/test_exact.py, over all families; tests/test_rows.py then takes all of them, too",
     )
 
 

@@ -37,17 +37,17 @@ Record = tuple[Where, dict[str, Any] | BadRecord]
 
 def plain_suffix(path: Path) -> str:
     """The suffix that says what a file holds: that before the one of a known compression."""
-    return (Path(path.stem) if path.suffix in OPENERS else path).suffix
+    return (Path(path.stem) if path.suffix.lower() in OPENERS else path).suffix.lower()
 
 
 def open_data(path: Path, option: str = "") -> IO[bytes]:
     """A data file for reading, decompressed by its suffix. Raises `DataError`."""
     if reason := why_no_file(path):
         raise DataError(f"{option}{path} {reason}; write its contents to a file")
-    if path.suffix in UNKNOWN:
+    if path.suffix.lower() in UNKNOWN:
         raise DataError(f"{option}{path}: {path.suffix} files are not read; decompress it, or compress it with gzip")
     try:
-        file: IO[bytes] = OPENERS.get(path.suffix, open)(path, "rb")
+        file: IO[bytes] = OPENERS.get(path.suffix.lower(), open)(path, "rb")
     except OSError as error:
         raise DataError(f"{option}{path}: cannot be read ({error.strerror or error})") from None
     return file
@@ -71,15 +71,18 @@ def json_records(path: Path, option: str = "") -> Iterator[Record]:
     line is one record; such a file is read as a whole.
     """
     rest = lines(path, option)
-    whole = plain_suffix(path) == ".json"
+    whole, started = plain_suffix(path) == ".json", False
     for number, line in rest:
         if not line.strip():
             continue
         if whole and (line.lstrip()[:1] == b"[" or isinstance(parse(line), BadRecord)):
             yield from _whole(b"".join([line, *(line for _, line in rest)]), f"{option}{path}", number)
             return
-        whole = False
-        yield Where(f"{option}{path}", "line", number), parse(line)
+        record = parse(line)
+        if isinstance(record, BadRecord) and not started and line.lstrip()[:1] == b"[":
+            raise DataError(f"{option}{path}: begins as a JSON array; call the file .json, or write a record per line")
+        whole, started = False, True
+        yield Where(f"{option}{path}", "line", number), record
 
 
 def _whole(text: bytes, where: str, first: int) -> Iterator[Record]:

@@ -23,6 +23,7 @@ ROLES = {
     "observation": "tool", "function_response": "tool", "function": "tool",
 }
 """Names of roles in data files that no template knows by them. `developer` and others of a template stay."""
+_STANDARD = ("system", "developer", "user", "assistant", "tool")
 _CALL = "function_call"  # ShareGPT: a turn that is a call, its value JSON
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -113,7 +114,7 @@ def _message(message: Any, number: int) -> Message:
         out = _from_sharegpt(out, number)
     if not isinstance(out.get("role"), str) or not out["role"]:
         raise BadRecord(f"message {number} is not an object with a role")
-    out["role"] = ROLES.get(out["role"], out["role"])
+    out["role"] = _role(out["role"])
     where = f"message {number} ({out['role']})"
     if "content" in out:
         out["content"] = _content(out["content"], where)
@@ -136,12 +137,18 @@ def _reasoning(message: Mapping[str, Any]) -> str:
     return next((text for text in found if isinstance(text, str)), "")
 
 
+def _role(role: str) -> str:
+    """As templates know it: `Assistant` and `gpt` are the assistant; roles of a template's own stay."""
+    known = ROLES.get(role.lower(), role.lower())
+    return known if known in _STANDARD else role
+
+
 def _from_sharegpt(message: Message, number: int) -> Message:
     role, value = message.pop("from"), message.pop("value", None)
     if role == _CALL:
         calls = from_json(value)
         return {**message, "role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
-    if not isinstance(role, str) or ROLES.get(role, role) not in ("system", "user", "assistant", "tool", "developer"):
+    if not isinstance(role, str) or _role(role) not in _STANDARD:
         raise BadRecord(f"message {number} is from {role!r}, which is no known role; use system, human, gpt or tool")
     return {**message, "role": role, **({} if value is None else {"content": value})}
 

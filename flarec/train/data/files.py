@@ -49,9 +49,9 @@ def read_records(path: Path) -> Iterator[Record]:
         if is_saved(path):
             return read_saved(path)
         return chain.from_iterable(read_records(file) for file in train_files(path))
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return read_parquet(path)
-    if plain_suffix(path) in SUFFIXES or path.suffix in UNKNOWN:
+    if plain_suffix(path) in SUFFIXES or path.suffix.lower() in UNKNOWN:
         return json_records(path)
     raise DataError(
         f"{path}: unknown kind of data file; give a .jsonl, .json (also as .gz) or .parquet file, a directory written "

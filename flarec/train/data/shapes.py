@@ -49,6 +49,8 @@ def shape_of(record: Mapping[str, Any]) -> tuple[str, Shape]:
         return "instruction/output", _instruction(record)
     if record.get("text") is not None or "text" in record:
         return "text", Text(_string(record, "text"))
+    if record.get("chosen") is not None:
+        raise BadRecord("is a pair of a chosen and a rejected answer; give the chosen one as completion of its prompt")
     if "prompt" in record:
         raise BadRecord("has a prompt without response or completion")
     keys = ", ".join(sorted(str(key) for key in record)[:8])
@@ -67,6 +69,8 @@ def _conversation(record: Mapping[str, Any], messages: list[Message], first: int
 
 def _prompt_and(record: Mapping[str, Any], key: str) -> Shape:
     """Two texts, or messages of which those of the response alone are trained."""
+    if record.get("label") is False:  # as data of KTO have it
+        raise BadRecord(f"has the label false: its {key} is one that is not to be learned; leave the record out")
     prompt, response = record["prompt"], record[key]
     if not isinstance(prompt, list) and not isinstance(response, list):
         return Pair(_string(record, "prompt", empty=True), _string(record, key))

@@ -114,6 +114,7 @@ def test_compressed_lines_and_arrays(tmp_path: Path) -> None:
         with opened(tmp_path / f"a.jsonl{suffix}", "wb") as file:
             file.write(plain.read_bytes())
     (tmp_path / "lines.json").write_bytes(plain.read_bytes())
+    (tmp_path / "CAPITALS.JSONL.GZ").write_bytes((tmp_path / "a.jsonl.gz").read_bytes())
     (tmp_path / "array.json").write_text(json.dumps(RECORDS, indent=2))
     (tmp_path / "short.json").write_text(json.dumps(RECORDS))
     with gzip.open(tmp_path / "array.json.gz", "wt") as packed:
@@ -132,6 +133,7 @@ def test_arrays_and_archives_that_cannot_be_read(tmp_path: Path) -> None:
         ("cut.jsonl.gz", whole[:-20], r"cut\.jsonl\.gz: cannot be read"),
         ("not.jsonl.gz", b"no archive", r"not\.jsonl\.gz: cannot be read"),
         ("a.jsonl.zst", b"x", r"\.zst files are not read; decompress it"),
+        ("array.jsonl", b'[{"text": "a"},\n{"text": "b"}]', r"array\.jsonl: begins as a JSON array; call the file \.json"),
         ("lines.json", b'{"text": "a"}\n{\n', r"lines\.json, line 2: not JSON"),
         ("first.json", b'{\n{"text": "a"}\n', r"first\.json, line 1: not JSON"),
     ]:

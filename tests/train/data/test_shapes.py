@@ -46,6 +46,7 @@ CHATS: dict[str, Any] = {
     "a text and a list": {"prompt": "Hello", "completion": [ASSISTANT]},
     "Alpaca": {"instruction": "Hello", "input": "", "output": "world"},
     "dolly": {"instruction": "Hello", "context": "", "response": "world", "category": "x"},
+    "capitals": {"messages": [{"role": "User", "content": "Hello"}, {"role": "Assistant", "content": "world"}]},
     "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"text": "lo"}]},
                            {"role": "assistant", "content": [{"type": "output_text", "text": "world"}]}]},
     "parts that are text": {"messages": [{"role": "user", "content": ["Hel", {"text": "lo"}]}, ASSISTANT]},

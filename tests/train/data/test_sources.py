@@ -140,7 +140,8 @@ def test_multi_turn_truncation_keeps_the_turns_that_fit(tmp_path: Path) -> None:
         ('{"prompt": "a", "response": "\\ud83d"}', "response holds half a surrogate pair"),
         ('{"text": null}', "text is missing"),
         ('{"instruction": "a"}', "output is missing"),
-        ('{"chosen": "a", "rejected": "b"}', "has none of the keys messages, conversations, prompt with"),
+        ('{"prompt": "q", "chosen": "a", "rejected": "b"}', "is a pair of a chosen and a rejected answer; give the"),
+        ('{"prompt": "q", "completion": "b", "label": false}', "has the label false: its completion is one that is"),
     ],
 )
 def test_bad_lines_are_named_or_counted(tmp_path: Path, line: str, reason: str) -> None:
