@@ -1,6 +1,6 @@
 """What pads at the left of a prompt change, family by family: in transformers, and through flarec's `hf_generate`.
 
-    python benchmarks/left_padding.py --out benchmarks/results/left-padding.json --commit $(git rev-parse HEAD) --markdown
+    python benchmarks/left_padding.py --markdown --out benchmarks/results/left-padding.json --commit ID
 
 For the smallest model of each family, in float32: logits of the last token of a prompt behind three pads with a
 mask, as transformers' `generate` calls the model, alone ("one") and beside a longer prompt ("two"), against the

@@ -133,7 +133,7 @@ def test_arrays_and_archives_that_cannot_be_read(tmp_path: Path) -> None:
         ("cut.jsonl.gz", whole[:-20], r"cut\.jsonl\.gz: cannot be read"),
         ("not.jsonl.gz", b"no archive", r"not\.jsonl\.gz: cannot be read"),
         ("a.jsonl.zst", b"x", r"\.zst files are not read; decompress it"),
-        ("array.jsonl", b'[{"text": "a"},\n{"text": "b"}]', r"array\.jsonl: begins as a JSON array; call the file \.json"),
+        ("array.jsonl", b'[{"text": "a"},\n3]', r"array\.jsonl: begins as a JSON array; call the file \.json"),
         ("lines.json", b'{"text": "a"}\n{\n', r"lines\.json, line 2: not JSON"),
         ("first.json", b'{\n{"text": "a"}\n', r"first\.json, line 1: not JSON"),
     ]:
