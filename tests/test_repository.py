@@ -26,7 +26,7 @@ API = ("api", "hf_generate", "evaluate")
 KERNELS = tuple(sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")))
 ROOMS = (
     "base", "recipe", "ir", "ops", "frontend", "passes", "checkpoint", "train", "decode", "serve", "verify", "inspect",
-    "bench", "conformance", "doctor", "evaluation", "cli",
+    "bench", "conformance", "doctor", "evaluation", "screen", "cli",
 )
 LAYER_OF = {
     "flarec": "root",  # flarec/__init__.py: the version, no imports
@@ -69,10 +69,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "base", "kernels.row_losses", "threads",
     },
     "serve": {"base", "decode"},  # of a model it knows what `flarec.serve.prompts.Served` says
-    "conformance": BELOW_CLI - {"doctor", "serve"},
-    "doctor": BELOW_CLI - {"conformance", "serve"},
-    "verify": BELOW_CLI - {"conformance", "doctor", "serve"},
-    "inspect": BELOW_CLI - {"train", "decode", "serve", "verify", "bench", "conformance", "doctor"},
+    "conformance": BELOW_CLI - {"doctor", "serve", "screen"},
+    "doctor": BELOW_CLI - {"conformance", "serve", "screen"},
+    "verify": BELOW_CLI - {"conformance", "doctor", "serve", "screen"},
+    "screen": {"api", "base", "checkpoint", "decode", "evaluation", "recipe", "train"},
+    "inspect": BELOW_CLI - {"train", "decode", "serve", "verify", "bench", "conformance", "doctor", "screen"},
     "bench": {*ALL_KERNELS, "ops", "layout", "base"},
     "serving": {*ALL_KERNELS, "bench", "base", "decode", "frontend", "ir", "passes"},
     "checkpoint": {"frontend", "ir", "layout", "passes", "base"},

@@ -23,6 +23,7 @@ from flarec.threads import manage
 COMMANDS: dict[str, str] = {
     "convert": "Train a source model into a dual-mode checkpoint.",
     "finish": "Write the checkpoint of a stopped run as far as it was trained.",
+    "screen": "Compare mixes of training data by short runs.",
     "answers": "Let a source model write its own training data.",
     "generate": "Generate text with a checkpoint or a source model.",
     "chat": "Talk with a checkpoint or a source model in the terminal.",

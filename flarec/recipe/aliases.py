@@ -129,7 +129,7 @@ class _Names:
         passes = [name for name in ("per_device_train_batch_size", "gradient_accumulation_steps") if name in self.given]
         if not passes:
             return
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
             raise RecipeError(
                 f"{passes[0]} counts for one process, and there are several: set optimizer.batch_rows, the rows of a "
                 "step of all processes together, and optimizer.micro_rows, those of a forward pass"
@@ -207,9 +207,10 @@ def translated(
     names = _Names(given, own, below)
     names.read()
     found = names.found
-    if {"optimizer.warmup_steps", "optimizer.warmup_ratio"} <= {*own, *found}:
+    warmups = {"optimizer.warmup_steps", "optimizer.warmup_ratio"}
+    if warmups <= {*own, *found} and warmups & found.keys():
         raise RecipeError("a warmup is given twice, in steps and as a part of the run: leave one of them out")
-    if "optimizer.warmup_steps" in {**own, **found}:  # instead of a ratio underneath
+    if warmups & {*own, *found} == {"optimizer.warmup_steps"}:  # instead of a ratio underneath
         found["optimizer.warmup_ratio"] = 0.0
     if reading is not None:
         reading.lines += names.reading.lines

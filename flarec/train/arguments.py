@@ -159,7 +159,7 @@ def read_value(name: str, value: Any, hint: Any, metadata: Any) -> Any:
         if not isinstance(value, bool):
             raise UsageError(f"{name} is {shown(value)}; give True or False")
         return value
-    kind, number = (float if hint is float else int), plain(value)
+    kind, number = (float if float in (hint, *get_args(hint)) else int), plain(value)
     if not is_number(number, kind, metadata):
         raise UsageError(f"{name} is {shown(value)}; give {allowed_values(kind, metadata)}")
     return kind(number)

@@ -78,9 +78,10 @@ class HeldOut:
         assert total is not None, "no held-out documents"
         return total
 
-    def _tokens_per_forward(self, tick: Tick) -> float:
+    def engine(self) -> Engine:
+        """Decodes with the program as it is now."""
         recipe = self.recipe
-        engine = Engine(
+        return Engine(
             self.decode,
             mask_token_id=self.mask.token_id,
             block_size=recipe.diffusion.block_size,
@@ -89,8 +90,11 @@ class HeldOut:
             max_positions=self.context,
             suppress=[] if self.mask.suppress is None else [self.mask.suppress],
         )
+
+    def _tokens_per_forward(self, tick: Tick) -> float:
+        recipe = self.recipe
         count, ended = len(self.documents), list[int]()
-        results = engine.generate(
+        results = self.engine().generate(
             [prompt_of(document) for document in self.documents],
             mode="ar-trust",
             max_new_tokens=recipe.evaluation.max_new_tokens,

@@ -92,7 +92,7 @@ def test_what_a_name_becomes(given: list[str], becomes: dict[str, Any], tmp_path
         (["max_length=9", "max_seq_length=9"], "max_seq_length and data.max_length are given"),
         (["bf16=true", "optimizer.precision=float32"], "bf16 and optimizer.precision"),
         (["warmup_steps=3", "warmup_ratio=0.1"], "a warmup is given twice"),
-        (["optimizer.warmup_steps=3", "optimizer.warmup_ratio=0.1"], "a warmup is given twice"),
+        (["optimizer.warmup_steps=3", "warmup_ratio=0.1"], "a warmup is given twice"),
         (["lr_scheduler_type=constant", "warmup_steps=3"], "write constant_with_warmup"),
         (["lr_scheduler_type=polynomial"], "choose constant, constant_with_warmup, linear, cosine"),
         (["num_train_epochs=3"], "num_train_epochs is no key of a recipe: the length of a run is optimizer.steps"),
@@ -133,9 +133,13 @@ def test_levels(tmp_path: Path) -> None:
         load_recipe(tmp_path / "both.toml")
 
 
-def test_a_warmup_by_ratio_follows_the_number_of_steps() -> None:
+def test_a_warmup_by_ratio_follows_the_number_of_steps(tmp_path: Path) -> None:
     optimizer = load_recipe("flare").override(["warmup_ratio=0.1", "max_steps=25"]).optimizer
     assert (optimizer.warmup, optimizer.lr_at(0), optimizer.lr_at(2)) == (3, optimizer.lr / 3, optimizer.lr)
+    file = tmp_path / "printed.toml"  # as `flarec recipes --toml` prints it, with every key
+    printed = load_recipe("flare").override(["warmup_ratio=0.1"])
+    file.write_text(printed.to_toml())
+    assert load_recipe(file) == printed
     longer = load_recipe("flare").override(["warmup_ratio=0.1"]).override(["max_steps=200"]).optimizer
     assert longer.warmup == 20
 
