@@ -24,7 +24,8 @@ from ..base.generation import GenerationOptions
 from ..checkpoint.location import resolve
 from ..decode.tokenizing import decode_tokens
 from ..errors import TrainingError, UsageError
-from ..evaluate import Example, found_answer, read_examples
+from ..evaluate import Example, read_examples
+from ..evaluation.grading import PatternQuestion
 from ..evaluation.scoring import score
 from ..train.convert import run as convert
 from ..train.data.packing import RowStream
@@ -156,7 +157,7 @@ class _Screen:
         return source.subset(np.array(keep, dtype=np.int64))
 
     def _describe_split(self) -> str:
-        tasks = sum(example.pattern is not None for example in self.examples)
+        tasks = sum(isinstance(example.question, PatternQuestion) for example in self.examples)
         if self.arguments.by == "accuracy" and not tasks:
             raise UsageError("--by accuracy: no record of --eval-data has answer and pattern")
         files = ", ".join(Path(path).name for path in self.arguments.eval_data)
@@ -216,19 +217,19 @@ class _Screen:
         cut = [(example.ids[: held_out.context], example.responses) for example in self.examples]
         scores = score(held_out.decode, cut, suppress=engine.suppress)
         sums = [(-float(found.log_probs.sum()), len(found.log_probs)) for found in scores]
-        tasks = [example for example in self.examples if example.pattern is not None]
-        asked = [example for example in tasks if 0 < len(example.prompt) < held_out.context]
+        tasks = [(example.prompt, example.question) for example in self.examples]
+        graded = [(prompt, question) for prompt, question in tasks if isinstance(question, PatternQuestion)]
+        asked = [(prompt, question) for prompt, question in graded if 0 < len(prompt) < held_out.context]
         options = GenerationOptions(mode="causal", max_new_tokens=self.arguments.max_new_tokens)
-        answers = engine.generate([example.prompt for example in asked], options) if asked else []
+        answers = engine.generate([prompt for prompt, _ in asked], options) if asked else []
         texts = [decode_tokens(self.tokenizer, answer.token_ids) for answer in answers]
-        found = [found_answer(example.pattern, text) for example, text in zip(asked, texts, strict=True)]
-        right = sum(text == str(example.answer).strip() for example, text in zip(asked, found, strict=True))
+        right = sum(question.grade(text) for (_, question), text in zip(asked, texts, strict=True))
         return MixScore(
             name=name,
             loss=sum(total for total, _ in sums) / sum(count for _, count in sums),
             losses=tuple(total / count for total, count in sums if count),
-            accuracy=right / len(tasks) if tasks else None,
-            tasks=len(tasks),
+            accuracy=right / len(graded) if graded else None,
+            tasks=len(graded),
             documents=documents,
             trained=trained,
             seconds=time.perf_counter() - begun,
