@@ -74,13 +74,7 @@ def prepare(
     Raises `UsageError` and its kin for bad input, `CaptureError` for an unknown model.
     """
     ranks = ranks or Ranks(options.device)
-    reading = Reading()
-    recipe = options.load_recipe(reading)
-    for line in reading.lines:
-        reporter.note(line)
-    micro_rows_of(recipe, ranks.size)
-    for line in before_training(recipe, options.own_recipe()):
-        reporter.warn(line)
+    recipe = _recipe(options, ranks, reporter)
     load_plugins(options.plugins)
     device = torch_device(ranks.device)
     check_shard_size(options.max_shard_size)
@@ -131,6 +125,18 @@ def prepare(
         {target: pipeline_text(chosen) for target, chosen in steps.items()}, _origins(options, recipe),
         precision,
     )
+
+
+def _recipe(options: Options, ranks: Ranks, reporter: Reporter) -> Recipe:
+    """The recipe, and what there is to say about it."""
+    reading = Reading()
+    recipe = options.load_recipe(reading)
+    for line in reading.lines:
+        reporter.note(line)
+    micro_rows_of(recipe, ranks.size)
+    for line in before_training(recipe, options.own_recipe()):
+        reporter.warn(line)
+    return recipe
 
 
 def _context(config: Any, tokenizer: Any, recipe: Recipe) -> int:
