@@ -108,6 +108,7 @@ def sums(recipe: Recipe, device: torch.device) -> list[dict[str, float]]:
                 parameter.grad = None
 
         made.weights.collect = collect  # type: ignore[method-assign]
+        made.weights.arrive = lambda name: None  # type: ignore[method-assign]
         made.accumulate(batches)
         exact = kinds["float64"]
         size = sum(float(value.square().sum()) for value in exact.values()) ** 0.5

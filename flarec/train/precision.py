@@ -8,6 +8,7 @@ rates); all others are bfloat16 and have a float32 master (`Weights`).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -89,12 +90,38 @@ class Weights:
             self.masters[name] = nn.Parameter(value.float()) if parameter.dtype.itemsize == 2 else parameter
         pairs = zip(self.parameters.values(), self.masters.values(), strict=True)
         self._rounded = [(parameter, master) for parameter, master in pairs if parameter is not master]
+        for name, parameter in self.parameters.items():
+            if parameter is not self.masters[name]:
+                self.hook(name, parameter)
         self.round()
 
+    def hook(self, name: str, parameter: nn.Parameter) -> None:
+        """Have `arrive` called with the name of a parameter whose gradient is complete. The hook does not keep these
+        weights alive, and is silent unless they are at work (`backward`): others may train the program's parameters."""
+        reference = weakref.ref(self)
+
+        def arrived(_: Tensor) -> None:
+            weights = reference()
+            if weights is not None and weights.working:
+                weights.arrive(name)
+
+        parameter.register_post_accumulate_grad_hook(arrived)
+
+    working = False
+    """Whether a backward pass of these weights is going on."""
+
     def backward(self, loss: Tensor) -> None:
-        """A backward pass whose gradients are added up."""
-        loss.backward()
+        """A backward pass whose gradients are added to those before, and are freed one after the other meanwhile."""
+        self.working = True
+        try:
+            loss.backward()
+        finally:
+            self.working = False
         self.collect()
+
+    def arrive(self, name: str) -> None:
+        """The gradient of a parameter is complete, in a backward pass that goes on."""
+        _collect(self.parameters[name], self.masters[name])
 
     def collect(self) -> None:
         """Add the gradients of a backward pass to those of the masters, in float32, and forget them.
@@ -102,13 +129,7 @@ class Weights:
         bfloat16 sums over many micro batches would lose what the later ones add (`benchmarks/precision_curve.py`).
         """
         for parameter, master in self._rounded:
-            if parameter.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = parameter.grad.to(master.dtype)
-            else:
-                master.grad += parameter.grad
-            parameter.grad = None
+            _collect(parameter, master)
 
     @property
     def optimized(self) -> list[nn.Parameter]:
@@ -166,3 +187,13 @@ class Weights:
         copies = sum(parameter.nbytes for parameter, _ in self._rounded)
         return copies + 4 * sum(master.nbytes for master in self.masters.values())
 
+
+@torch.no_grad()
+def _collect(parameter: nn.Parameter, master: nn.Parameter) -> None:
+    if parameter.grad is None:
+        return
+    if master.grad is None:
+        master.grad = parameter.grad.to(master.dtype)
+    else:
+        master.grad += parameter.grad
+    parameter.grad = None

@@ -11,7 +11,6 @@ Elementwise nothing differs from one rank: AdamW does not see where a tensor is 
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,9 +117,9 @@ class ShardedWeights(Weights):
         self._spaces = deque(torch.empty(most, dtype=torch.uint8, device=self._device) for _ in range(AT_ONCE))
         self._running: deque[_Running] = deque()
         self._left = [*self.buckets]
-        self._arrived: set[str] | None = None
+        self._arrived: set[str] = set()
         for name, parameter in self.parameters.items():
-            parameter.register_post_accumulate_grad_hook(_told_weakly(self, name))
+            self.hook(name, parameter)
         self.round()
 
     def _cut(self, elements: int) -> Iterator[Bucket]:
@@ -139,18 +138,11 @@ class ShardedWeights(Weights):
         return self._spaces[0][: bucket.length * dtype.itemsize].view(dtype)
 
     def backward(self, loss: Tensor) -> None:
-        """As `Weights.backward`. A bucket is added up over the ranks as soon as its gradients are there, while the
-        backward pass goes on, and they are freed."""
-        self._arrived = set()
-        try:
-            super().backward(loss)
-        finally:
-            self._arrived = None
+        """As `Weights.backward`. A bucket is added up over the ranks as soon as its gradients are there."""
+        self._arrived.clear()
+        super().backward(loss)
 
-    def _arrive(self, name: str) -> None:
-        """The gradient of a parameter is complete."""
-        if self._arrived is None:
-            return
+    def arrive(self, name: str) -> None:
         self._arrived.add(name)
         while self._left and all(span.name in self._arrived for span in self._left[-1].spans):
             self._reduce(self._left.pop())
@@ -309,15 +301,3 @@ class ShardedWeights(Weights):
         """Of this rank."""
         kept = sum(tensor.nbytes for tensor in (*self.parameters.values(), *self._spaces))
         return kept + 4 * sum(bucket.master.nbytes for bucket in self.buckets)
-
-
-def _told_weakly(weights: ShardedWeights, name: str) -> Callable[[Tensor], None]:
-    """A hook on a parameter that does not keep the weights alive: a program may be trained again with others."""
-    reference = weakref.ref(weights)
-
-    def arrive(_: Tensor) -> None:
-        found = reference()
-        if found is not None:
-            found._arrive(name)
-
-    return arrive

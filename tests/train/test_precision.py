@@ -183,6 +183,22 @@ def test_gradients_of_many_micro_batches_add_up_in_float32() -> None:
     assert error < 1e-6 < 1e-3 < coarse
 
 
+def test_gradients_are_freed_while_the_backward_pass_goes_on() -> None:
+    """When `a` gets its gradient, those of `c` and `d` are in their masters already; another owner is silent."""
+    parameters = {name: torch.nn.Parameter(torch.full((4,), 2.0, dtype=BF16)) for name in "abcd"}
+    weights, idle = Weights(parameters), Weights(parameters)
+    a, b, c, d = parameters.values()
+    seen: list[list[str]] = []
+    a.register_post_accumulate_grad_hook(
+        lambda _: seen.append([name for name, value in parameters.items() if value.grad is not None])
+    )
+    for _ in range(2):
+        weights.backward((((a * b) * c) * d).sum())
+    assert seen == [[], []] and all(value.grad is None for value in parameters.values())
+    for name, master in weights.masters.items():
+        assert master.grad is not None and master.grad.tolist() == [16.0] * 4 and idle.masters[name].grad is None
+
+
 def test_the_program_gets_its_masters_back_for_the_checkpoint() -> None:
     run = Small("qwen3_5_text", "auto", BF16)
     trainer = run.trainer(recipe("draft"))
