@@ -87,12 +87,7 @@ def prepare(
     tokenizer = source.load_tokenizer()
     empty = source.load_model(device="meta")  # the configuration and the family, without weights
     source.check_weights()
-    config, carried = empty.config, source.carried(empty)
-    if carried is not None:
-        reporter.note(carried.describe(adapter=bool(recipe.adapter.rank)))
-    elif left := () if recipe.adapter.rank else source.left_out(empty):
-        what = f"{left[0]} of the source, which" if len(left) == 1 else f"{len(left)} tensors ({left[0]}, ...), which"
-        reporter.note(f"left out: {what} transformers does not load")
+    config, carried = empty.config, _carried(source, empty, recipe, reporter)
     context = _context(config, tokenizer, recipe)
     mask = _mask_token(source, recipe, tokenizer, reporter)
 
@@ -137,6 +132,17 @@ def _recipe(options: Options, ranks: Ranks, reporter: Reporter) -> Recipe:
     for line in before_training(recipe, options.own_recipe()):
         reporter.warn(line)
     return recipe
+
+
+def _carried(source: Checkpoint, empty: Any, recipe: Recipe, reporter: Reporter) -> Carried | None:
+    """What of a multimodal source is carried over; what is, or is left out, is said."""
+    carried = source.carried(empty)
+    if carried is not None:
+        reporter.note(carried.describe(adapter=bool(recipe.adapter.rank)))
+    elif left := () if recipe.adapter.rank else source.left_out(empty):
+        what = f"{left[0]} of the source, which" if len(left) == 1 else f"{len(left)} tensors ({left[0]}, ...), which"
+        reporter.note(f"left out: {what} transformers does not load")
+    return carried
 
 
 def _context(config: Any, tokenizer: Any, recipe: Recipe) -> int:
