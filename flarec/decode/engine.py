@@ -23,7 +23,7 @@ from .modes.ar_trust import ARTrustMode
 from .modes.causal import CausalMode
 from .modes.diffusion_trust import DiffusionTrustMode
 from .plan import DecodeProgram
-from .policy import DraftPolicy, sizes_of
+from .policy import DraftPolicy, choices_of
 from .prefix import PrefixCache
 from .request import MOST_LOGPROBS, Generation, OnTokens, Prompts, Request, StopCheck, Stopping
 from .rows import Mode
@@ -227,7 +227,7 @@ class Engine:
         if options.mode == "ar-trust":
             blocks, policy = self._blocks("ar-trust"), None
             if options.drafts == "auto":
-                policy = self._policies.setdefault(options.mode, DraftPolicy(sizes_of(blocks.size, blocks.readout)))
+                policy = self._policies.setdefault(options.mode, DraftPolicy(choices_of(blocks.size, blocks.readout)))
             return ARTrustMode(blocks, branches=options.drafts != "single", policy=policy)
         if options.mode == "diffusion-trust":
             return DiffusionTrustMode(self._blocks("diffusion-trust"), options.threshold, options.denoising_steps)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from flarec.decode.policy import DraftPolicy, sizes_of
+from flarec.decode.policy import CAUSAL, Drafting, DraftPolicy, choices_of
 from tests.decode.fake_model import FakeModel
 from tests.decode.helpers import make_engine
 from tests.decode.test_graphs import with_graphs
@@ -16,9 +17,11 @@ WHOLE = {1: 1.12, 8: 1.2, 32: 2.2, 64: 3.0}
 """Cost of a step with 4 clean rows and 4 blocks of 3, to a causal one, by requests."""
 
 
-def cost(rows: int, held: int, size: int) -> float:
+def cost(rows: int, drafting: Drafting) -> float:
     """Linear in the rows of a request, 1 for a causal step."""
-    return 1 + (WHOLE[rows] - 1) * ((held + 1) * (size + 1) - 1) / 15
+    clean = 1 + drafting.size
+    blocks = clean if drafting.branches else 1
+    return 1 + (WHOLE[rows] - 1) * (clean + blocks * drafting.size - 1) / 15
 
 
 def share_for(tokens: float) -> float:
@@ -30,57 +33,94 @@ def share_for(tokens: float) -> float:
     return low
 
 
-def run(policy: DraftPolicy, rows: int, share: float, steps: int, rng: random.Random) -> tuple[float, list[int]]:
-    """(tokens per time to those of causal decoding, block sizes) of a simulated decoder."""
-    held, tokens, time, used = 0, 0, 0.0, []
+def run(policy: DraftPolicy, rows: int, share: float, steps: int, rng: random.Random) -> tuple[float, list[Drafting]]:
+    """(tokens per time to those of causal decoding, what was drafted) of a simulated decoder."""
+    held, tokens, time, used = [0] * rows, 0, 0.0, []
     for _ in range(steps):
-        size = policy.next(rows)
-        used.append(size)
-        seconds, held = cost(rows, size, size), min(held, size)
-        for _ in range(rows):
-            right = 0
-            while right < held and rng.random() < share:
+        drafting = policy.next(rows)
+        used.append(drafting)
+        seconds = cost(rows, drafting)
+        for row in range(rows):
+            had, right = min(held[row], drafting.size), 0
+            while right < had and rng.random() < share:
                 right += 1
             tokens += 1 + right
-            policy.accepted(held, right)
-        policy.timed(rows, size, seconds * rng.uniform(0.97, 1.03))
-        held, time = size, time + seconds
+            policy.accepted(had, right)
+            held[row] = drafting.size if drafting.branches or right == had else 0
+        policy.timed(rows, drafting, seconds * rng.uniform(0.97, 1.03))
+        time += seconds
     return tokens / rows / time, used
+
+
+def share_of_steps(used: Sequence[Drafting], size: int) -> float:
+    return sum(drafting.size == size for drafting in used[-400:]) / 400
 
 
 @pytest.mark.parametrize("rows", sorted(WHOLE))
 @pytest.mark.parametrize("tokens", [1.0, 1.3, 1.7, 2.2, 2.65, 3.0, 3.5])
 def test_never_slower_than_causal(rows: int, tokens: float) -> None:
-    rate, _ = run(DraftPolicy(sizes_of(3, "causal")), rows, share_for(tokens), 4000, random.Random(rows))
+    rate, _ = run(DraftPolicy(choices_of(3, "causal")), rows, share_for(tokens), 4000, random.Random(rows))
     whole = tokens / WHOLE[rows]
     assert rate > 0.98 and rate > 0.95 * whole
 
 
 def test_it_follows_the_text() -> None:
-    policy, rng = DraftPolicy(sizes_of(3, "causal")), random.Random(0)
+    policy, rng = DraftPolicy(choices_of(3, "causal")), random.Random(0)
     _, used = run(policy, 8, 0.0, 3000, rng)
-    assert used[-400:].count(0) > 380
+    assert share_of_steps(used, 0) > 0.95
     _, used = run(policy, 8, 0.95, 3000, rng)
-    assert used[-400:].count(3) > 380
+    assert share_of_steps(used, 3) > 0.95
     _, used = run(policy, 8, 0.0, 1500, rng)
-    assert used[-400:].count(0) > 380
+    assert share_of_steps(used, 0) > 0.95
 
 
 def test_short_blocks_where_depth_does_not_pay() -> None:
     """Only the first draft is ever right: blocks of one are the best."""
-    policy = DraftPolicy(sizes_of(3, "causal"))
+    policy = DraftPolicy(choices_of(3, "causal"))
     held, used = 0, []
     for _ in range(2000):
-        size = policy.next(8)
-        used.append(size)
-        policy.accepted(min(held, size), min(held, size, 1))
-        policy.timed(8, size, cost(8, size, size))
-        held = size
-    assert used[-300:].count(1) > 280
+        drafting = policy.next(8)
+        used.append(drafting)
+        had = min(held, drafting.size)
+        policy.accepted(had, min(had, 1))
+        policy.timed(8, drafting, cost(8, drafting))
+        held = drafting.size if drafting.branches or had <= 1 else 0
+    assert share_of_steps(used, 1) > 0.9
 
 
-def test_block_end_knows_whole_blocks_only() -> None:
-    assert sizes_of(4, "block_end") == (0, 4) and sizes_of(2, "causal") == (0, 1, 2)
+@pytest.mark.parametrize(("share", "dear", "branches"), [(0.97, 3.0, False), (0.6, 1.3, True)])
+def test_one_block_where_branches_are_dear(share: float, dear: float, branches: bool) -> None:
+    """Whole branches cost `dear` causal steps, one block 1.2."""
+    policy, rng, held, used = DraftPolicy(choices_of(3, "causal")), random.Random(1), 0, []
+    for _ in range(3000):
+        drafting = policy.next(1)
+        used.append(drafting)
+        had = min(held, drafting.size)
+        right = next((depth for depth in range(had) if rng.random() >= share), had)
+        policy.accepted(had, right)
+        held = drafting.size if drafting.branches or right == had else 0
+        extra = (dear - 1 if drafting.branches else 0.2) * drafting.size / 3
+        policy.timed(1, drafting, 1 + extra)
+    drafted = [drafting for drafting in used[-400:] if drafting != CAUSAL]
+    assert len(drafted) > 380 and sum(drafting.branches == branches for drafting in drafted) > 0.9 * len(drafted)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("drafting", choices_of(3, "causal"))
+def test_expected_tokens_are_those_of_a_simulation(share: float, drafting: Drafting) -> None:
+    policy, rng = DraftPolicy(choices_of(3, "causal")), random.Random(0)
+    policy._right, policy._tried = [share] * 3, [1.0] * 3
+    held = tokens = 0
+    for _ in range(20_000):
+        right = next((depth for depth in range(held) if rng.random() >= share), held)
+        tokens += 1 + right
+        held = drafting.size if drafting.branches or right == held else 0
+    assert policy.tokens(drafting) == pytest.approx(tokens / 20_000, rel=0.02)
+
+
+def test_what_decodes_alike() -> None:
+    assert choices_of(4, "block_end") == (CAUSAL, Drafting(4, False), Drafting(4))
+    assert {drafting.size for drafting in choices_of(2, "causal")} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("graphs", [False, True])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..plan import StepShape
-from ..policy import DraftPolicy
+from ..policy import Drafting, DraftPolicy
 from ..request import Request
 from ..rows import Rows
 from ..stepper import BlockSpec
@@ -24,7 +24,7 @@ class ARTrustMode:
 
     branches: one block after every clean row, so whatever is accepted, the next block is there; else one block after
     the last draft, so that a rejection costs a forward with one clean row.
-    policy: decides how long the blocks of a step are; None: as long as they were trained.
+    policy: decides how many blocks a step has and how long they are; None: `branches`, as long as they were trained.
     `Request.ready`: drafts that it has for the next step.
     """
 
@@ -43,19 +43,20 @@ class ARTrustMode:
         return torch.cat([torch.full_like(token, -1), have, token], dim=1)
 
     def shape(self, rows: Rows) -> StepShape:
-        clean, size = 1 + max(request.ready for request in rows.requests), self.blocks.size
-        if self.policy is not None:  # a step verifies as many drafts as it makes: one graph per size
-            size = self.policy.next(rows.width)
+        clean = 1 + max(request.ready for request in rows.requests)
+        size, branches = self.blocks.size, self.branches
+        if self.policy is not None:  # a step verifies as many drafts as a block of its has: one graph per choice
+            size, branches = self.policy.next(rows.width)
             clean = 1 + size
         self.verified = clean - 1
-        blocks = (clean if self.branches else 1) if size else 0
+        blocks = (clean if branches else 1) if size else 0
         return StepShape(rows.width, clean, clean, blocks, max(size, 1), size, self.blocks.readout)
 
     def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor]:
         state, noisy = rows.state, shape.length - shape.clean
         masked = torch.full((shape.rows, noisy), self.blocks.mask_token_id, device=rows.device)
         ids = torch.cat([state["pending"][:, None], state["drafts"][:, : shape.clean - 1], masked], dim=1)
-        if not self.branches:
+        if shape.blocks == 1 < shape.clean:
             # a slot that nobody is in may believe to have drafts when the step has no rows for any
             return ids, state["have"].clamp_max(shape.clean - 1)[:, None] + 1
         return ids, torch.arange(1, shape.blocks + 1, device=rows.device).expand(shape.rows, -1)
@@ -71,11 +72,11 @@ class ARTrustMode:
         token = choice.gather(1, accepted[:, None])
         if not shape.blocks:
             rows.state |= {"pending": token[:, 0].clamp_min(0), "have": torch.zeros_like(have)}
-        elif self.branches:  # the block anchored right after the accepted rows
+        elif shape.blocks == shape.clean:  # the block anchored right after the accepted rows
             place = accepted[:, None, None, None].expand(-1, 1, *noisy.shape[2:])
             self._keep(rows, token, noisy.gather(1, place)[:, 0], accepted >= 0)
         else:  # the only one, useless unless all drafts were accepted
-            self._keep(rows, token, noisy[:, 0], accepted == have)
+            self._keep(rows, token, noisy[:, 0], accepted == have.clamp_max(count))
         return torch.cat([accepted[:, None], rows.state["have"][:, None], choice], dim=1)
 
     def judge(self, rows: Rows, drafts: Tensor, choice: Tensor) -> Tensor:
@@ -107,4 +108,5 @@ class ARTrustMode:
 
     def timed(self, shape: StepShape, seconds: float) -> None:
         if self.policy is not None:
-            self.policy.timed(shape.rows, shape.block_heads, seconds)
+            branches = shape.blocks in (0, shape.clean)
+            self.policy.timed(shape.rows, Drafting(shape.block_heads, branches), seconds)
