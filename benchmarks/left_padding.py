@@ -4,7 +4,8 @@
 
 For the smallest model of each family, in float32: logits of the last token of a prompt behind three pads with a
 mask, as transformers' `generate` calls the model, alone ("one") and beside a longer prompt ("two"), against the
-logits without pads, relative to the largest; whether greedy `generate` gives the same 8 tokens; whether flarec's does.
+logits without pads, relative to the largest (the worst of four prompts); for how many of eight prompts greedy `generate`
+gives the tokens that it gives without pads, and for how many flarec's does.
 """
 
 from __future__ import annotations
@@ -26,20 +27,26 @@ from transformers import AutoModelForCausalLM
 
 from flarec import hf_generate
 from flarec.conformance.inputs import tokenizer
-from flarec.frontend.families import FAMILIES
+from flarec.frontend.families import FAMILIES, PLAIN
 from flarec.frontend.tiny import END_ID, available, build_tiny
 
 PADS, NEW = 3, 8
-LONG = [(7 * place + 11) % 290 + 5 for place in range(9)]
-SHORT = LONG[: len(LONG) - PADS]
+LENGTH, CASES = 9, 4
+Cases = list[tuple[list[int], list[int]]]
 ROUNDING = 1e-4
 """Of the largest logit: batches of other sizes differ by less."""
 
 
+def prompts() -> Cases:
+    """(a prompt of LENGTH - PADS tokens, one of LENGTH), several times."""
+    longs = [[((7 + 2 * case) * place + 11 * case) % 290 + 5 for place in range(LENGTH)] for case in range(CASES)]
+    return [(long[PADS:], long) for long in longs]
+
+
 def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask of prompts of len(LONG) tokens, pads at the left."""
-    ids = torch.tensor([[0] * (len(LONG) - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (len(LONG) - len(row)) + [1] * len(row) for row in rows])
+    """Ids and attention mask of prompts of up to LENGTH tokens, pads at the left."""
+    ids = torch.tensor([[0] * (LENGTH - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (LENGTH - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
 
 
@@ -49,23 +56,23 @@ def measure(family: str, folder: Path) -> dict[str, Any]:
     build_tiny(family).save_pretrained(source)
     tokenizer().save_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source).eval()
-    plain = model(input_ids=torch.tensor([SHORT])).logits[0, -1]
-    found: dict[str, Any] = {}
-    for name, rows in (("one", [SHORT]), ("two", [SHORT, LONG])):
-        ids, mask = padded(rows)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[0, -1]
-        found[name] = float((logits - plain).abs().max() / plain.abs().max())
-    ids, mask = padded([SHORT, LONG])
+    found: dict[str, Any] = {"one": 0.0, "two": 0.0, "transformers": 0, "flarec": 0}
     options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": END_ID, "pad_token_id": 0}
-    alone = [
-        model.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.int64), **options)
-        for row in (SHORT, LONG)
-    ]
-    expected = [new(made, len(row))[0] for made, row in zip(alone, (SHORT, LONG), strict=True)]
-    found["transformers"] = new(model.generate(ids, attention_mask=mask, **options), len(LONG)) == expected
-    ours = hf_generate.generate(model, ids, attention_mask=mask, mode="causal", **options)
-    found["flarec"] = new(ours, len(LONG)) == expected
+    for short, long in prompts():
+        plain = model(input_ids=torch.tensor([short])).logits[0, -1]
+        for name, rows in (("one", [short]), ("two", [short, long])):
+            ids, mask = padded(rows)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[0, -1]
+            found[name] = max(found[name], float((logits - plain).abs().max() / plain.abs().max()))
+        alone = [model.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row)), **options)
+                 for row in (short, long)]
+        expected = [new(made, len(row))[0] for made, row in zip(alone, (short, long), strict=True)]
+        ids, mask = padded([short, long])
+        theirs = model.generate(ids, attention_mask=mask, **options)
+        ours = hf_generate.generate(model, ids, attention_mask=mask, mode="causal", **options)
+        for name, made in (("transformers", theirs), ("flarec", ours)):
+            found[name] += sum(a == b for a, b in zip(new(made, LENGTH), expected, strict=True))
     return found
 
 
@@ -82,10 +89,11 @@ def new(sequences: Tensor, prompt: int) -> list[list[int]]:
 def markdown(results: dict[str, dict[str, Any]]) -> str:
     head = ["family", "pads, one prompt", "pads, batch of two", "greedy, transformers", "greedy, flarec"]
     lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|"]
-    words = {True: "the same", False: "**other tokens**"}
     for family, row in results.items():
         numbers = [f"{row[name]:.0e}" if row[name] <= ROUNDING else f"**{row[name]:.0e}**" for name in ("one", "two")]
-        lines.append(f"| `{family}` | {' | '.join(numbers)} | {words[row['transformers']]} | {words[row['flarec']]} |")
+        counts = [f"{row[name]} of {2 * CASES}" for name in ("transformers", "flarec")]
+        counts = [text if text.startswith(str(2 * CASES)) else f"**{text}**" for text in counts]
+        lines.append(f"| `{family}` | {' | '.join([*numbers, *counts])} |")
     return "\n".join(lines)
 
 
@@ -94,7 +102,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="")
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/padding.md")
-    parser.add_argument("families", nargs="*", default=[family for family in FAMILIES if available(family)])
+    parser.add_argument("families", nargs="*", default=[name for name in (*FAMILIES, *PLAIN) if available(name)])
     given = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
