@@ -4,8 +4,8 @@
 
 For the smallest model of each family, in float32: logits of the last token of a prompt behind three pads with a
 mask, as transformers' `generate` calls the model, alone ("one") and beside a longer prompt ("two"), against the
-logits without pads, relative to the largest (the worst of four prompts); for how many of eight prompts greedy `generate`
-gives the tokens that it gives without pads, and for how many flarec's does.
+logits without pads, relative to the largest (the worst of four prompts); for how many of eight prompts `generate`
+gives the greedy tokens that it gives without pads, and for how many flarec's does.
 """
 
 from __future__ import annotations

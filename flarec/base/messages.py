@@ -161,7 +161,7 @@ def _content(content: Any, where: str) -> str:
         raise BadRecord(f"{where} has no text content, but a value of type {type(content).__name__}; give JSON as text")
     if not content:
         raise BadRecord(f"{where} has no text content: its list of parts is empty")
-    return "".join(_part(part, where) for part in content)
+    return "\n".join(_part(part, where) for part in content)  # as `flarec serve` and other servers join them
 
 
 def _part(part: Any, where: str) -> str:

@@ -47,9 +47,9 @@ CHATS: dict[str, Any] = {
     "Alpaca": {"instruction": "Hello", "input": "", "output": "world"},
     "dolly": {"instruction": "Hello", "context": "", "response": "world", "category": "x"},
     "capitals": {"messages": [{"role": "User", "content": "Hello"}, {"role": "Assistant", "content": "world"}]},
-    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"text": "lo"}]},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]},
                            {"role": "assistant", "content": [{"type": "output_text", "text": "world"}]}]},
-    "parts that are text": {"messages": [{"role": "user", "content": ["Hel", {"text": "lo"}]}, ASSISTANT]},
+    "parts that are text": {"messages": [{"role": "user", "content": ["Hello"]}, ASSISTANT]},
 }
 
 
@@ -68,6 +68,13 @@ PAIRS: dict[str, Any] = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs(name: str) -> None:
     assert read(PAIRS[name]) == ("Hello world" + END, ["world" + END])
+
+
+def test_parts_are_lines() -> None:
+    """As the server joins them: what is trained is what is asked later."""
+    parts = [{"type": "text", "text": "Hello"}, {"text": "you"}, "there"]
+    text, _ = read({"messages": [{"role": "user", "content": parts}, ASSISTANT]})
+    assert text.startswith("<|im_start|>user\nHello\nyou\nthere<|im_end|>")
 
 
 def test_turns_of_the_prompt_are_not_trained() -> None:
