@@ -314,7 +314,7 @@ def test_no_chat_template(model: Model, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_messages_that_the_template_rejects(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(GenerationError, match="the chat template rejects the messages .roles must alternate"):
+    with pytest.raises(GenerationError, match=r"the chat template rejects the messages .roles must alternate"):
         model.generate("abc", chat=True)
 
 
