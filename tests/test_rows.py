@@ -18,9 +18,10 @@ from flarec.layout import Block, Layout, build_layout
 from flarec.ops import mixer_of
 from flarec.passes import lower
 from flarec.verify.inputs import all_logits
-from tests.models import ALL_FAMILIES, FAMILIES, VOCABULARY, captured, shared_model
+from tests.models import ALL_FAMILIES, FAMILIES, PLAIN_FAMILIES, VOCABULARY, captured, shared_model
 
 MASK = 400
+EVERY = (*ALL_FAMILIES, *PLAIN_FAMILIES)
 FIRST, SECOND = 40, 44  # a chunk of 64 tokens holds the end of the one and the beginning of the other
 LAYOUT = build_layout(
     [[FIRST, SECOND]],
@@ -56,7 +57,7 @@ def test_a_document_knows_nothing_of_the_one_before_it(pytestconfig: pytest.Conf
     Where experts are chosen per token, their product holds the rows that chose them, and sums in another order when
     there is one more: there, the last digits.
     """
-    families = ALL_FAMILIES if asked(pytestconfig) else (*FAMILIES, "recurrent_gemma")
+    families = EVERY if asked(pytestconfig) else (*FAMILIES, "recurrent_gemma")
     routes = ("torch", "reference", "triton") if asked(pytestconfig) else ("torch",)
     own, ids = second(LAYOUT), ids_of(LAYOUT, 1)
     for family in families:
@@ -79,7 +80,7 @@ def test_prompts_in_chunks_alone_and_together(pytestconfig: pytest.Config) -> No
     """Prompts of two lengths, fed whole or in two chunks, alone or as a batch of two: what transformers generates for
     each of them alone."""
     prompts = [[(5 * place + 3) % 300 for place in range(9)], [(7 * place + 11) % 300 for place in range(6)]]
-    for family in ALL_FAMILIES if asked(pytestconfig) else FAMILIES:
+    for family in EVERY if asked(pytestconfig) else FAMILIES:
         engine = Engine(
             lowered(family, "decode"), mask_token_id=MASK, block_size=3, readouts={"ar-trust": "causal"}, eos_ids=(),
             max_positions=VOCABULARY, suppress=[MASK],

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
@@ -57,6 +57,7 @@ def test_every_turn_reads_as_its_text(name: str, template: str) -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=50)
 @given(st.lists(TEXTS, min_size=1, max_size=6), st.data())
 def test_spans_read_as_their_characters(name: str, parts: list[list[str]], data: st.DataObject) -> None:
     """Any text in any pieces, every other one a span. A piece may begin within what the tokenizer would join."""
