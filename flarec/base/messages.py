@@ -122,9 +122,11 @@ def _message(message: Any, number: int) -> Message:
         out["tool_calls"] = [{"type": "function", "function": out.pop("function_call")}]
     if "tool_calls" in out:
         out["tool_calls"] = _calls(from_json(out["tool_calls"]), where)
+    if reasoning := _reasoning(out, where):  # the name that templates read, whatever the version of transformers
+        out["reasoning_content"] = reasoning
     if not out.get("tool_calls"):
         out.pop("tool_calls", None)
-        if "content" not in out and not _reasoning(out):
+        if "content" not in out and not reasoning:
             raise BadRecord(f"{where} has no text content")
     if "weight" in out and out["weight"] not in (0, 1):
         raise BadRecord(f"{where} has the weight {out['weight']!r}; 0 and 1 are possible")
@@ -132,9 +134,13 @@ def _message(message: Any, number: int) -> Message:
     return out
 
 
-def _reasoning(message: Mapping[str, Any]) -> str:
-    found = (message.get(key) for key in ("reasoning_content", "reasoning", "thinking"))
-    return next((text for text in found if isinstance(text, str)), "")
+def _reasoning(message: Mapping[str, Any], where: str) -> str:
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        if key in message:
+            if not isinstance(text := message[key], str):
+                raise BadRecord(f"{where} has {key} of type {type(text).__name__}, not text")
+            return text
+    return ""
 
 
 def _role(role: str) -> str:

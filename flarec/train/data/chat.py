@@ -91,6 +91,8 @@ class ChatEncoder:
                     f"{who} calls the tool {name}, which the chat template does not print; give a tokenizer whose "
                     "template prints tool calls, or the call as content"
                 )
+        if message.get("reasoning_content", "").strip() not in text:
+            self.notes["turns without their reasoning, which the chat template does not print there"] += 1
         if not text[: self._ending(text)[0]].strip():
             raise BadRecord(f"{who} has no text but its end; leave the message out")
 

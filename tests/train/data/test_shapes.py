@@ -155,6 +155,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "JSON as content": ({"messages": [USER, {"role": "tool", "content": {"a": 1}}]},
                         r"message 2 \(tool\) has no text content, but a value of type dict; give JSON as text"),
     "number as content": ({"messages": [{"role": "user", "content": 3}]}, "no text content, but a value of type int"),
+    "reasoning": ({"messages": [USER, {**ASSISTANT, "reasoning": ["x"]}]}, "has reasoning of type list, not text"),
     "narrator": ({"conversations": [{"from": "narrator", "value": "x"}]}, "message 1 is from 'narrator', which is no"),
     "half a pair": ({"messages": [USER, {**ASSISTANT, "reasoning_content": "\ud83d"}]}, "half a surrogate pair"),
     "history": ({"instruction": "a", "output": "b", "history": [["a"]]}, "history is not a list of pairs"),

@@ -186,6 +186,16 @@ def test_tools_that_the_template_does_not_print_are_counted() -> None:
     assert dict(encoder.notes) == {"conversations with tools that the chat template does not print": 1}
 
 
+def test_reasoning_that_the_template_does_not_print_is_counted() -> None:
+    said = {**ANSWERED, "reasoning": "I look."}
+    twice = [said, ASKED, said]
+    for name, messages, count in [("CHATML", [said], 1), ("REASONING", twice, 1), ("REASONING", [said], 0)]:
+        encoder = ChatEncoder(TOKENIZERS[name], [TOKENIZERS[name].eos_token_id])
+        encoder.encode(messages_of([ASKED, *messages]))
+        words = "turns without their reasoning, which the chat template does not print there"
+        assert dict(encoder.notes) == ({words: count} if count else {}), name
+
+
 def test_turns_that_are_not_trained() -> None:
     messages = [ASKED, {**ANSWERED, "weight": 0}, ASKED, ANSWERED]
     assert spans("CHATML", messages) == ["No." + END]
