@@ -60,7 +60,7 @@ def command(
     elif as_markdown:
         click.echo(markdown(table))
     else:
-        _print(table, runs)
+        _print(table, runs, everything=not families and not live)
     if live and any(row.failed for row in table):
         sys.exit(1)
 
@@ -92,9 +92,12 @@ def _run(families: Sequence[str], commit: str | None) -> SuiteRun:
 
 
 def _plain(table: Sequence[Row], runs: Sequence[SuiteRun]) -> dict[str, object]:
+    from flarec.frontend.families import REFUSED
+
     shown = [row.family for row in table]
     return {
         "families": [asdict(row) for row in table],
+        "refused": dict(REFUSED),
         "runs": [
             {
                 "versions": dict(run.versions),
@@ -106,11 +109,12 @@ def _plain(table: Sequence[Row], runs: Sequence[SuiteRun]) -> dict[str, object]:
     }
 
 
-def _print(table: Sequence[Row], runs: Sequence[SuiteRun]) -> None:
+def _print(table: Sequence[Row], runs: Sequence[SuiteRun], *, everything: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from flarec.conformance.table import TITLES
+    from flarec.frontend.families import REFUSED
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     shown = Table(*TITLES, box=None, pad_edge=False)
@@ -120,6 +124,10 @@ def _print(table: Sequence[Row], runs: Sequence[SuiteRun]) -> None:
     for row in table:
         for stage, sentence in row.failed.items():
             console.print(f"{row.family}, {stage}: {sentence}", markup=False, soft_wrap=True)
+    if everything:
+        console.print("known, and refused:")
+        for family, reason in REFUSED.items():
+            console.print(f"  {family}: {reason}", markup=False, highlight=False, soft_wrap=True)
     for run in runs:
         versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
         console.print(f"tried with {versions} on {run.device}", markup=False, highlight=False, soft_wrap=True)

@@ -125,15 +125,16 @@ def _export(model: nn.Module, family: Family) -> fx.GraphModule:
             _no_memory_of_fake_results(),
         ):
             warnings.simplefilter("ignore")
-            if "position_ids" not in inspect.signature(model.forward).parameters:
+            if family.positions and "position_ids" not in inspect.signature(model.forward).parameters:
                 raise CaptureError(
                     f"{type(model).__name__} (family '{family.model_type}') takes no position_ids, so the positions of "
                     "noisy tokens cannot be given to it; such a model cannot be converted"
                 )
             check_exchangeable(model, family)
             _check_rotary_type(model)
+            inputs = {"input_ids": ids, **({"position_ids": positions} if family.positions else {})}
             exported = torch.export.export(
-                model, (), {"input_ids": ids, "position_ids": positions}, dynamic_shapes=shapes, strict=False
+                model, (), inputs, dynamic_shapes={name: shapes[name] for name in inputs}, strict=False
             )
             module = exported.module(check_guards=False)
     except CaptureError:

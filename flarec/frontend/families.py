@@ -19,7 +19,7 @@ from ..errors import CaptureError
 from .family import Family
 from .hooks.functions import delta_rule_hook, mamba2_hook, no_shortcut, selective_scan_hook, short_conv_hook
 from .hooks.interfaces import IMPLEMENTATION, register_interfaces
-from .hooks.methods import BoundedSqrt, lightning_hook, recurrent_block_hook, rnn_scan_hook
+from .hooks.methods import BoundedSqrt, cca_hook, lightning_hook, recurrent_block_hook, rnn_scan_hook
 
 _Hooks = dict[str, Callable[..., Any]]
 _CONV: _Hooks = {"causal_conv1d_fn": short_conv_hook}
@@ -57,6 +57,10 @@ FAMILIES: dict[str, Family] = {
         Family("zamba2", _SSD_MIXERS, _SSD),
         Family("jamba", ("softmax", "short_conv", "selective scan"), _SCAN),
         Family("zamba", ("softmax", "short_conv", "selective scan"), _SCAN),
+        Family("zaya", ("softmax", "short_conv"), methods={"ZayaCCAProjection.forward": cca_hook}),
+        Family("mamba2", ("short_conv", "mamba2"), _SSD, positions=False),
+        Family("mamba", ("short_conv", "selective scan"), _SCAN, positions=False),
+        Family("falcon_mamba", ("short_conv", "selective scan"), _SCAN, positions=False),
         Family("lfm2", ("softmax", "short_conv"), _CONV),
         Family("lfm2_moe", ("softmax", "short_conv"), _CONV),
         Family("lfm3", ("softmax", "softmax (window)", "short_conv"), _CONV),
@@ -73,14 +77,37 @@ FAMILIES: dict[str, Family] = {
 PLAIN = ("llama", "mistral", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")
 """Softmax models without a row that are tested through all stages; others are captured the same way."""
 
+_INDEXER = "its attention reads the keys that {} chooses, and no op of flarec chooses keys"
+REFUSED: dict[str, str] = {
+    **{
+        family: _INDEXER.format(name)
+        for family, name in {
+            "axk2": "AXK2Indexer", "deepseek_v32": "DeepseekV32Indexer", "deepseek_v4": "DeepseekV4Indexer",
+            "dots3_note_text": "Dots3NoteTextIndexer", "glm5_next_text": "Glm5NextTextIndexer",
+            "glm_moe_dsa": "GlmMoeDsaIndexer", "hy_v4": "HYV4Indexer", "minimax_m3_vl_text": "MiniMaxM3VLIndexer",
+            "mistral_large4_text": "MistralLarge4TextIndexer", "qwen4_exp_text": "Qwen4ExpTextQSAIndexer",
+        }.items()
+    },
+    "inkling_text": "its attention adds InklingRelativeLogits to the scores, which no op of flarec has a place for",
+    "inkling2_text": "Inkling2BlockAttentionResidual and Inkling2DynamicShortConvolution are no ops of flarec",
+    "rwkv": "RwkvLinearAttention, a recurrence with a running maximum, is no op of flarec",
+    "xlstm": "its matrix memory with exponential gates and a normaliser (mLSTM) is no op of flarec",
+}
+"""Families of transformers that cannot be converted, by the model type of their text configuration -> why."""
+
 
 def family_of(config: Any) -> Family:
-    """The row of a configuration; one without hooks for a model type that has none."""
+    """The row of a configuration; one without hooks for a model type that has none.
+
+    Raises `CaptureError` for a family that is known not to convert.
+    """
     from .fla import families as fla_families  # it makes rows too, from the class above
 
     model_type = str(getattr(config, "model_type", "unknown"))
     if (row := fla_families.row_of(config)) is not None:
         return row
+    if model_type in REFUSED:
+        raise CaptureError(f"family '{model_type}' cannot be converted: {REFUSED[model_type]}")
     return FAMILIES.get(model_type) or Family(model_type, ("softmax",))
 
 

@@ -23,3 +23,5 @@ class Family:
     """Class that opens the converted checkpoint without remote code, where the configuration does not name it."""
     methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     mixerless: frozenset[str] = frozenset()
+    positions: bool = True
+    """Whether the model takes `position_ids`; a purely recurrent one has no use for them."""

@@ -103,7 +103,20 @@ TINY: dict[str, TinyModel] = {
     # Selective scan with several heads; a softmax attention block whose weights layers share, beside it.
     "zamba": _tiny("ZambaConfig", "ZambaForCausalLM", num_key_value_heads=4, num_hidden_layers=3,
         layers_block_type=["linear_attention", "hybrid", "hybrid"], mamba_d_state=8, mamba_dt_rank=8,
-        n_mamba_heads=2, attention_hidden_size=128),
+        n_mamba_heads=2, attention_hidden_size=128, tie_word_embeddings=True),
+    # Convolutions of queries and keys, values half of the token before; experts, the last of which does nothing.
+    "zaya": _tiny("ZayaConfig", "ZayaForCausalLM", num_hidden_layers=2, head_dim=16, num_experts=4,
+        moe_intermediate_size=32, router_hidden_size=16, tie_word_embeddings=True, attention_bias=True,
+        layer_types=["hybrid", "hybrid_sliding"], sliding_window=12, num_experts_per_tok=1),
+    # No attention at all, and no positions.
+    "mamba2": _tiny("Mamba2Config", "Mamba2ForCausalLM", num_hidden_layers=2, num_heads=8, head_dim=16, state_size=16,
+        n_groups=2, chunk_size=32, use_conv_bias=True, intermediate_size=..., num_attention_heads=...,
+        num_key_value_heads=..., max_position_embeddings=...),
+    "mamba": _tiny("MambaConfig", "MambaForCausalLM", num_hidden_layers=2, state_size=8, time_step_rank=8,
+        intermediate_size=..., num_attention_heads=..., num_key_value_heads=..., max_position_embeddings=...),
+    "falcon_mamba": _tiny("FalconMambaConfig", "FalconMambaForCausalLM", num_hidden_layers=2, state_size=8,
+        time_step_rank=8, intermediate_size=..., num_attention_heads=..., num_key_value_heads=...,
+        max_position_embeddings=...),
     # A gated short convolution as the only recurrence.
     "lfm2": _tiny("Lfm2Config", "Lfm2ForCausalLM", num_hidden_layers=2, layer_types=["conv", "full_attention"],
         block_multiple_of=32, conv_bias=True),

@@ -58,6 +58,52 @@ def rnn_scan_hook(
     return ops.GATED_RECURRENCE(hidden_states.contiguous(), decay.contiguous()), None
 
 
+def cca_hook(
+    self: Any, hidden_states: Tensor, past_key_values: Any = None, conv_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ZayaCCAProjection.forward`: x [B,L,D] -> q [B,L,H,K], k and v [B,L,Hk,K].
+
+    Queries and keys go through a depthwise convolution and one that mixes the channels of a head; half of each value is
+    the token's before it. Whatever relates tokens is the short convolution: to look j tokens back is one whose only
+    weight is a 1. Before a document's first token the model reads zeros, so that biases of the first convolution and of
+    the delayed projection are there too.
+    """
+    reject("ZayaCCAProjection", past_key_values=past_key_values, conv_mask=conv_mask)
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    queries, keys = self.q_proj(hidden_states), self.k_proj(hidden_states)
+    raw = torch.cat([queries, keys], dim=-1).transpose(1, 2).contiguous()  # [B,C,L]
+    first, second = self.conv_qk_depthwise, self.conv_qk_grouped
+    mixed = ops.SHORT_CONV(raw, first.weight.squeeze(1), None, None)
+    heads, width = second.groups, second.kernel_size[0]
+    weight = second.weight.unflatten(0, (heads, -1))  # [heads, out, in, width]
+    total = second.bias
+    for back in range(width):
+        row = _shifted(mixed, back).transpose(1, 2) + first.bias
+        part = weight[..., width - 1 - back].transpose(1, 2)  # [heads, in, out]
+        total = total + torch.matmul(row.unflatten(-1, (heads, 1, -1)), part).flatten(-3)
+    per_head = queries.view(shape)
+    repeated = keys.view(shape).unsqueeze(3).expand(-1, -1, -1, self.num_key_value_groups, -1).flatten(2, 3)
+    query_rest = (per_head + repeated) * 0.5
+    key_rest = query_rest.unflatten(2, (-1, self.num_key_value_groups)).mean(dim=-2)
+    size = queries.shape[-1]
+    query = total[..., :size].view(shape) + query_rest
+    key = total[..., size:].view(shape) + key_rest
+    delayed = F.linear(hidden_states, self.v_proj_delayed.weight).transpose(1, 2).contiguous()
+    before = _shifted(delayed, 1).transpose(1, 2)
+    if self.v_proj_delayed.bias is not None:
+        before = before + self.v_proj_delayed.bias
+    value = torch.cat([self.v_proj_current(hidden_states), before], dim=-1).view(shape)
+    return query, key, value
+
+
+def _shifted(x: Tensor, back: int) -> Tensor:
+    """x [B,C,L] as it was `back` tokens ago, zeros before the first token."""
+    if back == 0:
+        return x
+    one = torch.ones(x.shape[1], 1, dtype=x.dtype, device=x.device)
+    return ops.SHORT_CONV(x, torch.cat([one, *(torch.zeros_like(one) for _ in range(back))], dim=1), None, None)
+
+
 @torch.library.custom_op("flarec::bounded_sqrt", mutates_args=())
 def bounded_sqrt(x: Tensor, bound: float) -> Tensor:
     """Square root, elementwise, whose derivative is at most `bound`. An op, because export drops custom backwards."""
