@@ -174,11 +174,19 @@ class Checkpoint:
 
 def context_of(config: Any, tokenizer: Any) -> int:
     """Positions that a model has; what the tokenizer says where the configuration says nothing."""
-    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    stated = getattr(text, "max_position_embeddings", None)
     if stated is None:
         limit = getattr(tokenizer, "model_max_length", None)
         stated = limit if limit is not None and limit < _TOKENIZER_WITHOUT_LIMIT else NO_LIMIT
-    return int(stated)
+    return max(int(stated), _stretched(getattr(text, "rope_parameters", None) or {}))
+
+
+def _stretched(rope: dict[str, Any]) -> int:
+    """Positions of a model whose frequencies YaRN stretched, whatever else its configuration states; else 0."""
+    if rope.get("rope_type") != "yarn":
+        return 0
+    return int((rope.get("original_max_position_embeddings") or 0) * (rope.get("factor") or 1))
 
 
 def open_checkpoint(
