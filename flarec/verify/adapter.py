@@ -63,7 +63,7 @@ def clean_rows_keep_their_bits(subject: Subject, cases: int = 4) -> Result:
 def open_source(subject: Subject, source: str | Path) -> Checkpoint:
     """The model that is said to be the checkpoint's source. Raises `CheckpointError` if it is none."""
     assert subject.adapted is not None
-    other = open_checkpoint(source)
+    other = open_checkpoint(source, dequantize=subject.adapted.checkpoint.dequantize)
     if other.manifest is not None:
         raise CheckpointError(f"{source} is converted itself; give the source of {subject.adapted.checkpoint.path}")
     return other

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
-from .dequantise import asking, companions, why_not
+from .dequantise import PACKED, asking, companions, why_not
 from .formats import KEY, Quantised, quantised
 from .headers import StoredTensor, read_headers
 from .prefixes import TEXT_PREFIXES, mapping_of, renamed, shared_prefix
@@ -97,7 +97,7 @@ def examine(
     _refuse_quantised(path, kind, why_not(kind, table, own) if kind is not None else "", dequantize)
     if kind is not None:
         plain = {name: tensor for name, tensor in own.items() if name not in companions(own)}
-        if len(plain) < len(own):  # weights keep their sizes
+        if not any(name.endswith(PACKED) for name in own):  # else weights have other names and sizes
             _refuse_incomplete(path, rehearse(empty(text), plain.values(), mapping), names, text)
         return SourceFacts(text, wrapper, mapping, quantised=kind, asking=asking(text, table, kind))
     _refuse_incomplete(path, found, names, text)

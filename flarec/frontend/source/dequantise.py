@@ -19,6 +19,7 @@ from .headers import StoredTensor
 PACKAGES = {"fp8": "accelerate", "mxfp8": "accelerate", "compressed-tensors": "compressed_tensors"}
 """Formats that transformers dequantises without a GPU -> the package that it asks for."""
 SCALE = "_scale_inv"
+PACKED = ".weight_packed"
 _USUAL_BLOCK = (128, 128)
 _NARROW = ("F8_E4M3", "F8_E5M2", "F4", "I8")
 

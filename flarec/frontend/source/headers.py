@@ -34,6 +34,10 @@ def weight_files(directory: Path, named: str | None = None) -> list[Path]:
     named: `transformers_weights` of the configuration. Some directories hold the weights a second time under other
     names. Raises `UsageError` for an index that cannot be read.
     """
+    if named and (Path(named).is_absolute() or ".." in Path(named).parts):
+        raise UsageError(
+            f"transformers_weights = '{named}' in the config.json of {directory} is not in its directory; {_ONE_MORE}"
+        )
     first = directory / (named or WEIGHTS)
     if first.name.endswith(".index.json"):
         return _shards(first)
