@@ -231,3 +231,12 @@ def test_a_family_that_transformers_lacks(monkeypatch: pytest.MonkeyPatch) -> No
     done = flarec("bamba", "--run")
     assert done.exit_code == 2 and "has none of bamba" in done.stderr
     assert "not in this transformers" in done.stderr
+
+
+def test_families_that_are_refused_are_listed_with_the_reason() -> None:
+    text = CliRunner().invoke(main, ["families"]).stdout
+    _, _, refused = text.partition("known, and refused:")
+    table = json.loads(CliRunner().invoke(main, ["families", "--json"]).stdout)
+    assert table["refused"] == adapters.REFUSED
+    assert all(f"{family}: {reason}" in refused for family, reason in adapters.REFUSED.items())
+    assert "known, and refused" not in CliRunner().invoke(main, ["families", "bamba"]).stdout
