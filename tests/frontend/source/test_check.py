@@ -194,7 +194,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a shard of another copy": (shards(drop_tensor), r"index.json says that model-00002-of-00002.safetensors holds"),
     "overlapping shards": (shards(overlap), r"is stored twice, in model-00001-of-.* and in model-00002-of"),
     "weights elsewhere": (
-        config(transformers_weights="../other/model.safetensors"), r"transformers_weights = '../other/model.safetensors' in"
+        config(transformers_weights="../other/model.safetensors"),
+        r"transformers_weights = '../other/model.safetensors' in",
     ),
     "a shard elsewhere": (shards(outside), r"names ../other/model.safetensors, which is not in its directory"),
     "Keras": (both(moved(None), file("tf_model.h5", "x")), r"in tf_model.h5: it is of another framework"),

@@ -37,7 +37,8 @@ def rewritten(path: Path, out: Path) -> Path:
 
 
 def mixers(model: Any) -> dict[str, int]:
-    return {name.removeprefix("flarec."): n for name, n in capture(model).op_counts().items() if name.startswith("flarec.")}
+    counts = capture(model).op_counts()
+    return {name.removeprefix("flarec."): n for name, n in counts.items() if name.startswith("flarec.")}
 
 
 def as_eager(model: Any) -> None:
@@ -56,7 +57,8 @@ def test_a_pattern_with_dashes(tmp_path: Path) -> None:
     path = copied(tmp_path, "nemotron_h")
     words = json.loads((path / "config.json").read_text())["layers_block_type"]
     letter = {"linear_attention": "M", "mamba": "M", "moe": "E", "full_attention": "*", "attention": "*", "mlp": "-"}
-    configure(path, layers_block_type=..., layer_types=..., hybrid_override_pattern="".join(letter[word] for word in words))
+    pattern = "".join(letter[word] for word in words)
+    configure(path, layers_block_type=..., layer_types=..., hybrid_override_pattern=pattern)
     assert "-" in json.loads((path / "config.json").read_text())["hybrid_override_pattern"]
     assert judge_source(path).notes == ()
     assert read_config(path).to_dict()["layers_block_type"] == words
@@ -146,7 +148,7 @@ def test_granitemoehybrid_without_parts(overrides: dict[str, Any], ops: dict[str
 def test_decay_rates_stay_float32_in_a_bfloat16_model(tmp_path: Path) -> None:
     path = copied(tmp_path)
     wide = ("A_log", "dt_bias")
-    rewrite(path, lambda every: {name: value if name.endswith(wide) else value.bfloat16() for name, value in every.items()})
+    rewrite(path, lambda every: {n: value if n.endswith(wide) else value.bfloat16() for n, value in every.items()})
     configure(path, dtype="bfloat16")
     before = load_file(path / "model.safetensors")
     after = load_file(rewritten(path, tmp_path / "out") / "model.safetensors")
