@@ -39,9 +39,9 @@ class Launch:
         if not given.get("RANK") and not given.get("WORLD_SIZE"):
             return None
         size = _number(given, "WORLD_SIZE", 1)
-        rank = _number(given, "RANK", 0, size - 1)
         if size == 1:
             return Launch(0, 1, _number(given, "LOCAL_RANK", 0) if given.get("LOCAL_RANK") else 0, "", 0)
+        rank = _number(given, "RANK", 0, size - 1)
         local = _number(given, "LOCAL_RANK", 0, rank)
         return Launch(rank, size, local, _text(given, "MASTER_ADDR"), _number(given, "MASTER_PORT", 1, LARGEST_PORT))
 

@@ -23,6 +23,8 @@ from ...base.lock import Process
 BEAT_SECONDS, SILENT_SECONDS, GRACE_SECONDS = 1.0, 40.0, 10.0
 """Between two beats; without a beat until a rank counts as lost; from the news of a failure to the end of a rank that
 does not end by itself. Together they are less than a minute."""
+LONGEST_ROUND = 5.0
+"""Seconds that a round counts for at most: a machine that was suspended has not waited for the others meanwhile."""
 _FAILURE, _TOLD, _LEFT = "failure", "told", "left"
 
 
@@ -81,6 +83,7 @@ class RankWatch:
         self.alone = False
         """Whether the store is gone."""
         self.found_at = 0.0
+        self.looked, self.awake = clock(), 0.0
         self.own = _Member.current()
         self.members: dict[int, _Member] = {}
         self.beats: dict[int, tuple[bytes, float]] = {}
@@ -125,6 +128,9 @@ class RankWatch:
     def look(self) -> Failure | None:
         """One beat, and what became of the others: the first failure of any rank."""
         with self._lock:
+            now = self.clock()
+            self.awake += min(now - self.looked, LONGEST_ROUND)
+            self.looked = now
             try:
                 self.rounds += 1
                 self.store.set(f"beat/{self.rank}", str(self.rounds))
@@ -140,7 +146,7 @@ class RankWatch:
             return self.failure
 
     def _lost(self) -> Iterator[Failure]:
-        now, others = self.clock(), self.others
+        now, others = self.awake, self.others
         if not self.members:
             found = self.store.multi_get([f"member/{rank}" for rank in others])
             self.members = {rank: _Member.read(text) for rank, text in zip(others, found, strict=True)}

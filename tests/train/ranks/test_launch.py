@@ -21,6 +21,7 @@ def test_a_process_without_a_launcher_is_alone() -> None:
 
 def test_one_of_one_needs_no_place_to_meet() -> None:
     assert Launch.of_environment({"RANK": "0", "WORLD_SIZE": "1"}) == Launch(0, 1, 0, "", 0)
+    assert Launch.of_environment({"WORLD_SIZE": "1"}) == Launch(0, 1, 0, "", 0), "left over from something else"
     assert Launch.of_environment(GIVEN) == Launch(1, 4, 1, "node0", 29500)
 
 
