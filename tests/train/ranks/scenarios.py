@@ -34,6 +34,8 @@ CASES = {
     "adapter": adapter_recipe(*FOUR, "optimizer.micro_rows=2"),
 }
 
+RESUMED = ("flare", "adapter")
+
 
 def set_ups() -> dict[str, Small]:
     """By case; a model with experts, captured once. Without `adapt-noisy-stream` its adapter gets no gradient."""
@@ -86,19 +88,20 @@ def continued(set_up: Small, chosen: Recipe, ranks: Ranks | None, folder: Path, 
 
 
 def first_pair(made: Mapping[str, Small], folder: Path) -> None:
-    """Every case on two ranks, and from its own save once more."""
+    """Every case on two ranks, some from their own save once more."""
     with joined("cpu") as ranks:
         for name, chosen in CASES.items():
             store(folder, f"{name}-two-{ranks.rank}", whole(made[name], chosen, ranks, folder / f"{name}-two"))
-            trainer, log = continued(made[name], chosen, ranks, folder / f"{name}-two", STEPS - SAVED)
-            store(folder, f"{name}-again-{ranks.rank}", results(trainer, log))
+            if name in RESUMED:
+                trainer, log = continued(made[name], chosen, ranks, folder / f"{name}-two", STEPS - SAVED)
+                store(folder, f"{name}-again-{ranks.rank}", results(trainer, log))
 
 
 def second_pair(made: Mapping[str, Small], folder: Path) -> None:
     """The last step, from what one process made of the save of two."""
     with joined("cpu") as ranks:
-        for name, chosen in CASES.items():
-            trainer, log = continued(made[name], chosen, ranks, folder / f"{name}-mixed", 1)
+        for name in RESUMED:
+            trainer, log = continued(made[name], CASES[name], ranks, folder / f"{name}-mixed", 1)
             store(folder, f"{name}-mixed-{ranks.rank}", results(trainer, log))
 
 
@@ -158,8 +161,8 @@ def main(folder: Path) -> None:
     for name, chosen in CASES.items():
         store(folder, f"{name}-one", whole(made[name], chosen, None, folder / f"{name}-one"))
     codes["first"] = on_ranks(lambda rank: first_pair(made, folder))
-    for name, chosen in CASES.items():
-        trainer, _ = continued(made[name], chosen, None, folder / f"{name}-two", 1)
+    for name in RESUMED:
+        trainer, _ = continued(made[name], CASES[name], None, folder / f"{name}-two", 1)
         save(trainer, folder / f"{name}-mixed")
     codes["second"] = on_ranks(lambda rank: second_pair(made, folder))
     for name in FAILURES:
