@@ -24,6 +24,7 @@ from .characters import Spans, token_spans
 from .markers import has_markers, marked_spans
 
 MARKER = "\ue0f1\ue0f2\ue0f1"  # private-use characters: no template or text has a reason to contain them
+USUAL = ("system", "user", "tool")  # roles that templates know: one whose text is in the rendering is taken as printed
 Turns = list[tuple[int | None, tuple[int, int]]]
 """(place of the message, if it is known, characters [start, end) of its text and end token)."""
 
@@ -84,25 +85,35 @@ class ChatEncoder:
 
     def _check_turn(self, message: Message, place: int | None, text: str) -> None:
         """Raises `BadRecord` for a turn of which the template prints nothing but its end."""
-        who = "an assistant message" if place is None else f"message {place + 1} (assistant)"
-        for name in (str(tool_name(call)) for call in message.get("tool_calls", ())):
-            if name not in text:
-                raise BadRecord(
-                    f"{who} calls the tool {name}, which the chat template does not print; give a tokenizer whose "
-                    "template prints tool calls, or the call as content"
-                )
+        if place is not None:
+            self._check_calls(message, place, text)
         if message.get("reasoning_content", "").strip() not in text:
             self.notes["turns without their reasoning, which the chat template does not print there"] += 1
         if not text[: self._ending(text)[0]].strip():
+            who = "an assistant message" if place is None else f"message {place + 1} (assistant)"
             raise BadRecord(f"{who} has no text but its end; leave the message out")
+
+    def _check_calls(self, message: Message, place: int, text: str) -> None:
+        """Raises `BadRecord` for a tool call that is not in the text that is trained."""
+        for name in (str(tool_name(call)) for call in message.get("tool_calls", ())):
+            if name not in text:
+                raise BadRecord(
+                    f"message {place + 1} (assistant) calls the tool {name}, which the chat template does not print; "
+                    "give a tokenizer whose template prints tool calls, or the call as content"
+                )
 
     def _check_printed(self, chat: Dialogue, text: str) -> None:
         """Raises `BadRecord` for a message of others that the template leaves out; notes tools that it leaves out."""
         if chat.tools and not all(str(tool_name(tool)) in text for tool in chat.tools):
             self.notes["conversations with tools that the chat template does not print"] += 1
+        behind = 0
         for place, message in enumerate(chat.messages):
             content = message.get("content", "").strip()
-            if message["role"] == "assistant" or content in text:
+            if message["role"] == "assistant" or not content:
+                continue
+            found = text.find(content, behind)
+            if found >= 0 and message["role"] in USUAL:
+                behind = found + len(content)
                 continue
             try:
                 printed = MARKER in self._render(chat, self._instead(chat, place, {**message, "content": MARKER}))
@@ -121,13 +132,16 @@ class ChatEncoder:
             raise BadRecord("the chat template's generation markers enclose no assistant token")
         if len(spans) == len(assistant):
             turns = zip(assistant, spans, strict=True)
-            return [(place, span) for place, span in turns if place in trained and span[0] < span[1]]
+            return [(place, span) for place, span in turns if place in trained]
         if trained != assistant:
             raise BadRecord(
                 f"the chat template's generation markers enclose {len(spans)} pieces of {len(assistant)} assistant "
                 "messages, of which not all are trained; give the trained ones a record of their own"
             )
-        return [(None, span) for span in spans if span[0] < span[1]]
+        pieces: Turns = [(None, span) for span in spans if span[0] < span[1]]
+        for place in trained:  # which piece is whose is not known
+            self._check_calls(chat.messages[place], place, "".join(text[start:end] for _, (start, end) in pieces))
+        return pieces
 
     def _found(self, chat: Dialogue, text: str) -> Turns:
         return [(place, self._turn(chat, text, place)) for place in chat.trained()]

@@ -155,6 +155,24 @@ def test_a_call_that_the_template_does_not_print_is_an_error() -> None:
         ChatEncoder(tokenizer, [tokenizer.eos_token_id]).encode(messages_of(calling(CALL, content="Wait.")))
 
 
+def test_markers_that_leave_a_turn_out_are_an_error() -> None:
+    """An empty block for a turn, and blocks for content and calls apart of which one is missing."""
+    encoder = ChatEncoder(small.small_tokenizer(small.MARKED_CONTENT), [])
+    with pytest.raises(BadRecord, match=r"message 2 \(assistant\) (calls the tool|has no text but its end)"):
+        encoder.encode(messages_of(calling(CALL)))
+    end = "{% endgeneration %}"
+    apart = small.MARKED_CONTENT.replace(end, end + "{% generation %}!" + end)
+    with pytest.raises(BadRecord, match=r"message 2 \(assistant\) calls the tool weather"):
+        ChatEncoder(small.small_tokenizer(apart), []).encode(messages_of(calling(CALL, content="Wait.")))
+
+
+def test_a_left_out_message_whose_words_stand_elsewhere() -> None:
+    messages = [{"role": "developer", "content": "Rain?"}, ASKED, ANSWERED]
+    with pytest.raises(BadRecord, match=r"message 1 \(developer\) is not printed"):
+        spans("CALLS", messages)
+    assert spans("CHATML", messages) == ["No." + END]
+
+
 @pytest.mark.parametrize("arguments", ["{not JSON", "[1]", 3])
 def test_arguments_that_are_no_object_are_a_reason(arguments: Any) -> None:
     with pytest.raises(BadRecord, match="the chat template rejects the messages"):
