@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import flarec as package
 from flarec.base.lock import OutputLock
 from flarec.checkpoint.manifest import Manifest
 from flarec.errors import CheckpointError
@@ -63,7 +62,6 @@ def test_stopped_written_out_and_shortened(place: Path, monkeypatch: pytest.Monk
     assert (manifest.data["steps"], manifest.data["planned_steps"]) == (2, 9)
     assert sorted(manifest.metrics["held_out"]) == ["step 0", "step 2"]
     assert "| steps | 2 |" in (place / "out" / "README.md").read_text()
-    assert package.load(place / "out").generate("say red one", max_new_tokens=2).mode == "ar-trust"
 
     before = tree(place)
     for more, words in (
@@ -90,8 +88,6 @@ def test_stopped_written_out_and_shortened(place: Path, monkeypatch: pytest.Monk
     assert logged == [(0, True), (1, False), (2, False), (3, False), (4, False), (4, True)]
     assert not (place / "out.partial").exists()
 
-    done = flarec(*command, "--steps", "4")
-    assert (done.exit_code, "nothing is left to do" in done.stderr) == (0, True), done.stderr
     long = flarec(*command, "--steps", "12")
     assert (long.exit_code, "out is complete with 4 steps" in long.stderr) == (2, True), long.stderr
 

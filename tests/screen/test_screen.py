@@ -4,6 +4,7 @@ the same steps and `flarec.evaluate`."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 
 import flarec as package
 from flarec.checkpoint.manifest import Manifest
+from flarec.cli.screen import _table
 from flarec.evaluate import evaluate, read_examples
 from flarec.screen.arguments import ScreenArguments
 from flarec.screen.mixes import proxy
+from flarec.screen.screen import MixScore, Screening
 from tests.checkpoints import tree
 from tests.cli.conversions import WORDS, flarec, write_data
 from tests.models import TOKENS, tiny_checkpoint
@@ -44,7 +47,7 @@ def write_tasks(path: Path) -> Path:
 def test_the_best_mix_is_found_and_converted_with(place: Path) -> None:
     tasks = write_tasks(place / "tasks.jsonl")
     split = ["--eval-data", tasks.name, "--held-out", "6", "--max-new-tokens", "4"]
-    mixes = {"good": "good.jsonl", "bad": "bad.jsonl", "both": "bad.jsonl:3,good.jsonl"}
+    mixes = {"bad": "bad.jsonl:3,good.jsonl", "good": "good.jsonl"}  # nothing of the first may be left for the second
     given = [word for name, files in mixes.items() for word in ("--mix", f"{name}={files}")]
     result = flarec("screen", "source", *given, *SHORT, *split, "--json", "--convert", "out", "--set",
                     "optimizer.steps=2", "--set", "evaluation.every=0")
@@ -53,7 +56,7 @@ def test_the_best_mix_is_found_and_converted_with(place: Path) -> None:
     rows = {row["name"]: row for row in found["mixes"]}
     assert (found["best"], found["by"], found["checkpoint"]) == ("good", "loss", "out")
     assert found["split"] == "6 documents of tasks.jsonl (6 tasks)"
-    assert rows["good"]["loss"] < rows["both"]["loss"] < rows["bad"]["loss"]
+    assert rows["good"]["loss"] < rows["bad"]["loss"] < found["source"]["loss"]
     assert found["lead"]["mean"] > 0 and found["lead"]["standard_error"] > 0
     manifest = Manifest.read(place / "out")
     assert manifest is not None and list(manifest.data["sources"]) == ["1: good.jsonl"]
@@ -73,14 +76,6 @@ def test_the_best_mix_is_found_and_converted_with(place: Path) -> None:
                    "optimizer.warmup_steps=0"],
     )
     assert (rows["good"]["loss"], rows["good"]["accuracy"]) == oracle(plain)
-
-    # in another order each mix has the same numbers: nothing is left of the one before
-    given = [word for name in ("bad", "good") for word in ("--mix", f"{name}={mixes[name]}")]
-    again = flarec("screen", "source", *given, *SHORT, *split)
-    for name in ("bad", "good"):
-        (line,) = [line for line in again.stdout.splitlines() if f"  {name} " in line]
-        assert f"{rows[name]['loss']:.4f}" in line
-    assert "chosen by held-out loss on one split: 6 documents of tasks.jsonl (6 tasks); 4 steps each" in again.stdout
 
 
 def test_the_split_is_in_no_mix(place: Path) -> None:
@@ -143,3 +138,20 @@ def test_the_short_run_is_plain_fine_tuning(tmp_path: Path) -> None:
     named = ScreenArguments("m", recipe="draft", overrides=("optimizer.lr=2e-5",))
     assert proxy(named, [], tmp_path).load_recipe().optimizer.lr == 2e-5
     assert proxy(ScreenArguments("m", lr=1e-3), [], tmp_path).load_recipe().optimizer.lr == 1e-3
+
+
+def test_the_table_says_how_it_was_chosen() -> None:
+    def scored(name: str, *losses: float) -> MixScore:
+        return MixScore(name, sum(losses) / len(losses), losses, 0.25, 4, 7, 1234, 2.0)
+
+    mixes = scored("one", 1.0, 2.0), scored("two", 1.5, 2.7)
+    clear = Screening(scored("(source)", 3.0, 4.0), mixes, "loss", "2 documents of x (4 tasks)", 9, 0, 1e-5, (0.6, 0.1))
+    lines = _table(clear)
+    assert [line.split()[:2] for line in lines[1:3]] == [["1", "one"], ["2", "two"]]
+    assert "25.0% of 4" in lines[1] and "1,234" in lines[1]
+    said = "\n".join(lines[4:])
+    assert "chosen by held-out loss on one split: 2 documents of x (4 tasks); 9 steps each, lr 1e-05, seed 0" in said
+    assert "one against two: loss per token lower by 0.6000 +- 0.1000" in said
+    assert "within the noise" not in said
+    assert "within the noise" in "\n".join(_table(replace(clear, lead=(0.1, 0.1))))
+    assert "within the noise" in "\n".join(_table(replace(clear, lead=(0.1, None))))
