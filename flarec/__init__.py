@@ -10,6 +10,7 @@ _LAZY = {
     "GenerationOptions": "flarec.base.generation",
     "capture": "flarec.frontend.export",
     "convert": "flarec.train.convert",
+    "finish": "flarec.train.convert",
     "load": "flarec.api",
 }
 
