@@ -57,6 +57,8 @@ def test_stopped_written_out_and_shortened(place: Path, monkeypatch: pytest.Monk
     early = flarec("finish", place / "out.partial", "--keep")
     assert early.exit_code == 0, early.output
     assert "trained" in early.stderr and "in 2 of 9 steps" in early.stderr
+    again = flarec("finish", place / "out.partial", "--keep")  # as after a kill behind the last rename
+    assert (again.exit_code, "nothing is left to do" in again.stderr) == (0, True), again.stderr
     monkeypatch.chdir(place)
     manifest = manifest_of(place / "out")
     assert (manifest.data["steps"], manifest.data["planned_steps"]) == (2, 9)
