@@ -1,4 +1,4 @@
-"""`flarec bench`: time the kernels on a GPU, and draw what was measured."""
+"""`flarec bench`: time kernels and decoding, put load on a server, and draw what was measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 @click.group("bench")
 def command() -> None:
-    """Measure the Triton kernels against flash-linear-attention and torch, and decoding against transformers."""
+    """Measure Triton kernels against flash-linear-attention and torch, decoding against transformers, and servers."""
 
 
 @command.command()
@@ -95,6 +95,62 @@ def decode(
     )
     Console(width=160).print(table(lines, title=f"Decoding, {shape}, context {context}, blocks of {block_size}"))
     if any(line.status == "failed" or line.verdict == "missed" for line in lines):
+        sys.exit(1)
+
+
+@command.command()
+@click.argument("url", metavar="URL")
+@click.option("--prompts", type=FILE, required=True, metavar="FILE", help="A prompt per line, or JSONL; used in turn.")
+@click.option("--mode", "modes", multiple=True, metavar="NAME",
+              help="Of flarec's own server (repeatable): causal, ar-trust ... Default: the server's.")
+@click.option("--clients", multiple=True, type=click.IntRange(min=1), metavar="N",
+              help="Closed loop: so many clients, each asks again when it was answered (repeatable). Default: 1 to 64.")
+@click.option("--rate", "rates", multiple=True, type=click.FloatRange(min=0, min_open=True), metavar="R",
+              help="Open loop: R requests per second, at random times (repeatable).")
+@click.option("--requests", type=click.IntRange(min=1), metavar="N", help="Of each load. Default: 4 per client.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, metavar="N", help="New ones.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0, show_default=True, metavar="T")
+@click.option("--chat/--text", default=True, show_default=True, help="Send texts as a user's message, or as they are.")
+@click.option("--api-key", envvar="FLAREC_API_KEY", metavar="KEY", help="Of the server. Default: $FLAREC_API_KEY.")
+@click.option("--out", type=FILE, metavar="FILE", help="Write the results as JSON.")
+@click.option("--plot", "picture", type=FILE, metavar="FILE", help="Draw them: svg, png or pdf.")
+@click.option("--commit", metavar="ID", help="Commit of the tree, kept in the results.")
+def serve(
+    url: str, prompts: Path, modes: tuple[str, ...], clients: tuple[int, ...], rates: tuple[float, ...],
+    requests: int | None, max_tokens: int, temperature: float, chat: bool, api_key: str | None, out: Path | None,
+    picture: Path | None, commit: str | None,
+) -> None:
+    """Put load on the OpenAI-compatible server at URL (http://127.0.0.1:8000/v1), flarec's or another one.
+
+    Tokens per second, time to the first token and per token; from /metrics of flarec's server also tokens per forward
+    and accepted drafts by position. Exit code 1 if a request got no answer.
+    """
+    import asyncio
+
+    from flarec.base.files import check_apart, write_file
+    from flarec.base.prompts import read_prompts
+    from flarec.bench.serve.client import Server
+    from flarec.bench.serve.picture import draw_loads
+    from flarec.bench.serve.results import LoadResult, record
+    from flarec.bench.serve.session import LoadPlan, run_loads
+
+    check_apart([path for path in (out, picture) if path is not None], [prompts])
+    server = Server.at(url, api_key)
+    plan = LoadPlan(
+        [prompt for _, prompt in read_prompts(prompts)], modes or ("",), clients or (() if rates else LoadPlan.clients),
+        rates, requests or 0, {"max_tokens": max_tokens, "temperature": temperature}, chat,
+    )
+
+    def say(item: LoadResult) -> None:
+        click.echo(item.text())
+
+    results = asyncio.run(run_loads(server, plan, say))
+    if out is not None:
+        words = " ".join(["flarec bench serve", *map(shlex.quote, sys.argv[3:])])
+        write_file(out, record(results, url=url, command=words, commit=commit))
+    if picture is not None:
+        draw_loads(results, picture)
+    if any(item.errors for item in results):
         sys.exit(1)
 
 
