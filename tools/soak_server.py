@@ -1,11 +1,11 @@
 """Soak a server of flarec: many requests at once, of random lengths, modes, seeds and stops; some clients go away.
 
-    .venv/bin/python tools/soak_server.py CKPT --requests 1000 --open 256
+    .venv/bin/python tools/soak_server.py [CKPT] --requests 1000 --open 256
 
-Starts `flarec serve CKPT`, keeps `--open` requests going until `--requests` were sent, and then compares: every text
-that ended is that of the same request alone (in this process), none is lost, nothing waits or runs in the server, and
-its memory after the second half is that after the first. Exit code 1 if anything differs. The server and this process
-share the machine: the numbers are counts, no speeds.
+Starts `flarec serve` on CKPT (a tiny Qwen3.5 with random weights if none is given), keeps `--open` requests going until
+`--requests` were sent, and then compares: every text that ended is that of the same request alone (in this process),
+none is lost, nothing waits or runs in the server, and its memory after the second half is that after the first. Exit
+code 1 if anything differs. The server and this process share the machine: the numbers are counts, no speeds.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from flarec import api  # noqa: E402
 from flarec.base.generation import GenerationOptions  # noqa: E402
 from flarec.bench.serve.client import Server, ServerError  # noqa: E402
 from flarec.bench.serve.results import counters  # noqa: E402
+from tests.checkpoints import converted  # noqa: E402
 
 WAYS: list[dict[str, Any]] = [
     {"mode": "causal"}, {"mode": "ar-trust", "drafts": "single"}, {"mode": "ar-trust", "drafts": "branches"},
@@ -135,7 +137,7 @@ def compare(model: api.Model, requests: list[Sent]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--open", type=int, default=256)
     parser.add_argument("--longest", type=int, default=60, help="most new tokens of a request")
@@ -143,9 +145,14 @@ def main() -> None:
     parser.add_argument("--commit")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run(args, args.checkpoint or str(converted(Path(folder), "qwen3_5_text")[1]))
+
+
+def run(args: argparse.Namespace, checkpoint: str) -> None:
     rng = random.Random(args.seed)
     requests = [draw(rng, WORDS, args.longest) for _ in range(args.requests)]
-    command = [sys.executable, "-m", "flarec", "serve", args.checkpoint, "--port", "0", "--device", "cpu",
+    command = [sys.executable, "-m", "flarec", "serve", checkpoint, "--port", "0", "--device", "cpu",
                "--served-model-name", "model"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -154,12 +161,12 @@ def main() -> None:
         told = asyncio.run(soak(Server.at(match[1]), "model", requests, args.open, process.pid))
         process.terminate()
         status, noise = process.wait(), process.stderr.read()
-    wrong = compare(api.load(args.checkpoint), requests)
+    wrong = compare(api.load(checkpoint), requests)
     gone = sum(sent.gone for sent in requests)
     ended = Counter(sent.finish or sent.error or "gone" for sent in requests)
     first, last = told["resident_kib"]
     table = {
-        "checkpoint": Path(args.checkpoint).name, "commit": args.commit, "requests": len(requests), "open": args.open,
+        "checkpoint": Path(checkpoint).name, "commit": args.commit, "requests": len(requests), "open": args.open,
         "clients_that_left": gone, "ended": dict(ended), "differ_from_the_solo_run": len(wrong), "exit_code": status,
         "written_to_stderr": noise, "growth": last / first, **told,
     }

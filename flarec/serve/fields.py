@@ -18,7 +18,7 @@ from .refusals import HttpRefusal
 
 MOST_CHOICES = 128
 MOST_PROMPTS = 1024
-MOST_STOPS, LONGEST_STOP = 64, 1000
+MOST_STOPS, LONGEST_STOP = 16, 256
 MOST_MESSAGES = 10_000
 UNIONS = {
     "prompt": f"give a text, up to {MOST_PROMPTS} texts, token ids, or up to {MOST_PROMPTS} lists of these",

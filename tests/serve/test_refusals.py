@@ -41,7 +41,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "top_k": ("1", True, 1.5, -2, 10**30),
     "seed": ("1", True, 1.5, -1, 10**30),
     "n": ("1", True, 1.5, 0, 129),
-    "stop": (5, "", [""], ["a", 5], ["x"] * 65, "x" * 1001, {}),
+    "stop": (5, "", [""], ["a", 5], ["x"] * 17, "x" * 257, {}),
     "stream": ("true", 1, []),
     "stream_options": (True, {"include_usage": 1}, {"other": True}, {"include_usage": True}),
     "mode": ("fast", 1, "", ["causal"]),
