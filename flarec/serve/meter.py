@@ -60,6 +60,9 @@ class Meter(Collector):
         yield GaugeMetricFamily("flarec_requests_waiting", "Generations without a token so far.", value=waiting)
         yield GaugeMetricFamily("flarec_requests_running", "Generations that have tokens.", value=running)
         yield CounterMetricFamily("flarec_prompt_tokens", "Tokens of prompts.", value=self.prompt_tokens)
+        yield CounterMetricFamily(
+            "flarec_prompt_tokens_known", "Tokens of prompts that the prefix cache knew.", value=self.stats.known_tokens
+        )
         yield CounterMetricFamily("flarec_generation_tokens", "New tokens of those that ended.", value=self.tokens)
         yield CounterMetricFamily(
             "flarec_generation_forwards", "Forwards that these took part in, a prefill counts as one.",

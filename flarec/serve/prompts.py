@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import secrets
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
-from flarec.base.fields import LARGEST, shown
+from flarec.base.fields import LARGEST
 from flarec.base.generation import GenerationOptions
+from flarec.base.rendering import RESERVED
 from flarec.decode import Engine
 from flarec.decode.tokenizing import encode_prompt
-from flarec.errors import GenerationError
 
 from .fields import ChatFields, CompletionFields, Message, Sampling
 from .refusals import HttpRefusal
@@ -66,46 +63,22 @@ def completion_prompts(model: Served, fields: CompletionFields) -> list[list[int
 
 def chat_prompt(model: Served, fields: ChatFields) -> list[int]:
     """Token ids of the conversation up to the turn that the model writes. Raises `GenerationError`, `HttpRefusal`."""
-    more = dict(fields.chat_template_kwargs or {})
+    options = dict(fields.chat_template_kwargs or {})
+    if taken := sorted(RESERVED & options.keys()):
+        name = f"chat_template_kwargs.{taken[0]}"
+        raise HttpRefusal(400, f"the field '{name}' is the server's own; give variables of the template", param=name)
     tools = None
     if fields.tools and fields.tool_choice != "none":
         tools = [tool.model_dump(exclude_none=True) for tool in fields.tools]
     messages = [turn(message) for message in fields.messages]
-    if not more and not tools:
-        return encode_prompt(model.tokenizer, messages)
-    template = model.tokenizer.apply_chat_template
-    taken = {*inspect.signature(template).parameters, "messages"} & more.keys()
-    if taken:
-        name = f"chat_template_kwargs.{min(taken)}"
-        raise HttpRefusal(400, f"the field '{name}' is the server's own; give variables of the template", param=name)
-    if not getattr(model.tokenizer, "chat_template", None):
-        raise GenerationError("the tokenizer has no chat template; use /v1/completions")
-    try:
-        ids = template(messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True, **more)
-    except Exception as error:  # whatever a template raises for what it does not like
-        raise GenerationError(f"the chat template rejects the messages: {error}") from error
-    return list(ids["input_ids"])
+    return encode_prompt(model.tokenizer, messages, tools=tools, options=options)
 
 
 def turn(message: Message) -> dict[str, Any]:
-    """A message as templates of transformers read it: text in one piece, arguments of calls as tables."""
+    """A message as `flarec.base.messages` reads it: parts of a text joined, nothing that is null."""
     found = message.model_dump(exclude_none=True)
     if isinstance(message.content, list):
         found["content"] = "\n".join(part.text for part in message.content)
-    if message.content is None:
-        if not message.tool_calls:
-            raise HttpRefusal(400, f"a message of the {message.role} has no content", param="messages")
-        found["content"] = ""
-    for call in found.get("tool_calls", ()):
-        call["function"]["arguments"] = _table(call["function"]["arguments"])
+    if message.content is None and not message.tool_calls:
+        raise HttpRefusal(400, f"a message of the {message.role} has no content", param="messages")
     return found
-
-
-def _table(text: str) -> Mapping[str, Any]:
-    try:
-        table = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        table = None
-    if not isinstance(table, dict):
-        raise HttpRefusal(400, f"the arguments of a tool call are no JSON object: {shown(text)}", param="messages")
-    return table

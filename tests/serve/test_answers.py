@@ -168,6 +168,24 @@ def test_neighbours_with_other_settings(client: Any, model: api.Model) -> None:
     assert [output.stop_reason for output in right[:2]] == ["eos", "eos"]
 
 
+def test_what_was_read_before_is_not_read_again(client: Any, url: str, model: api.Model) -> None:
+    """A prefix that is known, the whole prompt known, and one token behind what is known."""
+    long = [3 + index % 200 for index in range(600)]
+    prompts = [long, long, long[:257], [*long, 9], [*long[:300], 4]]
+    ways = [way for way in (MODES[0], MODES[2]) for _ in prompts]
+    right = [alone(model, prompt, way) for way, prompt in zip(ways, prompts * 2, strict=True)]
+    before = metrics(url)["flarec_prompt_tokens_known_total"]
+    model.engine.keep_prefixes(64 << 20)
+    try:
+        for way, prompt, output in zip(ways, prompts * 2, right, strict=True):
+            answer = client.completions.create(model=NAME, prompt=prompt, extra_body=way, logprobs=1, **FIELDS)
+            assert answer.choices[0].text == output.text
+            assert len(answer.choices[0].logprobs.tokens) == output.new_tokens
+    finally:
+        model.engine.keep_prefixes(0)
+    assert metrics(url)["flarec_prompt_tokens_known_total"] - before > 5 * 256
+
+
 def test_a_random_seed_if_none_is_given(client: Any) -> None:
     texts = {client.completions.create(model=NAME, prompt="x", max_tokens=12).choices[0].text for _ in range(3)}
     assert len(texts) > 1
