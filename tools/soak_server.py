@@ -153,7 +153,7 @@ def run(args: argparse.Namespace, checkpoint: str) -> None:
     rng = random.Random(args.seed)
     requests = [draw(rng, WORDS, args.longest) for _ in range(args.requests)]
     command = [sys.executable, "-m", "flarec", "serve", checkpoint, "--port", "0", "--device", "cpu",
-               "--served-model-name", "model"]
+               "--served-model-name", "model", "--prefix-cache", "16"]  # soon full: memory is compared
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         match = re.fullmatch(r"serving model on (\S+)\n", process.stderr.readline())

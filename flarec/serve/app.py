@@ -70,6 +70,7 @@ class Service:
         app.add_exception_handler(HttpRefusal, self._refused)
         app.add_exception_handler(HTTPException, self._refused)
         app.add_exception_handler(GenerationError, self._refused)
+        app.add_exception_handler(Exception, self._failed)
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/metrics", self.metrics, methods=["GET"])
         app.add_api_route("/v1/models", self.models, methods=["GET"])
@@ -95,6 +96,10 @@ class Service:
         assert isinstance(error, HttpRefusal)
         self.meter.refused[str(error.status)] += 1
         return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+
+    async def _failed(self, request: Request, error: Exception) -> Response:
+        """A fault of ours: the client gets an answer, stderr the traceback."""
+        return await self._refused(request, HttpRefusal(500, f"the server failed: {type(error).__name__}"))
 
     async def health(self) -> Response:
         if not self.worker.alive:

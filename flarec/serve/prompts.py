@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from dataclasses import replace
 from typing import Any, Protocol
 
-from flarec.base.fields import LARGEST
+from flarec.base.fields import LARGEST, shown
 from flarec.base.generation import GenerationOptions
 from flarec.base.rendering import RESERVED
 from flarec.decode import Engine
@@ -81,4 +82,15 @@ def turn(message: Message) -> dict[str, Any]:
         found["content"] = "\n".join(part.text for part in message.content)
     if message.content is None and not message.tool_calls:
         raise HttpRefusal(400, f"a message of the {message.role} has no content", param="messages")
+    for call in message.tool_calls or ():
+        _check_arguments(call.function.arguments)
     return found
+
+
+def _check_arguments(text: str) -> None:
+    try:
+        table = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict):
+        raise HttpRefusal(400, f"the arguments of a tool call are no JSON object: {shown(text)}", param="messages")

@@ -121,8 +121,9 @@ class Worker:
                 job.prompt, job.options, stop_check=text.stop_check if job.options.stop else None, on_tokens=tell,
                 logprobs=job.logprobs,
             )
-        except GenerationError as error:
-            self._close(job, News(job, refusal=HttpRefusal(400, str(error))))
+        except Exception as error:  # nothing that one request brings may end this thread
+            status = 400 if isinstance(error, GenerationError) else 500
+            self._close(job, News(job, refusal=HttpRefusal(status, first_line(error))))
             return
         job.text = text
         self._running[job.request] = job

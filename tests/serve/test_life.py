@@ -129,6 +129,26 @@ def test_a_step_that_fails_is_told_and_the_next_request_is_served(
         assert metrics(url)["flarec_engine_failures_total"] == 1
 
 
+def test_a_fault_of_ours_is_an_answer_and_the_server_goes_on(
+    model: api.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = service_of(model)
+
+    def fails(*args: Any, **keywords: Any) -> Any:
+        raise RuntimeError("mine")
+
+    with served(service) as url:
+        with monkeypatch.context() as patch:
+            patch.setattr(service.meter, "text", fails)
+            patch.setattr(model.engine, "add", fails)
+            status, answer = send(url, "GET", "/metrics")
+            assert (status, answer["error"]["message"]) == (500, "the server failed: RuntimeError")
+            status, answer = send(url, "POST", "/v1/completions", json.dumps(SHORT).encode())
+            assert (status, answer["error"]["message"]) == (500, "mine")
+        assert send(url, "GET", "/health")[0] == 200
+        assert sdk(url).completions.create(**SHORT).choices[0].finish_reason == "length"
+
+
 def test_a_key(model: api.Model) -> None:
     with served(service_of(model, api_key="secret")) as url:
         for key in ("other", "", "secret2"):

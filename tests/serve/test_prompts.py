@@ -33,7 +33,7 @@ def shown(model: api.Model, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def show(**values: Any) -> str:
         ids = chat_prompt(model, fields(**values))
-        return model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # type: ignore[no-any-return]
+        return model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     return show
 
