@@ -200,6 +200,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subproce
         started.kill()
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_sigterm(process: tuple[subprocess.Popen[str], str]) -> None:
     """What is open when the signal comes is served to its end."""
     started, url = process
