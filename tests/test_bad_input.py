@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM
 
 from flarec.checkpoint.manifest import DecodeDefaults, Manifest, MaskToken, Source
 from flarec.train.state import StateDirectory
@@ -166,12 +166,12 @@ def test_usage_errors(place: Path, change: Callable[[Place], Any], arguments: li
 
 
 def test_unknown_mixer(place: Path) -> None:
-    """A recurrence without an adapter row is a failure to capture, before anything is written."""
-    config = MambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, state_size=4)
-    MambaForCausalLM(config).save_pretrained(place / "model")
+    """A model that cannot be converted is a failure to capture, before anything is written."""
+    config = BloomConfig(vocab_size=512, hidden_size=32, n_layer=2, n_head=2)
+    BloomForCausalLM(config).save_pretrained(place / "model")
     before = tree(place)
     text = message(flarec(*CONVERT, "--max-length", "64"), 1)
-    assert "'mamba'" in text
+    assert "'bloom'" in text
     assert tree(place) == before
 
 

@@ -146,13 +146,13 @@ def test_the_text_model_of_a_wrapper(tmp_path: Path) -> None:
     assert f"{sum(p.numel() for p in shared_model('qwen3_5_text').parameters()):,}" in done.stdout
 
 
-NO_POSITIONS = {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512, "state_size": 8}
+NO_POSITIONS = {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 512}
 
 
 @pytest.mark.parametrize(
     ("config", "words", "layers"),
     [
-        (NO_POSITIONS, "takes no position_ids", [["MambaBlock: MambaRMSNorm, MambaMixer", 2]]),
+        (NO_POSITIONS, "takes no position_ids", [["BloomBlock: LayerNorm, BloomAttention, LayerNorm, BloomMLP", 2]]),
         ({"model_type": "nonsense"}, "model type `nonsense`", None),
     ],
     ids=["no positions", "unknown to transformers"],

@@ -235,10 +235,10 @@ def test_an_output_that_cannot_be_written(small: Path, tmp_path: Path) -> None:
 
 
 def test_a_family_that_cannot_be_captured_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "mamba", "num_hidden_layers": 2}')
+    (tmp_path / "config.json").write_text('{"model_type": "bloom", "n_layer": 2}')
     result = CliRunner().invoke(main, ["inspect", str(tmp_path)])
     assert result.exit_code == 1
-    assert "MambaForCausalLM (family 'mamba') takes no position_ids" in result.stderr
+    assert "BloomForCausalLM (family 'bloom') takes no position_ids" in result.stderr
 
 
 def test_nothing_is_run() -> None:
