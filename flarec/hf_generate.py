@@ -170,9 +170,13 @@ def _prepared(model: Any, tokenizer: Any, adapter: str | Path | None) -> Model:
                     own.copy_(live)
         return runner
     checkpoint = open_checkpoint(model.name_or_path, adapter=adapter)
-    work = copy.deepcopy(model).float() if copied else model
+    work = model
+    if copied:
+        work = copy.deepcopy(model).float()
+        work.config.dtype = torch.float32  # so that its graph is the one of a model that was opened in float32
     extra = checkpoint.load_extra(work.dtype, device)
-    runner = Model(work, tokenizer or checkpoint.load_tokenizer(), checkpoint, extra)
+    # a program cache knows a model that is not as its class makes it, and then keeps nothing
+    runner = Model(work, tokenizer or checkpoint.load_tokenizer(), checkpoint, extra, cache=True)
     model.__dict__[_CACHED] = (runner, device, dtype, str(adapter))
     return runner
 

@@ -35,7 +35,10 @@ def command(
     Only the configuration is read, so this works for models of any size. `--format svg` also draws the attention mask
     and the state schedule of a small example.
     """
+    import torch
+
     from flarec.base.files import check_apart
+    from flarec.device import torch_device
     from flarec.frontend.source.gguf import without_gguf
     from flarec.inspect import as_svg, as_text, open_program, summarize
     from flarec.inspect.lines import Recorder
@@ -52,7 +55,8 @@ def command(
     recorder = Recorder() if diff else None
     with without_gguf(source, gguf) as location:
         program = open_program(
-            location, target, after=after, kernels=kernels, passes=passes, plugins=plugins, on_pass=recorder
+            location, target, after=after, kernels=kernels, passes=passes, plugins=plugins, on_pass=recorder,
+            dtype=None if torch_device("auto").type == "cuda" else torch.float32,  # as `generate` runs it here
         )
     summary = summarize(program)
     if kind == "svg":

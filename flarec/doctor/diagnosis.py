@@ -77,12 +77,14 @@ def diagnose(
             report = replace(report, anatomy=anatomy(model, None, wrapper))
             say(f"capturing {type(model).__name__}")
             start = time.perf_counter()
-            captured = capture(model)
+            captured = capture(model, cache=True)
             report = replace(report, capture_seconds=time.perf_counter() - start)
             adapter = adapter_of(recipe)
             train = lower(captured, "train", mask_vector=adapter is not None, adapter=adapter)
             serve_dtype = _serving_dtype(location, dtype, device, dequantize)
-            served = captured if serve_dtype == train_dtype else capture(open_meta(location, serve_dtype, dequantize))
+            served = captured
+            if serve_dtype != train_dtype:
+                served = capture(open_meta(location, serve_dtype, dequantize), cache=True)
             decode = lower(served, "decode", mask_vector=adapter is not None, adapter=adapter)
         except NOT_CONVERTED as error:
             return replace(report, reason=str(error))

@@ -13,6 +13,7 @@ is as good as none: caching never is an error and never gives another result.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -51,11 +52,15 @@ _PACKAGES = (
     "mamba-ssm",
 )
 """What the modelling code looks at when it chooses its path."""
+CPU, META = "cpu", "meta"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _SCALARS = (bool, int, float, str, type(None))
-_NO_SETTINGS = ("training", "name_or_path")
-"""Attributes without a say: capture switches to eval mode, and a copy elsewhere is the same model."""
+_NO_SETTINGS = ("training", "name_or_path", "_is_hf_initialized")
+"""Attributes without a say: capture switches to eval mode, a copy elsewhere is the same model, and so is one whose
+weights were not read."""
+_UNSET = ("_use_kernels", "_weight_conversions")
+"""Attributes that only reading weights sets: nothing and an empty value are the same."""
 
 
 def cache_directory() -> Path | None:
@@ -76,14 +81,14 @@ class Entry:
     def restore(self, model: nn.Module) -> fx.GraphModule | None:
         """The stored graph on the model's own parameters and buffers; None if there is none that can be used."""
         try:
-            return self.restore_on(tensors_of(model))
+            return graph_from_json(_moved(self.read(), CPU, _device_of(model)), tensors_of(model))
         except Exception:  # missing, unreadable, or whatever a foreign file leads to: the model is captured afresh
             return None
 
     def store(self, module: fx.GraphModule, model: nn.Module) -> None:
         """Write the graph if it can be written; it appears complete, also beside other writers."""
         with contextlib.suppress(Unstorable):
-            self.write(graph_to_json(module, tensors_of(model)))
+            self.write(_moved(graph_to_json(module, tensors_of(model)), _device_of(model), CPU))
 
     def restore_on(self, tensors: dict[str, Tensor]) -> fx.GraphModule:
         """The stored graph on tensors by name. Raises whatever a missing or foreign file leads to."""
@@ -146,7 +151,7 @@ def key_of(model: nn.Module, family: str) -> str | None:
         "config": config,
         "modules": settings,
         "tensors": [
-            [name, list(tensor.shape), str(tensor.dtype), str(tensor.device)]
+            [name, list(tensor.shape), str(tensor.dtype), _kept_device(tensor)]
             for name, tensor in tensors_of(model).items()
         ],
         "default dtype": str(torch.get_default_dtype()),
@@ -164,6 +169,24 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(named)
 
 
+def _kept_device(tensor: Tensor) -> str:
+    """A model without numbers is traced like one on the CPU, so both have one key and one graph."""
+    return CPU if tensor.device.type == META else str(tensor.device)
+
+
+def _device_of(model: nn.Module) -> str:
+    return str(next(model.parameters()).device)
+
+
+def _moved(table: Any, old: str, new: str) -> Any:
+    """A stored graph with another device in its nodes, between the CPU and no device at all."""
+    if old == new or META not in (old, new):
+        return table
+    if isinstance(table, dict):
+        return {"device": new} if table == {"device": old} else {name: _moved(v, old, new) for name, v in table.items()}
+    return [_moved(value, old, new) for value in table] if isinstance(table, list) else table
+
+
 def _class(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
@@ -172,16 +195,19 @@ def _settings(module: nn.Module) -> dict[str, Any] | None:
     """Plain attributes of a module, which tracing may bake into the graph; None if its code was replaced."""
     found: dict[str, Any] = {}
     for name, value in vars(module).items():
-        if name in _NO_SETTINGS or value == {}:
+        if name in _NO_SETTINGS or value == {} or (name in _UNSET and not value):
             continue
         if _is_plain(value):
             found[name] = value
         elif callable(value):
+            given: tuple[Any, ...] = ()
+            if isinstance(value, functools.partial):  # Gemma's activation
+                given, value = (value.args, value.keywords), value.func
             origin = getattr(value, "__module__", None) or "torch"  # torch's builtins name no module
             qualified = getattr(value, "__qualname__", None)
-            if name == "forward" or qualified is None or not _is_libraries_own(origin):
+            if name == "forward" or qualified is None or not (_is_libraries_own(origin) and _is_plain(given)):
                 return None
-            found[name] = f"{origin}.{qualified}"
+            found[name] = f"{origin}.{qualified}{given or ''}"
     return found
 
 

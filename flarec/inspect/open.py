@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from flarec.checkpoint.directory import open_checkpoint
 from flarec.checkpoint.lowered import pipeline_of
 from flarec.errors import UsageError
@@ -40,6 +42,7 @@ def open_program(
     kernels: str = "torch",
     passes: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
+    dtype: torch.dtype | None = None,
     debug: bool = False,
     on_pass: Callable[[str, Program], None] | None = None,
 ) -> Program:
@@ -47,6 +50,7 @@ def open_program(
 
     target: "train" or "decode". after: name of the last pass to run, "capture" for none; the whole pipeline by default.
     passes, plugins: passes of others, see `flarec.passes.pipeline`. Of a checkpoint the manifest's pipeline is run.
+    dtype: of the run, as stored by default. Graphs are kept in the program cache and taken from there.
     `debug` checks all properties after each pass. `on_pass`: see `run_pipeline`.
     Raises `UsageError` for an unknown target or pass, otherwise what `capture` and the passes raise.
     """
@@ -56,4 +60,4 @@ def open_program(
         if after not in names:
             raise UsageError(f"the pipeline '{target}' has no pass '{after}'; choose one of {', '.join(names)}")
         steps = steps[: names.index(after)]
-    return run_pipeline(capture(path, device="meta"), steps, CHECKS, debug=debug, on_pass=on_pass)
+    return run_pipeline(capture(path, dtype=dtype, device="meta", cache=True), steps, CHECKS, debug=debug, on_pass=on_pass)

@@ -293,7 +293,8 @@ def _steps(program: Program) -> Iterator[PassStep]:
     for record in program.history:
         sites = Counter(_without_number(name) for name in record.sites)
         delta = tuple(sorted(record.delta.items(), key=lambda item: (-abs(item[1]), item[0])))
-        yield PassStep(record.step, tuple(sites.most_common()), delta, record.provides, round(record.seconds, 3))
+        step = "capture()" if record.step.startswith("capture(") else record.step  # found in the cache or not: the same
+        yield PassStep(step, tuple(sites.most_common()), delta, record.provides, round(record.seconds, 3))
 
 
 def _without_number(name: str) -> str:
