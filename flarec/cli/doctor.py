@@ -98,7 +98,7 @@ def _print(report: Report) -> None:
 def _head(report: Report) -> Iterator[tuple[str, str]]:
     seen = report.anatomy
     if seen is not None:
-        row = "in the adapter table" if seen.known_family else "no adapter row: taken as a plain softmax model"
+        row = "in the adapter table" if seen.known_family else _without_row(seen.family)
         yield "model", f"{seen.model} ({seen.family}; {row})"
         if seen.wrapper:
             yield "", f"text model of {seen.wrapper}; the rest of it is carried over untouched"
@@ -110,6 +110,13 @@ def _head(report: Report) -> Iterator[tuple[str, str]]:
     yield "converts", "yes" if report.converts else f"no: {report.reason}"
     if report.estimate_note:
         yield "", report.estimate_note
+
+
+def _without_row(family: str) -> str:
+    from flarec.frontend.families import PLAIN
+
+    listed = "listed" if family in PLAIN else "not listed, taken"
+    return f"{listed} as a plain softmax model, which needs no adapter row"
 
 
 def _tables(report: Report) -> Iterator[tuple[str, Table]]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from flarec.errors import UsageError
 from flarec.train.arguments import Arguments
 
-from .options import field_options, kernels_option, plugin_options
+from .options import adapter_option, field_options, kernels_option, plugin_options
+
+if TYPE_CHECKING:
+    from flarec.ir.pipeline import Pass
 
 
 @click.command()
@@ -25,10 +29,11 @@ from .options import field_options, kernels_option, plugin_options
 @click.option("--pipeline", "whole", is_flag=True, help="Show the passes alone: who requires and provides what.")
 @field_options(Arguments, "gguf")
 @kernels_option("torch")
+@adapter_option
 @plugin_options
 def command(
     source: str, target: str, after: str | None, diff: bool, ops: bool, kind: str, out: str | None, whole: bool,
-    gguf: str | None, kernels: str, plugins: tuple[str, ...], passes: tuple[str, ...],
+    gguf: str | None, kernels: str, adapter: Path | None, plugins: tuple[str, ...], passes: tuple[str, ...],
 ) -> None:
     """Show the program of a SOURCE model or checkpoint: mixers, streams, masks, schedules, shapes, caches.
 
@@ -42,13 +47,15 @@ def command(
     from flarec.frontend.source.gguf import without_gguf
     from flarec.inspect import as_svg, as_text, open_program, summarize
     from flarec.inspect.lines import Recorder
+    from flarec.inspect.open import steps_of
 
     if out is not None:
         check_apart([Path(out)], [Path(source), *map(Path, plugins)])
     if whole:
         if after is not None or diff or ops:
             raise UsageError("--pipeline shows the passes alone; leave out --after, --diff and --ops")
-        _write(_pipeline(source, target, kind, kernels, passes, plugins), out)
+        steps = steps_of(source, target, kernels=kernels, passes=passes, plugins=plugins, adapter=adapter)
+        _write(_pipeline(steps, target, kind), out)
         return
     if kind != "text" and (diff or ops):
         raise UsageError(f"--diff and --ops belong to --format text; {kind} shows the passes anyway")
@@ -56,6 +63,7 @@ def command(
     with without_gguf(source, gguf) as location:
         program = open_program(
             location, target, after=after, kernels=kernels, passes=passes, plugins=plugins, on_pass=recorder,
+            adapter=adapter,
             dtype=None if torch_device("auto").type == "cuda" else torch.float32,  # as `generate` runs it here
         )
     summary = summarize(program)
@@ -76,14 +84,10 @@ def _coloured(line: str) -> str:
     return click.style(line, fg=colour) if colour else line
 
 
-def _pipeline(
-    source: str, target: str, kind: str, kernels: str, passes: tuple[str, ...], plugins: tuple[str, ...]
-) -> str:
+def _pipeline(steps: list[Pass], target: str, kind: str) -> str:
     """The passes of a model or checkpoint, which is not captured for it."""
-    from flarec.inspect.open import steps_of
     from flarec.inspect.pipeline import pipeline_as_svg, pipeline_as_text, pipeline_table
 
-    steps = steps_of(source, target, kernels=kernels, passes=passes, plugins=plugins)
     if kind == "json":
         return json.dumps(pipeline_table(steps), indent=2)
     return pipeline_as_svg(steps, target) if kind == "svg" else pipeline_as_text(steps, target)

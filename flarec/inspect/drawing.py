@@ -9,7 +9,7 @@ from flarec.layout import Block, Layout, build_layout
 
 from .canvas import Canvas
 from .summary import Summary
-from .text import ranges
+from .text import linears_text, ranges
 
 MARGIN = 24
 INK, QUIET, RULE = "#1f2933", "#616e7c", "#cbd2d9"
@@ -35,7 +35,8 @@ def example_layout() -> Layout:
 
 
 def as_svg(summary: Summary) -> str:
-    """The drawing; its two lower panels show `example_layout`, computed by the code that training runs."""
+    """The drawing; its lower panels show `example_layout`, computed by the code that training runs: the mask, and for
+    models with states the schedule."""
     canvas = Canvas()
     canvas.offset = (MARGIN, MARGIN)
     _program(canvas, summary)
@@ -43,9 +44,15 @@ def as_svg(summary: Summary) -> str:
     top = canvas.extent[1] + 40
     canvas.offset = (MARGIN, top)
     _mask(canvas, layout)
-    canvas.offset = (MARGIN + 46 + layout.length * CELL + 64, top)
-    _schedule(canvas, layout)
+    if _has_states(summary):
+        canvas.offset = (MARGIN + 46 + layout.length * CELL + 64, top)
+        _schedule(canvas, layout)
     return canvas.document(MARGIN)
+
+
+def _has_states(summary: Summary) -> bool:
+    kinds = {mixer.kind for group in summary.groups for mixer in group.mixers}
+    return any(mixer.name in kinds and mixer.mixing == "state" and mixer.name != "short_conv" for mixer in ops.mixers())
 
 
 def _program(canvas: Canvas, summary: Summary) -> None:
@@ -61,7 +68,8 @@ def _program(canvas: Canvas, summary: Summary) -> None:
         y += 14
         count = len(group.layers)
         mixers = group.mixers
-        height = 26 + 34 * len(mixers)
+        parts = [part for part in group.parts if part.linears]
+        height = 26 + 34 * len(mixers) + 18 * len(parts)
         canvas.rect(0, y, 1100, height, "#f5f7fa", stroke=RULE, radius=6)
         canvas.text(12, y + 18, f"layer{'s' if count > 1 else ''} {ranges(group.layers)}", bold=True)
         canvas.text(1088, y + 18, f"{group.cls}, {group.nodes} ops", fill=QUIET, anchor="end")
@@ -83,6 +91,10 @@ def _program(canvas: Canvas, summary: Summary) -> None:
                 fill=QUIET,
                 anchor="end",
             )
+        for index, part in enumerate(parts):
+            top = y + 28 + 34 * len(mixers) + 18 * index
+            canvas.rect(12, top, 6, 12, RULE, radius=2)
+            canvas.text(26, top + 10, f"{part.module}   {part.cls}{linears_text(part)}", size=11, fill=QUIET)
         y += height
     y += 20
     canvas.text(0, y, f"head  {summary.head}", fill=QUIET)

@@ -27,10 +27,13 @@ def steps_of(
     kernels: str = "torch",
     passes: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
+    adapter: str | Path | None = None,
 ) -> list[Pass]:
-    """The passes that a model or checkpoint goes through; plugins are loaded."""
+    """The passes that a model or checkpoint goes through; plugins are loaded. adapter: of a model whose adapter lies
+    elsewhere."""
     load_plugins(plugins)
-    manifest = open_checkpoint(path).manifest if Path(path).is_dir() else None
+    known = adapter is not None or Path(path).is_dir()
+    manifest = open_checkpoint(path, adapter=adapter).manifest if known else None
     return pipeline_of(manifest, target, kernels=kernels, foreign=passes, plugins=plugins)
 
 
@@ -42,6 +45,7 @@ def open_program(
     kernels: str = "torch",
     passes: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
+    adapter: str | Path | None = None,
     dtype: torch.dtype | None = None,
     debug: bool = False,
     on_pass: Callable[[str, Program], None] | None = None,
@@ -50,14 +54,16 @@ def open_program(
 
     target: "train" or "decode". after: name of the last pass to run, "capture" for none; the whole pipeline by default.
     passes, plugins: passes of others, see `flarec.passes.pipeline`. Of a checkpoint the manifest's pipeline is run.
-    dtype: of the run, as stored by default. Graphs are kept in the program cache and taken from there.
+    adapter: of a model whose adapter lies elsewhere. dtype: of the run, as stored by default. Graphs are kept in the
+    program cache and taken from there.
     `debug` checks all properties after each pass. `on_pass`: see `run_pipeline`.
     Raises `UsageError` for an unknown target or pass, otherwise what `capture` and the passes raise.
     """
-    steps = steps_of(path, target, kernels=kernels, passes=passes, plugins=plugins)
+    steps = steps_of(path, target, kernels=kernels, passes=passes, plugins=plugins, adapter=adapter)
     if after is not None:
         names = [CAPTURE, *(step.name for step in steps)]
         if after not in names:
             raise UsageError(f"the pipeline '{target}' has no pass '{after}'; choose one of {', '.join(names)}")
         steps = steps[: names.index(after)]
-    return run_pipeline(capture(path, dtype=dtype, device="meta", cache=True), steps, CHECKS, debug=debug, on_pass=on_pass)
+    captured = capture(path, dtype=dtype, device="meta", cache=True)
+    return run_pipeline(captured, steps, CHECKS, debug=debug, on_pass=on_pass)

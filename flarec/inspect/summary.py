@@ -259,8 +259,19 @@ def _embedding(program: Program) -> str:
         weight = node.args[0]
         assert isinstance(weight, fx.Node)
         size = list(program.module.get_parameter(str(weight.target)).shape)
-        return f"{weight.target} {size}"
+        name, head = f"{module_of(node)[0]}.weight", head_weight(program)
+        tied = weight.target == head and name != head  # one parameter has one name, the head's
+        return f"{name} {size}, the head's own (tied)" if tied else f"{weight.target} {size}"
     return "none"
+
+
+def head_weight(program: Program) -> str | None:
+    """The name of the head's weight, in the graph or beside it."""
+    if program.head is not None:
+        return program.head.weight
+    node = find_head(program)
+    weight = node.args[1] if node is not None else None
+    return str(weight.target) if isinstance(weight, fx.Node) else None
 
 
 def _head(program: Program) -> str:

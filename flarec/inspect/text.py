@@ -55,10 +55,11 @@ def _header(summary: Summary) -> Iterator[str]:
     )
     yield from _field("passes", " -> ".join(step.step.removesuffix("()") for step in summary.steps))
     yield from _field("properties", ", ".join(summary.properties))
+    width = _column(14, [name for name, _ in (*summary.inputs, *summary.derived)])
     for index, (name, text) in enumerate(summary.inputs):
-        yield from _field("inputs" if index == 0 else "", f"{name:<16}{text}")
+        yield from _field("inputs" if index == 0 else "", f"{name:<{width}}{text}")
     for index, (name, text) in enumerate(summary.derived):
-        yield from _field("derived" if index == 0 else "", f"{name:<16}{text}")
+        yield from _field("derived" if index == 0 else "", f"{name:<{width}}{text}")
 
 
 def _body(summary: Summary) -> Iterator[str]:
@@ -69,29 +70,37 @@ def _body(summary: Summary) -> Iterator[str]:
     yield from _field("head", summary.head)
     others = len(summary.outputs) - 1
     yield from _field("outputs", summary.outputs[0] + (f" and {others} cache tensors" if others else ""))
+    width = _column(9, [kind for kind, *_ in summary.caches])
     for index, (kind, shape, dtype, count) in enumerate(summary.caches):
-        yield from _field("caches" if index == 0 else "", f"{count:>3} x {kind:<10} {shape} {dtype}")
+        yield from _field("caches" if index == 0 else "", f"{count:>3} x {kind:<{width}}{shape} {dtype}")
 
 
 def _group(group: Group) -> Iterator[str]:
     count = len(group.layers)
     title = f"layers {ranges(group.layers)} ({count}x)" if count > 1 else f"layer {group.layers[0]}"
     yield f"{title}: {group.cls}, {group.nodes} ops each" if count > 1 else f"{title}: {group.cls}, {group.nodes} ops"
+    width = _column(24, [part.module for part in group.parts])
     for part in group.parts:
-        yield f"  {part.module:<26}{part.cls}{_linears(part)}"
+        yield f"  {part.module:<{width}}{part.cls}{linears_text(part)}"
         for mixer in group.mixers:
             if mixer.module.split(".")[0] == part.module:
                 yield from _mixer(mixer)
 
 
-def _linears(part: Part) -> str:
+def _column(least: int, names: Sequence[str]) -> int:
+    """Width of a column that none of its names fills."""
+    return max([least, *map(len, names)]) + 2
+
+
+def linears_text(part: Part) -> str:
+    """The linear layers of a part: `linear 576->1536 x2, 1536->576`; empty without any."""
     texts = [f"{i}->{o}" + (f" x{n}" if n > 1 else "") for i, o, n in part.linears]
     return f"   linear {', '.join(texts)}" if texts else ""
 
 
 def _mixer(mixer: MixerSite) -> Iterator[str]:
     shapes = " ".join(f"{name} {shape}" for name, shape in mixer.operands if name not in ("weight", "bias"))
-    yield f"    {mixer.call:<38}{', '.join(mixer.options)}"
+    yield f"    {mixer.call:<{_column(36, [mixer.call])}}{', '.join(mixer.options)}".rstrip()
     inputs = [name for name in mixer.inputs if name not in ("accepted", "layout")] or list(mixer.inputs)
     rest = [f"by {', '.join(inputs)}"] if inputs else []
     rest += [f"cache {', '.join(mixer.caches)}"] if mixer.caches else []

@@ -42,7 +42,7 @@ OWN = ("_name_or_path", "architectures", "transformers_version", "dtype")
 """What a configuration says of its file, not of the model."""
 
 
-def capture_once(model: Any) -> Program:
+def capture_once(model: Any, cache: bool = False) -> Program:
     """`capture` of a model without numbers, once for equal ones: capture is what takes time here."""
     settings = {name: value for name, value in model.config.to_dict().items() if name not in OWN}
     key = type(model), model.dtype, json.dumps(settings, sort_keys=True, default=str)
@@ -267,3 +267,10 @@ def test_a_hub_id_that_cannot_be_fetched() -> None:
 def test_sizes() -> None:
     assert size_text(99_000_000) == "99.0 MB"
     assert size_text(1_230_000_000) == "1.23 GB"
+
+
+@pytest.mark.parametrize(("family", "words"), [("bamba", "in the adapter table"), ("llama", "; listed as a plain")])
+def test_families_that_the_readme_lists_are_listed(tmp_path: Path, family: str, words: str) -> None:
+    tiny_config(family).save_pretrained(tmp_path)
+    done = run(tmp_path / "config.json", "--quick", "--device", "cpu")
+    assert words in done.stdout, done.output

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ElementTree
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from flarec.ir.program import Program
 from flarec.kernels.linear_attention.panels.schedule import StateSchedule
 from flarec.kernels.softmax_attention.mask import visibility
 from flarec.passes import lower, pipeline
+from tests.checkpoints import adapted
 from tests.models import FAMILIES, captured, shared_model, tiny_config
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -246,3 +248,46 @@ def test_nothing_is_run() -> None:
     program = captured("bamba").clone()
     with torch.device("meta"):
         assert summarize(program).layers == 4
+
+
+def test_columns_do_not_touch() -> None:
+    """However long a name is, two spaces lie behind it."""
+    summary = summarize(lower(captured("bamba"), "decode"))
+    long = "an_input_whose_name_is_longer_than_any_other"
+    group = summary.groups[0]
+    part = replace(group.parts[0], module="a_module_whose_name_is_longer_than_any")
+    mixer = replace(group.mixers[0], call="lowered.a_mixer_whose_name_is_longer_than_all")
+    odd = replace(
+        summary, inputs=((long, "token ids"),), caches=(("a_kind_of_cache", "[1]", "float32", 2),),
+        groups=(replace(group, parts=(part, *group.parts), mixers=(mixer, *group.mixers)),),
+    )
+    text = as_text(odd)
+    for name in (long, part.module, "a_kind_of_cache"):
+        assert re.search(rf"{name}  +\S", text), name
+    assert re.search(rf"{mixer.call}( *$|  +\S)", text, flags=re.M)
+
+
+def test_a_tied_embedding_has_its_own_name(tmp_path: Path) -> None:
+    tiny_config("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    for target in ("train", "decode"):
+        lines = run(str(tmp_path), "--target", target).splitlines()
+        (embedding,) = (line for line in lines if line.startswith("embedding"))
+        assert "model.embed_tokens.weight [512, 64], the head's own (tied)" in embedding
+        assert any(line.startswith("head ") and "lm_head.weight" in line for line in lines)
+
+
+def test_the_drawing_has_what_the_model_has() -> None:
+    """MLPs of every group; the state schedule only where there is a state."""
+    with_states, without = (as_svg(summarize(lower(captured(family), "train"))) for family in ("bamba", "llama"))
+    assert "State schedule" in with_states and "State schedule" not in without
+    assert "Attention mask" in with_states and "Attention mask" in without
+    for svg, name in ((with_states, "BambaMLP"), (without, "LlamaMLP")):
+        texts = [element.text or "" for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+        assert any(name in text and "linear 64-&gt;" in text.replace(">", "&gt;") for text in texts)
+
+
+def test_an_adapter_beside_its_model(tmp_path: Path) -> None:
+    source, out = adapted(tmp_path, "lfm2", alone=True)
+    assert "adapt-noisy-stream" in run(str(source), "--adapter", str(out))
+    assert "adapt-noisy-stream" not in run(str(source))
+    assert "adapt-noisy-stream" in run(str(source), "--adapter", str(out), "--pipeline")
