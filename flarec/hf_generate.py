@@ -97,7 +97,7 @@ def generate(
     longest = max(len(prompt) for prompt in prompts)
     stop = stop_strings or config.stop_strings
     options = _options(config, own, max_new_tokens=_new_tokens(config, longest, has_length), stop=stop)
-    runner = _runner(model, tokenizer, adapter)
+    runner = _runner(model, tokenizer, adapter, options.mode)
     if streamer is not None:
         streamer.put(ids.cpu())
     outputs = runner.generate_ids(
@@ -148,17 +148,17 @@ def _options(config: Any, own: dict[str, Any], **more: Any) -> GenerationOptions
     )
 
 
-def _runner(model: Any, tokenizer: Any, adapter: str | Path | None) -> Model:
+def _runner(model: Any, tokenizer: Any, adapter: str | Path | None, mode: str | None) -> Model:
     """The lowered model, made on the first call and kept with the transformers model.
 
     On the CPU everything is computed in float32, where AR-Trust is exact: a model in another dtype is copied, and the
     copy gets the current weights on each call.
     """
     with _PREPARING:
-        return _prepared(model, tokenizer, adapter)
+        return _prepared(model, tokenizer, adapter, mode)
 
 
-def _prepared(model: Any, tokenizer: Any, adapter: str | Path | None) -> Model:
+def _prepared(model: Any, tokenizer: Any, adapter: str | Path | None, mode: str | None) -> Model:
     dtype, device = model.dtype, model.device
     copied = device.type == "cpu" and dtype != torch.float32
     kept: tuple[Model, torch.device, torch.dtype, str] | None = model.__dict__.get(_CACHED)
@@ -170,6 +170,11 @@ def _prepared(model: Any, tokenizer: Any, adapter: str | Path | None) -> Model:
                     own.copy_(live)
         return runner
     checkpoint = open_checkpoint(model.name_or_path, adapter=adapter)
+    if checkpoint.manifest is None and mode not in (None, "causal"):
+        raise GenerationError(
+            f"{model.name_or_path} is not converted, so it cannot decode in mode {mode}; open a converted checkpoint, "
+            "give adapter=DIR with what `flarec convert --adapter-only` wrote for this model, or use mode causal"
+        )
     work = model
     if copied:
         work = copy.deepcopy(model).float()

@@ -65,6 +65,12 @@ class GenerationOptions:
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return replace(self, **missing) if missing else self
 
+    def unread(self, mode: str) -> list[str]:
+        """Names of the options that are given and that decoding in `mode` does not read: another mode's."""
+        others = tuple(f"{other}:" for other in MODES if other != mode)
+        given = [item for item in fields(self) if getattr(self, item.name) is not None]
+        return [item.name for item in given if str(item.metadata["doc"]).startswith(others)]
+
 
 class GenerationKeywords(TypedDict, total=False):
     """The fields of `GenerationOptions` as keyword arguments, for type checkers (a test compares the two)."""

@@ -22,6 +22,8 @@ def read_prompts(path: Path, option: str = "--prompts") -> Iterator[tuple[Where,
         found = True
         if isinstance(prompt, BadRecord):
             raise DataError(f"{where}: {prompt}")
+        if prompt == "":
+            raise DataError(f"{where}: the prompt is empty; give some text or remove it")
         yield where, prompt
     if not found:
         raise DataError(f"{option} {path}: no prompts; write one per line")

@@ -13,7 +13,7 @@ from flarec.base.files import write_file
 from flarec.base.generation import GenerationOptions
 from flarec.errors import UsageError
 
-from .loading import open_model
+from .loading import open_model, say_unread
 from .options import adapter_option, foreign_options, generation_options, plugin_options, runtime_options
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def command(
         checkpoint, mask_token_id=mask_token_id, block_size=block_size, passes=passes, plugins=plugins,
         adapter=adapter, mode=options.mode, **keywords,
     )
+    say_unread(options, str(model.complete(options).mode))
     from flarec.evaluate import identity, read_examples  # slow to import, like everything below flarec.api
     from flarec.evaluation.record import differences, to_record
     from flarec.evaluation.summary import compare

@@ -16,7 +16,7 @@ from flarec.base.prompts import read_prompts
 from flarec.errors import DataError, UsageError
 from flarec.threads import said
 
-from .loading import check_files, open_model
+from .loading import check_files, open_model, say_unread
 from .options import adapter_option, foreign_options, generation_options, plugin_options, runtime_options
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def command(
         passes=passes, plugins=plugins, graphs=graphs, adapter=adapter,
         mode=options.mode, chat=chat or any(not isinstance(prompt, str) for prompt in prompts),
     )
+    say_unread(options, str(model.complete(options).mode))
     stream = len(prompts) == 1 and not as_json
     with Interrupts() as interrupts:
 

@@ -12,6 +12,7 @@ from flarec.errors import FlarecWarning
 
 if TYPE_CHECKING:
     from flarec.api import Model
+    from flarec.base.generation import GenerationOptions
 
 
 def check_files(checkpoint: str, adapter: Path | None = None) -> None:
@@ -30,6 +31,12 @@ def _has_template(folder: Path) -> bool:
         for name in ("tokenizer_config.json", "chat_template.json")
         if (folder / name).is_file()
     )
+
+
+def say_unread(options: GenerationOptions, mode: str) -> None:
+    """Warn of options that decoding in this mode does not read."""
+    for name in options.unread(mode):
+        warnings.warn(f"--{name.replace('_', '-')} does nothing in mode {mode}", FlarecWarning, stacklevel=2)
 
 
 def open_model(

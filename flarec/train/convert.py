@@ -39,7 +39,7 @@ from .progress import Reporter
 from .ranks.group import Ranks, joined
 from .recorded import arguments_of, recorded_options
 from .saves import check_values
-from .state import StateDirectory
+from .state import StateDirectory, differences
 from .trackers.tracking import Tracking, chosen_trackers
 
 READ_EVERY = {"cpu": (1, 0), "cuda": (10, 2)}
@@ -146,6 +146,14 @@ def _run(
     return result
 
 
+def recipe_text(run: Run) -> str:
+    """The recipe by its name, and what was changed of it; all keys are in the manifest."""
+    name, changed = run.options.recipe, differences(run.options.own_recipe().to_dict(), run.recipe.to_dict())
+    if not changed:
+        return f"recipe: {name} as it is (`flarec recipes {name}` shows every key)"
+    return "\n  ".join([f"recipe: {name} with these changes (`--dry-run` shows every key):", *changed])
+
+
 def _conduct(prepared: Run, reporter: Reporter, written_only: bool, keep: bool) -> Path:
     """From what was prepared to the checkpoint."""
     for source in prepared.sources:
@@ -153,7 +161,7 @@ def _conduct(prepared: Run, reporter: Reporter, written_only: bool, keep: bool) 
     reporter.note(held_out_text(prepared))
     if prepared.trainer.ranks.size > 1:
         reporter.note(share_text(prepared))
-    reporter.note(f"recipe:\n{prepared.recipe.to_toml()}".rstrip())
+    reporter.note(recipe_text(prepared))
     out = prepared.options.output
     adapter_info(prepared.options, prepared.pipelines)
     with reporter, only_writer(out) as lock:

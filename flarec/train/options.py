@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from ..base.fields import option_name
 from ..base.files import check_apart, check_name
 from ..base.lock import check_free
 from ..checkpoint.own import check_destination, is_own
@@ -72,6 +73,7 @@ class Options(Arguments):
         given = [f"{key}={value}" for key, value in short.items() if value is not None]
         recipe = self.own_recipe(reading).override([*self.overrides, *given], reading)
         recipe = replace(recipe, passes=(*recipe.passes, *self.passes))
+        self._check_adapter(recipe)
         for key, size in recipe.diffusion.block_sizes():
             if size > recipe.data.max_length:
                 raise RecipeError(
@@ -79,6 +81,22 @@ class Options(Arguments):
                     "or longer rows"
                 )
         return recipe
+
+    def _check_adapter(self, recipe: Recipe) -> None:
+        """Raise `UsageError` for options that only a recipe with an adapter has. A plugin's pass may bring one."""
+        if recipe.adapter.rank or recipe.passes or not (self.adapter_only or self.link):
+            return
+        option = "--adapter-only" if self.adapter_only else "--link"
+        raise UsageError(f"{option} is for an adapter, and this recipe trains the model itself; set adapter.rank")
+
+    def check_prompts(self) -> None:
+        """Raise `UsageError` for options of answers without prompts to be answered: they would do nothing."""
+        if self.prompts is not None:
+            return
+        for item in fields(Arguments):
+            given = getattr(self, item.name) != item.default
+            if given and item.metadata["doc"].startswith("With --prompts:"):
+                raise UsageError(f"{option_name(item)} is for --prompts FILE, whose answers it is about; leave it out")
 
     def check_output(self, source: Path, *, locked: bool = False) -> None:
         """Raise `UsageError` or `CheckpointError` if the output directory is in use, not wanted, or would cost files.

@@ -27,6 +27,7 @@ def with_answers(options: Options, reporter: Reporter, *, write: bool = True) ->
     Answers that are there already, complete and of the same arguments, are taken as they are. `write`: else they must
     be there. Raises as `write_answers`, and for an output that cannot be written, before anything is answered.
     """
+    options.check_prompts()
     if options.prompts is None:
         return options
     out = answers_file(options)
