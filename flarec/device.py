@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
 import torch
 
 from .errors import UsageError
@@ -35,3 +38,29 @@ def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise UsageError(f"dtype '{dtype}' is unknown; choose float32, bfloat16, float16 or float64")
     return found
+
+
+def memory_of(device: torch.device, root: Path = Path("/")) -> int | None:
+    """Bytes that a process may use on a device: a GPU's own; of a machine its memory, or what its control group may
+    use. None where nothing says it. root: of /proc and /sys."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = (root / "proc" / "meminfo").read_text().splitlines()
+        limits += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemTotal:")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            limits.append(int((root / "sys" / "fs" / "cgroup" / name).read_text()))
+    return min(limits) if limits else None
+
+
+def resident(status: Path = Path("/proc/self/status")) -> tuple[int, int]:
+    """Bytes of main memory that this process has now, and the most that it had; (0, 0) where nothing says it."""
+    found = {"VmRSS": 0, "VmHWM": 0}
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in status.read_text().splitlines():
+            name = line.partition(":")[0]
+            if name in found:
+                found[name] = 1024 * int(line.split()[1])
+    return found["VmRSS"], found["VmHWM"]

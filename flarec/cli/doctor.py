@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flarec.threads import said
 from flarec.train.arguments import Arguments
 
 from .options import field_options
@@ -154,11 +155,18 @@ def _rows(parts: Mapping[str, int], total: int) -> Iterator[tuple[str, str]]:
 
 
 def _notes(report: Report) -> Iterator[str]:
+    yield from report.advice
+    if report.memory is not None and not report.advice:
+        yield f"this machine has {size_text(report.memory)}: enough"
+    if report.pays:
+        yield report.pays
     if report.serve is not None:
         fixed, each = report.cache_bytes
         yield f"caches: {size_text(fixed)} per request and {each:,} bytes per position of it"
     if report.kernels_note:
         yield report.kernels_note
+    if report.rates:
+        yield said()
     for rates in report.rates:
         spans = [(kind, near, rates.far[kind]) for kind, near in rates.near.items()]
         flops = ", ".join(f"{kind} {rate / 1e9:,.0f} GFLOP/s" for kind, rate in rates.flops.items())

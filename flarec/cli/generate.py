@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,10 @@ from .loading import check_files, open_model, say_unread
 from .options import adapter_option, foreign_options, generation_options, plugin_options, runtime_options
 
 if TYPE_CHECKING:
-    from flarec.api import Output
+    from flarec.api import Model, Output
+
+CAUSAL_TOKENS = 8
+"""Steps of causal decoding with which `--stats` compares."""
 
 
 @click.command("generate")
@@ -87,8 +91,27 @@ def command(
             click.echo(output.text)
     if stats:
         sys.stdout.flush()
+        per_step = model.engine.stats.step_seconds / max(1, model.engine.stats.steps)
         for line in [*_stats(outputs, model.kernels), *model.engine.stats.lines(), said()]:
             click.echo(line, err=True)
+        if outputs[0].mode == "ar-trust":
+            click.echo(_pays(model, prompts, options, chat, outputs, per_step), err=True)
+
+
+def _pays(
+    model: Model, prompts: list[Any], options: GenerationOptions, chat: bool, outputs: list[Output], trusted: float
+) -> str:
+    """Whether AR-Trust paid, measured against a few causal steps of the same prompts. trusted: seconds of its steps."""
+    from flarec.decode.break_even import verdict
+
+    stats, causal = model.engine.stats, replace(options, mode="causal", drafts=None, max_new_tokens=CAUSAL_TOKENS)
+    steps, seconds = stats.steps, stats.step_seconds
+    model.generate(prompts, replace(causal, stop=(), eos_ids=frozenset()), chat=chat)
+    if stats.steps == steps:
+        return "no causal step could be measured, so nothing is said of whether AR-Trust pays"
+    per_step = (stats.step_seconds - seconds) / (stats.steps - steps)
+    made = sum(output.new_tokens for output in outputs) / max(1, sum(output.forwards for output in outputs))
+    return verdict(trusted, per_step, block_size=model.engine.block_size or 1, tokens_per_forward=made)
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[Any]:

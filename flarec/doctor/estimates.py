@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 
+from flarec.decode.break_even import verdict
+from flarec.decode.engine import SLOTS
+from flarec.device import memory_of, resident
 from flarec.errors import CaptureError
 from flarec.ir.program import Program
 from flarec.recipe import Recipe
+from flarec.threads import settle
 
 from .rates import measure, seconds_of
-from .report import Rates, Report, Speed
+from .report import Memory, Rates, Report, Speed
 from .steps import Serving, Training, cache_bytes, simulate_serving, simulate_training
 
 
@@ -32,6 +36,9 @@ def estimated(
     config         of the model; say: called with a line before each slow part
     """
     length, batch, block_size = report.length, report.batch, recipe.diffusion.block_size
+    if report.anatomy is not None:
+        settle(report.anatomy.parameters)
+    libraries = resident()[0] if device.type == "cpu" else 0  # before anything is simulated
     try:
         say(f"running a training step of {batch} x {length} tokens without numbers")
         training = simulate_training(train, recipe, length=length, batch=batch, device=device)
@@ -42,17 +49,70 @@ def estimated(
     except RuntimeError as error:  # an operation that torch cannot run without numbers
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return replace(report, estimate_note=f"memory and time are not told: {lines[0]}")
+    caches = cache_bytes(decode.cache_slots)
+    convert = whole_memory(training.memory, caches, recipe, length, libraries)
+    serve = Memory({**serving.memory.parts, **_of_libraries(libraries)})
+    memory = memory_of(device)
+
+    def needs(shorter: int) -> int:
+        say(f"too little memory: running a training step of {batch} x {shorter} tokens without numbers")
+        step = simulate_training(train, recipe, length=shorter, batch=batch, device=device)
+        return whole_memory(step.memory, caches, recipe, shorter, libraries).total
+
+    advice = too_small(convert.total, memory, length, max(2, block_size), needs)
     say(f"measuring {device}")
     width = int(config.get_text_config().hidden_size)
     rates = {dtype: measure(device, dtype, width) for dtype in dict.fromkeys((train.dtype, decode.dtype))}
+    served = {name: seconds_of(work, rates[decode.dtype]) for name, work in serving.steps.items()}
     return replace(
         report,
-        convert=training.memory,
-        serve=serving.memory,
-        cache_bytes=cache_bytes(decode.cache_slots),
+        convert=convert,
+        serve=serve,
+        cache_bytes=caches,
         rates=tuple(rates.values()),
         speed=_speed(training, serving, rates[train.dtype], rates[decode.dtype], recipe, batch),
+        memory=memory,
+        advice=advice,
+        pays=verdict(served["AR-Trust"], served["causal"], block_size=block_size),
     )
+
+
+def whole_memory(step: Memory, caches: tuple[int, int], recipe: Recipe, length: int, libraries: int) -> Memory:
+    """What a conversion needs at most: a step's memory, or that of an evaluation if it is more, and what the process
+    has beside its tensors. A save writes what is there and takes nothing.
+
+    caches: bytes per request and per position; libraries: of the process (in main memory).
+    """
+    parts = dict(step.parts)
+    fixed, each = caches
+    requests = min(SLOTS, recipe.evaluation.prompts) if recipe.evaluation.every else 0
+    evaluation = requests * (fixed + each * (length + recipe.evaluation.max_new_tokens))
+    if evaluation > parts["activations"]:
+        del parts["activations"]
+        parts["caches of an evaluation"] = evaluation
+    return Memory({**parts, **_of_libraries(libraries)})
+
+
+def _of_libraries(count: int) -> dict[str, int]:
+    return {"Python and libraries": count} if count else {}
+
+
+def too_small(
+    needed: int, memory: int | None, length: int, shortest: int, needs: Callable[[int], int]
+) -> tuple[str, ...]:
+    """Advice for a device whose `memory` is less than what is `needed`; none if it is enough, or not known.
+
+    needs: what a conversion with shorter rows takes; asked for halves of `length`, down to `shortest`.
+    """
+    if memory is None or needed <= memory:
+        return ()
+    lines = [f"this machine is too small: {needed / 1e9:.1f} GB are needed, and it has {memory / 1e9:.1f} GB"]
+    while length // 2 >= shortest:
+        length //= 2
+        needed = needs(length)
+        if needed <= memory:
+            return (*lines, f"--max-length {length} needs {needed / 1e9:.1f} GB")
+    return (*lines, "no length of rows is short enough; take an adapter recipe, or a machine with more memory")
 
 
 def _speed(

@@ -87,6 +87,9 @@ class Report:
     cache_bytes           of a served request, and of each position that it can hold
     kernels_note          why no Triton kernel runs on the device, "" otherwise
     estimate_note         why memory or time is missing although the model converts, "" otherwise
+    memory                bytes that the device has, None where nothing says it
+    advice                what to do if that is too little; empty if it is enough
+    pays                  a sentence: from how many tokens per forward on AR-Trust is faster than causal decoding
     """
 
     source: str
@@ -108,3 +111,6 @@ class Report:
     sites: tuple[SiteKind, ...] = ()
     kernels_note: str = ""
     estimate_note: str = ""
+    memory: int | None = None
+    advice: tuple[str, ...] = ()
+    pays: str = ""

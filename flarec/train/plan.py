@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..decode import Cache
+from ..decode.engine import SLOTS
+from ..device import memory_of, resident
 from .answers.step import with_answers
 from .objective.batch import build_batches
 from .objective.noise import step_generator
@@ -28,7 +32,8 @@ class Plan:
     weight_bytes      of weights (trained ones with their float32 masters), gradients and moments
     activation_bytes  measured on one micro batch: what autograd keeps for the backward pass (CPU), or everything that
                       was allocated above weights and gradients (CUDA)
-    step_seconds      measured, one optimizer step
+    step_seconds      one optimizer step, from the time of one micro batch and of the update
+    process_bytes     on a CPU the most that this process had while a step was measured, or would have in an evaluation
     epochs            how often the run passes over the training tokens, about
     """
 
@@ -38,10 +43,24 @@ class Plan:
     activation_bytes: int
     step_seconds: float
     epochs: float
+    process_bytes: int = 0
 
     @property
     def memory_bytes(self) -> int:
-        return self.weight_bytes + self.activation_bytes
+        return self.process_bytes or self.weight_bytes + self.activation_bytes
+
+    def memory_text(self) -> str:
+        """What is needed at most, of what, and whether the machine has it."""
+        text = (
+            f"{_size(self.memory_bytes)}: weights, gradients and moments {_size(self.weight_bytes)}, activations "
+            f"{_size(self.activation_bytes)}"
+        )
+        if self.process_bytes:
+            text += ", the rest Python and libraries (measured)"
+        there = memory_of(self.run.trainer.program.device)
+        if there is not None and there < self.memory_bytes:
+            text += f"; this machine has {_size(there)}, too little: lower optimizer.micro_rows or --max-length"
+        return text
 
     def _split(self) -> str:
         size = self.run.trainer.ranks.size
@@ -61,8 +80,7 @@ class Plan:
             f"{run.trainer.feed.micro_rows} at a time{self._split()}",
             f"steps        {optimizer.steps:,}, about {self.epochs:.2f} epochs",
             f"device       {run.trainer.program.device}, kernels {run.options.kernels}, precision {run.precision}",
-            f"memory       {_size(self.memory_bytes)}: weights, gradients and moments "
-            f"{_size(self.weight_bytes)}, activations {_size(self.activation_bytes)}",
+            f"memory       {self.memory_text()}",
             f"time         {_duration(self.step_seconds * optimizer.steps)}: {self.step_seconds:.2f} s per step, "
             "evaluations and saves not counted",
             "",
@@ -94,15 +112,43 @@ def _measured(run: Run, reporter: Reporter) -> Plan:
         rows, recipe.diffusion, run.mask.token_id, step_generator(run.options.seed, 0),
         micro_rows=trainer.feed.micro_rows,
     )
-    activations = _activation_bytes(run, lambda: trainer.accumulate(batches[: trainer.ranks.size]))
-    start = time.perf_counter()
-    trainer.advance()
-    if trainer.program.device.type == "cuda":
-        torch.cuda.synchronize(trainer.program.device)
-    seconds = time.perf_counter() - start
+    share, device = trainer.ranks.size, trainer.program.device
+    activations = _activation_bytes(run, lambda: trainer.accumulate(batches[:share]))
+    update = _seconds_of(device, lambda: _update(run))
+    kept, _ = resident()
+    # once more, now that gradients and moments are there: the most that a step has at a time
+    micro = _seconds_of(device, lambda: trainer.accumulate(batches[:share]))
+    seconds = update + micro * -(-len(batches) // share)
+    process = max(resident()[1], kept + _evaluation_bytes(run)) if device.type == "cpu" else 0
     drawn = sum(row.length for row in rows) * recipe.optimizer.steps
     count = sum(parameter.numel() for parameter in trainer.parameters.values())
-    return Plan(run, count, trainer.weight_bytes, activations, seconds, drawn / run.tokens)
+    return Plan(run, count, trainer.weight_bytes, activations, seconds, drawn / run.tokens, process)
+
+
+def _update(run: Run) -> None:
+    """The second part of an optimizer step; the run itself is not started, so its weights may change."""
+    run.trainer.weights.clip(run.recipe.optimizer.clip or math.inf)
+    run.trainer.optimizer.step()
+    run.trainer.weights.round()
+
+
+def _seconds_of(device: torch.device, work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _evaluation_bytes(run: Run) -> int:
+    """Of the caches that an evaluation among the steps has."""
+    held = run.held_out
+    if held is None or not run.recipe.evaluation.every:
+        return 0
+    longest = max(len(document) for document in held.documents) + run.recipe.evaluation.max_new_tokens
+    requests = min(SLOTS, len(held.documents))
+    cache = Cache.allocate(held.decode.cache_slots, requests, longest, torch.device("meta"))
+    return sum(tensor.nbytes for tensor in cache.tensors.values())
 
 
 def _activation_bytes(run: Run, step: Callable[[], object]) -> int:
