@@ -274,3 +274,15 @@ def test_families_that_the_readme_lists_are_listed(tmp_path: Path, family: str, 
     tiny_config(family).save_pretrained(tmp_path)
     done = run(tmp_path / "config.json", "--quick", "--device", "cpu")
     assert words in done.stdout, done.output
+
+
+def test_memory_of_the_whole_process_and_what_pays(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's memory is compared with the need; a smaller one gets a length that fits."""
+    options = ("--length", "32", "--device", "cpu", "--json")
+    monkeypatch.setattr(estimates, "memory_of", lambda device: 1 << 60)
+    table = json.loads(run(small, *options).stdout)
+    assert table["convert"]["parts"]["Python and libraries"] > 0 and table["memory"] == 1 << 60
+    assert table["advice"] == [] and "tokens per forward" in table["pays"]
+    monkeypatch.setattr(estimates, "memory_of", lambda device: table["convert"]["total"] - 1)
+    advice = json.loads(run(small, *options).stdout)["advice"]
+    assert advice[0].startswith("this machine is too small: ") and len(advice) == 2
