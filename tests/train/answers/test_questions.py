@@ -51,7 +51,8 @@ def test_batches_go_on_anywhere(tmp_path: Path, skip: int) -> None:
     ("lines", "chat", "message"),
     [
         ([{"prompt": "a"}, {"messages": [TURN]}], False, "line 2: text and conversations are mixed; give --chat"),
-        ([{"prompt": "a"}, {"prompt": ""}], False, "line 2: the prompt has no token"),
+        ([{"prompt": "a"}, {"prompt": ""}], False, "line 2: the prompt is empty"),
+        ([{"prompt": "a"}, {"prompt": ""}], True, "line 2: the prompt is empty"),
         ([{"messages": [{"role": "user", "content": 3}]}], False, "line 1: message 1 (user) has no text content"),
         ([{"prompt": "a"}, 3], True, "line 2: a JSON int, not an object"),
         ([{"prompt": "\ud800"}], False, "line 1: the prompt holds bytes that are not UTF-8"),
