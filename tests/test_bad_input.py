@@ -56,6 +56,21 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def embed(rows: int) -> Callable[[Place], None]:
+    """A source whose vocabulary has fewer rows, in its configuration and in its tensors."""
+
+    def change(place: Place) -> None:
+        edit(place / "model" / "config.json", vocab_size=rows)
+        weights = place / "model" / "model.safetensors"
+        tensors = {
+            name: tensor[:rows].clone() if name.endswith(("embed_tokens.weight", "lm_head.weight")) else tensor
+            for name, tensor in load_file(weights).items()
+        }
+        save_file(tensors, weights, {"format": "pt"})
+
+    return change
+
+
 def write(text: str | bytes) -> Callable[[Place], None]:
     def change(place: Place) -> None:
         (place / "data.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -100,10 +115,12 @@ CASES: list[tuple[str, Callable[[Place], Any], list[str], str]] = [
     ("unreadable tokenizer", lambda p: (p / "model" / "tokenizer.json").write_text("{"), CONVERT,
      "the tokenizer in model cannot be read"),
     ("no weights", remove("model/model.safetensors"), [*CONVERT, "--max-length", "64"],
-     "model cannot be opened as a causal language model"),
+     "model holds no weights (no model.safetensors and no index of shards); copy the model again"),
     ("converted already", lambda p: shutil.copyfile(MANIFEST, p / "model" / "flarec.json"), CONVERT,
      "model is a converted checkpoint already; convert its source model (origin)"),
-    ("vocabulary too small", lambda p: edit(p / "model" / "config.json", vocab_size=299),
+    ("rows of another vocabulary", lambda p: edit(p / "model" / "config.json", vocab_size=300),
+     [*CONVERT, "--max-length", "64"], "has 512 rows, and vocab_size in config.json is 300"),
+    ("vocabulary too small", embed(299),
      [*CONVERT, "--max-length", "64"], "the tokenizer has 300 tokens, but the model embeds only 299"),
     ("unknown recipe", nothing, [*CONVERT, "--recipe", "flair"], "did you mean flare?"),
     ("recipe file missing", nothing, [*CONVERT, "--recipe", "mine.toml"], '"mine.toml" is neither'),
@@ -119,7 +136,7 @@ CASES: list[tuple[str, Callable[[Place], Any], list[str], str]] = [
     ("no steps", nothing, [*CONVERT, "--steps", "0"], "optimizer.steps = 0 is not allowed"),
     ("rows longer than the context", nothing, [*CONVERT, "--max-length", "1025"],
      "longer than the model's context of 1024 positions"),
-    ("row without a spare row", lambda p: edit(p / "model" / "config.json", vocab_size=300),
+    ("row without a spare row", embed(300),
      [*CONVERT, "--set", "mask_token=row", "--max-length", "64"], "all 300 rows of the vocabulary are used"),
     ("unknown device", nothing, [*CONVERT, "--device", "abacus"], "device 'abacus' cannot be used"),
     ("unknown kernels", nothing, [*CONVERT, "--kernels", "fast"], "unknown kernels 'fast'"),
