@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..base.files import check_name
 from ..base.lock import check_free
 from ..checkpoint.directory import describe_source
 from ..checkpoint.manifest import Manifest
@@ -67,6 +68,7 @@ def steps_of(identity: Mapping[str, Any]) -> int:
 
 def check_resumable(options: Options, recipe: Recipe) -> None:
     """What small files tell about a run that is to be continued, before anything slow is done. Raises `UsageError`."""
+    check_name(options.output)
     after, steps, directory = options.stop_after, recipe.optimizer.steps, options.state_directory
     if after is not None and after >= steps:
         raise UsageError(f"--stop-after {after} is not before the last step, {steps}; leave it out, or give less")
