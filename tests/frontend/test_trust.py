@@ -133,8 +133,11 @@ ON_A_SOURCE = {
     "chat": ["chat", "model"],
     "eval": ["eval", "model", *DATA],
     "verify": ["verify", "model"],
+    "serve": ["serve", "model"],
+    "screen": ["screen", "model", "--mix", "a=data.jsonl", "--mix", "b=data.jsonl", "--max-length", "64"],
 }
-NO_SOURCE = {"recipes", "families", "bench", "passes"}
+NO_SOURCE = {"recipes", "families", "bench", "passes", "finish", "lm-eval"}
+"""`finish` opens the source of a run that `convert` began, `lm-eval` what its own arguments name."""
 API: dict[str, Callable[[], Any]] = {
     "convert": lambda: flarec.convert("model", "data.jsonl", out="out", max_length=64),
     "load": lambda: flarec.load("model"),
