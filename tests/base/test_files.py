@@ -186,6 +186,7 @@ MAY_REMOVE = {
     "flarec/checkpoint/write.py": "a folder in the one that it made",
     "flarec/base/lock.py": "a lock that this process holds",
     "flarec/train/answers/log.py": "the answers of an earlier run, whose record has their hash",
+    "flarec/train/trackers/services.py": "event files of TensorBoard in the folder of a run's own that it writes",
     "flarec/frontend/cache.py": "files of the program cache, by name and first line",
 }
 """Modules that remove, replace or rename something, and what."""

@@ -176,7 +176,7 @@ def test_errors(arguments: list[str], message: str, generate: Callable[..., Resu
         ("p.jsonl", b'{"prompt": "a"}\n{', "line 2: not JSON"),
         ("p.jsonl", b'{"text": "a"}', 'line 1: no "prompt" text'),
         ("p.jsonl", b'{"messages": [{"role": "assistant", "content": "a"}]}', "line 1: holds nothing but a turn"),
-        ("p.jsonl", b"[1]", "line 1: a JSON list, not an object"),
+        ("p.jsonl", b"[1]", "begins as a JSON array; call the file .json"),
     ],
 )
 def test_bad_prompt_files(

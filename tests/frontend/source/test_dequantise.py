@@ -142,7 +142,7 @@ def test_what_has_nothing_to_dequantise(tmp_path: Path) -> None:
 def test_combinations_that_mean_nothing(tmp_path: Path) -> None:
     path, data = quantised(tmp_path), write_data(tmp_path / "data.jsonl")
     for options, words in (
-        (["--dequantize", "--adapter-only"], "--adapter-only is for a model that others have too"),
+        (["--dequantize", "--adapter-only"], "--adapter-only is for an adapter"),
         (["--dequantize", "--recipe", "adapter", "--prompts", data], "--prompts asks the source for answers"),
     ):
         result = flarec("convert", path, "--data", data, "--out", tmp_path / "out", *QUICK, *options)

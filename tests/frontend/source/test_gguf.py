@@ -81,7 +81,11 @@ def test_a_conversion(tmp_path: Path) -> None:
 
 def test_the_doctor_reads_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr("flarec.doctor.diagnosis.capture", lambda model: (_ for _ in ()).throw(UsageError("captured")))
+
+    def captured(model: object, *, cache: bool) -> None:
+        raise UsageError("captured")
+
+    monkeypatch.setattr("flarec.doctor.diagnosis.capture", captured)
     for words in (["doctor", str(tmp_path), "--gguf", "tiny.gguf"], ["doctor", str(tmp_path / "tiny.gguf")]):
         assert "captured" in CliRunner().invoke(main, [*words, "--quick"]).output
 
