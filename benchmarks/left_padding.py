@@ -55,7 +55,7 @@ def measure(family: str, folder: Path) -> dict[str, Any]:
     source = folder / family
     build_tiny(family).save_pretrained(source)
     tokenizer().save_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False).eval()
     found: dict[str, Any] = {"one": 0.0, "two": 0.0, "transformers": 0, "flarec": 0}
     options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": END_ID, "pad_token_id": 0}
     for short, long in prompts():

@@ -80,4 +80,4 @@ def test_another_precision_cannot_continue_a_run(place: Path) -> None:
     Path("out.partial").rename("new.partial")
     result = flarec("convert", source, "--data", "data.jsonl", "--out", "new", "--recipe", "dual", *QUICK,
                     "--steps", "1", *BF16, "--resume")
-    assert result.exit_code != 0 and "precision was \"float32\" and is now \"bf16\"" in result.stderr
+    assert result.exit_code != 0 and "precision was \"auto\" and is now \"bf16\"" in result.stderr
