@@ -79,6 +79,16 @@ def test_a_conversion(tmp_path: Path) -> None:
     assert again.exit_code == 0 and "is complete" in again.stderr, "the plain copy has the same hash each time"
 
 
+def test_an_adapter_alone_has_nothing_to_open_with(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    data, out = write_data(tmp_path / "data.jsonl"), tmp_path / "out"
+    result = flarec(
+        "convert", tmp_path / "tiny.gguf", "--data", data, "--out", out, *QUICK, "--recipe", "adapter", "--adapter-only"
+    )
+    assert result.exit_code == 2 and "--adapter-only is for a model that others have too" in result.output
+    assert not out.exists()
+
+
 def test_the_doctor_reads_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(tmp_path / "tiny.gguf")
 
