@@ -78,6 +78,8 @@ def command(
     """
     if not data.exists():
         raise UsageError(f"--data {data} does not exist; give a JSONL or Parquet file")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UsageError(f"--out {out}: there is no directory {out.parent}; make it first")
     options = GenerationOptions(**{name: keywords.pop(name) for name in OPTIONS})
     settings: dict[str, Any] = {"samples": samples, "limit": limit, "batch": batch, "execute": execute}
     record = None
@@ -87,7 +89,10 @@ def command(
         checkpoint, mask_token_id=mask_token_id, block_size=block_size, passes=passes, plugins=plugins,
         adapter=adapter, mode=options.mode, **keywords,
     )
-    say_unread(options, str(model.complete(options).mode))
+    if record is None:  # a record holds every option, those that its mode does not read among them
+        say_unread(options, str(model.complete(options).mode))
+    elif record.get("against") and against is None:
+        click.echo("the comparison in the record is not repeated; give --against for it", err=True)
     from flarec.evaluate import identity, read_examples  # slow to import, like everything below flarec.api
     from flarec.evaluation.record import differences, to_record
     from flarec.evaluation.summary import compare

@@ -184,7 +184,7 @@ class Engine:
         filled = self._filled(merged(options, keywords))
         if logprobs is not None:
             logprobs = whole_number("logprobs", logprobs, GenerationError, low=0, high=MOST_LOGPROBS)
-        request = self._request(self._added, prompt, filled, stop_check, on_tokens)
+        request = self._request(self._added, prompt, filled, stop_check, on_tokens, "the prompt")
         request.logprobs = logprobs
         self._added += 1
         self._serving.add(request)
@@ -259,24 +259,26 @@ class Engine:
         return ids
 
     def _request(
-        self, index: int, prompt: Any, options: GenerationOptions, check: StopCheck | None, on_tokens: OnTokens | None
+        self, index: int, prompt: Any, options: GenerationOptions, check: StopCheck | None, on_tokens: OnTokens | None,
+        name: str | None = None,
     ) -> Request:
+        name = name or f"prompt {index}"
         if options.stop and check is None:
             raise GenerationError("text to stop at needs a tokenizer; use Model.generate, or give a stop_check")
         if isinstance(prompt, str) or not isinstance(prompt, Iterable) or getattr(prompt, "ndim", 1) == 0:
-            raise GenerationError(f"prompt {index} is {shown(prompt)}; give a list of token ids per prompt")
-        tokens = token_ids(prompt, f"prompt {index}")
+            raise GenerationError(f"{name} is {shown(prompt)}; give a list of token ids per prompt")
+        tokens = token_ids(prompt, name)
         vocab = self.program.vocab_size
         if not tokens:
-            raise GenerationError(f"prompt {index} is empty; give at least one token (for example BOS)")
+            raise GenerationError(f"{name} is empty; give at least one token (for example BOS)")
         if len(tokens) >= self.max_positions:
             raise GenerationError(
-                f"prompt {index} has {len(tokens)} tokens, which leaves no room for new ones in a context of "
+                f"{name} has {len(tokens)} tokens, which leaves no room for new ones in a context of "
                 f"{self.max_positions}; shorten it"
             )
         outside = next((token for token in tokens if not 0 <= token < vocab), None)
         if outside is not None:
-            raise GenerationError(f"prompt {index} contains id {shown(outside)}, outside the vocabulary of {vocab}")
+            raise GenerationError(f"{name} contains id {shown(outside)}, outside the vocabulary of {vocab}")
         limit = min(options.max_new_tokens, self.max_positions - len(tokens))
         assert options.eos_ids is not None
         self._mode(options)

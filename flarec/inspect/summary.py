@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from flarec import ops
 from flarec.ir.program import (
@@ -22,6 +22,7 @@ from flarec.ir.program import (
     target_name,
 )
 from flarec.ir.spec import TensorSpec
+from flarec.passes.adapt_noisy_stream import adapter_parameters
 from flarec.passes.narrow_head import find_head
 
 from .shapes import shape_text
@@ -102,6 +103,7 @@ class Summary:
     derived: tuple[tuple[str, str], ...]
     embedding: str
     extra: tuple[tuple[str, str], ...]
+    adapter: str
     groups: tuple[Group, ...]
     head: str
     outputs: tuple[str, ...]
@@ -118,12 +120,21 @@ class Summary:
         return dict(sorted(kinds.items()))
 
 
+def _adapter(parameters: Mapping[str, Tensor]) -> str:
+    """One line about the matrices of an adapter; empty without one."""
+    if not parameters:
+        return ""
+    count = sum(parameter.numel() for parameter in parameters.values())
+    return f"{len(parameters) // 2} linear layers on noisy rows, {count:,} of the parameters"
+
+
 def summarize(program: Program) -> Summary:
     """Describe a program at any point of its pipeline; nothing is run."""
     layers = _layers(program)
     config = program.config
     names = getattr(config, "architectures", None) or [type(config).__name__]
     parameters = {id(p): p.numel() for p in program.module.parameters()}
+    adapter = adapter_parameters(program)
     return Summary(
         family=program.family,
         model=str(names[0]),
@@ -135,7 +146,8 @@ def summarize(program: Program) -> Summary:
         inputs=tuple(_inputs(program)),
         derived=tuple((name, item.describe()) for name, item in program.derivations.items()),
         embedding=_embedding(program),
-        extra=tuple((name, str(list(p.shape))) for name, p in program.extra.items()),
+        extra=tuple((name, str(list(p.shape))) for name, p in program.extra.items() if name not in adapter),
+        adapter=_adapter(adapter),
         groups=tuple(_groups(program, layers)),
         head=_head(program),
         outputs=program.outputs,

@@ -65,6 +65,8 @@ def _header(summary: Summary) -> Iterator[str]:
 def _body(summary: Summary) -> Iterator[str]:
     extra = "".join(f", mask vector {shape}" for _, shape in summary.extra)
     yield from _field("embedding", summary.embedding + extra)
+    if summary.adapter:
+        yield from _field("adapter", summary.adapter)
     for group in summary.groups:
         yield from _group(group)
     yield from _field("head", summary.head)

@@ -147,7 +147,8 @@ class Trained:
             note(f"held-out {'before' if step == 0 else 'after'}: {describe_evaluation(values)}")
         note(f"checkpoint: {out}")
         words = [str(options.source), "--adapter", str(out)] if options.adapter_only else [str(out)]
-        note(f'try it: flarec generate {shlex.join(words)} "..." --mode ar-trust')
+        chat = " --chat" if getattr(self.run.tokenizer, "chat_template", None) else ""
+        note(f'try it: flarec generate {shlex.join(words)} "..."{chat} --mode ar-trust')
 
 
 def adapter_info(options: Options, pipelines: Mapping[str, str]) -> AdapterInfo | None:

@@ -71,7 +71,8 @@ class Plan:
         run, recipe = self.run, self.run.recipe
         optimizer = recipe.optimizer
         lines = [
-            f"source       {run.options.source} ({run.captured.family}), {self.parameters:,} parameters",
+            f"source       {run.options.source} ({run.captured.family}), {run.model.num_parameters():,} parameters",
+            f"trained      {self.parameters:,} parameters",
             f"output       {run.options.output}",
             *(f"data         {source.stats}, weight {source.weight:g}" for source in run.sources),
             f"held out     {run.held_documents} documents",
