@@ -183,6 +183,10 @@ def parse(kind: type[Fields], body: bytes) -> Fields:
         raise _refusal(error) from None
 
 
+WITHOUT_EFFECT = ("frequency_penalty", "presence_penalty", "logit_bias", "best_of", "echo", "response_format")
+"""Fields that are taken with the value that changes nothing."""
+
+
 def _refusal(error: ValidationError) -> HttpRefusal:
     first = error.errors(include_url=False, include_context=False)[0]
     for other in error.errors(include_url=False, include_context=False):
@@ -201,7 +205,10 @@ def _refusal(error: ValidationError) -> HttpRefusal:
         return HttpRefusal(400, first["msg"].removeprefix("Value error, "))
     if first["type"] == "missing":
         return HttpRefusal(400, f"the field '{name}' is missing", param=name)
-    wanted = UNIONS.get(name.partition(".")[0], first["msg"])  # of a union every member complains
+    top = name.partition(".")[0]
+    if top in WITHOUT_EFFECT:
+        return HttpRefusal(400, f"{top} is not supported with a value that has an effect; leave it out", param=name)
+    wanted = UNIONS.get(top, first["msg"])  # of a union every member complains
     return HttpRefusal(400, f"{name} is {shown(first['input'])}: {wanted}", param=name)
 
 

@@ -137,6 +137,15 @@ def test_unknown_fields_whatever_they_hold(path: str, name: str, value: Any, url
     assert "is unknown or not supported" in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("frequency_penalty", 0.5), ("presence_penalty", -0.5), ("logit_bias", {"5": 1.0}), ("best_of", 2)],
+)
+def test_fields_that_may_only_change_nothing(name: str, value: Any, url: str) -> None:
+    error = refused(url, TEXT, {**VALID[TEXT], name: value})[1]
+    assert error["message"] == f"{name} is not supported with a value that has an effect; leave it out"
+
+
 @settings(max_examples=150)
 @given(body=st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes(body: bytes, url: str) -> None:
