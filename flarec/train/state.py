@@ -127,12 +127,11 @@ class StateDirectory:
         tracking: Mapping[str, Any] | None = None,
     ) -> None:
         """State in the record what the run is from now on."""
-        table = {
-            "record": RECORD, "format_version": RECORD_VERSION, "identity": identity, "arguments": arguments or {},
-            "tracking": tracking or {},
-        }
+        parts = {"record": RECORD, "identity": identity, "arguments": arguments or {}, "tracking": tracking or {}}
+        ordered = json.loads(json.dumps(parts, sort_keys=True))
         with writing(self.path / RUN):
-            self._replace(RUN, json.dumps(table, indent=1, sort_keys=True))
+            # the version first: by its beginning a record is known whose writing was killed (`_is_begun_record`)
+            self._replace(RUN, json.dumps({"format_version": RECORD_VERSION, **ordered}, indent=1))
 
     @property
     def identity(self) -> dict[str, Any]:
