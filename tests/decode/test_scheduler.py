@@ -175,8 +175,8 @@ def test_refused_when_added() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("graphs", [False, True])
-def test_a_thousand_requests_through_sixteen_slots(graphs: bool) -> None:
+@pytest.mark.parametrize(("graphs", "in_a_round"), [(False, 250), (True, 75)])
+def test_a_thousand_requests_through_sixteen_slots(graphs: bool, in_a_round: int) -> None:
     """Random lengths, seeds, ends, stops and cancels; nothing is left behind by those that are gone."""
     rng = random.Random(0)
     model = FakeModel(agreement=0.7)
@@ -197,7 +197,7 @@ def test_a_thousand_requests_through_sixteen_slots(graphs: bool) -> None:
     left = []
     for _ in range(4):
         requests = []
-        for prompt in random_prompts(rng, model, 250, longest=20):
+        for prompt in random_prompts(rng, model, in_a_round, longest=20):
             options = replace(random_options(rng), max_new_tokens=rng.randint(1, 25), **rng.choice(WAYS))
             check = stop if rng.random() < 0.3 else None
             requests.append((engine.add(prompt, options, stop_check=check), prompt, options, check))
