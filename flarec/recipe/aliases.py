@@ -15,11 +15,12 @@ from typing import Any
 from ..base.fields import LARGEST, is_number, limits, shown
 from ..errors import RecipeError
 
+_STEPS, _RATIO = _WARMUPS = ("optimizer.warmup_steps", "optimizer.warmup_ratio")
 DIRECT = {
     "learning_rate": "optimizer.lr",
     "max_steps": "optimizer.steps",
-    "warmup_steps": "optimizer.warmup_steps",
-    "warmup_ratio": "optimizer.warmup_ratio",
+    "warmup_steps": _STEPS,
+    "warmup_ratio": _RATIO,
     "weight_decay": "optimizer.weight_decay",
     "adam_epsilon": "optimizer.eps",
     "max_grad_norm": "optimizer.clip",
@@ -30,6 +31,13 @@ DIRECT = {
     "max_seq_length": "data.max_length",
 }
 """Names that only have another name here."""
+
+
+def spellings(path: str) -> set[str]:
+    """Names under which a key can be given."""
+    return {path, *(name for name, own in DIRECT.items() if own == path)}
+
+
 SEED = "seed"
 _SPECIAL = (
     "adam_beta1", "adam_beta2", "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type",
@@ -65,9 +73,21 @@ REFUSED = {
     "neftune_noise_alpha": "there is none",
     "do_train": "leave it out",
     "do_eval": "set evaluation.every, 0 for none",
+    "use_peft": "give --recipe adapter",
+    "lora_r": "set adapter.rank, or give --recipe adapter",
+    "lora_alpha": "set adapter.alpha",
+    "lora_dropout": "leave it out, an adapter has no dropout",
+    "lora_target_modules": "set adapter.targets",
+    "target_modules": "set adapter.targets",
 }
-"""Names without a counterpart, and what to do instead."""
+"""Names without a counterpart, those of adapters in trl among them, and what to do instead."""
 NAMES = {*DIRECT, *_SPECIAL, *REFUSED}
+
+
+def check_not_refused(name: str) -> None:
+    """Raise `RecipeError` with what to do for a name that has no counterpart here."""
+    if name in REFUSED:
+        raise RecipeError(f"{name} is no key of a recipe: {REFUSED[name]}")
 
 
 @dataclass
@@ -98,10 +118,15 @@ class _Names:
     def say(self, name: str, what: str) -> None:
         self.reading.lines.append(f"{name} = {_written(self.given[name])}: {what}")
 
+    def instead(self, path: str, none: float) -> None:
+        """The other form of a key that is given takes the place of what is underneath."""
+        self.found[path] = none
+        if before := self.below(path):
+            self.reading.lines.append(f"{path} = {none:g}, instead of {before:g}: the warmup is given otherwise")
+
     def read(self) -> None:
         for name in self.given:
-            if name in REFUSED:
-                raise RecipeError(f"{name} is no key of a recipe: {REFUSED[name]}")
+            check_not_refused(name)
         for name, path in DIRECT.items():
             if name in self.given:
                 self._direct(name, path, self.given[name])
@@ -113,7 +138,7 @@ class _Names:
 
     def _direct(self, name: str, path: str, value: Any) -> None:
         if name == "warmup_steps" and isinstance(value, float) and 0 < value < 1:  # as transformers reads it
-            path = "optimizer.warmup_ratio"
+            path = _RATIO
         self.put(name, path, value)
 
     def _betas(self) -> None:
@@ -156,11 +181,10 @@ class _Names:
             raise RecipeError(f"{name} = {shown(kind)} is not there; choose {', '.join(_SCHEDULES)}")
         self.put(name, "optimizer.schedule", _SCHEDULES[kind])
         if kind == "constant":
-            warmups = ("optimizer.warmup_steps", "optimizer.warmup_ratio")
-            if any(self.found.get(path) or self.own.get(path) for path in warmups):
+            if any(self.found.get(path) or self.own.get(path) for path in _WARMUPS):
                 raise RecipeError(f"{name} = constant has no warmup in transformers; write constant_with_warmup")
-            if not any(path in self.found or path in self.own for path in warmups):
-                self.put(name, "optimizer.warmup_steps", 0)
+            if not any(path in self.found or path in self.own for path in _WARMUPS):
+                self.put(name, _STEPS, 0)
 
     def _precision(self) -> None:
         if self.given.get("fp16"):
@@ -207,11 +231,14 @@ def translated(
     names = _Names(given, own, below)
     names.read()
     found = names.found
-    warmups = {"optimizer.warmup_steps", "optimizer.warmup_ratio"}
-    if warmups <= {*own, *found} and warmups & found.keys():
-        raise RecipeError("a warmup is given twice, in steps and as a part of the run: leave one of them out")
-    if warmups & {*own, *found} == {"optimizer.warmup_steps"}:  # instead of a ratio underneath
-        found["optimizer.warmup_ratio"] = 0.0
+    both = {**own, **found}
+    if all(path in both for path in _WARMUPS):
+        if all(both[path] for path in _WARMUPS) or any(path in found for path in _WARMUPS):
+            raise RecipeError("a warmup is given twice, in steps and as a part of the run: leave one of them out")
+    elif _STEPS in both:
+        names.instead(_RATIO, 0.0)
+    elif both.get(_RATIO):
+        names.instead(_STEPS, 0)
     if reading is not None:
         reading.lines += names.reading.lines
         reading.seed = reading.seed if names.reading.seed is None else names.reading.seed

@@ -249,7 +249,7 @@ class Optimizer(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.batch_rows % self.micro_rows:
+        if self.batch_rows % min(self.batch_rows, self.micro_rows):
             raise RecipeError(
                 f"optimizer.batch_rows = {self.batch_rows} is not a multiple of optimizer.micro_rows = "
                 f"{self.micro_rows}; choose values that divide"
@@ -454,6 +454,7 @@ def _find(path: str) -> tuple[str, Any, Mapping[str, Any]]:
         return keys[path]
     by_name = {full.rpartition(".")[2]: full for full in keys}
     last = path.rpartition(".")[2]
+    aliases.check_not_refused(last)
     near = [f"{last}, without a section"] if last in aliases.NAMES else difflib.get_close_matches(path, keys, 1, 0.7)
     near = near or [by_name[name] for name in difflib.get_close_matches(last, by_name, 1)]
     hint = f"did you mean {near[0]}?" if near else "`flarec recipes NAME` lists the keys."

@@ -52,7 +52,10 @@ def proxy(arguments: ScreenArguments, files: list[Path], place: Path) -> Options
 
     The warmup is at most a tenth of the steps. A recipe for an adapter trains the model here.
     """
-    whole = Options(arguments.source, recipe=arguments.recipe, overrides=arguments.overrides, seed=arguments.seed)
+    whole = Options(
+        arguments.source, recipe=arguments.recipe, overrides=arguments.overrides, seed=arguments.seed,
+        max_length=arguments.max_length,
+    )
     recipe, usual = whole.load_recipe(), Recipe()
     optimizer = recipe.optimizer
     lr = arguments.lr if arguments.lr is not None else usual.optimizer.lr if recipe.adapter.rank else optimizer.lr
@@ -70,7 +73,7 @@ def proxy(arguments: ScreenArguments, files: list[Path], place: Path) -> Options
     file.write_text(changed.to_toml(), encoding="utf-8")
     return Options(
         source=arguments.source, data=tuple(f"{path}:1.0" for path in files), recipe=str(file), out=place / "out",
-        steps=arguments.steps, max_length=arguments.max_length, device=arguments.device, seed=arguments.seed,
+        steps=arguments.steps, device=arguments.device, seed=arguments.seed,
         kernels=arguments.kernels, skip_bad_lines=arguments.skip_bad_lines, eval_data=arguments.eval_data,
     )
 

@@ -13,7 +13,7 @@ from ..checkpoint.own import check_destination, is_own
 from ..errors import RecipeError, UsageError
 from ..frontend.source.gguf import gguf_file
 from ..recipe import Reading, Recipe, load_recipe
-from ..recipe.aliases import SEED
+from ..recipe.aliases import SEED, spellings
 from ..recipe.files import recipe_files
 from .arguments import Arguments
 from .data.sources import parse_source
@@ -69,8 +69,9 @@ class Options(Arguments):
     def load_recipe(self, reading: Reading | None = None) -> Recipe:
         """The recipe with all overrides; what names of transformers became is noted in `reading`. Raises `RecipeError`.
         """
-        short = {"optimizer.steps": self.steps, "data.max_length": self.max_length}
-        given = [f"{key}={value}" for key, value in short.items() if value is not None]
+        given = [self._short(path, value, option) for path, value, option in (
+            ("optimizer.steps", self.steps, "--steps"), ("data.max_length", self.max_length, "--max-length"),
+        ) if value is not None]
         recipe = self.own_recipe(reading).override([*self.overrides, *given], reading)
         recipe = replace(recipe, passes=(*recipe.passes, *self.passes))
         self._check_adapter(recipe)
@@ -81,6 +82,13 @@ class Options(Arguments):
                     "or longer rows"
                 )
         return recipe
+
+    def _short(self, path: str, value: int, option: str) -> str:
+        """The override that an option of its own stands for. Raises `RecipeError` if --set gives the key as well."""
+        for text in self.overrides:
+            if text.partition("=")[0].strip() in spellings(path):
+                raise RecipeError(f"{option} {value} and --set {text} are the same key: leave one of them out")
+        return f"{path}={value}"
 
     def _check_adapter(self, recipe: Recipe) -> None:
         """Raise `UsageError` for options that only a recipe with an adapter has. A plugin's pass may bring one."""

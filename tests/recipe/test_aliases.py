@@ -21,9 +21,10 @@ def changed(recipe: Recipe, base: Recipe) -> dict[str, Any]:
 
 
 def test_the_names_are_those_of_transformers() -> None:
-    """But for those of its trainers for language models, and of versions before."""
+    """But for those of its trainers for language models and of trl's adapters, and of versions before."""
     elsewhere = {"max_length", "max_seq_length", "packing", "warmup_ratio", "group_by_length", "overwrite_output_dir"}
     elsewhere |= {"logging_dir", "tf32", "fp16"}
+    elsewhere |= {"use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "target_modules"}
     assert NAMES - {item.name for item in fields(TrainingArguments)} <= elsewhere
     keys = {entry.key for entry in load_recipe("flare").describe()}
     assert set(DIRECT.values()) <= keys
@@ -49,8 +50,9 @@ def test_the_names_are_those_of_transformers() -> None:
         (["fp16=false"], {}),
         (["max_seq_length=512"], {"data.max_length": 512}),
         (["warmup_steps=5"], {"optimizer.warmup_steps": 5}),
-        (["warmup_steps=0.1"], {"optimizer.warmup_ratio": 0.1}),
-        (["warmup_ratio=0.03"], {"optimizer.warmup_ratio": 0.03}),
+        (["warmup_steps=0.1"], {"optimizer.warmup_ratio": 0.1, "optimizer.warmup_steps": 0}),
+        (["warmup_ratio=0.03"], {"optimizer.warmup_ratio": 0.03, "optimizer.warmup_steps": 0}),
+        (["warmup_ratio=0"], {}),
         (["lr_scheduler_type=cosine"], {"optimizer.schedule": "cosine"}),
         (["lr_scheduler_type=constant"], {"optimizer.warmup_steps": 0}),
         (["lr_scheduler_type=constant_with_warmup", "warmup_steps=9"], {"optimizer.warmup_steps": 9}),
@@ -93,9 +95,13 @@ def test_what_a_name_becomes(given: list[str], becomes: dict[str, Any], tmp_path
         (["bf16=true", "optimizer.precision=float32"], "bf16 and optimizer.precision"),
         (["warmup_steps=3", "warmup_ratio=0.1"], "a warmup is given twice"),
         (["optimizer.warmup_steps=3", "warmup_ratio=0.1"], "a warmup is given twice"),
+        (["optimizer.warmup_steps=3", "optimizer.warmup_ratio=0.1"], "a warmup is given twice"),
         (["lr_scheduler_type=constant", "warmup_steps=3"], "write constant_with_warmup"),
         (["lr_scheduler_type=polynomial"], "choose constant, constant_with_warmup, linear, cosine"),
         (["num_train_epochs=3"], "num_train_epochs is no key of a recipe: the length of a run is optimizer.steps"),
+        (["optimizer.num_train_epochs=3"], "num_train_epochs is no key of a recipe: the length"),
+        (["lora_r=8"], "lora_r is no key of a recipe: set adapter.rank"),
+        (["adapter.lora_alpha=8"], "set adapter.alpha"),
         (["report_to=wandb"], "give --report-to"),
         (["fp16=true"], "give bf16 = true"),
         (["bf16=1"], "give true or false"),
@@ -144,6 +150,20 @@ def test_a_warmup_by_ratio_follows_the_number_of_steps(tmp_path: Path) -> None:
     assert longer.warmup == 20
 
 
+def test_one_warmup_holds(tmp_path: Path) -> None:
+    """The form that is given takes the place of the other one underneath, under whatever name, and says so."""
+    file = tmp_path / "mine.toml"
+    file.write_text("[optimizer]\nwarmup_ratio = 0.5\n")
+    reading = Reading()
+    assert load_recipe(file, reading).optimizer.warmup_steps == 0
+    assert reading.lines == ["optimizer.warmup_steps = 0, instead of 100: the warmup is given otherwise"]
+    for name in ("optimizer.warmup_steps", "warmup_steps"):
+        reading = Reading()
+        optimizer = load_recipe(file).override([f"{name}=7"], reading).optimizer
+        assert (optimizer.warmup_ratio, optimizer.warmup) == (0, 7)
+        assert reading.lines[-1] == "optimizer.warmup_ratio = 0, instead of 0.5: the warmup is given otherwise"
+
+
 def test_the_seed_of_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('base = "flare"\nseed = 5\n')
     file = str(tmp_path / "mine.toml")
@@ -151,5 +171,10 @@ def test_the_seed_of_a_recipe(tmp_path: Path) -> None:
     assert Options("m", recipe=file, overrides=("seed=6",)).seed == 6
     with pytest.raises(RecipeError, match="--seed 4 and seed = 5 of the recipe are given"):
         Options("m", recipe=file, seed=4)
-    with pytest.raises(RecipeError, match=r"optimizer\.steps are given"):
-        Options("m", overrides=("max_steps=6",), steps=6).load_recipe()
+
+
+@pytest.mark.parametrize("text", ["max_steps=6", "optimizer.steps=6", "max_length=64", "data.max_length = 64"])
+def test_an_option_and_the_key_that_it_stands_for(text: str) -> None:
+    option = "--steps 5" if "steps" in text else "--max-length 32"
+    with pytest.raises(RecipeError, match=f"^{option} and --set {text} are the same key: leave one of them out$"):
+        Options("m", overrides=(text,), steps=5, max_length=32).load_recipe()

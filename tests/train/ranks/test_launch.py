@@ -61,8 +61,11 @@ def test_every_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
     assert launch.device("auto") == "cpu"
 
 
-@pytest.mark.parametrize(("rows", "micro", "ranks", "found"), [(8, 1, 4, 1), (8, 8, 2, 4), (8, 4, 2, 4), (6, 2, 1, 2)])
+@pytest.mark.parametrize(("rows", "micro", "ranks", "found"), [
+    (8, 1, 4, 1), (8, 8, 2, 4), (8, 4, 2, 4), (6, 2, 1, 2), (8, 16, 2, 4), (8, 16, 1, 8), (6, 9, 1, 6),
+])
 def test_rows_of_a_pass_on_every_rank(rows: int, micro: int, ranks: int, found: int) -> None:
+    """A pass of more rows than a rank has is one of all its rows, on one rank as on several."""
     chosen = recipe("draft", f"optimizer.batch_rows={rows}", f"optimizer.micro_rows={micro}")
     assert micro_rows_of(chosen, ranks) == found
 
