@@ -56,7 +56,8 @@ def _table(screening: Screening) -> list[str]:
         "over documents, standard error)",
     ]
     if error is None or abs(mean) < 2 * error:
-        lines.append("that is within the noise of this split: more --steps or --held-out would tell them apart")
+        larger = "a larger --held-out" if screening.whole else "more documents to measure on (--eval-data)"
+        lines.append(f"that is within the noise of this split: more --steps or {larger} would tell them apart")
     if screening.checkpoint is not None:
         lines.append(f"checkpoint: {screening.checkpoint}")
     return lines

@@ -64,7 +64,8 @@ class MixScore:
 @dataclass(frozen=True)
 class Screening:
     """The mixes, best first, and what they were measured on. lead: (mean, standard error) of the difference between the
-    losses of the second and the best, over documents; no error of a single document."""
+    losses of the second and the best, over documents; no error of a single document. whole: whether the split has as
+    many documents as were asked for."""
 
     source: MixScore
     ranked: tuple[MixScore, ...]
@@ -74,6 +75,7 @@ class Screening:
     seed: int
     lr: float
     lead: tuple[float, float | None]
+    whole: bool = True
     checkpoint: Path | None = None
 
     @property
@@ -164,9 +166,20 @@ class _Screen:
         where = f"of {files}" if files else "taken out of every mix"
         return f"{len(self.examples)} documents {where} ({tasks} tasks)"
 
+    @property
+    def _whole(self) -> bool:
+        return len(self.examples) >= self.arguments.held_out
+
+    def _missing(self) -> str:
+        """What to say of a split that is smaller than it was to be."""
+        why = "--eval-data has no more" if self.arguments.eval_data else "every file keeps at least half of its own"
+        return f"--held-out {self.arguments.held_out} is more than there is to measure on: {why}"
+
     def result(self) -> Screening:
         arguments = self.arguments
         self.reporter.note(f"split: {self.split}")
+        if not self._whole:
+            self.reporter.warn(self._missing())
         source = self._measure(SOURCE, 0, 0, time.perf_counter())
         found = [self._train(mix) for mix in self.mixes]
         if arguments.by == "accuracy":
@@ -177,7 +190,8 @@ class _Screen:
         lead = fmean(ahead), stdev(ahead) / math.sqrt(len(ahead)) if len(ahead) > 1 else None
         lr = self.recipe.optimizer.lr
         return Screening(
-            source, tuple(found), arguments.by, self.split, arguments.steps, arguments.seed, lr, lead
+            source, tuple(found), arguments.by, self.split, arguments.steps, arguments.seed, lr, lead,
+            whole=self._whole,
         )
 
     def _train(self, mix: Mix) -> MixScore:

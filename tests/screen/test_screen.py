@@ -95,9 +95,23 @@ def test_the_split_is_in_no_mix(place: Path) -> None:
     assert found["mixes"][0]["accuracy"] is None
 
 
+def test_a_split_that_is_smaller_than_asked_for(place: Path) -> None:
+    mixes = ["--mix", "a=good.jsonl", "--mix", "b=bad.jsonl"]
+    for split, size, why in (
+        (["--held-out", "6000"], 9, "every file keeps at least half of its own"),
+        (["--held-out", "9", "--eval-data", write_tasks(place / "tasks.jsonl").name], 8, "--eval-data has no more"),
+    ):
+        result = flarec("screen", "source", *mixes, *SHORT, *split, "--steps", "1", "--max-new-tokens", "1")
+        assert result.exit_code == 0, result.output
+        assert f"split: {size} documents" in result.stderr
+        assert f"--held-out {split[1]} is more than there is to measure on: {why}" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--mix", "a=good.jsonl", "--mix", "b=bad.jsonl", "--max-length", "9", "--set", "max_length=8"],
+         "--max-length 9 and --set max_length=8 are the same key"),
         (["--mix", "a=good.jsonl"], "1 mixes are given"),
         (["--mix", "good.jsonl", "--mix", "b=bad.jsonl"], "write NAME=PATH"),
         (["--mix", "a=good.jsonl", "--mix", "a=bad.jsonl"], "--mix a=... is given twice"),
@@ -153,5 +167,9 @@ def test_the_table_says_how_it_was_chosen() -> None:
     assert "chosen by held-out loss on one split: 2 documents of x (4 tasks); 9 steps each, lr 1e-05, seed 0" in said
     assert "one against two: loss per token lower by 0.6000 +- 0.1000" in said
     assert "within the noise" not in said
-    assert "within the noise" in "\n".join(_table(replace(clear, lead=(0.1, 0.1))))
+    unclear = replace(clear, lead=(0.1, 0.1))
+    assert "noise of this split: more --steps or a larger --held-out would tell" in "\n".join(_table(unclear))
+    small = "\n".join(_table(replace(unclear, whole=False)))
+    assert "more --steps or more documents to measure on (--eval-data) would tell" in small
+    assert "--held-out" not in small
     assert "within the noise" in "\n".join(_table(replace(clear, lead=(0.1, None))))
