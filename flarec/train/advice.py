@@ -9,6 +9,8 @@ from ..recipe import Recipe
 
 FAR_OFF = 10.0
 """A learning rate so many times above or below the recipe's own is said to be far off."""
+MANY_EPOCHS = 16
+"""A run that passes over its documents more often is said to repeat them."""
 ROSE_MUCH = 0.05
 """A held-out AR loss that rose by more than this part is said to have risen much: the model forgets."""
 
@@ -31,6 +33,16 @@ def before_training(recipe: Recipe, own: Recipe) -> list[str]:
         times = f"{lr / usual:,.3g} times" if lr > usual else f"1/{usual / lr:,.3g} of"
         lines.append(f"optimizer.lr = {lr:.3g} is {times} the recipe's own {usual:.3g}")
     return lines
+
+
+def about_repeats(source: str, documents: int, epochs: float) -> list[str]:
+    """Lines about how often a run passes over the documents of a source."""
+    if epochs <= MANY_EPOCHS:
+        return []
+    return [
+        f"the run passes about {epochs:,.0f} times over the {documents:,} documents of {source}: it learns them by "
+        "heart; give more data, a smaller weight, or fewer steps"
+    ]
 
 
 def after_training(evaluations: Mapping[int, Mapping[str, Any]]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from .objective.batch import build_batches
 from .objective.noise import step_generator
 from .options import Options
 from .plain_source import plain_source
-from .prepare import Run, prepare
+from .prepare import Run, epochs_of, prepare
 from .progress import Reporter
 from .ranks.group import joined
 
@@ -34,7 +34,7 @@ class Plan:
                       was allocated above weights and gradients (CUDA)
     step_seconds      one optimizer step, from the time of one micro batch and of the update
     process_bytes     on a CPU the most that this process had while a step was measured, or would have in an evaluation
-    epochs            how often the run passes over the training tokens, about
+    epochs            how often the run passes over each source, about
     """
 
     run: Run
@@ -42,7 +42,7 @@ class Plan:
     weight_bytes: int
     activation_bytes: int
     step_seconds: float
-    epochs: float
+    epochs: Sequence[float]
     process_bytes: int = 0
 
     @property
@@ -74,12 +74,15 @@ class Plan:
             f"source       {run.options.source} ({run.captured.family}), {run.model.num_parameters():,} parameters",
             f"trained      {self.parameters:,} parameters",
             f"output       {run.options.output}",
-            *(f"data         {source.stats}, weight {source.weight:g}" for source in run.sources),
+            *(
+                f"data         {source.stats}, weight {source.weight:g}, about {epochs:.2f} epochs"
+                for source, epochs in zip(run.sources, self.epochs, strict=True)
+            ),
             f"held out     {run.held_documents} documents",
             f"mask token   {run.mask.kind}, id {run.mask.token_id}",
             f"rows         {optimizer.batch_rows} of {recipe.data.max_length} tokens per step, "
             f"{run.trainer.feed.micro_rows} at a time{self._split()}",
-            f"steps        {optimizer.steps:,}, about {self.epochs:.2f} epochs",
+            f"steps        {optimizer.steps:,}",
             f"device       {run.trainer.program.device}, kernels {run.options.kernels}, precision {run.precision}",
             f"memory       {self.memory_text()}",
             f"time         {_duration(self.step_seconds * optimizer.steps)}: {self.step_seconds:.2f} s per step, "
@@ -121,9 +124,8 @@ def _measured(run: Run, reporter: Reporter) -> Plan:
     micro = _seconds_of(device, lambda: trainer.accumulate(batches[:share]))
     seconds = update + micro * -(-len(batches) // share)
     process = max(resident()[1], kept + _evaluation_bytes(run)) if device.type == "cpu" else 0
-    drawn = sum(row.length for row in rows) * recipe.optimizer.steps
     count = sum(parameter.numel() for parameter in trainer.parameters.values())
-    return Plan(run, count, trainer.weight_bytes, activations, seconds, drawn / run.tokens, process)
+    return Plan(run, count, trainer.weight_bytes, activations, seconds, epochs_of(trainer.rows, recipe), process)
 
 
 def _update(run: Run) -> None:

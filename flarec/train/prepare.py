@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..passes.split_head import SplitHead, head_refusal
 from ..recipe import Reading, Recipe
 from ..threads import said, settle
 from .adapter import adapter_of, start_adapter
-from .advice import before_training
+from .advice import about_repeats, before_training
 from .data.document import Document
 from .data.packing import RowStream
 from .data.sources import TokenSource, hold_out, load_sources, parse_source
@@ -60,10 +61,16 @@ class Run:
     plugins: dict[str, str]
     precision: Precision
 
-    @property
-    def tokens(self) -> int:
-        """Training tokens, held-out documents left out."""
-        return sum(int((source.starts[1:] - source.starts[:-1])[source.members].sum()) for source in self.sources)
+
+def epochs_of(rows: RowStream, recipe: Recipe) -> list[float]:
+    """How often a run passes over each source, about: by its weight, and as if every step were the next one. The stream
+    stays where it is."""
+    position, sources = rows.state_dict(), rows.mixture.sources
+    drawn = sum(row.length for row in rows.rows(recipe.optimizer.batch_rows)) * recipe.optimizer.steps
+    rows.load_state_dict(position)
+    weights = sum(source.weight for source in sources)
+    tokens = [int((source.starts[1:] - source.starts[:-1])[source.members].sum()) for source in sources]
+    return [drawn * source.weight / weights / own for source, own in zip(sources, tokens, strict=True)]
 
 
 def prepare(
@@ -115,6 +122,9 @@ def prepare(
     )
     trainer = trainer_class(train, recipe, mask, rows, options.seed, exact, ranks)
     held_out = HeldOut(held, train, decode, recipe, mask, ends, context) if held else None
+    for made, epochs in zip(sources, epochs_of(rows, recipe), strict=True):
+        for line in about_repeats(Path(made.stats.source).name, len(made), epochs):
+            reporter.warn(line)
     return Run(
         options, recipe, source, tokenizer, model, carried, captured, mask, sources, ends, len(held), trainer, held_out,
         {target: pipeline_text(chosen) for target, chosen in steps.items()}, _origins(options, recipe),

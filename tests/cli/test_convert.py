@@ -97,7 +97,8 @@ def test_dry_run_says_what_would_run_and_writes_nothing(place: Path) -> None:
     assert sorted(place.rglob("*")) == before
     model = AutoModelForCausalLM.from_pretrained(source)
     parameters = sum(value.numel() for value in model.parameters())
-    for text in (f"{parameters:,} parameters", "12 documents (messages)", "weight 2", "2 documents", "2 of 96 tokens",
+    for text in (f"{parameters:,} parameters", "12 documents (messages)", "weight 2, about ",
+                 "2 documents", "2 of 96 tokens",
                  "row, id 300", "s per step", "memory", "activations", "duplicate-streams()", "thread-cache()",
                  "block_size = 4"):
         assert text in result.stdout
