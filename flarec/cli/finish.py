@@ -6,6 +6,9 @@ from pathlib import Path
 
 import click
 
+from .convert import OPTIONS
+from .options import resume_command
+
 
 @click.command("finish")
 @click.argument("partial", metavar="OUT.partial", type=click.Path(path_type=Path))
@@ -20,5 +23,11 @@ def command(partial: Path, keep: bool, overwrite: bool, device: str | None) -> N
     """
     from ..train.convert import finish
     from ..train.progress import ConsoleReporter
+    from ..train.recorded import recorded_options
 
     finish(partial, keep=keep, overwrite=overwrite, device=device, reporter=ConsoleReporter())
+    if keep:
+        options = recorded_options(partial, overwrite=True)
+        done = options.state_directory.saved_step == options.load_recipe().optimizer.steps
+        how = "Its last step is trained; extend it by a larger --steps in" if done else "Go on with"
+        click.echo(f"{partial} is kept. {how}\n  {resume_command('convert', options, OPTIONS)}", err=True)

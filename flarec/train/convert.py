@@ -10,6 +10,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -99,7 +100,8 @@ def finish(
     keep: the training state stays, so that the run can go on (`convert` with `resume` and `overwrite`); device: of the
     held-out evaluation, default that of the run. Raises as `convert`.
     """
-    options = recorded_options(Path(partial), overwrite=overwrite, device=device)
+    options = recorded_options(Path(partial), overwrite=overwrite)
+    options = replace(options, kernels="auto", device=device or options.device)
     return run(options, reporter or LoggingReporter(), written_only=True, keep=keep)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def arguments_of(options: Options) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def recorded_options(partial: Path, *, overwrite: bool = False, device: str | None = None) -> Options:
+def recorded_options(partial: Path, *, overwrite: bool = False) -> Options:
     """The arguments of the run in OUT.partial, to go on with it. Raises `UsageError` if they are not there."""
     directory = StateDirectory(partial)
     if partial.name == PARTIAL or not partial.name.endswith(PARTIAL):
@@ -58,7 +58,6 @@ def recorded_options(partial: Path, *, overwrite: bool = False, device: str | No
     known = {item.name for item in fields(Arguments)} - _OF_A_CALL
     if not values.keys() <= known:
         raise UsageError(f"{partial} was begun by a newer version of flarec; upgrade flarec to finish it")
-    options = Options(**{**values, "out": out, "resume": True, "overwrite": overwrite})
     if not directory.saved_step:
         raise UsageError(f"{partial} has no trained step that is saved; there is nothing to write yet")
-    return replace(options, kernels="auto", device=device or options.device)
+    return Options(**{**values, "out": out, "resume": True, "overwrite": overwrite})

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner, Result
 
 from flarec.cli import main
+from tests.models import tiny_checkpoint
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five"]
 QUICK = [
@@ -15,6 +17,14 @@ QUICK = [
     "--set", "optimizer.warmup_steps=0", "--set", "optimizer.batch_rows=2", "--set", "evaluation.every=4",
     "--set", "evaluation.prompts=2", "--set", "evaluation.max_new_tokens=8", "--set", "save.every=2",
 ]
+
+
+def place_of_conversions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder, with a tiny model `source` and `data.jsonl` in it, as the working directory."""
+    monkeypatch.chdir(folder)
+    write_data(folder / "data.jsonl")
+    tiny_checkpoint(folder, "qwen3_5_text").rename(folder / "source")
+    return folder
 
 
 def write_data(path: Path, documents: int = 12) -> Path:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,23 +14,19 @@ from flarec.base.lock import OutputLock
 from flarec.checkpoint.manifest import Manifest
 from flarec.errors import CheckpointError
 from flarec.recipe import load_recipe
-from flarec.train.advice import after_training, before_training
+from flarec.train.advice import about_repeats, after_training, before_training
 from flarec.train.identity import check_identity, continued
 from flarec.train.metrics import read_metrics
 from flarec.train.state import StateDirectory
 from tests.checkpoints import tree
-from tests.cli.conversions import QUICK, flarec, write_data
-from tests.models import tiny_checkpoint
+from tests.cli.conversions import QUICK, flarec, place_of_conversions
 
 COMMAND = ["convert", "source", "--data", "data.jsonl", *QUICK, "--set", "save.every=5"]
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_data(tmp_path / "data.jsonl")
-    tiny_checkpoint(tmp_path, "qwen3_5_text").rename(tmp_path / "source")
-    return tmp_path
+    return place_of_conversions(tmp_path, monkeypatch)
 
 
 def manifest_of(out: Path) -> Manifest:
@@ -57,6 +55,9 @@ def test_stopped_written_out_and_shortened(place: Path, monkeypatch: pytest.Monk
     early = flarec("finish", place / "out.partial", "--keep")
     assert early.exit_code == 0, early.output
     assert "trained" in early.stderr and "in 2 of 9 steps" in early.stderr
+    assert "out.partial is kept. Go on with" in early.stderr
+    kept = shlex.split(early.stderr.splitlines()[-1])[1:]
+    assert {"--resume", "--overwrite"} <= {*kept}
     again = flarec("finish", place / "out.partial", "--keep")  # as after a kill behind the last rename
     assert (again.exit_code, "nothing is left to do" in again.stderr) == (0, True), again.stderr
     monkeypatch.chdir(place)
@@ -77,7 +78,7 @@ def test_stopped_written_out_and_shortened(place: Path, monkeypatch: pytest.Monk
         assert (result.exit_code, words in result.stderr) == (2, True), result.stderr
         assert tree(place) == before
 
-    short = flarec(*command, "--steps", "4", "--overwrite")
+    short = flarec(*kept, "--steps", "4")
     assert short.exit_code == 0, short.output
     assert "optimizer.steps was 9 and is now 4: steps 1 to 2 stay as they are; from step 3" in short.stderr
     manifest = manifest_of(place / "out")
@@ -119,8 +120,8 @@ def test_extended_by_a_schedule_that_follows(place: Path) -> None:
         (lambda path: (path.mkdir(), (path / "mine").write_text("")), "has no record of a run of flarec"),
     ],
 )
-def test_nothing_to_finish(tmp_path: Path, make: object, words: str) -> None:
-    make(tmp_path / "out.partial")  # type: ignore[operator]
+def test_nothing_to_finish(tmp_path: Path, make: Callable[[Path], object], words: str) -> None:
+    make(tmp_path / "out.partial")
     result = flarec("finish", tmp_path / "out.partial")
     assert (result.exit_code, words in result.stderr) == (2, True), result.stderr
     result = flarec("finish", tmp_path / "out")
@@ -137,12 +138,13 @@ def test_horizons() -> None:
 
 def test_keys_that_are_younger_than_a_run(tmp_path: Path) -> None:
     """At their defaults they change nothing: a run from before they were there goes on."""
-    directory, now = StateDirectory(tmp_path / "out.partial"), {"recipe": load_recipe("flare").to_dict(), "seed": 0}
+    directory = StateDirectory(tmp_path / "out.partial")
+    now: dict[str, Any] = {"recipe": load_recipe("flare").to_dict(), "seed": 0}
     before = copy.deepcopy(now)
-    del before["recipe"]["optimizer"]["warmup_ratio"], before["recipe"]["save"]["total_limit"]  # type: ignore[index]
+    del before["recipe"]["optimizer"]["warmup_ratio"], before["recipe"]["save"]["total_limit"]
     directory.create(before)
     check_identity(directory, now)
-    now["recipe"]["optimizer"]["warmup_ratio"] = 0.1  # type: ignore[index]
+    now["recipe"]["optimizer"]["warmup_ratio"] = 0.1
     with pytest.raises(CheckpointError, match=r"recipe\.optimizer\.warmup_ratio was null and is now 0\.1"):
         check_identity(directory, now)
 
@@ -158,6 +160,10 @@ def test_what_is_rarely_wanted_is_said() -> None:
     assert rate == "optimizer.lr = 0.001 is 100 times the recipe's own 1e-05"
     low = own.override(["optimizer.lr=1e-6"])
     assert before_training(low, own) == ["optimizer.lr = 1e-06 is 1/10 of the recipe's own 1e-05"]
+
+    (line,) = about_repeats("data.jsonl", 12, 20.4)
+    assert line.startswith("the run passes about 20 times over the 12 documents of data.jsonl: it learns them by heart")
+    assert about_repeats("data.jsonl", 12, 16.0) == []
 
     assert after_training({}) == after_training({200: {"ar_loss": 9.0}}) == []
     assert after_training({0: {"ar_loss": 2.0}, 200: {"ar_loss": 2.1}}) == []
