@@ -11,8 +11,7 @@ import pytest
 
 from flarec.checkpoint.manifest import Manifest
 from tests.checkpoints import tree
-from tests.cli.conversions import QUICK, flarec, write_data
-from tests.models import tiny_checkpoint
+from tests.cli.conversions import QUICK, flarec, place_of_conversions
 
 REAL = huggingface_hub.HfApi
 
@@ -59,9 +58,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 def test_pushed_when_complete_and_again_after_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_data(tmp_path / "data.jsonl")
-    tiny_checkpoint(tmp_path, "qwen3_5_text").rename(tmp_path / "source")
+    place_of_conversions(tmp_path, monkeypatch)
     command = ["convert", "source", "--data", "data.jsonl", "--out", "out", *QUICK, "--steps", "2", "--set",
                "evaluation.every=0", "--push-to-hub", "me/mine"]
     assert flarec(*command, "--stop-after", "1").exit_code == 0

@@ -22,8 +22,7 @@ from flarec.train.metrics import MetricsLog, read_metrics
 from flarec.train.prepare import prepare
 from flarec.train.state import METRICS, StateDirectory
 from tests.checkpoints import tree
-from tests.cli.conversions import QUICK, flarec, write_data
-from tests.models import tiny_checkpoint
+from tests.cli.conversions import QUICK, flarec, place_of_conversions
 
 COMMAND = ["convert", "source", "--data", "data.jsonl", "--out", "out", *QUICK, "--steps", "3"]
 
@@ -34,10 +33,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_data(tmp_path / "data.jsonl")
-    tiny_checkpoint(tmp_path, "qwen3_5_text").rename(tmp_path / "source")
-    return tmp_path
+    return place_of_conversions(tmp_path, monkeypatch)
 
 
 def names(place: Path) -> list[str]:

@@ -19,8 +19,7 @@ from flarec.train.heldout import HeldOut
 from flarec.train.metrics import read_metrics
 from flarec.train.pace import Pace, in_words
 from flarec.train.progress import ConsoleReporter
-from tests.cli.conversions import QUICK, flarec, write_data
-from tests.models import tiny_checkpoint
+from tests.cli.conversions import QUICK, flarec, place_of_conversions
 
 
 def test_the_estimate_leaves_the_first_step_out() -> None:
@@ -89,10 +88,7 @@ def test_ctrl_c_is_answered_at_once() -> None:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_data(tmp_path / "data.jsonl")
-    tiny_checkpoint(tmp_path, "qwen3_5_text").rename(tmp_path / "source")
-    return tmp_path
+    return place_of_conversions(tmp_path, monkeypatch)
 
 
 def test_ctrl_c_ends_an_evaluation(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

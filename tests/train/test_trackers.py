@@ -16,8 +16,7 @@ from flarec.errors import UsageError
 from flarec.train.loop import Trainer
 from flarec.train.metrics import read_metrics
 from flarec.train.trackers.tracking import State, Tracking, chosen_trackers, scalars
-from tests.cli.conversions import QUICK, flarec, write_data
-from tests.models import tiny_checkpoint
+from tests.cli.conversions import QUICK, flarec, place_of_conversions
 
 
 class Service(types.ModuleType):
@@ -101,9 +100,7 @@ def test_each_step_once_over_an_error_and_a_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, services: dict[str, Service]
 ) -> None:
     """Ended by an error behind a save, so that a step is taken twice; trackio joins at the last resume and gets all."""
-    monkeypatch.chdir(tmp_path)
-    write_data(tmp_path / "data.jsonl")
-    tiny_checkpoint(tmp_path, "qwen3_5_text").rename(tmp_path / "source")
+    place_of_conversions(tmp_path, monkeypatch)
     command = ["convert", "source", "--data", "data.jsonl", "--out", "out", *QUICK, "--steps", "5"]
     both = ["--report-to", "tensorboard,wandb"]
     advance = Trainer.advance
