@@ -91,8 +91,13 @@ class Options(Arguments):
         return f"{path}={value}"
 
     def _check_adapter(self, recipe: Recipe) -> None:
-        """Raise `UsageError` for options that only a recipe with an adapter has. A plugin's pass may bring one."""
-        if recipe.adapter.rank or recipe.passes or not (self.adapter_only or self.link):
+        """As `check_no_adapter`, as far as a recipe tells: a plugin's pass may bring an adapter."""
+        if not (recipe.adapter.rank or recipe.passes):
+            self.check_no_adapter()
+
+    def check_no_adapter(self) -> None:
+        """Raise `UsageError` for options that only an adapter has: this run trains none."""
+        if not (self.adapter_only or self.link):
             return
         option = "--adapter-only" if self.adapter_only else "--link"
         raise UsageError(f"{option} is for an adapter, and this recipe trains the model itself; set adapter.rank")

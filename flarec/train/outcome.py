@@ -15,7 +15,7 @@ from ..checkpoint.directory import DEQUANTIZED, describe_source
 from ..checkpoint.manifest import RUN_KEY, AdapterInfo, DecodeDefaults, Manifest
 from ..checkpoint.weights import stored_dtypes
 from ..checkpoint.write import write_adapter_checkpoint, write_checkpoint
-from ..errors import CheckpointError, TrainingError, UsageError
+from ..errors import CheckpointError, TrainingError
 from ..ir.pipeline import parse_pass
 from ..passes import PASSES, AdaptNoisyStream
 from .identity import Horizons
@@ -158,7 +158,5 @@ def adapter_info(options: Options, pipelines: Mapping[str, str]) -> AdapterInfo 
         step = parse_pass(line, PASSES) if line.startswith(AdaptNoisyStream.name) else None
         if isinstance(step, AdaptNoisyStream):
             return AdapterInfo(step.rank, step.alpha, step.modules, alone=options.adapter_only)
-    if options.adapter_only or options.link:
-        option = "--adapter-only" if options.adapter_only else "--link"
-        raise UsageError(f"{option} is for an adapter, and this recipe trains the model itself; set adapter.rank")
+    options.check_no_adapter()
     return None
