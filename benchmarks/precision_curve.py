@@ -17,6 +17,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 os.environ.setdefault("FLAREC_CACHE_DIR", "off")
 
 import torch
+from torch import nn
 
 from flarec.checkpoint.directory import open_checkpoint
 from flarec.frontend.export import capture
@@ -36,11 +38,12 @@ from flarec.train.loop import Trainer
 from flarec.train.mask_token import choose_mask_token, initialise_mask_token
 from flarec.train.objective.batch import build_batches
 from flarec.train.objective.noise import step_generator
-from flarec.train.precision import DTYPES, Precision, exact_weights, keep_float32
+from flarec.train.precision import DTYPES, Precision, Weights, exact_weights, keep_float32
 
 TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny"
 SEEDS, SMOOTH = (0, 1, 2), 10
 MICRO_BATCHES = (8, 64)
+SUMMED = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 def trainer(recipe: Recipe, precision: Precision, seed: int, device: torch.device) -> Trainer:
@@ -86,6 +89,26 @@ def curves(recipe: Recipe, device: torch.device, jobs: int) -> dict[str, Any]:
     }
 
 
+class Sums(Weights):
+    """Weights whose 16-bit gradients are added up in several dtypes, and nowhere else."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(parameters)
+        self.found: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in SUMMED}
+
+    def arrive(self, name: str) -> None:
+        """Gradients wait until the backward pass is over."""
+
+    def collect(self) -> None:
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None or parameter is self.masters[name]:
+                continue
+            for kind, table in self.found.items():
+                grad = parameter.grad.to(SUMMED[kind])
+                table[name] = table[name] + grad if name in table else grad
+            parameter.grad = None
+
+
 def sums(recipe: Recipe, device: torch.device) -> list[dict[str, float]]:
     """Micro batches of one row, all weights together."""
     results = []
@@ -93,28 +116,13 @@ def sums(recipe: Recipe, device: torch.device) -> list[dict[str, float]]:
         made = trainer(recipe, "bf16", 0, device)
         rows = made.rows.rows(count)
         batches = build_batches(rows, recipe.diffusion, made.mask.token_id, step_generator(0, 0), micro_rows=1)
-        kinds: dict[str, dict[str, torch.Tensor]] = {"bfloat16": {}, "float32": {}, "float64": {}}
-        dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
-        seen = list(made.weights._rounded)
-        names = {id(parameter): name for name, parameter in made.parameters.items()}
-
-        def collect(seen: Any = seen, names: Any = names, kinds: Any = kinds, dtypes: Any = dtypes) -> None:
-            for parameter, _ in seen:
-                if parameter.grad is not None:
-                    for kind, table in kinds.items():
-                        grad = parameter.grad.to(dtypes[kind])
-                        name = names[id(parameter)]
-                        table[name] = table[name] + grad if name in table else grad
-                parameter.grad = None
-
-        made.weights.collect = collect  # type: ignore[method-assign]
-        made.weights.arrive = lambda name: None  # type: ignore[method-assign]
+        made.weights = added = Sums(made.parameters)
         made.accumulate(batches)
-        exact = kinds["float64"]
+        exact = added.found["float64"]
         size = sum(float(value.square().sum()) for value in exact.values()) ** 0.5
         error = {
             kind: sum(float((table[n].double() - exact[n]).square().sum()) for n in exact) ** 0.5 / size
-            for kind, table in kinds.items()
+            for kind, table in added.found.items()
             if kind != "float64"
         }
         results.append({"micro_batches": count, **error})

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.train_steps import CUDA, GIB, RECIPES, SHAPES, build, seconds_of, stream, wait
+from benchmarks.train_steps import CUDA, GIB, RECIPES, SHAPES, build, kernels_of, length, seconds_of, stream, union
 from flarec.frontend.export import capture
 from flarec.passes import lower
 from flarec.recipe import load_recipe
@@ -29,8 +29,6 @@ from flarec.train.adapter import adapter_of, start_adapter
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import MaskToken
 from flarec.train.ranks.group import Ranks, joined
-
-Spans = list[tuple[int, int]]
 
 
 def made(options: argparse.Namespace, ranks: Ranks) -> Trainer:
@@ -51,47 +49,19 @@ def made(options: argparse.Namespace, ranks: Ranks) -> Trainer:
     return Trainer(program, recipe, mask, stream(options.rows, options.length, size), seed=0, ranks=ranks)
 
 
-def union(spans: Iterable[tuple[int, int]]) -> Spans:
-    """Disjoint spans of time, in order."""
-    found: Spans = []
-    for first, last in sorted(spans):
-        if found and first <= found[-1][1]:
-            found[-1] = found[-1][0], max(found[-1][1], last)
-        else:
-            found.append((first, last))
-    return found
-
-
-def length(spans: Spans) -> int:
-    return sum(last - first for first, last in spans)
-
-
-def shares(step: Callable[[], object], count: int = 2) -> dict[str, float] | None:
+def shares(step: Callable[[], object]) -> dict[str, float] | None:
     """Of the time between the first and the last kernel of some steps: in which none runs, in which one of NCCL does,
     and in which only those of NCCL do."""
     if not CUDA:
         return None
-    from torch._C._autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    wait()
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        for _ in range(count):
-            step()
-        wait()
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    own: Spans = []
-    nccl: Spans = []
-    for event in recorded.profiler.kineto_results.events():
-        label = event.name().startswith(("ProfilerStep", "Optimizer.", "gpu_user_annotation", "nccl:"))
-        if event.device_type() == DeviceType.CUDA and event.duration_ns() > 0 and not label:
-            span = event.start_ns(), event.start_ns() + event.duration_ns()
-            (nccl if event.name().startswith("nccl") else own).append(span)
-    every = union([*own, *nccl])
+    kernels = kernels_of(step)
+    every, own, nccl = (
+        union(span for name, span in kernels if kind in (None, name.startswith("nccl"))) for kind in (None, False, True)
+    )
     whole = every[-1][1] - every[0][0]
     return {
-        "idle": 1 - length(every) / whole, "communication": length(union(nccl)) / whole,
-        "communication_exposed": (length(every) - length(union(own))) / whole,
+        "idle": 1 - length(every) / whole, "communication": length(nccl) / whole,
+        "communication_exposed": (length(every) - length(own)) / whole,
     }
 
 

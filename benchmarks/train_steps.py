@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ PARTS = tuple(MICRO)
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 GIB = 2**30
+Span = tuple[int, int]
 
 
 def build(shape: str) -> Any:
@@ -88,10 +89,8 @@ def seconds_of(step: Callable[[], object], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def idle_share(step: Callable[[], object], count: int = 2) -> float | None:
-    """Share of the time between the first and the last kernel of some steps in which none runs."""
-    if not CUDA:
-        return None
+def kernels_of(step: Callable[[], object], count: int = 2) -> list[tuple[str, Span]]:
+    """The kernels that some steps run on the GPU, by name, with when they ran in ns."""
     from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -101,18 +100,34 @@ def idle_share(step: Callable[[], object], count: int = 2) -> float | None:
             step()
         wait()
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    spans = sorted(
-        (event.start_ns(), event.start_ns() + event.duration_ns())
+    return [
+        (event.name(), (event.start_ns(), event.start_ns() + event.duration_ns()))
         for event in recorded.profiler.kineto_results.events()
         if event.device_type() == DeviceType.CUDA
         and event.duration_ns() > 0
-        and not event.name().startswith(("ProfilerStep", "Optimizer.", "gpu_user_annotation"))
-    )
-    busy = end = 0
-    for first, last in spans:
-        busy += max(0, last - max(first, end))
-        end = max(end, last)
-    return 1 - busy / (end - spans[0][0]) if spans else None
+        and not event.name().startswith(("ProfilerStep", "Optimizer.", "gpu_user_annotation", "nccl:"))
+    ]
+
+
+def union(spans: Iterable[Span]) -> list[Span]:
+    """Disjoint spans of time, in order."""
+    found: list[Span] = []
+    for first, last in sorted(spans):
+        if found and first <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], last)
+        else:
+            found.append((first, last))
+    return found
+
+
+def length(spans: Iterable[Span]) -> int:
+    return sum(last - first for first, last in spans)
+
+
+def idle_share(step: Callable[[], object]) -> float | None:
+    """Share of the time between the first and the last kernel of some steps in which none runs."""
+    busy = union(span for _, span in kernels_of(step)) if CUDA else []
+    return 1 - length(busy) / (busy[-1][1] - busy[0][0]) if busy else None
 
 
 def matmul_rate() -> float:
@@ -326,7 +341,7 @@ def chosen(result: dict[str, Any], memory: float | None) -> dict[str, Any] | Non
 
 def rows_of(results: dict[str, dict[str, Any]], rate: float, clean: int) -> list[dict[str, Any]]:
     """Lines in the form of the kernels' benchmark."""
-    from flarec.bench.session import Case
+    from flarec.bench.session import verdict
 
     best = {part: chosen(result, MEMORY_BAR if part == "flare" else None) for part, result in results.items()}
     base = best.get("stock")
@@ -334,12 +349,11 @@ def rows_of(results: dict[str, dict[str, Any]], rate: float, clean: int) -> list
 
     def line(name: str, title: str, unit: str, value: float | None, part: str, bar: float | None = None,
              aim: float | None = None, at_least: bool = False, why: str | None = None) -> None:
-        row = Case(name, title, None, None, unit, bar, aim, at_least)  # type: ignore[arg-type]
         found = best.get(part) or {}
         lines.append({
             "name": name, "title": title, "unit": unit, "bar": bar, "aim": aim, "at_least": at_least,
             "status": "measured" if value is not None else "not measured", "value": value,
-            "verdict": None if value is None else row.verdict(value),
+            "verdict": None if value is None else verdict(value, bar, aim, at_least),
             "values": {key: found[key] for key in ("micro_rows", "seconds", "spread", "peak_gib", "idle_share",
                                                    "first_step_seconds", "loss") if key in found},
             "message": None if value is not None else why or results.get(part, {}).get("error", "nothing fitted"),

@@ -48,13 +48,17 @@ class Case:
     baselines: tuple[str, ...] = ()
 
     def verdict(self, value: float) -> str:
-        """"aim reached", "met", "missed" or "reported"; NaN misses every bar."""
-        if self.bar is None:
-            return "reported"
-        for limit, word in ((self.aim, "aim reached"), (self.bar, "met")):
-            if limit is not None and (value >= limit if self.at_least else value <= limit):
-                return word
-        return "missed"
+        return verdict(value, self.bar, self.aim, self.at_least)
+
+
+def verdict(value: float, bar: float | None, aim: float | None, at_least: bool) -> str:
+    """"aim reached", "met", "missed" or "reported"; NaN misses every bar."""
+    if bar is None:
+        return "reported"
+    for limit, word in ((aim, "aim reached"), (bar, "met")):
+        if limit is not None and (value >= limit if at_least else value <= limit):
+            return word
+    return "missed"
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class LeadingTrainer(Trainer):
         self.ranks.instruct(WIDEN)
         super().widen()
 
+
 def follow(trainer: Trainer) -> None:
     """Do what the first rank's trainer does, until it ends."""
     with _signals_of_the_first():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.train_steps import chosen, rows_of
+from benchmarks.train_steps import chosen, length, rows_of, union
 
 RATE, CLEAN = 790e12, 16384
 
@@ -17,6 +17,11 @@ def result(*tries: tuple[int, float, float], processed: int = CLEAN, heads: int 
         for micro, seconds, peak in tries
     ]
     return {"tries": listed, "parameters": 1_882_000_000, "head": 508_559_360}
+
+
+def test_spans_that_overlap_count_once() -> None:
+    assert union([(5, 9), (0, 2), (6, 7), (2, 3), (8, 11)]) == [(0, 3), (5, 11)]
+    assert (length(union([(0, 4), (1, 2)])), length(union([]))) == (4, 0)
 
 
 def test_the_fastest_that_fits_counts() -> None:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from ...errors import FlarecError, FlarecWarning, ToldElsewhere, TrainingError, UsageError, first_line
@@ -172,7 +172,8 @@ class _Joined(Ranks):
         given: list[Any] = [make() if self.first else None]
         with self._together():
             dist.broadcast_object_list(given, src=0, device=torch.device("cpu"))
-        return given[0]  # type: ignore[no-any-return]
+        made: T = given[0]
+        return made
 
     def instruct(self, number: int) -> int:
         given = torch.tensor([number])
@@ -275,4 +276,3 @@ def joined(device: str) -> Iterator[Ranks]:
             ranks.leave()
         except BaseException as error:
             ranks.fail(error)
-
