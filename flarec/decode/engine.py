@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Unpack
 
 from flarec.base.fields import LARGEST, shown, whole_number
@@ -105,7 +106,6 @@ class Engine:
         self.shelf: Shelf | None = None
         if graphs == "auto" and program.device.type == "cuda":
             self.shelf = Shelf(lambda: CudaReplays(program.device))
-        self._policies: dict[str, DraftPolicy] = {}  # what was learned about this model here serves the next call
         self._serving = self._scheduler(self.slots, PREFILL_CHUNK)
         self._added = 0
 
@@ -137,7 +137,7 @@ class Engine:
         on_end             called with (prompt index, generation) when a prompt has ended
         batch              prompts that run at the same time (default: the engine's slots); more wait, the longest come
                            first
-        prefill_chunk      clean rows per prompt of one prefill forward
+        prefill_chunk      clean rows per prompt of one prefill forward; with a prefix cache the length of its pages
 
         Raises `GenerationError` for arguments that cannot be served.
         """
@@ -225,13 +225,17 @@ class Engine:
         """What decodes a request whose options are complete."""
         assert options.drafts is not None and options.threshold is not None and options.denoising_steps is not None
         if options.mode == "ar-trust":
-            blocks, policy = self._blocks("ar-trust"), None
-            if options.drafts == "auto":
-                policy = self._policies.setdefault(options.mode, DraftPolicy(choices_of(blocks.size, blocks.readout)))
-            return ARTrustMode(blocks, branches=options.drafts != "single", policy=policy)
+            policy = self._policy if options.drafts == "auto" else None
+            return ARTrustMode(self._blocks("ar-trust"), branches=options.drafts != "single", policy=policy)
         if options.mode == "diffusion-trust":
             return DiffusionTrustMode(self._blocks("diffusion-trust"), options.threshold, options.denoising_steps)
         return CausalMode()
+
+    @cached_property
+    def _policy(self) -> DraftPolicy:
+        """What one call learns about this model here serves the next one."""
+        blocks = self._blocks("ar-trust")
+        return DraftPolicy(choices_of(blocks.size, blocks.readout))
 
     def _filled(self, options: GenerationOptions) -> GenerationOptions:
         steps = self.block_size or 1
@@ -262,9 +266,17 @@ class Engine:
         self, index: int, prompt: Any, options: GenerationOptions, check: StopCheck | None, on_tokens: OnTokens | None,
         name: str | None = None,
     ) -> Request:
-        name = name or f"prompt {index}"
         if options.stop and check is None:
             raise GenerationError("text to stop at needs a tokenizer; use Model.generate, or give a stop_check")
+        tokens = self.read_prompt(prompt, name or f"prompt {index}")
+        limit = min(options.max_new_tokens, self.max_positions - len(tokens))
+        assert options.eos_ids is not None
+        self._mode(options)
+        self._suppressed(options.suppress)
+        return Request(index, tokens, limit, Stopping(options.eos_ids, check, on_tokens), options)
+
+    def read_prompt(self, prompt: Any, name: str = "the prompt") -> list[int]:
+        """The token ids of a prompt that can be served. Raises `GenerationError` that calls it by `name`."""
         if isinstance(prompt, str) or not isinstance(prompt, Iterable) or getattr(prompt, "ndim", 1) == 0:
             raise GenerationError(f"{name} is {shown(prompt)}; give a list of token ids per prompt")
         tokens = token_ids(prompt, name)
@@ -279,11 +291,7 @@ class Engine:
         outside = next((token for token in tokens if not 0 <= token < vocab), None)
         if outside is not None:
             raise GenerationError(f"{name} contains id {shown(outside)}, outside the vocabulary of {vocab}")
-        limit = min(options.max_new_tokens, self.max_positions - len(tokens))
-        assert options.eos_ids is not None
-        self._mode(options)
-        self._suppressed(options.suppress)
-        return Request(index, tokens, limit, Stopping(options.eos_ids, check, on_tokens), options)
+        return tokens
 
 
 def _in_order(requests: Sequence[Request], slots: int) -> list[Request]:

@@ -17,7 +17,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from flarec.base.generation import GenerationOptions
-from flarec.errors import GenerationError
 
 from .exchanges import Exchange, Exchanges
 from .fields import ChatFields, CompletionFields, Sampling, parse
@@ -69,7 +68,6 @@ class Service:
         app = FastAPI(title="flarec", docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._lifespan)
         app.add_exception_handler(HttpRefusal, self._refused)
         app.add_exception_handler(HTTPException, self._refused)
-        app.add_exception_handler(GenerationError, self._refused)
         app.add_exception_handler(Exception, self._failed)
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/metrics", self.metrics, methods=["GET"])
@@ -89,8 +87,6 @@ class Service:
             await asyncio.to_thread(self.worker.close)
 
     async def _refused(self, request: Request, error: Exception) -> Response:
-        if isinstance(error, GenerationError):
-            error = HttpRefusal(400, str(error))
         if isinstance(error, HTTPException):  # the router's own: no such path, no such method
             error = HttpRefusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
         assert isinstance(error, HttpRefusal)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from flarec.base.fields import LARGEST, shown
 from flarec.base.generation import HOTTEST, Drafts, Mode
@@ -71,11 +71,12 @@ class Sampling(_Strict):
     def usage_in_stream(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    @model_validator(mode="after")
-    def _stream_options_belong_to_a_stream(self) -> Sampling:
-        if self.stream_options is not None and not self.stream:
+    @field_validator("stream_options")
+    @classmethod
+    def _belong_to_a_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
             raise ValueError("stream_options is for requests with stream = true")
-        return self
+        return value
 
 
 class CompletionFields(Sampling):
@@ -162,14 +163,19 @@ class ChatFields(Sampling):
     def wanted_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    @model_validator(mode="after")
-    def _fields_agree(self) -> ChatFields:
-        if self.top_logprobs is not None and not self.logprobs:
+    @field_validator("top_logprobs")
+    @classmethod
+    def _belong_to_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and not info.data.get("logprobs"):
             raise ValueError("top_logprobs is for requests with logprobs = true")
-        both = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(both) > 1:
+        return value
+
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _says_what_max_tokens_says(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if len({value, info.data.get("max_tokens")} - {None}) > 1:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
-        return self
+        return value
 
 
 Fields = TypeVar("Fields", CompletionFields, ChatFields)
@@ -193,23 +199,29 @@ def _refusal(error: ValidationError) -> HttpRefusal:
         if other["type"] == "extra_forbidden":  # a union reports every member: a name that nobody knows says most
             first = other
             break
-    path = [part for part in first["loc"] if isinstance(part, int) or _is_name(part)]
-    name = ".".join(str(part) for part in path) or None
     if first["type"] == "json_invalid":
         return HttpRefusal(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+    if not first["loc"]:
+        return HttpRefusal(400, "the body is no JSON object; give one")
+    name = ".".join(_names(first["loc"], first["type"] == "extra_forbidden"))
     if first["type"] == "extra_forbidden":
         return HttpRefusal(400, f"the field '{shown(name)[1:-1]}' is unknown or not supported", param=shown(name)[1:-1])
-    if name is None and first["type"] == "model_type":
-        return HttpRefusal(400, "the body is no JSON object; give one")
-    if name is None:
-        return HttpRefusal(400, first["msg"].removeprefix("Value error, "))
     if first["type"] == "missing":
         return HttpRefusal(400, f"the field '{name}' is missing", param=name)
+    if first["type"] == "value_error":
+        return HttpRefusal(400, first["msg"].removeprefix("Value error, "), param=name)
     top = name.partition(".")[0]
     if top in WITHOUT_EFFECT:
         return HttpRefusal(400, f"{top} is not supported with a value that has an effect; leave it out", param=name)
     wanted = UNIONS.get(top, first["msg"])  # of a union every member complains
     return HttpRefusal(400, f"{name} is {shown(first['input'])}: {wanted}", param=name)
+
+
+def _names(path: tuple[str | int, ...], unknown: bool) -> list[str]:
+    """A path without the members of unions in it. The first part is a field; the last one if it is unknown."""
+    inner = path[1:-1] if unknown else path[1:]
+    kept = [part for part in inner if isinstance(part, int) or _is_name(part)]
+    return [str(part) for part in (path[0], *kept, *(path[-1:] if unknown and len(path) > 1 else ()))]
 
 
 def _is_name(part: str) -> bool:

@@ -45,8 +45,10 @@ class Meter(Collector):
 
     def ended(self, job: Job, news: News) -> None:
         """A generation ended as its news say."""
-        self.outcomes[news.finish or "error"] += 1
         request = job.request
+        if request is None and news.refusal is not None:  # it never was one: a refusal counts it
+            return
+        self.outcomes[news.finish or "error"] += 1
         if request is None:
             return
         self.tokens += len(request.tokens)

@@ -14,7 +14,7 @@ from flarec.decode import Engine
 from flarec.decode.tokenizing import encode_prompt
 
 from .fields import ChatFields, CompletionFields, Message, Sampling
-from .refusals import HttpRefusal
+from .refusals import HttpRefusal, about
 
 SHORT = 16
 """New tokens of a completion that does not say how many; a chat goes on to the end of the context."""
@@ -37,8 +37,8 @@ class Served(Protocol):
 
 def options_of(model: Served, fields: Sampling, limit: int) -> GenerationOptions:
     """What the fields say, the checkpoint's defaults where they say nothing; temperature 1 and a random seed as OpenAI
-    has it. `limit`: new tokens, unless they say it. Raises `GenerationError`."""
-    return model.complete(GenerationOptions(
+    has it. `limit`: new tokens, unless they say it. Raises `HttpRefusal`, also for another mode's fields."""
+    given = GenerationOptions(
         mode=fields.mode,
         max_new_tokens=fields.max_tokens or limit,
         temperature=1.0 if fields.temperature is None else fields.temperature,
@@ -49,7 +49,12 @@ def options_of(model: Served, fields: Sampling, limit: int) -> GenerationOptions
         drafts=fields.drafts,
         threshold=fields.threshold,
         denoising_steps=fields.denoising_steps,
-    ))
+    )
+    with about("mode"):
+        options = model.complete(given)
+    for name in given.unread(str(options.mode)):
+        raise HttpRefusal(400, f"{name} does nothing in mode {options.mode}; leave it out", param=name)
+    return options
 
 
 def choices_of(options: GenerationOptions, count: int) -> list[GenerationOptions]:
@@ -58,12 +63,16 @@ def choices_of(options: GenerationOptions, count: int) -> list[GenerationOptions
 
 
 def completion_prompts(model: Served, fields: CompletionFields) -> list[list[int]]:
-    """Token ids of every prompt. Raises `GenerationError`."""
-    return [model.encode(prompt) if isinstance(prompt, str) else prompt for prompt in fields.prompts]
+    """Token ids of every prompt. Raises `HttpRefusal`."""
+    with about("prompt"):
+        return [
+            model.engine.read_prompt(model.encode(prompt) if isinstance(prompt, str) else prompt)
+            for prompt in fields.prompts
+        ]
 
 
 def chat_prompt(model: Served, fields: ChatFields) -> list[int]:
-    """Token ids of the conversation up to the turn that the model writes. Raises `GenerationError`, `HttpRefusal`."""
+    """Token ids of the conversation up to the turn that the model writes. Raises `HttpRefusal`."""
     options = dict(fields.chat_template_kwargs or {})
     if taken := sorted(RESERVED & options.keys()):
         name = f"chat_template_kwargs.{taken[0]}"
@@ -72,7 +81,8 @@ def chat_prompt(model: Served, fields: ChatFields) -> list[int]:
     if fields.tools and fields.tool_choice != "none":
         tools = [tool.model_dump(exclude_none=True) for tool in fields.tools]
     messages = [turn(message) for message in fields.messages]
-    return encode_prompt(model.tokenizer, messages, tools=tools, options=options)
+    with about("messages"):
+        return model.engine.read_prompt(encode_prompt(model.tokenizer, messages, tools=tools, options=options))
 
 
 def turn(message: Message) -> dict[str, Any]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+
+from flarec.errors import GenerationError
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
          503: "server_error"}
@@ -31,3 +35,12 @@ class HttpRefusal(Exception):
     def body(self) -> dict[str, Any]:
         kind = KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+@contextlib.contextmanager
+def about(param: str) -> Iterator[None]:
+    """What is wrong within the context is wrong with this field of the body."""
+    try:
+        yield
+    except GenerationError as error:
+        raise HttpRefusal(400, str(error), param=param) from None

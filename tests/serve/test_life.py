@@ -145,6 +145,7 @@ def test_a_fault_of_ours_is_an_answer_and_the_server_goes_on(
             assert (status, answer["error"]["message"]) == (500, "the server failed: RuntimeError")
             status, answer = send(url, "POST", "/v1/completions", json.dumps(SHORT).encode())
             assert (status, answer["error"]["message"]) == (500, "mine")
+        assert 'flarec_generations_total{finish="error"}' not in metrics(url)
         assert send(url, "GET", "/health")[0] == 200
         assert sdk(url).completions.create(**SHORT).choices[0].finish_reason == "length"
 

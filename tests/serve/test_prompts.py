@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from flarec import api
-from flarec.errors import GenerationError
 from flarec.serve.fields import ChatFields, parse
 from flarec.serve.prompts import chat_prompt, choices_of, options_of
 from flarec.serve.refusals import HttpRefusal
@@ -63,8 +62,9 @@ def test_the_servers_own_arguments_are_no_variables(name: str, model: api.Model)
 
 def test_without_a_template(model: api.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.tokenizer, "chat_template", None)
-    with pytest.raises(GenerationError, match="no chat template"):
+    with pytest.raises(HttpRefusal, match="no chat template") as caught:
         chat_prompt(model, fields())
+    assert caught.value.param == "messages"
 
 
 def test_defaults_are_openais_and_the_checkpoints(model: api.Model) -> None:
