@@ -11,7 +11,7 @@ import click
 
 from flarec.base.generation import MODES, GenerationOptions
 from flarec.base.interrupts import Interrupts
-from flarec.errors import GenerationError
+from flarec.errors import DataError, FlarecError, GenerationError
 
 from .loading import open_model
 from .options import adapter_option, foreign_options, generation_options, plugin_options, prefix_option, runtime_options
@@ -40,7 +40,8 @@ def command(
     """Talk with a converted checkpoint CKPT, or with any supported model that has a chat template.
 
     A line is a message; answers stream. /mode NAME changes the mode, /stats shows the last answer's numbers, /reset
-    forgets the conversation, /quit or the end of the input ends.
+    forgets the conversation, /quit or the end of the input ends. Where the lines do not come from a terminal, the exit
+    code is 1 if one of them failed.
     """
     options = GenerationOptions(**keywords)
     model = open_model(
@@ -50,20 +51,24 @@ def command(
     )
     model.engine.keep_prefixes(prefix_cache << 20)
     click.echo(HELP, err=True)
-    conversation = Conversation(model, options)
-    while (line := _line()) is not None:
-        if not conversation.take(line.strip()):
-            return
+    conversation, typed = Conversation(model, options), sys.stdin.isatty()
+    while (line := _line(typed)) and conversation.read(line):
+        pass
+    if conversation.failed and not typed:
+        sys.exit(1)
 
 
-def _line() -> str | None:
-    """The next line, None at the end of the input."""
-    click.echo("> ", nl=False, err=True)
-    return sys.stdin.readline() or None
+def _line(typed: bool) -> bytes:
+    """The next line, empty at the end of the input. typed: somebody waits for it to be asked."""
+    if typed:
+        click.echo("> ", nl=False, err=True)
+    return sys.stdin.buffer.readline()
 
 
 class Conversation:
     """Messages so far, and how the next answer is made. An answer that an error ends leaves the messages as they were.
+
+    failed: whether any line was refused
     """
 
     def __init__(self, model: Model, options: GenerationOptions) -> None:
@@ -71,14 +76,30 @@ class Conversation:
         self.options = model.complete(options)
         self.messages: list[dict[str, str]] = []
         self.last: Output | None = None
+        self.failed = False
+
+    def read(self, line: bytes) -> bool:
+        """Do what a line says. False to end."""
+        try:
+            return self.take(line.decode("utf-8").strip())
+        except UnicodeDecodeError as error:
+            self._refuse(DataError(f"the line is not UTF-8 text ({error}); convert it"))
+        except GenerationError as error:
+            self._refuse(error)
+        return True
+
+    def _refuse(self, error: FlarecError) -> None:
+        self.failed = True
+        click.echo(f"Error: {error}", err=True)
 
     def take(self, line: str) -> bool:
-        """Do what a line says. False to end."""
+        """Do what a line says. False to end. Raises `GenerationError`."""
         name, _, argument = line.partition(" ")
         if line == "/quit":
             return False
         if line == "/reset":
             self.messages.clear()
+            click.echo("the conversation is forgotten", err=True)
         elif line == "/stats":
             self._stats()
         elif name == "/mode":
@@ -97,22 +118,15 @@ class Conversation:
                 interrupts.check()
                 click.echo(piece, nl=False)
 
-            try:
-                output: Output = self.model.generate([asked], self.options, on_text=show)[0]
-            except GenerationError as error:
-                click.echo(f"Error: {error}", err=True)
-                return
+            output: Output = self.model.generate([asked], self.options, on_text=show)[0]
         click.echo()
         self.last = output
         self.messages = [*asked, {"role": "assistant", "content": output.text}]
 
     def _mode(self, name: str) -> None:
-        try:
-            if name not in MODES:
-                raise GenerationError(f"unknown mode {name or 'without a name'}; choose {', '.join(MODES)}")
-            self.options = self.model.complete(replace(self.options, mode=name))
-        except GenerationError as error:
-            click.echo(f"Error: {error}", err=True)
+        if name not in MODES:
+            raise GenerationError(f"unknown mode {name or 'without a name'}; choose {', '.join(MODES)}")
+        self.options = self.model.complete(replace(self.options, mode=name))
 
     def _stats(self) -> None:
         if self.last is None:

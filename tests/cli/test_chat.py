@@ -30,8 +30,9 @@ def model(path: Path) -> api.Model:
 def chat(path: Path, model: api.Model, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     monkeypatch.setattr(api, "load", lambda path, **options: model)
 
-    def run(*lines: str) -> Result:
-        return CliRunner().invoke(main, ["chat", str(path), *LIMIT], input="\n".join([*lines, ""]))
+    def run(*lines: str | bytes) -> Result:
+        given = b"".join(line.encode() + b"\n" if isinstance(line, str) else line + b"\n" for line in lines)
+        return CliRunner().invoke(main, ["chat", str(path), *LIMIT], input=given)
 
     return run
 
@@ -50,12 +51,13 @@ def test_answers_know_the_conversation(chat: Callable[..., Result], model: api.M
     done = chat("Hello", "", "and more", "/reset", "Hello")
     first, second = answers(model, "Hello", "and more")
     assert done.exit_code == 0 and done.stdout == f"{first}\n{second}\n{first}\n"
+    assert done.stderr.splitlines()[1:] == ["the conversation is forgotten"]  # no prompts where nobody types
     assert chat("Hello", "/quit", "not asked").stdout == f"{first}\n"
 
 
 def test_mode_and_stats(chat: Callable[..., Result], model: api.Model) -> None:
     done = chat("/stats", "/mode causal", "Hello", "/stats", "/mode fast", "/nonsense")
-    assert done.exit_code == 0 and done.stdout == answers(model, "Hello", mode="causal")[0] + "\n"
+    assert done.exit_code == 1 and done.stdout == answers(model, "Hello", mode="causal")[0] + "\n"
     assert "no answer yet" in done.stderr and "causal: 8 tokens, 1.00 per forward" in done.stderr
     assert "Error: unknown mode fast; choose causal, ar-trust, diffusion-trust" in done.stderr
     assert "tokens/s" in done.stderr and done.stderr.count("/reset forgets") == 2
@@ -63,7 +65,19 @@ def test_mode_and_stats(chat: Callable[..., Result], model: api.Model) -> None:
 
 def test_an_error_leaves_the_conversation(chat: Callable[..., Result], model: api.Model) -> None:
     long = "word " * 3000
-    done = chat("Hello", long, "and more")
+    done = chat("Hello", long, b"gr\xfc\xdfe", "and more")
     first, second = answers(model, "Hello", "and more")
-    assert done.exit_code == 0 and done.stdout == f"{first}\n{second}\n"
+    assert done.exit_code == 1 and done.stdout == f"{first}\n{second}\n"
     assert "leaves no room for new ones" in done.stderr
+    assert "Error: the line is not UTF-8 text ('utf-8' codec can't decode byte 0xfc in position 2" in done.stderr
+
+
+def test_who_types_is_asked_and_sees_errors(
+    chat: Callable[..., Result], model: api.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda stream: True, raising=False)
+    done = chat("/mode fast", "Hello")
+    assert done.exit_code == 0 and done.stdout == answers(model, "Hello")[0] + "\n"
+    assert done.stderr.splitlines()[1:] == [
+        "> Error: unknown mode fast; choose causal, ar-trust, diffusion-trust", "> > ",
+    ]
