@@ -11,7 +11,10 @@ had drafts. The text does not depend on the choice (docs/semantics.md section 4)
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul, truediv
 from typing import NamedTuple
 
 PATIENCE = 512
@@ -20,6 +23,8 @@ TRIAL = 6
 WARM = 2
 """Timings of blocks before they are judged."""
 FORGET = 0.95
+LEARN = 0.1
+"""Weight of a timing in the running mean, once there are more of them."""
 PRIOR = 4.0
 """Accepted drafts, and as many rejected ones, that every depth is believed to have had at first."""
 
@@ -38,13 +43,17 @@ CAUSAL = Drafting(0)
 class DraftPolicy:
     """choices = what a step may draft, `CAUSAL` among them.
 
-    Costs are per number of rows (of powers of two). A step verifies as many drafts as a block of its has.
+    Costs are per number of rows (of powers of two). A step verifies as many drafts as a block of its has. Threads may
+    share one: what two of them note at once may be lost, which costs a measurement.
     """
 
     def __init__(self, choices: Sequence[Drafting]) -> None:
         assert CAUSAL in choices
         self.choices = tuple(sorted(choices))
         self.drafting = max(self.choices)
+        kinds = {item.branches: item for item in self.choices if item != CAUSAL}
+        # the largest blocks of every kind, and none, are measured first: costs of the others lie between them
+        self._first = [*(kinds[branches] for branches in sorted(kinds, reverse=True)), CAUSAL]
         largest = self.drafting.size
         self._right = [PRIOR] * largest
         self._tried = [2 * PRIOR] * largest
@@ -58,14 +67,12 @@ class DraftPolicy:
 
     def tokens(self, drafting: Drafting) -> float:
         """Expected tokens per step."""
-        total = running = 1.0
-        for depth in range(1, drafting.size + 1):
-            running *= self.acceptance(depth)
-            total += running
-        if drafting.branches:
-            return total
-        drafted = 1 / (2 - running)
-        return drafted * total + 1 - drafted
+        runs = self._runs()
+        return _expected(drafting, runs, list(accumulate(runs)))
+
+    def _runs(self) -> list[float]:
+        """[n]: the share of steps that accept all of n drafts; 1 for none."""
+        return list(accumulate(map(truediv, self._right, self._tried), mul, initial=1.0))
 
     def accepted(self, held: int, right: int) -> None:
         """A request had `held` drafts in a step, of which the first `right` were accepted."""
@@ -77,23 +84,19 @@ class DraftPolicy:
         """A step of `rows` rows with these blocks took `seconds`."""
         rows = _bucket(rows)
         mean, count = self._costs.get((rows, drafting), (0.0, 0))
-        weight = max(1 / (count + 1), 1 - 0.9)
+        weight = max(1 / (count + 1), LEARN)
         # a step that something else has delayed tells nothing
         seconds = min(seconds, 3 * mean) if count >= WARM else seconds
         self._costs[rows, drafting] = mean + weight * (seconds - mean), count + 1
 
     def cost(self, rows: int, drafting: Drafting) -> float | None:
         """Seconds of a step; between two sizes of the same kind that were measured, on the line. None if unknown."""
-        alike = [other for other in self.choices if other == CAUSAL or other.branches == drafting.branches]
-        known = {other.size: self._costs[rows, other][0] for other in alike if (rows, other) in self._costs}
-        size = drafting.size
-        if size in known:
-            return known[size]
-        below, above = [s for s in sorted(known) if s < size], [s for s in sorted(known) if s > size]
-        if not below or not above:
-            return None
-        low, high = below[-1], above[0]
-        return known[low] + (known[high] - known[low]) * (size - low) / (high - low)
+        return _between(self._known(rows, drafting.branches), drafting.size)
+
+    def _known(self, rows: int, branches: bool) -> list[tuple[int, float]]:
+        """Sizes of one kind of block that were measured, in order, and their costs."""
+        alike = [item for item in self.choices if item == CAUSAL or item.branches == branches]
+        return [(item.size, self._costs[rows, item][0]) for item in alike if (rows, item) in self._costs]
 
     def next(self, rows: int) -> Drafting:
         """The blocks of the next step."""
@@ -102,7 +105,7 @@ class DraftPolicy:
         if self._trial > 0:
             self._trial -= 1
             return self.drafting
-        unknown = [item for item in self._measured_first() if self._costs.get((rows, item), (0, 0))[1] < WARM]
+        unknown = [item for item in self._first if self._costs.get((rows, item), (0, 0))[1] < WARM]
         if unknown:
             return self._try(unknown[0])
         if self._steps >= PATIENCE:
@@ -113,19 +116,35 @@ class DraftPolicy:
         self.drafting = self._best(rows, self.choices)
         return self.drafting
 
-    def _measured_first(self) -> list[Drafting]:
-        """The largest blocks of every kind, and none: costs of the others lie between them."""
-        kinds = {item.branches: item for item in self.choices if item != CAUSAL}
-        return [*(kinds[branches] for branches in sorted(kinds, reverse=True)), CAUSAL]
-
     def _try(self, drafting: Drafting, steps: int = TRIAL) -> Drafting:
         self.drafting, self._trial = drafting, steps - 1
         return drafting
 
     def _best(self, rows: int, choices: Sequence[Drafting]) -> Drafting:
-        costs = {item: self.cost(rows, item) for item in choices}
-        rates = {item: self.tokens(item) / cost for item, cost in costs.items() if cost}
+        known, runs = {branches: self._known(rows, branches) for branches in (False, True)}, self._runs()
+        totals = list(accumulate(runs))
+        costs = {item: _between(known[item.branches], item.size) for item in choices}
+        rates = {item: _expected(item, runs, totals) / cost for item, cost in costs.items() if cost}
         return max(rates, key=lambda item: rates[item], default=CAUSAL)
+
+
+def _expected(drafting: Drafting, runs: Sequence[float], totals: Sequence[float]) -> float:
+    """Tokens per step. runs[n]: the share of steps that accept all of n drafts; totals: their running sums."""
+    if drafting.branches:
+        return totals[drafting.size]
+    drafted = 1 / (2 - runs[drafting.size])
+    return drafted * totals[drafting.size] + 1 - drafted
+
+
+def _between(known: Sequence[tuple[int, float]], size: int) -> float | None:
+    """The cost of a size, on the line between those around it that are known; None beyond them."""
+    place = bisect_left(known, (size,))
+    if place < len(known) and known[place][0] == size:
+        return known[place][1]
+    if not 0 < place < len(known):
+        return None
+    (low, below), (high, above) = known[place - 1], known[place]
+    return below + (above - below) * (size - low) / (high - low)
 
 
 def _bucket(rows: int) -> int:
