@@ -100,16 +100,17 @@ class Cache:
             axis = slot.pending_dim()
             if axis is not None:
                 width = max(tensor.shape[axis] for tensor in pair)
-                pair = [_widened(tensor, axis, width) for tensor in pair]
+                pair = [widened(tensor, axis, width) for tensor in pair]
             self.tensors[slot.name] = torch.cat(pair, dim=slot.batch_dim())
         self.accepted = torch.cat([self.accepted, other.accepted])
         self.length = torch.cat([self.length, other.length])
 
 
-def _widened(tensor: Tensor, axis: int, width: int) -> Tensor:
-    """With zeros behind it along an axis: pending rows that are not accepted may hold anything finite."""
+def widened(tensor: Tensor, axis: int, width: int) -> Tensor:
+    """With zeros behind it along an axis, if it has less than `width`: pending rows that are not accepted may hold
+    anything finite."""
     missing = width - tensor.shape[axis]
-    if not missing:
+    if missing <= 0:
         return tensor
     shape = list(tensor.shape)
     shape[axis] = missing

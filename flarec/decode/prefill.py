@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .prefix import Prefix, PrefixCache, restored
+from .prefix import Prefix, PrefixCache, restore
 from .rows import Rows
 
 
@@ -16,6 +16,7 @@ class Prefill:
 
     chunk     clean rows per prompt and forward; with a prefix cache the length of its pages
     prefixes  where prompts are kept, and known: what is known of each prompt
+    forwards  that were run
     """
 
     def __init__(
@@ -25,9 +26,10 @@ class Prefill:
         self.chunk = chunk
         self.prefixes = prefixes
         self.known = list(known) or [Prefix()] * len(rows.requests)
+        self.forwards = 0
         self._at = [prefix.length for prefix in self.known]
         if any(self._at):
-            rows.cache = restored(rows.cache.slots, self.known, rows.cache.capacity, rows.device)
+            restore(rows.cache, self.known)
 
     @staticmethod
     def chunks(tokens: int, chunk: int, known: int = 0) -> int:
@@ -36,7 +38,7 @@ class Prefill:
         return -(-tokens // chunk) - known // chunk if known < tokens else 0
 
     def advance(self) -> bool:
-        """One forward. True if it was the last one: the rows have started, and may step."""
+        """One forward, if one is left. True if it was the last one: the rows have started, and may step."""
         rows, at = self.rows, self._at
         prompts = [request.prompt for request in rows.requests]
         if at == list(map(len, prompts)):
@@ -51,6 +53,7 @@ class Prefill:
         blocks = [[len(piece)] if last and rows.blocks else [] for piece in pieces]
         plan = rows.plan([len(piece) for piece in pieces], blocks, [int(last)] * len(pieces))
         logits = rows.run(plan, torch.cat([rows.clean(pieces), rows.masked(plan)], dim=1))
+        self.forwards += 1
         rows.cache.accept(plan.counts)
         self._keep_pages()
         self._at = ends
@@ -74,7 +77,7 @@ class Prefill:
             return
         for row, (request, at) in enumerate(zip(self.rows.requests, self._at, strict=True)):
             if at and at % self.chunk == 0:
-                self.prefixes.add_page(_program(self.rows), request.prompt, at, self.rows.cache, row)
+                self.prefixes.add_page(self.rows.program, request.prompt, at, self.rows.cache, row)
 
     def _keep_ends(self, pending: Sequence[int], clean: Tensor, noisy: Tensor) -> None:
         if self.prefixes is None:
@@ -82,14 +85,5 @@ class Prefill:
         for row, (request, count) in enumerate(zip(self.rows.requests, pending, strict=True)):
             logits = clean[row : row + 1], noisy[row : row + 1]
             self.prefixes.add_end(
-                _program(self.rows), request.prompt, self.rows.cache, row, count, self.rows.blocks, logits
+                self.rows.program, request.prompt, self.rows.cache, row, count, self.rows.blocks, logits
             )
-
-
-def find(prefixes: PrefixCache | None, program: object, prompt: Sequence[int], mode: Hashable) -> Prefix:
-    """What is known of a prompt; mode: the `BlockSpec` of its mode, or None."""
-    return prefixes.find(id(program), prompt, mode) if prefixes is not None else Prefix()
-
-
-def _program(rows: Rows) -> int:
-    return id(rows.program)

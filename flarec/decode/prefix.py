@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flarec.ir.slots import CacheSlot
 
-from .cache import Cache
+from .cache import Cache, widened
 
 PAGE = 256
 """Tokens. Smaller pages find more and keep more states."""
@@ -76,11 +76,15 @@ class Prefix:
     def length(self) -> int:
         return self.nodes[-1].end if self.nodes else 0
 
+    @property
+    def pending(self) -> int:
+        return self.nodes[-1].pending if self.nodes else 0
+
 
 class PrefixCache:
     """Prefixes within a number of bytes; the least recently used go first. Threads may share it.
 
-    limit  bytes of tensors; page  tokens per page
+    limit  bytes of tensors; page  tokens per page. Programs are told apart as objects, and kept.
     """
 
     def __init__(self, limit: int, page: int = PAGE) -> None:
@@ -88,19 +92,19 @@ class PrefixCache:
         self.page = page
         self.bytes = 0
         self.evicted = 0
-        self._roots: dict[Hashable, PrefixNode] = {}
+        self._roots: dict[int, tuple[object, PrefixNode]] = {}  # by id, which is the object's alone while it is kept
         self._used: OrderedDict[PrefixNode, int] = OrderedDict()  # node -> bytes; those used last stand last
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._used)
 
-    def find(self, program: Hashable, prompt: Sequence[int], mode: Hashable) -> Prefix:
+    def find(self, program: object, prompt: Sequence[int], mode: Hashable) -> Prefix:
         """The longest known prefix of a prompt of which at least one token is left to read, or all of it with the
         logits that `mode` starts from."""
         with self._lock:
-            node, best = self._roots.get(program), Prefix()
-            while node is not None:
+            node, best = self._root(program), Prefix()
+            while True:
                 best = max(best, self._ends(node, prompt, mode), key=lambda prefix: prefix.length)
                 following = node.pages.get(tuple(prompt[node.end : node.end + self.page]))
                 if following is None or following.end >= len(prompt):
@@ -122,7 +126,7 @@ class PrefixCache:
                 return Prefix(tuple(known.path()), logits if known.end == len(prompt) else None)
         return Prefix()
 
-    def add_page(self, program: Hashable, prompt: Sequence[int], end: int, cache: Cache, row: int) -> None:
+    def add_page(self, program: object, prompt: Sequence[int], end: int, cache: Cache, row: int) -> None:
         """Keep the page that ends there. The cache has just run the forward that follows it."""
         with self._lock:
             parent = self._parent(program, prompt, end - self.page)
@@ -134,7 +138,7 @@ class PrefixCache:
                 parent.pages[tokens] = node
 
     def add_end(
-        self, program: Hashable, prompt: Sequence[int], cache: Cache, row: int, pending: int, mode: Hashable,
+        self, program: object, prompt: Sequence[int], cache: Cache, row: int, pending: int, mode: Hashable,
         logits: tuple[Tensor, Tensor],
     ) -> None:
         """Keep the end of a prompt. The cache has run its last forward, of `pending` clean rows."""
@@ -155,9 +159,12 @@ class PrefixCache:
             if self._keep(node):
                 parent.ends[tokens] = node
 
-    def _parent(self, program: Hashable, prompt: Sequence[int], end: int) -> PrefixNode | None:
+    def _root(self, program: object) -> PrefixNode:
+        return self._roots.setdefault(id(program), (program, PrefixNode(None, (), 0, {})))[1]
+
+    def _parent(self, program: object, prompt: Sequence[int], end: int) -> PrefixNode | None:
         """The page that ends there (the root for 0), if it is still known."""
-        node: PrefixNode | None = self._roots.setdefault(program, PrefixNode(None, (), 0, {}))
+        node: PrefixNode | None = self._root(program)
         while node is not None and node.end < end:
             node = node.pages.get(tuple(prompt[node.end : node.end + self.page]))
         return node
@@ -212,26 +219,22 @@ def _narrowed(cache: Cache, start: int, end: int, pending: int) -> Iterator[tupl
         yield slot, tensor
 
 
-def restored(slots: Sequence[CacheSlot], prefixes: Sequence[Prefix], capacity: int, device: torch.device) -> Cache:
-    """A cache of requests that have read these prefixes."""
-    caches = [_restored(slots, prefix, capacity, device) for prefix in prefixes]
-    for other in caches[1:]:
-        caches[0].join(other)
-    return caches[0]
-
-
-def _restored(slots: Sequence[CacheSlot], prefix: Prefix, capacity: int, device: torch.device) -> Cache:
-    cache = Cache.allocate(slots, 1, capacity, device)
-    if not prefix.nodes:
-        return cache
-    last = prefix.nodes[-1]
-    for slot in slots:
-        if not slot.in_place:
-            cache.tensors[slot.name] = last.tensors[slot.name].clone()
-            continue
-        axis = slot.shape.index("capacity")
-        for node in prefix.nodes:
-            cache.tensors[slot.name].narrow(axis, node.start, len(node.tokens)).copy_(node.tensors[slot.name])
-    cache.accepted += last.pending
-    cache.length += prefix.length
-    return cache
+def restore(cache: Cache, prefixes: Sequence[Prefix]) -> None:
+    """Fill an empty cache with requests that have read these prefixes, one per request."""
+    for slot in cache.slots:
+        axis, ends = slot.pending_dim(), [prefix.nodes[-1:] for prefix in prefixes]
+        if axis is not None:
+            width = max((node.tensors[slot.name].shape[axis] for end in ends for node in end), default=0)
+            cache.tensors[slot.name] = widened(cache.tensors[slot.name], axis, width)
+        for row, prefix in enumerate(prefixes):
+            own = cache.tensors[slot.name].narrow(slot.batch_dim(), row, 1)
+            for node in prefix.nodes if slot.in_place else ends[row]:
+                part = node.tensors[slot.name]
+                if slot.in_place:
+                    place = own.narrow(slot.shape.index("capacity"), node.start, len(node.tokens))
+                else:
+                    place = own if axis is None else own.narrow(axis, 0, part.shape[axis])
+                place.copy_(part)
+    device = cache.length.device
+    cache.accepted = torch.tensor([prefix.pending for prefix in prefixes], dtype=torch.int64, device=device)
+    cache.length = torch.tensor([prefix.length for prefix in prefixes], dtype=torch.int64, device=device)

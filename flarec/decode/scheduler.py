@@ -16,7 +16,7 @@ from flarec.kernels.sampling import mask_of
 
 from .graphs import StaticRows
 from .plan import DecodeProgram, StepPlan, StepShape
-from .prefill import Prefill, find
+from .prefill import Prefill
 from .prefix import Prefix, PrefixCache
 from .request import Request
 from .rows import Mode, Rows
@@ -126,9 +126,10 @@ class Lane:
         if all(request.finished for request in self.reading.rows.requests):
             self.reading = None
             return None
-        self.stats.prefills += 1
+        before = self.reading.forwards
         while not (done := self.reading.advance()) and self.running is None:
-            self.stats.prefills += 1
+            pass
+        self.stats.prefills += self.reading.forwards - before
         if not done:
             return None
         fresh, self.reading = self.reading.rows, None
@@ -148,7 +149,9 @@ class Lane:
         rest: deque[Request] = deque()
         for request in self.waiting:
             if len(group) < most and not request.finished:
-                known = find(self.prefixes, self.program, request.prompt, self.mode.blocks)
+                known = Prefix()
+                if self.prefixes is not None:
+                    known = self.prefixes.find(self.program, request.prompt, self.mode.blocks)
                 left = Prefill.chunks(len(request.prompt), self.chunk, known.length)
                 if chunks in (None, left):
                     group[request], chunks = known, left
