@@ -6,11 +6,14 @@ import json
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..base.files import check_apart, write_file
 from ..errors import UsageError
 from .rows import BLOCKS, PLOTTED, ROUTE_BLOCKS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Points = list[tuple[int, float]]
 
@@ -63,7 +66,7 @@ def draw(results: Path, out: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({"svg.hashsalt": "flarec", "font.size": 10}):
+    with rc_context({"font.size": 10}):
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         for (name, points), style in zip(found.items(), ("o-", "s-", "^--", "v--"), strict=False):
@@ -80,9 +83,17 @@ def draw(results: Path, out: Path) -> None:
         axes.set_xlabel("block size")
         axes.set_ylabel("forward + backward, ms")
         axes.legend(frameon=False)
-        drawn, kind = BytesIO(), out.suffix.removeprefix(".")
-        try:
+        write_figure(figure, out)
+
+
+def write_figure(figure: Figure, out: Path) -> None:
+    """The suffix of `out` chooses the format; equal figures give equal files. Raises `UsageError`."""
+    from matplotlib import rc_context
+
+    drawn, kind = BytesIO(), out.suffix.removeprefix(".")
+    try:
+        with rc_context({"svg.hashsalt": "flarec"}):
             figure.savefig(drawn, format=kind or "png", metadata={"Date": None} if kind == "svg" else None)
-        except ValueError as error:
-            raise UsageError(f"{out} cannot be written ({error}); choose another file") from None
+    except ValueError as error:
+        raise UsageError(f"{out} cannot be written ({error}); choose another file") from None
     write_file(out, drawn.getvalue())

@@ -11,6 +11,12 @@ import click
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
+def _typed(name: str, key: str | None = None) -> str:
+    """The command line for a file of results, which others may read: without the key."""
+    hidden = {} if key is None else {key: "KEY", f"--api-key={key}": "--api-key=KEY"}
+    return shlex.join(["flarec", "bench", name, *(hidden.get(word, word) for word in sys.argv[3:])])
+
+
 @click.group("bench")
 def command() -> None:
     """Measure Triton kernels against flash-linear-attention and torch, decoding against transformers, and servers."""
@@ -43,7 +49,7 @@ def kernels(
     lines = run_kernels(
         only=only, quick=quick, out=out, commit=commit, device=device, say=click.echo,
         time_limit=TIME_LIMIT if time_limit is None else time_limit,
-        command=" ".join(["flarec bench kernels", *map(shlex.quote, sys.argv[3:])]),
+        command=_typed("kernels"),
     )
     from rich.console import Console
 
@@ -91,7 +97,7 @@ def decode(
     session = ServingSession(torch_device(device), shape, block=block_size, context=context, steps=steps)
     lines = run_session(
         rows, session, out=out, commit=commit, time_limit=time_limit, say=click.echo, warm_up=False,
-        command=" ".join(["flarec bench decode", *map(shlex.quote, sys.argv[3:])]),
+        command=_typed("decode"),
     )
     Console(width=160).print(table(lines, title=f"Decoding, {shape}, context {context}, blocks of {block_size}"))
     if any(line.status == "failed" or line.verdict == "missed" for line in lines):
@@ -146,8 +152,7 @@ def serve(
 
     results = asyncio.run(run_loads(server, plan, say))
     if out is not None:
-        words = " ".join(["flarec bench serve", *map(shlex.quote, sys.argv[3:])])
-        write_file(out, record(results, url=url, command=words, commit=commit))
+        write_file(out, record(results, url=url, command=_typed("serve", api_key), commit=commit))
     if picture is not None:
         draw_loads(results, picture)
     if any(item.errors for item in results):

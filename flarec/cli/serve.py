@@ -48,8 +48,10 @@ def command(
         from flarec.serve.run import is_loopback, listening, serve, url_of
     except ModuleNotFoundError as error:
         raise UsageError(f"flarec serve needs the package {error.name}: pip install 'flarec[serve]'") from None
-    if api_key is not None and not api_key.strip():
+    if api_key is not None and not (api_key := api_key.strip()):
         raise UsageError("the API key is empty; give one, or leave it out")
+    if api_key is not None and not api_key.isascii():
+        raise UsageError("the API key has other characters than ASCII, which HTTP does not carry; choose another one")
     bound = listening(host, port)
     if api_key is None and not is_loopback(bound):
         click.echo("Warning: other machines can use this server, and no --api-key is asked for", err=True)

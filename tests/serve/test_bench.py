@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Awaitable, Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -134,13 +135,17 @@ def test_the_arithmetic() -> None:
     assert counters("# HELP a b\na 1.0\nb{x=\"y\"} 2e3\nnonsense\n\n") == {"a": 1.0, 'b{x="y"}': 2000.0}
 
 
-def test_a_run(url: str, tmp_path: Path) -> None:
+def test_a_run(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
     out, picture = tmp_path / "out.json", tmp_path / "out.svg"
     words = ["bench", "serve", url, "--prompts", tmp_path / "prompts.txt", "--clients", 3, "--rate", 500, "--requests",
              6, "--max-tokens", 5, "--mode", "causal", "--mode", "ar-trust", "--out", out, "--plot", picture]
-    done = CliRunner().invoke(main, [str(word) for word in words])
+    words = [str(word) for word in (*words, "--api-key", "a secret")]
+    monkeypatch.setattr(sys, "argv", ["flarec", *words])
+    done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
+    said = json.loads(out.read_text())["command"]
+    assert said.startswith(f"flarec bench serve {url} --prompts") and said.endswith("--api-key KEY")
     rows = json.loads(out.read_text())["rows"]
     assert [(row["name"], row["kind"], row["load"]) for row in rows] == [
         (mode, kind, load) for mode in ("causal", "ar-trust") for kind, load in (("closed", 3), ("open", 500))

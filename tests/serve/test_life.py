@@ -228,6 +228,7 @@ def test_arguments_are_checked_before_the_model_is_opened(tmp_path: Path, monkey
         bound.listen()
         assert "cannot be used" in run(str(tmp_path), "--port", str(bound.getsockname()[1]))
     assert "the API key is empty" in run(str(tmp_path), "--api-key", " ")
+    assert "other characters than ASCII" in run(str(tmp_path), "--api-key", "schlüssel")
     reachable = run(str(tmp_path), "--host", "0.0.0.0", "--port", "0")
     assert "other machines can use this server, and no --api-key" in reachable
     assert "is not a model directory" in run(str(tmp_path), "--port", "0")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 
-from ...base.files import write_file
-from ...errors import UsageError
+from ..plot import write_figure
 from .results import LoadResult
 
 UNITS = {"closed": "clients", "open": "requests per second"}
@@ -19,7 +17,7 @@ def draw_loads(results: Sequence[LoadResult], out: Path) -> None:
     from matplotlib.figure import Figure
 
     kinds = [kind for kind in UNITS if any(item.kind == kind for item in results)]
-    with rc_context({"svg.hashsalt": "flarec", "font.size": 10}):
+    with rc_context({"font.size": 10}):
         figure = Figure(figsize=(9, 3.6 * len(kinds)), layout="constrained")
         for row, kind in zip(figure.subplots(len(kinds), 2, squeeze=False), kinds, strict=True):
             for name in dict.fromkeys(item.name for item in results):
@@ -34,9 +32,4 @@ def draw_loads(results: Sequence[LoadResult], out: Path) -> None:
                 axes.set_ylabel(title)
                 axes.set_ylim(bottom=0)
                 axes.legend(frameon=False)
-        drawn, suffix = BytesIO(), out.suffix.removeprefix(".")
-        try:
-            figure.savefig(drawn, format=suffix or "png", metadata={"Date": None} if suffix == "svg" else None)
-        except ValueError as error:
-            raise UsageError(f"{out} cannot be written ({error}); choose another file") from None
-    write_file(out, drawn.getvalue())
+        write_figure(figure, out)
