@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
+from flarec.base.generation import MODES
 from flarec.decode import Cache, Engine
 from flarec.decode.prefill import Prefill
 from flarec.decode.prefix import PrefixCache
@@ -63,6 +67,21 @@ def test_the_longest_prefix_is_found() -> None:
     longer = prefixes.find("p", [*prompt, 3], "another")
     assert longer.length == 10 and longer.logits is None and longer.nodes[-1].pending == 2
     nothing_lost(prefixes)
+
+
+def test_programs_are_told_apart_as_objects_and_kept() -> None:
+    """What an id stands for must not change hands."""
+
+    @dataclass
+    class Named:
+        """Equal to every other one, and without a hash, as programs are."""
+
+    prefixes, prompt, one, other = PrefixCache(10**6, PAGE), list(range(10)), Named(), Named()
+    prefixes.add_page(one, prompt, 4, cache_of(), 0)
+    assert (prefixes.find(one, prompt, None).length, prefixes.find(other, prompt, None).length) == (4, 0)
+    alive = weakref.ref(one)
+    del one
+    assert alive() is not None
 
 
 def test_parts_are_those_of_the_request() -> None:
@@ -147,6 +166,30 @@ def test_outputs_are_those_without_it(seed: int, limit: int) -> None:
         for one, other in zip(found, expected, strict=True):
             assert (one.token_ids, one.forwards, one.accepted) == (other.token_ids, other.forwards, other.accepted)
     assert engine.prefixes is not None and engine.stats.known_tokens > 0 == plain.stats.known_tokens
+    nothing_lost(engine.prefixes)
+
+
+def test_threads_share_it() -> None:
+    """Outputs of four at once are those without it, and nothing is lost of what they keep and forget."""
+    model = FakeModel(agreement=0.7)
+    engine, plain = with_cache(make_engine(model, 3)[0], 6_000), make_engine(model, 3)[0]
+    beginnings = [[(7 * place + start) % model.mask for place in range(17)] for start in range(3)]
+
+    def prompts(thread: int) -> list[list[int]]:
+        rng = random.Random(thread)
+        return [[*rng.choice(beginnings)[: rng.randint(1, 17)], rng.randrange(model.mask)] for _ in range(12)]
+
+    def ask(thread: int) -> list[list[int]]:
+        mode = MODES[thread % len(MODES)]
+        return [engine.generate([prompt], mode=mode, max_new_tokens=4)[0].token_ids for prompt in prompts(thread)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(ask, range(4)))
+    for thread, texts in enumerate(found):
+        expected = plain.generate(prompts(thread), mode=MODES[thread % len(MODES)], max_new_tokens=4)
+        assert texts == [one.token_ids for one in expected]
+    assert engine.prefixes is not None and engine.stats.known_tokens > 0
+    assert engine.prefixes.evicted > 0
     nothing_lost(engine.prefixes)
 
 
