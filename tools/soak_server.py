@@ -85,7 +85,7 @@ async def send(server: Server, model: str, sent: Sent) -> None:
     except ServerError as error:
         sent.error = str(error)
     finally:
-        await events.aclose()  # type: ignore[attr-defined]
+        await events.aclose()
 
 
 async def soak(server: Server, model: str, requests: list[Sent], together: int, pid: int) -> dict[str, Any]:

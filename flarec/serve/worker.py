@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter as clock
 
 from flarec.decode import TextStream
@@ -63,13 +64,13 @@ class Worker:
                     "try again later", code="queue_full", headers={"Retry-After": "1"},
                 )
             self.open |= set(jobs)
-            self._box += [lambda job=job: self._add(job) for job in jobs]  # type: ignore[misc]
+            self._box += [partial(self._add, job) for job in jobs]
             self._changed.notify()
 
     def cancel(self, jobs: Sequence[Job]) -> None:
         """End jobs where they are; those that have ended stay as they are."""
         with self._changed:
-            self._box += [lambda job=job: self._cancel(job) for job in jobs]  # type: ignore[misc]
+            self._box += [partial(self._cancel, job) for job in jobs]
             self._changed.notify()
 
     def close(self) -> None:

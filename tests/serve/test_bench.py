@@ -140,9 +140,9 @@ def test_a_run(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     out, picture = tmp_path / "out.json", tmp_path / "out.svg"
     words = ["bench", "serve", url, "--prompts", tmp_path / "prompts.txt", "--clients", 3, "--rate", 500, "--requests",
              6, "--max-tokens", 5, "--mode", "causal", "--mode", "ar-trust", "--out", out, "--plot", picture]
-    words = [str(word) for word in (*words, "--api-key", "a secret")]
-    monkeypatch.setattr(sys, "argv", ["flarec", *words])
-    done = CliRunner().invoke(main, words)
+    typed = [str(word) for word in (*words, "--api-key", "a secret")]
+    monkeypatch.setattr(sys, "argv", ["flarec", *typed])
+    done = CliRunner().invoke(main, typed)
     assert done.exit_code == 0, done.output
     said = json.loads(out.read_text())["command"]
     assert said.startswith(f"flarec bench serve {url} --prompts") and said.endswith("--api-key KEY")

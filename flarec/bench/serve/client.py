@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -54,7 +54,7 @@ class Server:
             raise ServerError(f"{path}: {_message(status, body)}")
         return body
 
-    async def stream(self, path: str, fields: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, path: str, fields: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The events of a request with stream = true; closing the iterator closes the connection. Raises
         `ServerError`."""
         reader, writer = await self._send("POST", self.path + path, json.dumps({**fields, "stream": True}).encode())
