@@ -110,6 +110,7 @@ def test_special_tokens_that_stop(source: FlarecLM) -> None:
     [
         ({}, "path=CHECKPOINT"), ({"mood": 1}, "unknown model argument mood"), ({"batch_size": "many"}, "batch_size"),
         ({"mode": "ar-trust"}, "not converted"), ({"max_length": 1}, "max_length"),
+        ({"threshold": 0.5}, "threshold does nothing in mode causal"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str, paths: tuple[Path, Path]) -> None:

@@ -75,6 +75,8 @@ class FlarecLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types here
         self.model = api.load(str(path), device=device or "auto", **loading)
         asked = GenerationOptions(**{name: more[name] for name in OPTIONS if more.get(name) is not None})
         self.options = self.model.complete(asked)
+        for name in asked.unread(str(self.options.mode)):
+            raise UsageError(f"the model argument {name} does nothing in mode {self.options.mode}; leave it out")
         self.path = str(path)
         self.tokenizer = self.model.tokenizer
         given = None if batch_size == "auto" else batch_size
