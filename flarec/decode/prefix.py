@@ -3,7 +3,8 @@
 A tree of pages per program. A page holds the keys and values of its positions and the states behind its last one; an
 end holds those of the tokens behind the last page, what the decoder left pending there, and the logits that a start
 needs. A prompt continues behind the longest prefix that is found. With a prefix cache prompts are read page by page, so
-that what a hit continues from was computed in the same pieces as without it.
+that the pieces are those of a prompt that is read anew; but behind an end the next piece begins inside a page, which
+may round differently, also for those that find that page later.
 
 States behind a page are at hand for nothing: the forward that reads the next page commits them first (`Cache`).
 """
