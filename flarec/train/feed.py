@@ -179,7 +179,8 @@ def mapped(value: T, function: Callable[[Tensor], Tensor]) -> T:
     elif is_dataclass(value) and not isinstance(value, type):
         parts = {item.name: mapped(getattr(value, item.name), function) for item in fields(value) if item.init}
         found = replace(value, **parts)
-    return found  # type: ignore[no-any-return]
+    result: T = found
+    return result
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

@@ -192,7 +192,7 @@ def test_a_full_disk_at_the_log(place: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def full(log: MetricsLog, values: Any) -> None:
         if not isinstance(log._file, Full):
-            log._file = Full(log._file)  # type: ignore[assignment]
+            monkeypatch.setattr(log, "_file", Full(log._file))
         write(log, values)
 
     monkeypatch.setattr(MetricsLog, "write", full)

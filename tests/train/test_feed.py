@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def trainer(chosen: Recipe, ahead: bool, data: TokenSource | None = None) -> Tra
     return made
 
 
-def log(made: Trainer, steps: int) -> list[dict[str, object]]:
+def log(made: Trainer, steps: int) -> list[dict[str, Any]]:
     return [made.advance().read(tiny_tokenizer()) for _ in range(steps)]
 
 
@@ -45,10 +46,10 @@ def test_steps_are_the_same_and_resume_bit_for_bit(name: str, overrides: list[st
     expected = log(plain, 6)
     weights = {name: value.clone() for name, value in plain.state().model.items()}
     if overrides:
-        sizes = [len(line["one_minus_tv"]) for line in expected]  # type: ignore[arg-type]
+        sizes = [len(line["one_minus_tv"]) for line in expected]
         assert sizes == [1, 1, 2, 2, 3, 3]
         assert [line["diffusion_losses"] for line in expected] == [["kl"]] * 3 + [["el"]] * 3
-        assert [line["diffusion_loss"] < 0 for line in expected] == [False] * 3 + [True] * 3  # type: ignore[operator]
+        assert [line["diffusion_loss"] < 0 for line in expected] == [False] * 3 + [True] * 3
 
     first = trainer(chosen, ahead=True)
     assert log(first, 3) == expected[:3]

@@ -23,6 +23,10 @@ class Service(types.ModuleType):
     """Stands for a service that keeps what it is told, over processes, under a run's id or name. What it takes is what
     wandb 0.31 and trackio 0.43 take."""
 
+    init: Any
+    log: Any
+    finish: Any
+
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.runs: dict[str, list[tuple[int, dict[str, float]]]] = {}
@@ -54,7 +58,7 @@ def fake_wandb() -> Service:
         module.configs.append(config)
         return WandbRun(module.runs.setdefault(id, []))
 
-    module.init = init  # type: ignore[attr-defined]
+    module.init = init
     return module
 
 
@@ -77,7 +81,7 @@ def fake_trackio() -> Service:
     def finish() -> None:
         module.open = None
 
-    module.init, module.log, module.finish = init, log, finish  # type: ignore[attr-defined]
+    module.init, module.log, module.finish = init, log, finish
     return module
 
 
@@ -149,7 +153,7 @@ def test_a_tracker_that_fails_does_not_end_a_run(tmp_path: Path, services: dict[
     warned: list[str] = []
     report = Tracking(("wandb", "trackio"), tmp_path / "out", {}, {}, warned.append)
     report.log({"step": 1, "loss": 2.0})
-    services["trackio"].log = lambda metrics, step=None: 1 / 0  # type: ignore[attr-defined]
+    services["trackio"].log = lambda metrics, step=None: 1 / 0
     report.log({"step": 2, "loss": 1.0})
     report.log({"step": 3, "loss": 0.5})
     assert warned == ["trackio failed and is left out: division by zero"]
@@ -185,7 +189,7 @@ def test_a_tracker_that_cannot_be_opened(tmp_path: Path, services: dict[str, Ser
     def init(**keywords: Any) -> None:
         raise RuntimeError("nobody is logged in\nmore")
 
-    services["wandb"].init = init  # type: ignore[attr-defined]
+    services["wandb"].init = init
     with pytest.raises(UsageError, match=r"^--report-to wandb cannot be used: nobody is logged in$"):
         Tracking(("trackio", "wandb"), tmp_path / "out", {}, {}, print)
     assert services["trackio"].open is None, "closed again"

@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -33,8 +35,8 @@ def conversion(folder: Path, out: str, *, resume: bool = False) -> Path:
     )
 
 
-def at_step(step: int, work: Callable[[int], object]) -> None:
-    """Call `work(rank)` where this process is about to take the step behind `step`."""
+def at_step(step: int, work: Callable[[int], object]) -> AbstractContextManager[object]:
+    """Within it `work(rank)` is called where this process is about to take the step behind `step`."""
     advance = Trainer.advance
 
     def watched(trainer: Trainer) -> object:
@@ -42,16 +44,16 @@ def at_step(step: int, work: Callable[[int], object]) -> None:
             work(trainer.ranks.rank)
         return advance(trainer)
 
-    Trainer.advance = watched  # type: ignore[method-assign, assignment]
+    return mock.patch.object(Trainer, "advance", watched)
 
 
 def pair(folder: Path, name: str, step: int, work: Callable[[int], object], *, resume: bool) -> None:
     """Two ranks with `work` at a step; what they leave is noted, and what they raise."""
 
     def convert_on(rank: int) -> None:
-        at_step(step, work)
         try:
-            found: object = str(conversion(folder, "two", resume=resume))
+            with at_step(step, work):
+                found: object = str(conversion(folder, "two", resume=resume))
         except FlarecError as error:
             found = (type(error).__name__, str(error))
         except Interrupted as error:
