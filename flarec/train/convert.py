@@ -176,10 +176,12 @@ def _conduct(prepared: Run, reporter: Reporter, written_only: bool, keep: bool) 
 
 
 def held_out_text(run: Run) -> str:
-    """How many documents are evaluated, and why there are none."""
-    text = f"held out for evaluation: {run.held_documents} documents"
-    if run.held_documents or not run.recipe.evaluation.every:
+    """How many documents are evaluated, and whether there are none, or fewer than were asked for."""
+    evaluation, text = run.recipe.evaluation, f"held out for evaluation: {run.held_documents} documents"
+    if not evaluation.every or run.held_documents >= evaluation.prompts:
         return text
+    if run.held_documents:
+        return f"{text}, there are no more for evaluation.prompts = {evaluation.prompts}"
     return f"{text}, there are too few: nothing is measured (name other documents with --eval-data)"
 
 

@@ -127,9 +127,9 @@ def test_evaluation_data_of_its_own(place: Path, monkeypatch: pytest.MonkeyPatch
     source = tiny_checkpoint(place, "qwen3_5_text")
     write_data(place / "held.jsonl", 3)
     result = flarec("convert", source, "--data", "data.jsonl", "--eval-data", "held.jsonl", *QUICK, "--out", "out",
-                    "--set", "save.every=10")
+                    "--set", "save.every=10", "--set", "evaluation.prompts=4")
     assert result.exit_code == 0, result.output
-    assert "held out for evaluation: 2 documents" in result.stderr
+    assert "held out for evaluation: 3 documents, there are no more for evaluation.prompts = 4\n" in result.stderr
     manifest = json.loads((place / "out" / "flarec.json").read_text())
     assert manifest["data"]["sources"]["1: data.jsonl"]["documents"] == 12
     lines = [(line["step"], "evaluation" in line) for line in read_metrics(place / "out" / "metrics.jsonl")]
