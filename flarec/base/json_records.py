@@ -76,7 +76,8 @@ def json_records(path: Path, option: str = "") -> Iterator[Record]:
         if not line.strip():
             continue
         if whole and (line.lstrip()[:1] == b"[" or isinstance(parse(line), BadRecord)):
-            yield from _whole(b"".join([line, *(line for _, line in rest)]), f"{option}{path}", number)
+            before = b"\n" * (number - 1)  # so that lines keep their numbers
+            yield from _whole(before + b"".join([line, *(line for _, line in rest)]), f"{option}{path}")
             return
         record = parse(line)
         if isinstance(record, BadRecord) and not started and line.lstrip()[:1] == b"[":
@@ -85,23 +86,24 @@ def json_records(path: Path, option: str = "") -> Iterator[Record]:
         yield Where(f"{option}{path}", "line", number), record
 
 
-def _whole(text: bytes, where: str, first: int) -> Iterator[Record]:
-    """The records of what is one JSON value; else of its lines, of which `first` is the number of the first one."""
-    value, begin = _read(text), text.split(b"\n", 1)[0]
+def _whole(text: bytes, where: str) -> Iterator[Record]:
+    """The records of what is one JSON value; else of its lines."""
+    value, begin = _read(text), text.lstrip().split(b"\n", 1)[0]
     if not isinstance(value, BadRecord):
         for number, item in enumerate(value if isinstance(value, list) else [value], 1):
             yield Where(where, "record", number), _record(item)
-    elif begin.lstrip()[:1] == b"[" and isinstance(_read(begin), BadRecord):
+    elif begin[:1] == b"[" and isinstance(_read(begin), BadRecord):
         raise DataError(f"{where}: begins as a JSON array and is none: {value}; write it again, or a record per line")
     else:
-        for number, line in enumerate(text.split(b"\n"), first):
+        for number, line in enumerate(text.split(b"\n"), 1):
             if line.strip():
                 yield Where(where, "line", number), parse(line)
 
 
 def parse(line: bytes) -> dict[str, Any] | BadRecord:
-    """The record of a line."""
-    return _record(_read(line))
+    """The record of a line, whose end is none of its characters: JSON that breaks off there would break off in the
+    next line."""
+    return _record(_read(line.rstrip(b"\r\n")))
 
 
 def _read(text: bytes) -> Any:

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Message = dict[str, Any]
+CONVERSATIONS = ("messages", "conversations", "conversation")
+"""Keys of a record that may hold its messages; the first one that is there counts."""
 
 
 class BadRecord(ValueError):
@@ -29,7 +31,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class CallArguments(dict[str, Any]):
-    """CallArguments of a tool call that the file holds as JSON text, which some templates print as it is."""
+    """Arguments of a tool call that the file holds as JSON text, which some templates print as it is."""
 
     def __init__(self, value: Mapping[str, Any], text: str) -> None:
         super().__init__(value)
@@ -42,6 +44,21 @@ def messages_of(value: Any, what: str = "messages") -> list[Message]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise BadRecord(f"{what} is not a list with at least one message")
     return [_message(from_json(item), number) for number, item in enumerate(value, 1)]
+
+
+def one_of(table: Mapping[str, Any], names: Sequence[str], where: str = "") -> str | None:
+    """Of several names for one thing that under which a table holds it; None without any.
+
+    Nothing and an empty value give way to another. Raises `BadRecord` if two hold different things: one would
+    be dropped.
+    """
+    given = [name for name in names if table.get(name) is not None]
+    filled = [name for name in given if table[name] not in ("", [], {})]
+    for name in filled[1:]:
+        if table[name] != table[filled[0]]:
+            what = f"{where} has" if where else "has"
+            raise BadRecord(f"{what} {filled[0]} and {name}, which are names for one thing and differ; remove one")
+    return next(iter(filled or given), None)
 
 
 def from_json(value: Any) -> Any:
@@ -112,13 +129,17 @@ def _message(message: Any, number: int) -> Message:
     out = _present(message)
     if "role" not in out and "from" in out:
         out = _from_sharegpt(out, number)
-    if not isinstance(out.get("role"), str) or not out["role"]:
-        raise BadRecord(f"message {number} is not an object with a role")
+    if "role" not in out:
+        raise BadRecord(f"message {number} has neither a role nor a from; give role and content, or from and value")
+    if not isinstance(out["role"], str) or not out["role"]:
+        raise BadRecord(f"message {number} has the role {out['role']!r}; give text (system, user, assistant, tool)")
     out["role"] = _role(out["role"])
     where = f"message {number} ({out['role']})"
     if "content" in out:
         out["content"] = _content(out["content"], where)
     if "function_call" in out:
+        if out.get("tool_calls"):
+            raise BadRecord(f"{where} has function_call and tool_calls; remove one")
         out["tool_calls"] = [{"type": "function", "function": out.pop("function_call")}]
     if "tool_calls" in out:
         out["tool_calls"] = _calls(from_json(out["tool_calls"]), where)
@@ -135,12 +156,11 @@ def _message(message: Any, number: int) -> Message:
 
 
 def _reasoning(message: Mapping[str, Any], where: str) -> str:
-    for key in ("reasoning_content", "reasoning", "thinking"):
-        if key in message:
-            if not isinstance(text := message[key], str):
-                raise BadRecord(f"{where} has {key} of type {type(text).__name__}, not text")
-            return text
-    return ""
+    key = one_of(message, ("reasoning_content", "reasoning", "thinking"), where)
+    text = message[key] if key else ""
+    if not isinstance(text, str):
+        raise BadRecord(f"{where} has {key} of type {type(text).__name__}, not text")
+    return text
 
 
 def _role(role: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import DataError
 from .json_records import SUFFIXES, Where, json_records, lines, plain_suffix
-from .messages import BadRecord, messages_of, tools_of
+from .messages import CONVERSATIONS, BadRecord, messages_of, tools_of
 
 
 def read_prompts(path: Path, option: str = "--prompts") -> Iterator[tuple[Where, Any]]:
@@ -53,7 +53,7 @@ def _prompt(record: dict[str, Any]) -> Any:
     if isinstance(prompt, str):
         return prompt
     try:
-        key = next((key for key in ("messages", "conversations", "prompt") if record.get(key) is not None), None)
+        key = next((key for key in (*CONVERSATIONS, "prompt") if record.get(key) is not None), None)
         if key is None:
             return BadRecord('no "prompt" text and no "messages" list; give one of them')
         if tools_of(record.get("tools")):

@@ -1,19 +1,31 @@
 """Shapes of records: what a record trains, decided for each one by its keys.
 
 messages; conversations (ShareGPT); prompt with response or completion, texts or lists of messages; instruction, input
-and output (also context and response); text. Keys that are null are absent.
+and output (also context and response); text. Keys that are null are absent. Of a record with keys of several shapes the
+first of this list counts; two names for one thing must hold the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...base.messages import BadRecord, Message, check_plain, from_json, messages_of, not_text, tools_of
+from ...base.messages import (
+    CONVERSATIONS,
+    BadRecord,
+    Message,
+    check_plain,
+    from_json,
+    messages_of,
+    not_text,
+    one_of,
+    tools_of,
+)
 from ...base.rendering import check_options
 from .chat import Dialogue
 
+ANSWERS = ("response", "completion")
 MISSING = (
     "has none of the keys messages, conversations, prompt with response or completion, instruction with output, or text"
 )
@@ -39,22 +51,28 @@ Shape = Dialogue | Pair | Text
 
 def shape_of(record: Mapping[str, Any]) -> tuple[str, Shape]:
     """(name of the shape, what the record trains). Raises `BadRecord`."""
-    for key in ("messages", "conversations", "conversation"):
-        if record.get(key) is not None:
-            return key, _conversation(record, messages_of(record[key], key))
-    for key in ("response", "completion"):
-        if key in record and "prompt" in record:
-            return f"prompt/{key}", _prompt_and(record, key)
-    if record.get("instruction") is not None:
-        return "instruction/output", _instruction(record)
-    if record.get("text") is not None or "text" in record:
-        return "text", Text(_string(record, "text"))
+    given = {key: value for key, value in record.items() if value is not None}
+    if found := _shape_by(given, record) or _shape_by(record, record):  # the second says which key is null
+        return found
     if record.get("chosen") is not None:
         raise BadRecord("is a pair of a chosen and a rejected answer; give the chosen one as completion of its prompt")
     if "prompt" in record:
         raise BadRecord("has a prompt without response or completion")
     keys = ", ".join(sorted(str(key) for key in record)[:8])
     raise BadRecord(f"{MISSING} (it has {keys or 'no key'})")
+
+
+def _shape_by(keys: Collection[str], record: Mapping[str, Any]) -> tuple[str, Shape] | None:
+    """The shape that these keys of a record decide."""
+    for key in CONVERSATIONS:
+        if record.get(key) is not None:
+            return key, _conversation(record, messages_of(record[key], key))
+    if "prompt" in keys and (there := [key for key in ANSWERS if key in keys]):
+        key = one_of(record, ANSWERS) or there[0]
+        return f"prompt/{key}", _prompt_and(record, key)
+    if record.get("instruction") is not None:
+        return "instruction/output", _instruction(record)
+    return ("text", Text(_string(record, "text"))) if "text" in keys else None
 
 
 def _conversation(record: Mapping[str, Any], messages: list[Message], first: int = 0) -> Dialogue:
@@ -81,9 +99,8 @@ def _prompt_and(record: Mapping[str, Any], key: str) -> Shape:
 
 def _instruction(record: Mapping[str, Any]) -> Dialogue:
     """Alpaca's keys, and those of databricks-dolly: the user's message is the instruction and the input below it."""
-    output = next((key for key in ("output", "response") if record.get(key) is not None), "output")
-    given = next((key for key in ("input", "context") if record.get(key)), None)
-    parts = [_string(record, "instruction"), *([_string(record, given)] if given else [])]
+    output, given = one_of(record, ("output", "response")) or "output", one_of(record, ("input", "context"))
+    parts = [_string(record, "instruction"), *([_string(record, given)] if given and record[given] else [])]
     messages: list[Message] = []
     for pair in record.get("history") or ():
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):

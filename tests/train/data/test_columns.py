@@ -135,7 +135,9 @@ def test_arrays_and_archives_that_cannot_be_read(tmp_path: Path) -> None:
         ("a.jsonl.zst", b"x", r"\.zst files are not read; decompress it"),
         ("array.jsonl", b'[{"text": "a"},\n3]', r"array\.jsonl: begins as a JSON array; call the file \.json"),
         ("lines.json", b'{"text": "a"}\n{\n', r"lines\.json, line 2: not JSON"),
-        ("first.json", b'{\n{"text": "a"}\n', r"first\.json, line 1: not JSON"),
+        ("first.json", b'{\n{"text": "a"}\n', r"first\.json, line 1: not JSON \(\D+ at column 2\)"),
+        ("later.json", b'\n\n{\n{"text": "a"}\n', r"later\.json, line 3: not JSON \(\D+ at column 2\)"),
+        ("below.json", b'\n\n[{"text": "a"},\n{"text":}]', r"is none: not JSON \(\D+ at line 4, column 9\)"),
     ]:
         (tmp_path / name).write_bytes(data)
         with pytest.raises(DataError, match=words):

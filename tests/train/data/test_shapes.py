@@ -10,7 +10,7 @@ import pytest
 
 from flarec.base.messages import BadRecord
 from flarec.errors import DataError
-from flarec.train.data.shapes import shape_of
+from flarec.train.data.shapes import Text, shape_of
 from flarec.train.data.sources import RecordEncoder, TokenSource, load_sources, parse_source
 from tests.train.small_tokenizer import CHATML, MARKED_CONTENT, REASONING, small_tokenizer
 
@@ -61,6 +61,10 @@ def test_chats(name: str) -> None:
 PAIRS: dict[str, Any] = {
     "response": {"prompt": "Hello ", "response": "world"},
     "completion": {"prompt": "Hello ", "completion": "world"},
+    "twice the same": {"prompt": "Hello ", "response": "world", "completion": "world"},
+    "null answer": {"prompt": "Hello ", "response": None, "completion": "world"},
+    "empty answer": {"prompt": "Hello ", "response": "", "completion": "world"},
+    "text beside": {"prompt": "Hello ", "completion": "world", "text": "other"},
     "null beside": {"messages": None, "instruction": None, "prompt": "Hello ", "completion": "world", "text": None},
 }
 
@@ -68,6 +72,15 @@ PAIRS: dict[str, Any] = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs(name: str) -> None:
     assert read(PAIRS[name]) == ("Hello world" + END, ["world" + END])
+
+
+def test_the_first_shape_counts() -> None:
+    """Data sets carry the prompt, or the rendered text, beside the messages, and null in columns of others."""
+    beside = {"prompt": "a", "completion": "b", "instruction": "c", "output": "d", "text": "e"}
+    assert read({**beside, **CHATS["messages"]}) == read(CHATS["messages"])
+    assert shape_of(beside)[0] == "prompt/completion"
+    assert shape_of({**beside, "prompt": None})[0] == "instruction/output"
+    assert shape_of({"prompt": None, "response": None, "text": "e"}) == ("text", Text("e"))
 
 
 def test_parts_are_lines() -> None:
@@ -161,6 +174,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "history": ({"instruction": "a", "output": "b", "history": [["a"]]}, "history is not a list of pairs"),
     "text in messages": ({"messages": "hello"}, "messages is not a list with at least one message"),
     "empty completion": ({"prompt": "a", "completion": ""}, "completion is empty"),
+    "two answers": ({"prompt": "a", "response": "b", "completion": "c"}, "has response and completion, .* differ"),
+    "two outputs": ({"instruction": "a", "output": "b", "response": "c"}, "has output and response, .* differ"),
+    "two inputs": ({"instruction": "a", "input": "b", "context": "c", "output": "d"}, "has input and context, .* diff"),
+    "two reasonings": ({"messages": [USER, {**ASSISTANT, "reasoning": "x", "thinking": "y"}]},
+                       r"message 2 \(assistant\) has reasoning and thinking, .* differ"),
+    "two calls": ({"messages": [USER, {**ASSISTANT, "function_call": {"name": "f"}, "tool_calls": [{"name": "g"}]}]},
+                  r"message 2 \(assistant\) has function_call and tool_calls"),
     "empty list": ({"prompt": [USER], "completion": []}, "completion is not a list with at least one message"),
     "nothing": ({}, r"has none of the keys .* \(it has no key\)"),
 }

@@ -129,7 +129,9 @@ def test_multi_turn_truncation_keeps_the_turns_that_fit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("{", "not JSON"),
+        ("{", "not JSON (Expecting property name enclosed in double quotes at column 2)"),
+        ('{"text": "a"', "not JSON (Expecting ',' delimiter at column 13)"),
+        ('{"text":', "not JSON (Expecting value at column 9)"),
         ("[1]", "a JSON list"),
         ("3", "a JSON int"),
         ('{"prompt": "a"}', "has a prompt without response or completion"),
@@ -160,7 +162,10 @@ def test_bad_lines_are_named_or_counted(tmp_path: Path, line: str, reason: str) 
         ([], "messages is not a list with at least one message"),
         ("hello", "messages is not a list"),
         (["hello"], "message 1 is not an object with a role"),
-        ([{"content": "a"}], "message 1 is not an object with a role"),
+        ([{"content": "a"}], "message 1 has neither a role nor a from; give role and content, or from and value"),
+        ([{"value": "a"}], "message 1 has neither a role nor a from"),
+        ([{"role": 3, "content": "a"}], "message 1 has the role 3; give text"),
+        ([{"role": "", "content": "a"}], "message 1 has the role ''; give text"),
         ([{"role": "user", "content": "a"}, {"role": "assistant"}], "message 2 (assistant) has no text content"),
         ([{"role": "user", "content": [1]}], "message 1 (user) has no text content"),
         ([{"role": "user", "content": "\ud83d"}], "message 1 (user) holds half a surrogate pair"),
