@@ -7,7 +7,6 @@ multimodal class, and tensors that transformers itself drops (multi-token predic
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..frontend.loading import text_name
+from .tables import CONFIG, read_table
 
 FILE_KINDS = (".json", ".jinja", ".txt", ".model")
 """Suffixes of configuration, processor and tokenizer files."""
@@ -57,7 +57,7 @@ class Carried:
     @property
     def architecture(self) -> str:
         """The class that opens the checkpoint."""
-        table = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        table = read_table(self.directory / CONFIG)
         return str((table.get("architectures") or [table.get("model_type")])[0])
 
     def files(self) -> list[Path]:

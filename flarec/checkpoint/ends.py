@@ -7,21 +7,19 @@ that one is the tokenizer's EOS.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, first_line
+from .tables import CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, read_table, write_table
 
-GENERATION_CONFIG = "generation_config.json"
-_CONFIG, _KEY, _TOKENIZER = "config.json", "eos_token_id", "tokenizer_config.json"
+_KEY = "eos_token_id"
 
 
 def stated_ends(directory: Path, config: Any, tokenizer: Any) -> frozenset[int]:
     """Ids that end a text, by any of the files. What a class of transformers has for its default counts where neither
     configuration names one. Raises `CheckpointError` for a file that cannot be read."""
-    found = {token for name in (GENERATION_CONFIG, _CONFIG) for token in _stated(_table(directory / name))}
+    found = {token for name in (GENERATION_CONFIG, CONFIG) for token in _stated(read_table(directory / name))}
     if not found:
         found = {*_ids(getattr(config, _KEY, None)), *_ids(getattr(config.get_text_config(), _KEY, None))}
     return frozenset([*found, *_ids(getattr(tokenizer, _KEY, None))])
@@ -33,23 +31,23 @@ def state_ends(directory: Path, ends: Sequence[int], text: str) -> None:
     text: the first of them as a token, for the tokenizer.
     """
     value: int | list[int] = list(ends) if len(ends) > 1 else ends[0]
-    for name in (GENERATION_CONFIG, _CONFIG):
-        table = _table(directory / name)
-        if name == _CONFIG and not table:
+    for name in (GENERATION_CONFIG, CONFIG):
+        table = read_table(directory / name)
+        if name == CONFIG and not table:
             continue
         if {*_stated(table)} == {*ends} and ends[0] == next(_stated(table)):
             continue
         inner = table.get("text_config")
-        if name == _CONFIG and isinstance(inner, dict):
+        if name == CONFIG and isinstance(inner, dict):
             inner[_KEY] = value
         if not isinstance(inner, dict) or _KEY in table:
             table[_KEY] = value
-        _write(directory / name, table)
-    path = directory / _TOKENIZER
-    table = _table(path)
+        write_table(directory / name, table)
+    path = directory / TOKENIZER_CONFIG
+    table = read_table(path)
     known = table.get("eos_token")
     if table and (known.get("content") if isinstance(known, dict) else known) != text:
-        _write(path, {**table, "eos_token": text})
+        write_table(path, {**table, "eos_token": text})
 
 
 def _stated(table: dict[str, Any]) -> Iterator[int]:
@@ -63,19 +61,3 @@ def _ids(value: Any) -> Iterator[int]:
     for token in value if isinstance(value, (list, tuple)) else (value,):
         if type(token) is int and token >= 0:
             yield token
-
-
-def _table(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {first_line(error)}; copy the model again") from error
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{path} cannot be read: it is no JSON object; copy the model again")
-    return table
-
-
-def _write(path: Path, table: dict[str, Any]) -> None:
-    path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

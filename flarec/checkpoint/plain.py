@@ -15,10 +15,11 @@ from ..frontend.source.gguf import gguf_model, gguf_tokenizer
 from .carried import FILE_KINDS
 from .directory import Checkpoint, open_checkpoint
 from .merging import check_mergeable, merged
+from .tables import CONFIG, TOKENIZER_CONFIG, read_table, write_table
 from .weights import stored_dtypes
 from .write import MAX_SHARD_SIZE, save_model
 
-_OWN = ("config.json", *SIDE_FILES)
+_OWN = (CONFIG, *SIDE_FILES)
 
 
 def write_plain_gguf(folder: Path, file: Path) -> None:
@@ -37,17 +38,17 @@ def _drop_invented(folder: Path, rows: int) -> None:
     transformers 5.23 gives every GPT-2 tokenizer of a GGUF file an `<|endoftext|>`, behind the last row if need be.
     """
     path = folder / "tokenizer.json"
-    table = json.loads(path.read_text(encoding="utf-8"))
+    table = read_table(path)
     strange = {item["content"] for item in table["added_tokens"] if item["id"] >= rows}
     if not strange:
         return
     table["added_tokens"] = [item for item in table["added_tokens"] if item["id"] < rows]
     path.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    path = folder / TOKENIZER_CONFIG
+    settings = read_table(path)
     settings.pop("added_tokens_decoder", None)
     kept = {name: value for name, value in settings.items() if not isinstance(value, str) or value not in strange}
-    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_table(path, kept)
 
 
 def write_plain(folder: Path, source: str | Path, *, dequantize: bool, adapter: Path | None) -> None:

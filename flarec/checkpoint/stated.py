@@ -11,16 +11,15 @@ an engine could look up, and none that the model's own configuration has with an
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UsageError
-from ..layout import READOUTS
 from .manifest import DecodeDefaults, Manifest, MaskToken, Source
+from .schema import problem
+from .tables import CONFIG, read_table, write_table
 
-CONFIG = "config.json"
 TABLE = "dual_mode"
 LOWEST = {"mask_token_id": 0, "block_size": 1}
 MODES = ("ar-trust", "diffusion-trust")
@@ -32,7 +31,7 @@ def state(directory: Path, manifest: Manifest, config: Any) -> None:
     config: the model's configuration, of transformers. Where config.json holds one for the text model, both get them.
     """
     path = directory / CONFIG
-    table = json.loads(path.read_text(encoding="utf-8"))
+    table = read_table(path)
     mask, block_size = manifest.mask, manifest.decode.block_size
     flat = {"mask_token_id": mask.token_id if mask.kind == "row" else None, "block_size": block_size}
     own = [name for name in flat if _is_field(config, name)]
@@ -45,7 +44,7 @@ def state(directory: Path, manifest: Manifest, config: Any) -> None:
         if flat["mask_token_id"] is None and "mask_token_id" not in own:
             del target["mask_token_id"]  # also one that the source had: no row stands for a mask here
         target[TABLE] = whole
-    path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_table(path, table)
 
 
 def _is_field(config: Any, name: str) -> bool:
@@ -87,19 +86,15 @@ def states_all(directory: Path) -> bool:
 
 def _own(directory: Path, table: Any, given: Mapping[str, int]) -> Manifest:
     """The manifest that `state` was given, as far as decoding goes; with what the user says put over it."""
-    values: dict[str, Any] = {**table, **given} if isinstance(table, dict) else {}
-    kind, readouts = values.get("mask"), values.get("readouts")
-    right = (
-        kind in ("row", "vector")
-        and all(_is_number(values.get(name), low) for name, low in LOWEST.items())
-        and isinstance(readouts, dict)
-        and all(mode in MODES and readout in READOUTS for mode, readout in readouts.items())
+    held: dict[str, Any] = table if isinstance(table, dict) else {}
+    mask = {"kind": held.get("mask"), "token_id": held.get("mask_token_id")}
+    decode = {"block_size": held.get("block_size"), "readouts": held.get("readouts")}
+    if wrong := problem({"mask": mask, "decode": decode}):
+        raise CheckpointError(f"{directory / CONFIG} has a damaged table {TABLE} ({wrong}); copy the checkpoint again")
+    token, size = given.get("mask_token_id", held["mask_token_id"]), given.get("block_size", held["block_size"])
+    return Manifest(
+        Source(directory.resolve().name), MaskToken(held["mask"], token), DecodeDefaults(size, dict(held["readouts"]))
     )
-    if not right:
-        raise CheckpointError(f"{directory / CONFIG} has a damaged table {TABLE}; copy the checkpoint again")
-    mask = MaskToken(kind, values["mask_token_id"])  # type: ignore[arg-type]
-    decode = DecodeDefaults(values["block_size"], dict(readouts))  # type: ignore[arg-type]
-    return Manifest(Source(directory.resolve().name), mask, decode)
 
 
 def _is_number(value: Any, low: int) -> bool:
@@ -108,12 +103,6 @@ def _is_number(value: Any, low: int) -> bool:
 
 def _values(directory: Path) -> dict[str, Any]:
     """config.json as it stands, the text model's values over those around them."""
-    path = directory / CONFIG
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); copy the model again") from None
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{path} is no table of values; copy the model again")
+    table = read_table(directory / CONFIG)
     text = table.get("text_config")
     return {**table, **(text if isinstance(text, dict) else {})}

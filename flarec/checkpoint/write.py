@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import platform
 import re
 import shutil
@@ -29,12 +28,13 @@ from ..frontend.source.ties import TIE
 from .adapter import FOLDER, place_source, write_adapter
 from .card import model_card
 from .carried import Carried
-from .ends import GENERATION_CONFIG, state_ends
+from .ends import state_ends
 from .manifest import NAME as MANIFEST
 from .manifest import Manifest
 from .own import check_destination
 from .place import Place, recover
 from .stated import state
+from .tables import CONFIG, GENERATION_CONFIG, read_table, write_table
 from .weights import EXTRA, cast
 
 MAX_SHARD_SIZE = "50GB"
@@ -204,7 +204,7 @@ def save_model(
     finally:
         config.dtype, config.architectures = before
     stored = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
-    _edit_json(directory / "config.json", {"dtype": stored})
+    write_table(directory / CONFIG, {**read_table(directory / CONFIG), "dtype": stored})
 
 
 def _save_text_model(directory: Path, model: Any, carried: Carried) -> None:
@@ -216,16 +216,18 @@ def _save_text_model(directory: Path, model: Any, carried: Carried) -> None:
     shutil.rmtree(saved)
     tied = bool(model.config.tie_word_embeddings)
     if bool(getattr(read_config(directory), TIE, tied)) != tied:  # what the files hold decides: say so to transformers
-        inner = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("text_config", {})
-        _edit_json(directory / "config.json", {TIE: tied, "text_config": {**inner, TIE: tied}})
+        table = read_table(directory / CONFIG)
+        inner = {**table.get("text_config", {}), TIE: tied}
+        write_table(directory / CONFIG, {**table, TIE: tied, "text_config": inner})
 
 
 def _suppress_mask(directory: Path, manifest: Manifest) -> None:
     """Plain transformers does not generate the mask token either."""
     if manifest.mask.kind == "row":
         path = directory / GENERATION_CONFIG
-        known = json.loads(path.read_text(encoding="utf-8")).get("suppress_tokens") if path.is_file() else None
-        _edit_json(path, {"suppress_tokens": sorted({*(known or []), manifest.mask.token_id})})
+        table = read_table(path)
+        known = table.get("suppress_tokens") or ()
+        write_table(path, {**table, "suppress_tokens": sorted({*known, manifest.mask.token_id})})
 
 
 def _save_extra(
@@ -235,11 +237,6 @@ def _save_extra(
     usual = Counter(dtype.values()).most_common(1)[0][0] if isinstance(dtype, Mapping) and dtype else dtype
     one = usual if isinstance(usual, torch.dtype) else None
     save_file({name: tensor.contiguous() for name, tensor in cast(state, one).items()}, directory / EXTRA)
-
-
-def _edit_json(path: Path, values: Mapping[str, Any]) -> None:
-    table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    path.write_text(json.dumps({**table, **values}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
