@@ -97,11 +97,11 @@ def verify(
         raise UsageError(f"{path} has no adapter, so its model is not its source; leave the source out")
     if source is not None:
         open_source(subject, source)  # said before the checks, which take their time
-    checks: dict[int, Callable[..., Result]] = dict(INVARIANTS)
+    checks = dict(INVARIANTS)
     if subject.adapted is not None:
         checks |= _adapter_checks(source)
-    for done, (number, check) in enumerate(checks.items()):
-        say(f"check {done + 1} of {len(checks)}: {TITLES[number]}")
+    for done, (number, check) in enumerate(checks.items(), 1):
+        say(f"check {number} ({done} of {len(checks)}): {TITLES[number]}")
         sizes: dict[str, Any] = QUICK.get(number, {}) if quick else {}
         yield check(subject, **sizes)
 

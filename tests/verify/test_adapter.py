@@ -58,6 +58,8 @@ def test_an_adapter_beside_its_model(tmp_path: Path) -> None:
     source, out = adapted(tmp_path, "lfm2", alone=True)
     result = verify(source, "--adapter", out)
     assert result.exit_code == 0 and "10 of 10 invariants hold" in result.output, result.output
+    said = [line.split(":")[0] for line in result.stderr.splitlines() if line.startswith("check ")]
+    assert said == [f"check {number} ({place} of 10)" for place, number in enumerate((*range(1, 10), 11), 1)]
     assert "holds an adapter without its model" in verify(out).stderr
 
 

@@ -120,7 +120,7 @@ def test_a_quick_run_makes_every_check_and_says_so(model: Path) -> None:
     assert run.exit_code == 0, run.output
     assert "7 of 7 invariants hold" in run.stdout
     said = [line for line in run.stderr.splitlines() if line.startswith("check ")]
-    assert [line.split(":")[0] for line in said] == [f"check {n} of 7" for n in range(1, 8)]
+    assert [line.split(":")[0] for line in said] == [f"check {n} ({n} of 7)" for n in range(1, 8)]
     assert "capturing" in run.stderr
 
 
