@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .formats import KEY, SCALES, Quantised
+from .formats import KEY, SCALES, Quantised, stated_format
 from .headers import StoredTensor
 
 PACKAGES = {"fp8": "accelerate", "mxfp8": "accelerate", "compressed-tensors": "compressed_tensors"}
@@ -35,7 +35,7 @@ def why_not(kind: Quantised, table: Mapping[str, Any], stored: Mapping[str, Stor
 
 
 def _wrong_scales(table: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> str:
-    key = table.get(KEY) or {}
+    key = stated_format(table) or {}
     block = tuple(key.get("weight_block_size") or _USUAL_BLOCK)
     for name, tensor in stored.items():
         if tensor.dtype not in _NARROW:
@@ -59,11 +59,9 @@ def companions(stored: Mapping[str, StoredTensor]) -> set[str]:
 
 def asking(config: Any, table: Mapping[str, Any], kind: Quantised) -> Any:
     """A copy of a text model's configuration that makes transformers dequantise."""
-    key = table.get(KEY) or (table.get("text_config") or {}).get(KEY)
     config = copy.deepcopy(config)
     usual = {"quant_method": kind.method, "weight_block_size": [*_USUAL_BLOCK]}
-    found = dict(key) if isinstance(key, Mapping) else usual
-    config.quantization_config = {**found, "dequantize": True}
+    config.quantization_config = {**(stated_format(table) or usual), "dequantize": True}
     return config
 
 

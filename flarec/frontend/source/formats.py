@@ -50,6 +50,13 @@ class Quantised:
     tensors: bool
 
 
+def stated_format(table: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What config.json says of quantised weights, also that of a multimodal model; None if it says nothing."""
+    inner = table.get("text_config")
+    found = table.get(KEY) or (inner.get(KEY) if isinstance(inner, Mapping) else None)
+    return found if isinstance(found, Mapping) else None
+
+
 def quantised(
     directory: Path, table: Mapping[str, Any], stored: Collection[StoredTensor], unread: Collection[str]
 ) -> Quantised | None:
@@ -59,8 +66,8 @@ def quantised(
     unread: those without a place in the model.
     """
     mark = _met(unread) or _met_dtype(stored)
-    key = table.get(KEY) or (table.get("text_config") or {}).get(KEY)
-    if isinstance(key, Mapping):
+    key = stated_format(table)
+    if key is not None:
         method = str(key.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in key else "unknown"))
         if algorithm := key.get("quant_algo"):
             method = f"{method} {algorithm}"

@@ -38,8 +38,8 @@ def head_differs(model: Any, stored: Mapping[str, StoredTensor], mapping: Mappin
     if f"{head}.weight" not in ties:
         return False
     own = {renamed(name, mapping): tensor for name, tensor in stored.items()}
-    found = own.get(f"{head}.weight"), own.get(ties[f"{head}.weight"])
-    return None not in found and not _equal(*found)  # type: ignore[arg-type]
+    one, other = own.get(f"{head}.weight"), own.get(ties[f"{head}.weight"])
+    return one is not None and other is not None and not _equal(one, other)
 
 
 def _equal(left: StoredTensor, right: StoredTensor) -> bool:

@@ -18,6 +18,9 @@ from flarec.checkpoint.plain import write_plain
 from flarec.checkpoint.write import write_adapter_checkpoint
 from flarec.errors import CheckpointError, UsageError
 from flarec.frontend.loading import judge_source, load_model
+from flarec.frontend.source.dequantise import why_not
+from flarec.frontend.source.formats import Quantised
+from flarec.frontend.source.headers import read_headers
 from tests.checkpoints import manifest_for
 from tests.cli.conversions import QUICK, flarec, write_data
 from tests.frontend.source.sources import Tensors, configure, copied, in_fp8, original, packed, rewrite
@@ -121,6 +124,16 @@ def test_blocks_that_transformers_would_misplace(key: bool, tmp_path: Path) -> N
     rewrite(path, lambda _: every)
     with pytest.raises(UsageError, match=r"cannot be dequantised: .* is 128 long, not 3 blocks"):
         judge_source(path, dequantize=True)
+
+
+def test_the_blocks_that_a_text_config_states_count_too(tmp_path: Path) -> None:
+    path = copied(tmp_path)
+    every, config = blocks_of(48, key=True)
+    rewrite(path, lambda _: every)
+    kind, stored = Quantised("fp8", "", True), read_headers(path)
+    reason = why_not(kind, config, stored)
+    assert "blocks of 48: transformers would misplace" in reason
+    assert why_not(kind, {"text_config": config}, stored) == reason
 
 
 def test_formats_that_it_does_not_read(tmp_path: Path) -> None:
