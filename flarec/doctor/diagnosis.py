@@ -13,7 +13,7 @@ import torch
 from flarec.checkpoint.merging import check_mergeable
 from flarec.errors import CaptureError, PassError, PropertyError, UsageError
 from flarec.frontend.export import capture
-from flarec.frontend.loading import meta_model
+from flarec.frontend.loading import judge_source, meta_model
 from flarec.inspect import summarize
 from flarec.passes import lower
 from flarec.recipe import Recipe
@@ -23,7 +23,7 @@ from flarec.train.precision import DTYPES, resolve_precision
 from .estimates import estimated
 from .kernels import availability, sites
 from .report import Report
-from .source import anatomy, judged, located, open_meta, wrapper_of
+from .source import anatomy, located, wrapper_of
 
 NOT_CONVERTED = (CaptureError, PassError, PropertyError)
 
@@ -72,7 +72,7 @@ def diagnose(
         try:
             if merge_adapter is not None:
                 _check_adapter(merge_adapter)
-            model = _opened(source, location, train_dtype, dequantize, say)
+            text, model = _opened(source, location, train_dtype, dequantize, say)
             wrapper = wrapper_of(location)
             report = replace(report, anatomy=anatomy(model, None, wrapper))
             say(f"capturing {type(model).__name__}")
@@ -81,10 +81,10 @@ def diagnose(
             report = replace(report, capture_seconds=time.perf_counter() - start)
             adapter = adapter_of(recipe)
             train = lower(captured, "train", mask_vector=adapter is not None, adapter=adapter)
-            serve_dtype = _serving_dtype(location, dtype, device, dequantize)
+            serve_dtype = _serving_dtype(text, dtype, device, dequantize)
             served = captured
             if serve_dtype != train_dtype:
-                served = capture(open_meta(location, serve_dtype, dequantize), cache=True)
+                served = capture(meta_model(text, serve_dtype), cache=True)
             decode = lower(served, "decode", mask_vector=adapter is not None, adapter=adapter)
         except NOT_CONVERTED as error:
             return replace(report, reason=str(error))
@@ -107,14 +107,18 @@ def _check_sizes(length: int, batch: int, recipe: Recipe) -> None:
         )
 
 
-def _opened(source: str, location: str, dtype: torch.dtype, dequantize: bool, say: Callable[[str], None]) -> Any:
-    """The model on the meta device. Raises `CaptureError` for one that transformers does not open, `UsageError` for a
-    hub id that cannot be fetched. `say` is told what is unusual of it."""
+def _opened(
+    source: str, location: str, dtype: torch.dtype, dequantize: bool, say: Callable[[str], None]
+) -> tuple[Any, Any]:
+    """The configuration of the text model, and the model on the meta device; `say` is told what is unusual of it.
+
+    Raises `CaptureError` for one that transformers does not open, `UsageError` for a hub id that cannot be fetched.
+    """
     try:
-        facts = judged(location, dequantize)
+        facts = judge_source(location, weights=False, dequantize=dequantize)
         for note in facts.notes:
             say(note)
-        return meta_model(facts.text, dtype)
+        return facts.text, meta_model(facts.text, dtype)
     except UsageError as error:
         if not Path(source).exists():
             raise
@@ -129,10 +133,10 @@ def _check_adapter(path: str) -> None:
         raise CaptureError(str(error)) from error
 
 
-def _serving_dtype(location: str, dtype: torch.dtype | None, device: torch.device, dequantize: bool) -> torch.dtype:
+def _serving_dtype(text: Any, dtype: torch.dtype | None, device: torch.device, dequantize: bool) -> torch.dtype:
     if dtype is not None:
         return dtype
     if device.type == "cpu":
         return torch.float32
-    stored: torch.dtype = next(open_meta(location, None, dequantize).parameters()).dtype
-    return stored
+    stored: torch.dtype | None = torch.bfloat16 if dequantize else text.dtype
+    return stored or torch.float32

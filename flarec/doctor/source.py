@@ -10,14 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from flarec.checkpoint.location import HUB_ID
 from flarec.errors import UsageError
 from flarec.frontend.families import FAMILIES, family_of
-from flarec.frontend.loading import is_wrapper, judge_source, meta_model, read_config
-from flarec.frontend.source.check import SourceFacts
+from flarec.frontend.loading import is_wrapper, read_config
 from flarec.frontend.source.gguf import without_gguf
 from flarec.inspect.summary import Summary
 
@@ -53,16 +51,6 @@ def _located(source: str) -> Iterator[str]:
     if not path.exists() and not HUB_ID.fullmatch(source):
         raise UsageError(f"{path} does not exist; give a model directory, a configuration file or a hub id")
     yield source
-
-
-def judged(location: str, dequantize: bool = False) -> SourceFacts:
-    """What is known of a source before its weights are read. Raises `UsageError` for one that is not opened."""
-    return judge_source(location, weights=False, dequantize=dequantize)
-
-
-def open_meta(location: str, dtype: torch.dtype | None, dequantize: bool = False) -> Any:
-    """The model on the meta device; `dtype` None: as stored. Raises `UsageError` for a source that is not opened."""
-    return meta_model(judged(location, dequantize).text, dtype or (torch.bfloat16 if dequantize else None))
 
 
 def wrapper_of(location: str) -> str:

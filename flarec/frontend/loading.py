@@ -93,11 +93,8 @@ def judge_source(path: str | Path, *, weights: bool = True, dequantize: bool = F
 
 
 def _empty(config: Any) -> Any:
-    """The model of a configuration, without numbers."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"), without_flash_attention():
-        model = made(AutoModelForCausalLM, config, dtype=config.dtype or torch.float32)
+    """The model of a configuration, without numbers, its ties told."""
+    model = meta_model(config, None)
     model.tie_weights()
     return model
 
@@ -147,13 +144,16 @@ def load_model(
 
 
 def meta_model(config: Any, dtype: torch.dtype | None) -> Any:
-    """The model of a text configuration on the meta device, in `dtype` (None: as the configuration states)."""
+    """The model of a text configuration on the meta device, in `dtype` (None: as the configuration states).
+
+    transformers notes the dtype in the configuration that it is given: that is a copy here.
+    """
     from transformers import AutoModelForCausalLM
 
     family_of(config)
     try:
         with torch.device("meta"), without_flash_attention():
-            return made(AutoModelForCausalLM, config, dtype=dtype or config.dtype or torch.float32)
+            return made(AutoModelForCausalLM, copy.deepcopy(config), dtype=dtype or config.dtype or torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_open(str(config.name_or_path), error) from error
 

@@ -15,11 +15,11 @@ import flarec
 from flarec.checkpoint.directory import context_of, open_checkpoint
 from flarec.checkpoint.weights import stored_dtypes
 from flarec.checkpoint.write import write_checkpoint
-from flarec.errors import UsageError
+from flarec.errors import FlarecWarning, UsageError
 from flarec.frontend.cache import entry_of
 from flarec.frontend.export import capture
 from flarec.frontend.families import FAMILIES, REFUSED, family_of
-from flarec.frontend.loading import judge_source, load_model, read_config
+from flarec.frontend.loading import judge_source, load_model, meta_model, read_config
 from tests.checkpoints import manifest_for
 from tests.frontend.source.sources import Tensors, configure, copied, original, rewrite
 from tests.models import tiny_checkpoint, tiny_model
@@ -219,3 +219,16 @@ def test_families_that_are_refused_say_why() -> None:
         with pytest.raises(Exception, match=f"family '{family}' cannot be converted: ") as caught:
             family_of(AutoConfig.for_model(family))
         assert caught.type.__name__ == "CaptureError"
+
+
+def test_the_dtype_is_the_files_where_no_configuration_states_one(tmp_path: Path) -> None:
+    """Also where the configuration is given to transformers, because the files hold a head against its tie."""
+    path = copied(tmp_path, "llama", tied=True)
+    other = load_file(path / "model.safetensors")["model.embed_tokens.weight"] + 1
+    rewrite(path, lambda every: {name: value.bfloat16() for name, value in {**every, "lm_head.weight": other}.items()})
+    configure(path, dtype=..., torch_dtype=...)
+    config = judge_source(path).text
+    assert config.dtype is None
+    assert meta_model(config, torch.float16).dtype == torch.float16 and config.dtype is None
+    with pytest.warns(FlarecWarning, match="a head that is not the embedding"):
+        assert load_model(path, None, "cpu").dtype == torch.bfloat16
