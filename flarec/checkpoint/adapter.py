@@ -25,10 +25,11 @@ from torch import Tensor
 
 from ..base.hashes import sha256_of
 from ..errors import CheckpointError, first_line
+from ..frontend.source.headers import INDEX
 from .carried import FILE_KINDS
 from .manifest import NAME as MANIFEST
 from .manifest import AdapterInfo, Manifest
-from .weights import EXTRA, INDEX, weight_files
+from .weights import EXTRA, weight_files
 
 FOLDER = "adapter"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

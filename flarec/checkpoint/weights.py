@@ -15,13 +15,11 @@ from ..errors import CheckpointError, UsageError
 from ..frontend.loading import text_name
 from ..frontend.source import headers
 from ..frontend.source.formats import QUANTISED, SCALES
-from ..frontend.source.headers import INDEX as INDEX
-from ..frontend.source.headers import WEIGHTS as WEIGHTS
+from ..frontend.source.headers import FLOATS
 from ..frontend.source.prefixes import WRAPPINGS, renamed
 from .location import resolve
 
 EXTRA = "flarec.safetensors"
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def stored_dtypes(path: str | Path, model: nn.Module) -> dict[str, torch.dtype]:
@@ -40,8 +38,8 @@ def stored_dtypes(path: str | Path, model: nn.Module) -> dict[str, torch.dtype]:
             for name in opened.keys():  # noqa: SIM118 - not a mapping
                 piece = opened.get_slice(name)
                 kind = piece.get_dtype()
-                narrow |= kind in QUANTISED and kind not in _DTYPES and len(piece.get_shape()) > 1
-                dtype = _DTYPES.get(kind, torch.bfloat16 if kind in QUANTISED else None)
+                narrow |= kind in QUANTISED and len(piece.get_shape()) > 1
+                dtype = FLOATS.get(kind, torch.bfloat16 if kind in QUANTISED else None)
                 if dtype is not None and not name.endswith(SCALES):
                     found[text_name(renamed(name, WRAPPINGS))] = dtype
                     similar.setdefault(_from_layer(name), dtype)

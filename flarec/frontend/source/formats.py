@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .headers import StoredTensor
+from .headers import FLOATS, StoredTensor
 
 KEY = "quantization_config"
 SIDE_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """modelopt's, old AutoGPTQ's and old AutoAWQ's own records."""
-_PLAIN = {"F64", "F32", "F16", "BF16"}
 _MARKS: tuple[tuple[str, str], ...] = (
     ("bitsandbytes 4-bit", r"\.(quant_state\.bitsandbytes__\w+|(nested_)?absmax|(nested_)?quant_map)$"),
     ("bitsandbytes 8-bit", r"\.(SCB|weight_format)$"),
@@ -92,7 +91,7 @@ def _met_dtype(stored: Collection[StoredTensor]) -> tuple[str, str] | None:
     for tensor in stored:
         if tensor.dtype in _DTYPES:
             return _DTYPES[tensor.dtype], tensor.name
-        if tensor.dtype not in _PLAIN and len(tensor.shape) > 1 and tensor.name.endswith("weight"):
+        if tensor.dtype not in FLOATS and len(tensor.shape) > 1 and tensor.name.endswith("weight"):
             return f"packed {tensor.dtype}", tensor.name
     return None
 

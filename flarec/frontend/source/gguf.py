@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...errors import UsageError, first_line
-from ..trust import made, opened
+from ..trust import opened
 from .rehearsal import quiet
 
 _NEEDED = ("gguf", "accelerate")
@@ -99,15 +99,6 @@ def gguf_tokenizer(file: Path) -> Any:
 
     with _reading(file):
         return opened(AutoTokenizer, file.parent, gguf_file=file.name)
-
-
-def empty_gguf_model(file: Path) -> Any:
-    """The model without numbers."""
-    from transformers import AutoModelForCausalLM
-
-    config = gguf_config(file)
-    with _reading(file), torch.device("meta"):
-        return made(AutoModelForCausalLM, config, dtype=_dtype(file))
 
 
 def _dtype(file: Path) -> torch.dtype:

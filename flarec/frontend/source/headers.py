@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from ...errors import UsageError, first_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes of plain weights, by the names that safetensors gives them."""
 _POINTER = b"version https://git-lfs"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _ONE_MORE = "copy the model again"
