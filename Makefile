@@ -43,7 +43,7 @@ test-search: $(VENV)/.installed-test  ## the tests by hypothesis with new random
 	FLAREC_HYPOTHESIS=search $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup $(TESTS)
 
 test-exact: $(VENV)/.installed-test  ## AR-Trust against causal decoding, rows and chunks, all families: CASES=10000
-	$(BIN)/python -m pytest -q -s --timeout 0 tests/decode/test_exact.py tests/test_rows.py --exact-cases $(CASES)
+	$(BIN)/python -m pytest -q -rP --show-capture stdout -n $(WORKERS) --timeout 0 tests/decode/test_exact.py tests/test_rows.py --exact-cases $(CASES)
 
 # These two share .venv's packages and hold a few of their own: see tools/environment.py.
 test-matrix: $(VENV)/.installed-test  ## the tests of the families with other versions of transformers: MATRIX="5.17.0 newest"

@@ -3,7 +3,7 @@
 A scenario draws a family, a readout, a policy of drafts, a block size, slots, chunks of prompts, whether steps go
 through the buffers of graphs, and whether prompts come from a prefix cache; its requests arrive, stop and are cancelled
 at random. A case is a request. The default suite runs a sample; `make test-exact CASES=10000` runs as many as one
-likes.
+likes, in parts of a few families each, so that several processes share them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tests.models import ALL_FAMILIES, FAMILIES, VOCABULARY, captured, shared_mo
 
 REQUESTS = 6
 SAMPLE = 9 * REQUESTS
+PARTS = 16
 MASK = VOCABULARY - 1
 
 
@@ -94,15 +95,26 @@ def scenario(seed: int, families: tuple[str, ...]) -> tuple[int, int, int, list[
     return REQUESTS, engine.stats.known_tokens, ties, wrong
 
 
-def test_ar_trust_equals_causal(pytestconfig: pytest.Config) -> None:
-    asked: Any = pytestconfig.getoption("--exact-cases")
-    families = FAMILIES if asked is None else ALL_FAMILIES
-    cases = known = ties = seed = 0
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A part has a number, families and cases: all of what was asked for in PARTS, or a sample in one."""
+    asked: Any = metafunc.config.getoption("--exact-cases")
+    parts: list[tuple[int, tuple[str, ...], int]] = [(0, FAMILIES, SAMPLE)]
+    if asked is not None:
+        parts = [(part, ALL_FAMILIES[part::PARTS], -(-asked // PARTS)) for part in range(PARTS)]
+    metafunc.parametrize(("part", "families", "wanted"), parts, ids=[f"part {part}" for part, *_ in parts])
+
+
+def test_ar_trust_equals_causal(part: int, families: tuple[str, ...], wanted: int) -> None:
+    cases = known = ties = 0
+    seed = 10**6 * part
     wrong: list[str] = []
-    while cases < (asked or SAMPLE):
+    while cases < wanted:
         more, hits, tied, found = scenario(seed, families)
         cases, known, ties, wrong, seed = cases + more, known + hits, ties + tied, wrong + found, seed + 1
-    print(f"{cases} cases, {known} prompt tokens from prefix caches, {ties} near ties, {len(wrong)} differences")
+    print(
+        f"{', '.join(families)}: {cases} cases, {known} prompt tokens from prefix caches, {ties} near ties, "
+        f"{len(wrong)} differences"
+    )
     assert known
     assert not wrong, "\n".join(wrong[:5])
     assert ties <= cases // 100, f"{ties} near ties of {cases}"
