@@ -36,8 +36,8 @@ def command(recipe: str, out: Path, device: str, ranks: int, more: tuple[str, ..
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
                 "--rdzv-endpoint", "localhost:0"] if ranks > 1 else []
     chosen = [part for setting in CHOSEN for part in ("--set", setting)]
-    source = ["examples/tiny/model", "--data", "examples/tiny/data/text.jsonl", "--recipe", recipe, "--max-length", "128",
-              "--steps", str(STEPS), "--device", device, "--out", str(out), *chosen, *more]
+    source = ["examples/tiny/model", "--data", "examples/tiny/data/text.jsonl", "--recipe", recipe,
+              "--max-length", "128", "--steps", str(STEPS), "--device", device, "--out", str(out), *chosen, *more]
     return [sys.executable, *launcher, "-m", "flarec", "convert", *source]
 
 
