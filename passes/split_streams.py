@@ -209,14 +209,15 @@ def _reached_by_training(program: Program) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in program.graph.nodes:
         own = node.op == "get_attr" and node.target in program.extra
-        stops = node.target in STOPS or node.target is clean_stream
-        if own or (not stops and any(source in found for source in _with_gradient(node))):
+        if own or any(source in found for source in operands_with_gradient(node)):
             found.add(node)
     return found
 
 
-def _with_gradient(node: fx.Node) -> list[fx.Node]:
-    """Operands that a node's gradient goes to."""
+def operands_with_gradient(node: fx.Node) -> list[fx.Node]:
+    """Operands that a node's gradient goes to: none where the graph stops it."""
+    if node.target in STOPS or node.target is clean_stream:
+        return []
     return [node.args[1]] if node.target in JOINS else node.all_input_nodes  # type: ignore[list-item]
 
 

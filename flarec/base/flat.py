@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,20 @@ def flat_input(cls: type[_T]) -> type[_T]:
     """Decorator of a frozen dataclass of tensors, integers, Nones and such structures: its fields become leaves."""
     _pytree.register_dataclass(cls, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
     return cls
+
+
+def save_structure(ctx: Any, value: Any) -> None:
+    """Save a structure of tensors, Nones, tuples and `flat_input`s for a backward pass; `saved_structure` has it again.
+
+    What autograd knows as saved it can drop and compute again (`torch.utils.checkpoint`); an attribute of `ctx` stays.
+    """
+    leaves, ctx.structure = _pytree.tree_flatten(value)
+    ctx.save_for_backward(*leaves)
+
+
+def saved_structure(ctx: Any) -> Any:
+    """What `save_structure` saved."""
+    return _pytree.tree_unflatten(ctx.saved_tensors, ctx.structure)
 
 
 class Schedule:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from .effects import behind
 from .module import graph_module
 
 UnitOf = Callable[[fx.Node], str | None]
@@ -28,7 +29,7 @@ def outline(module: fx.GraphModule, unit_of: UnitOf) -> fx.GraphModule:
     to none, and a unit reads parameters and buffers itself. `result.get_submodule(unit)` takes the values that the unit
     reads, in the order of its placeholders, and returns a tuple of those that are read outside of it; replace it with
     `setattr`. Nodes keep their names and `meta`. Units keep the order in which they end; the nodes between them may
-    move.
+    move, but never over a write in place to what they read.
 
     Raises `ValueError` if a value leaves a unit and comes back into it: there is no moment at which it can be called.
     """
@@ -94,9 +95,10 @@ def _ordered(graph: fx.Graph, units: dict[fx.Node, str], members: dict[str, list
         return place[members[step][-1] if isinstance(step, str) else step]
 
     steps = dict.fromkeys(step_of(node) for node in graph.nodes)
+    waits = behind(graph.nodes)
     reads = {
         step: {step_of(source) for node in (members[step] if isinstance(step, str) else [step])
-               for source in node.all_input_nodes} - {step}
+               for source in (*node.all_input_nodes, *waits.get(node, ()))} - {step}
         for step in steps
     }
     readers: dict[fx.Node | str, list[fx.Node | str]] = {step: [] for step in steps}

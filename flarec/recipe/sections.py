@@ -272,6 +272,19 @@ class Optimizer(Section):
 
 
 @dataclass(frozen=True)
+class Train(Section):
+    """How a step is computed: results do not depend on it, or by rounding alone."""
+
+    path: ClassVar[str] = "train"
+    memory: Literal["auto", "keep", "recompute"] = key(
+        "auto",
+        "keep: what decoder layers compute is kept for the backward pass; recompute: of each layer its inputs are kept, "
+        "and the rest is computed again; auto: keep if a step fits into the free memory, else recompute, else with "
+        "fewer micro_rows, and says so",
+    )
+
+
+@dataclass(frozen=True)
 class Data(Section):
     """Packing of documents into rows."""
 
@@ -335,6 +348,7 @@ class Recipe(Section):
     objective: Objective = field(default_factory=Objective)
     adapter: Adapter = field(default_factory=Adapter)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    train: Train = field(default_factory=Train)
     data: Data = field(default_factory=Data)
     evaluation: Evaluation = field(default_factory=Evaluation)
     save: Save = field(default_factory=Save)

@@ -25,6 +25,7 @@ from .objective.loss import Metrics
 from .precision import Weights
 from .ranks.group import Ranks
 from .ranks.sums import over_ranks
+from .recompute import recomputed
 from .router import ExpertLoad
 from .saves import SavedState, check_tensors
 from .sharding import ShardedWeights
@@ -100,10 +101,11 @@ class Step:
 class Trainer:
     """Takes optimizer steps. Everything random is a function of (seed, step) and of the position in `rows`.
 
-    program: lowered with the "train" pipeline, in float32 or bfloat16; with `recipe.adapter` its model is frozen. rows:
-    an endless stream of packed rows. exact: float32 values of parameters that a bfloat16 program holds rounded, where
-    they are known (`Weights`). ranks: those that share each step's micro batches, and call every method together; what
-    a step returns is the whole step's on all of them.
+    program: lowered with the "train" pipeline, in float32 or bfloat16; with `recipe.adapter` its model is frozen.
+    recipe: with `train.memory` = recompute decoder layers are computed again in the backward pass, else all is kept
+    (`flarec.train.memory` decides what "auto" is). rows: an endless stream of packed rows. exact: float32 values of
+    parameters that a bfloat16 program holds rounded, where they are known (`Weights`). ranks: those that share each
+    step's micro batches, and call every method together; what a step returns is the whole step's on all of them.
     """
 
     def __init__(
@@ -117,13 +119,13 @@ class Trainer:
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = ranks or Ranks(str(program.device))
-        self.program = program
+        trained = choose_trained(program, recipe)
+        self.program = program = recomputed(program) if recipe.train.memory == "recompute" else program
         self.recipe = recipe
         self.mask = mask
         self.rows = rows
         self.feed = Feed(program, recipe, mask.token_id, rows, seed, ranks=self.ranks)
         self.step = 0
-        trained = choose_trained(program, recipe)
         alone = self.ranks.size == 1
         self.weights = Weights(trained, exact) if alone else ShardedWeights(trained, exact, self.ranks)
         options = recipe.optimizer

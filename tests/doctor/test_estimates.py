@@ -97,6 +97,18 @@ def test_memory_of_an_adapter_is_what_torch_allocates() -> None:
     assert parts["activations"] == pytest.approx(peak_bytes(run), rel=0.05)
 
 
+@pytest.mark.parametrize("family", ["qwen3_5_text", "kimi_linear"])
+def test_memory_of_layers_that_are_computed_again(family: str) -> None:
+    """What torch allocates, and less than with everything kept: of four layers one at a time is whole."""
+    chosen = RECIPE.override(["train.memory=recompute"])
+    program = lower(real(family), "train")
+    again = simulate_training(program, chosen, length=LENGTH, batch=BATCH, device=CPU).memory.parts
+    mask = MaskToken("row", program.vocab_size - 1)
+    run = Trainer(lower(real(family), "train"), chosen, mask, full_rows(LENGTH, BATCH, chosen), seed=0)
+    assert again["activations"] == pytest.approx(peak_bytes(run), rel=0.05)
+    assert again["activations"] < 0.6 * simulated(family).memory.parts["activations"]
+
+
 def test_more_tokens_and_views_need_more() -> None:
     program = lower(real("qwen3_5_text"), "train")
     base = simulated("qwen3_5_text").memory.parts

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from flarec.ir.effects import behind
 from flarec.ir.outline import outline
 from flarec.ir.program import layer_of
 from flarec.layout import Block, build_layout
@@ -69,6 +70,32 @@ def test_a_value_that_leaves_a_unit_and_comes_back_is_refused() -> None:
     table = named(module, add="one", sub="one")
     with pytest.raises(ValueError, match="unit 'one'"):
         outline(module, lambda node: table.get(node.name))
+
+
+def test_no_node_moves_over_a_write_to_what_it_reads() -> None:
+    """A buffer is filled through a view of it: a unit that reads it waits, and a write waits for earlier readers."""
+    aten, graph = torch.ops.aten, fx.Graph()
+    x = graph.placeholder("x")
+    made = graph.call_function(aten.mul.Tensor, (x, 2.0))
+    early = graph.call_function(aten.sin.default, (made,))
+    view = graph.call_function(aten.slice.Tensor, (made, 0, 0, 1))
+    fill = graph.call_function(aten.copy_.default, (view, graph.call_function(aten.cos.default, (view,))))
+    late = graph.call_function(aten.exp.default, (made,))
+    graph.output((early, late))
+    module = fx.GraphModule(nn.Module(), graph)
+    assert behind(graph.nodes)[fill] == [early, view, fill.args[1]] and behind(graph.nodes)[late] == [fill]
+    x = torch.randn(3)
+    expected = module(x)
+    for units in ({early: "a", late: "a"}, {late: "a"}, {early: "a", made: "b", late: "c"}, {made: "a", early: "a"}):
+        def unit_of(node: fx.Node, units: dict[fx.Node, str] = units) -> str | None:
+            return units.get(node)
+
+        if units.get(early) == units.get(late):
+            with pytest.raises(ValueError, match="unit 'a'"):
+                outline(module, unit_of)
+            continue
+        for ours, theirs in zip(outline(module, unit_of)(x), expected, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("family", ["kimi_linear", "zamba2"])

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flarec.base.flat import save_structure, saved_structure
+
 from ..reference import l2_normalise
 from . import clean as clean_chunks
 from . import noisy as noisy_panels
@@ -128,7 +130,8 @@ class _TwoStream(torch.autograd.Function):
     ) -> Tensor:
         rows = gather(q, k, v, g, beta, schedule, l2norm=l2norm)
         clean_out, noisy_out, chunks, panels = _forward(rows, schedule, scale, delta, initial_state)
-        ctx.saved = (rows, chunks, panels, schedule, scale)
+        save_structure(ctx, (rows, chunks, panels))
+        ctx.schedule, ctx.scale = schedule, scale
         ctx.key_heads = k.shape[2]
         ctx.gate_dims = 0 if g is None else g.ndim
         ctx.rows_of_state = None if initial_state is None else initial_state.shape[0]
@@ -136,7 +139,8 @@ class _TwoStream(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        rows, chunks, panels, schedule, scale = ctx.saved
+        rows, chunks, panels = saved_structure(ctx)
+        schedule, scale = ctx.schedule, ctx.scale
         heads, key_heads = grad_out.shape[2], ctx.key_heads
         index = schedule.heads(heads, key_heads)
         taken = grad_out.reshape(-1, grad_out.shape[-1]).index_select(0, index.value)
@@ -194,14 +198,16 @@ class _FrozenClean(torch.autograd.Function):
         norms = tuple(
             None if x is None else split_rows(x, schedule, v.shape[2])[1].clone() for x in (rows.q_norm, rows.k_norm)
         )
-        ctx.saved = (kept, norms, panels, schedule, scale)
+        save_structure(ctx, (kept, norms, panels))
+        ctx.schedule, ctx.scale = schedule, scale
         ctx.key_heads = k.shape[2]
         ctx.gate_dims = 0 if g is None else g.ndim
         return scatter(clean_out, noisy_out, schedule)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        rows, (q_norm, k_norm), panels, schedule, scale = ctx.saved
+        rows, (q_norm, k_norm), panels = saved_structure(ctx)
+        schedule, scale = ctx.schedule, ctx.scale
         found = rows  # of no rows
         if panels is not None:
             grad = take_noisy(grad_out, schedule)

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flarec.base.flat import flat_input
+
 from .pair_decay import PairDecay, Prefixes, log_gradient, pair_decay
 from .rows import PanelRows
 from .schedule import StateSchedule
 
 
+@flat_input
 @dataclass(frozen=True)
 class CleanChunks:
     """Forward results of all chunks (leading axes [N, H]) that outputs, noisy panels and the backward read."""

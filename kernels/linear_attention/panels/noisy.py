@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flarec.base.flat import flat_input
+
 from .clean import CleanChunks, FromNoisy, unit_lower_inverse
 from .pair_decay import PairDecay, Prefixes, log_gradient, pair_decay
 from .rows import PanelRows
 from .schedule import StateSchedule
 
 
+@flat_input
 @dataclass(frozen=True)
 class NoisyPanels:
     """Forward results of all panels (leading axes [M, H]). Rows are kept by tile, [tiles, s, r, .]: R = tiles * r rows,

@@ -22,6 +22,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flarec.base.flat import flat_input
+
 
 class PairDecay(Protocol):
     """Both directions of the product above."""
@@ -36,6 +38,7 @@ class PairDecay(Protocol):
         """That of rows alone."""
 
 
+@flat_input
 @dataclass(frozen=True)
 class Prefixes:
     """Which columns every row reads; independent of heads and values, shared by all layers.
@@ -72,6 +75,7 @@ def flatten_places(x: Tensor, cols: Tensor) -> Tensor:
     return x.flatten(cols.ndim - 2, -2)
 
 
+@flat_input
 @dataclass(frozen=True)
 class ScalarDecay:
     """One number per pair: `factor`, broadcastable to [batch, *places, C], 0 outside the prefix."""
@@ -89,6 +93,7 @@ class ScalarDecay:
         return (flatten_places(grad * self.factor, cols) @ cols).view(rows.shape)
 
 
+@flat_input
 @dataclass(frozen=True)
 class ChannelDecay:
     """One number per pair and channel, as one dense product per binary digit of the prefix."""

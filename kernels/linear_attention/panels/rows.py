@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flarec.base.flat import flat_input
+
 from ..reference import L2_EPSILON
 from .schedule import StateSchedule
 
 
+@flat_input
 @dataclass(frozen=True)
 class PanelRows:
     """Inputs of chunks [N, H, C, .] or panels [M, H, R, .]; padding rows are 0. g has Kg = 1 or K channels; beta 1."""
@@ -22,6 +25,7 @@ class PanelRows:
     beta: Tensor
 
 
+@flat_input
 @dataclass(frozen=True)
 class Gathered:
     """All rows, and what the way back needs. `q_norm`, `k_norm` [rows, 1]: reciprocal norms, None without l2norm."""

@@ -1,0 +1,93 @@
+"""Activation checkpointing: what a decoder layer computes is kept for its inputs alone, and computed again on the way
+back. How a training program is run, not what it is: its graph, its pipeline and its results stay the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import UsageError
+from ..ir.effects import behind, is_write, memory_of, written
+from ..ir.outline import outline
+from ..ir.program import Program, layer_of, locate
+from ..passes.split_streams import operands_with_gradient
+
+
+def recomputed(program: Program) -> Program:
+    """The program with its decoder layers under `torch.utils.checkpoint`; parameters stay shared.
+
+    program: lowered for training, its parameters with the `requires_grad` of the run. Results and gradients are bit for
+    bit those of `program`, where its kernels give the same bits twice: the same operations run in the same order.
+
+    Of a layer its inputs are kept: the hidden rows before it. With `split-streams` these are the hidden rows of both
+    streams, and what is computed again is what noisy rows depend on: of the clean stream the way to the mixer (norm,
+    projections, states), not what follows it. A forward pass without autograd runs once, as always.
+    """
+    copy = program.clone()
+    layers = units_of(copy)
+    module = outline(copy.module, layers.get)
+    for name in dict.fromkeys(layers.values()):
+        setattr(module, name, Recomputed(module.get_submodule(name)))
+    copy.run = module
+    return copy
+
+
+class Recomputed(nn.Module):
+    """A unit of a graph whose intermediate values are computed again in the backward pass."""
+
+    def __init__(self, unit: nn.Module) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def forward(self, *values: Any) -> tuple[Any, ...]:
+        """The results of the unit, of values in the order of its placeholders."""
+        # nothing in a graph draws random numbers: capture is of a model in eval mode
+        results: tuple[Any, ...] = checkpoint(self.unit, *values, use_reentrant=False, preserve_rng_state=False)
+        return results
+
+
+def units_of(program: Program) -> dict[fx.Node, str]:
+    """The nodes that are computed again, each with the unit of its decoder layer, "layer_3".
+
+    Of a layer these are the nodes that have a gradient, and those of the layer that such a node is computed from.
+    Raises `UsageError` for a layer that changes what another part of the graph made: it cannot run twice.
+    """
+    wanted, waits = learning(program), behind(program.graph.nodes)
+    for node in reversed(program.graph.nodes):
+        if node in wanted:
+            sources = (*node.all_input_nodes, *waits.get(node, ()))
+            wanted |= {s for s in sources if s.op == "call_function" and layer_of(s) == layer_of(node)}
+    layers = ((node, layer_of(node)) for node in program.graph.nodes if node in wanted and node.op != "get_attr")
+    units = {node: f"layer_{layer}" for node, layer in layers if layer is not None}
+    memory = memory_of(program.graph.nodes)
+    for node, unit in units.items():
+        if any(units.get(memory[place]) != unit for place in written(node)):
+            raise UsageError(
+                f"train.memory = recompute cannot be used with this model: {locate(node)} changes in place what another "
+                "layer made; set train.memory=keep"
+            )
+    return units
+
+
+def learning(program: Program) -> set[fx.Node]:
+    """Nodes computed from a parameter that takes a gradient, up to where the graph stops it."""
+    found: set[fx.Node] = set()
+    waits = behind(program.graph.nodes)
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            if _value(program.module, str(node.target)).requires_grad:
+                found.add(node)
+        elif node.op == "call_function":
+            changed = [other for other in waits.get(node, ()) if is_write(other)]
+            if any(source in found for source in (*operands_with_gradient(node), *changed)):
+                found.add(node)
+    return found
+
+
+def _value(module: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    value: Tensor = getattr(module.get_submodule(path), leaf)
+    return value
