@@ -215,6 +215,7 @@ def stream(rows: int, length: int, vocabulary: int) -> Any:
 
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
+    from flarec.device import resolve_compile
     from flarec.frontend.export import capture
     from flarec.passes import lower
     from flarec.recipe import load_recipe
@@ -225,10 +226,13 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     model = build(options.shape)
     parameters, head = sizes(model)
     base, more = RECIPES[options.part]
+    more = [*more, f"train.compile={options.compile}"]
     captured, adapter = capture(model), adapter_of(load_recipe(base).override(more))
+    compiles = resolve_compile(options.compile, torch.device(DEVICE))
     start_adapter(captured, load_recipe(base).override(more), 0, print)
     program = lower(
-        captured, "train", mask_vector=adapter is not None, kernels="triton" if CUDA else "torch", adapter=adapter
+        captured, "train", mask_vector=adapter is not None, kernels="triton" if CUDA else "torch", adapter=adapter,
+        regions=compiles,
     )
     vocabulary = model.config.vocab_size
     mask = MaskToken("vector", vocabulary) if adapter else MaskToken("row", vocabulary - 1)
@@ -276,7 +280,7 @@ def warm_stock(index: int, count: int) -> None:
 
 def part_command(options: argparse.Namespace, part: str, *more: str) -> list[str]:
     return [sys.executable, str(Path(__file__).resolve()), "--part", part, "--shape", options.shape,
-            "--rows", str(options.rows), "--length", str(options.length),
+            "--rows", str(options.rows), "--length", str(options.length), "--compile", options.compile,
             *(["--quick"] if options.quick else []), *more]
 
 
@@ -410,6 +414,7 @@ def main() -> int:
     parser.add_argument("--micro", type=int, nargs="*")
     parser.add_argument("--time-limit", type=float, default=440.0)
     parser.add_argument("--no-warm", action="store_true", help="compile nothing in advance")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="of our steps, by region")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--slice", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)

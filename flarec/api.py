@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack, overload
 
@@ -21,20 +22,24 @@ from .checkpoint.directory import Checkpoint, context_of, open_checkpoint
 from .checkpoint.lowered import lowered, lowered_source
 from .checkpoint.manifest import Manifest
 from .collector import collector_paused
-from .decode import Engine, Generation, TextStream
+from .decode import DecodeProgram, Engine, Generation, TextStream
 from .decode.request import OnTokens, Prompts
+from .decode.stores import Static
 from .decode.text import cut
 from .decode.tokenizing import ByteFallback, Prompt, decode_tokens, encode_prompt, is_list
-from .device import resolve_kernels, torch_device, torch_dtype
+from .device import resolve_compile, resolve_kernels, torch_device, torch_dtype
 from .errors import CheckpointError, GenerationError, UsageError
 from .frontend.export import capture
 from .frontend.opening import Opened, modelling_code_untouched, opening_of
+from .ir.compiled import Codes, compiled_by_region
 from .ir.program import Program
 from .passes.adapt_noisy_stream import adapter_parameters
 from .passes.embed_mask import PARAMETER
 from .passes.plugins import load_plugins
 from .threads import settle
 
+COMPILE_AFTER = 1000
+"""Steps of an engine after which `compile="auto"` compiles: about what compiling costs."""
 OnText = Callable[[int, str], None]
 OnOutput = Callable[[int, "Output"], None]
 
@@ -93,6 +98,7 @@ class Model:
         plugins: Sequence[str | Path] = (),
         opened: Opened | None = None,
         graphs: str = "auto",
+        compile: str = "auto",
     ) -> None:
         """The model of a checkpoint, loaded. `cache`: see `flarec.capture`; for a model as it came from its files.
 
@@ -115,13 +121,15 @@ class Model:
         self._checkpoint, self._foreign = checkpoint, bool(passes)
         self._plain: Program | None = None
         self._lowering = threading.Lock()
+        self.compiles = resolve_compile(compile, self.program.device)
         self.decode_program = lowered(
-            checkpoint, self.program, "decode", kernels=self.kernels, foreign=passes, plugins=plugins
+            checkpoint, self.program, "decode", kernels=self.kernels, fast=self.compiles, regions=self.compiles,
+            foreign=passes, plugins=plugins,
         )
         self.eos_ids = checkpoint.eos_ids(self.program.config, tokenizer)
-        self.engine = self._engine(graphs)
+        self.engine = self._engine(graphs, COMPILE_AFTER if compile == "auto" else 0)
 
-    def _engine(self, graphs: str) -> Engine:
+    def _engine(self, graphs: str, after: int = 0) -> Engine:
         manifest = self.manifest
         suppress = [manifest.mask.token_id] if manifest and manifest.mask.kind == "row" else []
         return Engine(
@@ -133,6 +141,7 @@ class Model:
             max_positions=context_of(self.program.config, self.tokenizer),
             suppress=suppress,
             graphs=graphs,
+            static=Static(self._static, after) if self.compiles else None,
             causal=self._causal if adapter_parameters(self.program) and not self._foreign else None,
         )
 
@@ -140,9 +149,20 @@ class Model:
         """What runs causal decoding over an adapter: the source's own program."""
         with self._lowering:
             if self._plain is None:
-                plain = lowered_source(self._checkpoint, self.program, kernels=self.kernels)
+                plain = lowered_source(
+                    self._checkpoint, self.program, kernels=self.kernels, regions=self.compiles
+                )
                 self._plain = plain if plain is not None else self.decode_program
         return self._plain
+
+    def _static(self, program: DecodeProgram) -> Program:
+        """What runs steps of one of its programs, compiled."""
+        assert isinstance(program, Program)
+        return compiled_by_region(program, self._codes)
+
+    @cached_property
+    def _codes(self) -> Codes:
+        return Codes()
 
     @property
     def hf_model(self) -> Any:
@@ -318,6 +338,7 @@ def load(
     passes: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
     graphs: str = "auto",
+    compile: str = "auto",
     adapter: str | Path | None = None,
 ) -> Model:
     """Open a checkpoint, or a source model, for generation.
@@ -332,6 +353,8 @@ def load(
     passes   of plugins, as `name(option=value)`, beside those of the checkpoint's own pipeline
     plugins  Python files that define passes, beside the installed plugins; their code runs
     graphs   "auto": on a CUDA device steps are captured as CUDA graphs and replayed; "off": they are run
+    compile  "on": what lies between token mixers is compiled for the steps of running requests, with merged projections
+             and folded constants; "auto": that on a CUDA device, once 1000 steps were made; "off": never
     adapter  directory that `flarec convert` wrote with an adapter for the model in `path`; another model is refused
 
     Raises `CheckpointError` for a directory that cannot be used, `UsageError` for the other arguments.
@@ -359,13 +382,14 @@ def load(
 
             extra = checkpoint.load_extra(opened.program.dtype, place)
             return Model(
-                build, tokenizer, checkpoint, extra, kernels=kernels, opened=opened, passes=passes, graphs=graphs
+                build, tokenizer, checkpoint, extra, kernels=kernels, opened=opened, passes=passes, graphs=graphs,
+                compile=compile,
             )
         hf_model = checkpoint.load_model(wanted, place)
         extra = checkpoint.load_extra(next(hf_model.parameters()).dtype, place)
         model = Model(
             hf_model, tokenizer, checkpoint, extra, kernels=kernels, cache=True, passes=passes, plugins=plugins,
-            graphs=graphs,
+            graphs=graphs, compile=compile,
         )
         if opening is not None:
             opening.store(hf_model)

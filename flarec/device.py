@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -28,6 +29,19 @@ def resolve_kernels(kernels: str, device: torch.device) -> str:
     if kernels != "auto":
         return kernels
     return "triton" if device.type == "cuda" else "torch"
+
+
+COMPILE = ("auto", "on", "off")
+
+
+def resolve_compile(choice: str, device: torch.device) -> bool:
+    """Whether what lies between mixers is compiled; "auto": on a CUDA device where Triton is installed. Raises
+    `UsageError` for an unknown choice."""
+    if choice not in COMPILE:
+        raise UsageError(f"unknown compile '{choice}'; choose {', '.join(COMPILE[:-1])} or {COMPILE[-1]}")
+    if choice != "auto":
+        return choice == "on"
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -20,6 +20,7 @@ from .fold_constants import FoldConstants
 from .lower_mixers import IMPLEMENTATIONS, LowerMixers
 from .merge_projections import MergeProjections
 from .narrow_head import NarrowHead
+from .outline_regions import OutlineRegions
 from .plugins import Known, known_passes
 from .rewrite_masks import RewriteMasks
 from .schedule_states import ScheduleStates
@@ -51,7 +52,7 @@ DECODE: list[Pass] = [
 ]
 
 PIPELINES: dict[str, list[Pass]] = {"train": TRAIN, "decode": DECODE}
-OPTIONAL: tuple[type[Pass], ...] = (AdaptNoisyStream, SplitStreams, MergeProjections, FoldConstants)
+OPTIONAL: tuple[type[Pass], ...] = (AdaptNoisyStream, SplitStreams, MergeProjections, FoldConstants, OutlineRegions)
 """Passes that stand in a pipeline where a caller gives them (`pipeline`)."""
 PASSES: dict[str, type[Pass]] = {step.name: type(step) for step in [*TRAIN, *DECODE]} | {p.name: p for p in OPTIONAL}
 GIVEN = frozenset({"captured"})
@@ -79,6 +80,7 @@ def pipeline(
     kernels: str = "torch",
     adapter: AdaptNoisyStream | None = None,
     fast: bool = False,
+    regions: bool = False,
     stored: str | None = None,
     foreign: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
@@ -87,7 +89,7 @@ def pipeline(
 
     adapter: stands behind embed-mask, and split-streams before lower-mixers in training; without one noisy rows run
     through the model's own weights. fast: decode pipelines get merge-projections and fold-constants before
-    lower-mixers; results differ in rounding. stored: the text of
+    lower-mixers; results differ in rounding. regions: outline-regions stands last. stored: the text of
     a checkpoint's manifest instead of the literal list; the implementation of mixers and losses is then replaced by
     `kernels`, nothing else. foreign: passes of others as text, `name(option=value)`; each goes to the latest place
     before lower-mixers that its requirements allow, or with `@after:NAME` behind that pass. plugins: files that define
@@ -118,7 +120,8 @@ def pipeline(
             filled.append(replace(step, implementation=kernels))
         else:
             filled.append(step)
-    return _with_foreign(target, filled, foreign, known)
+    filled = _with_foreign(target, filled, foreign, known)
+    return [*filled, OutlineRegions()] if regions else filled
 
 
 def _only_built_in(text: str) -> bool:
@@ -190,13 +193,16 @@ def lower(
     kernels: str = "torch",
     adapter: AdaptNoisyStream | None = None,
     fast: bool = False,
+    regions: bool = False,
     steps: Sequence[Pass] | None = None,
     debug: bool = False,
 ) -> Program:
     """Run a pipeline on a captured program and return the lowered one; parameters stay shared. steps: instead of the
     literal list (`pipeline`)."""
     if steps is None:
-        steps = pipeline(target, mask_vector=mask_vector, kernels=kernels, adapter=adapter, fast=fast)
+        steps = pipeline(
+            target, mask_vector=mask_vector, kernels=kernels, adapter=adapter, fast=fast, regions=regions
+        )
     return run_pipeline(program, steps, CHECKS, debug=debug)
 
 
@@ -209,6 +215,7 @@ __all__ = [
     "YOUNG",
     "AdaptNoisyStream",
     "Known",
+    "OutlineRegions",
     "UnknownPass",
     "lower",
     "needs",

@@ -18,6 +18,7 @@ from .embed_mask import PARAMETER
 from .fold_constants import check_folded
 from .lower_mixers import LowerMixers
 from .merge_projections import check_merged
+from .outline_regions import check_outlined
 from .split_head import check_head_split
 from .split_streams import check_streams_split
 from .token_local import Watch
@@ -112,6 +113,7 @@ CHECKERS: dict[str, Checker] = {
     "cached": check_cached,
     "projections-merged": check_merged,
     "constants-folded": check_folded,
+    "regions-outlined": check_outlined,
     "lowered": check_lowered,
 }
 

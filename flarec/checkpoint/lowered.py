@@ -19,12 +19,13 @@ def pipeline_of(
     *,
     kernels: str = "torch",
     fast: bool = False,
+    regions: bool = False,
     foreign: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
 ) -> list[Pass]:
     """The passes of `target` as the manifest states them, only the implementation of mixers replaced; for a model that
-    was not converted, or a checkpoint of another program, the literal list. `fast`, `foreign`, `plugins`: see
-    `flarec.passes`.
+    was not converted, or a checkpoint of another program, the literal list. `fast`, `regions`, `foreign`, `plugins`:
+    see `flarec.passes`.
 
     Raises `CheckpointError` for a pass that is not installed, naming the plugin that the checkpoint was made with.
     """
@@ -32,7 +33,8 @@ def pipeline_of(
     vector = manifest is not None and manifest.mask.kind == "vector"
     try:
         return pipeline(
-            target, mask_vector=vector, kernels=kernels, fast=fast, stored=stored, foreign=foreign, plugins=plugins
+            target, mask_vector=vector, kernels=kernels, fast=fast, regions=regions, stored=stored, foreign=foreign,
+            plugins=plugins,
         )
     except UnknownPass as error:
         origin = manifest.plugins.get(error.name) if manifest is not None else None
@@ -51,19 +53,24 @@ def lowered(
     *,
     kernels: str = "torch",
     fast: bool = False,
+    regions: bool = False,
     foreign: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
     debug: bool = False,
 ) -> Program:
     """A captured program of the checkpoint, lowered for `target` by `pipeline_of`."""
-    steps = pipeline_of(checkpoint.manifest, target, kernels=kernels, fast=fast, foreign=foreign, plugins=plugins)
+    steps = pipeline_of(
+        checkpoint.manifest, target, kernels=kernels, fast=fast, regions=regions, foreign=foreign, plugins=plugins
+    )
     return lower(program, target, steps=steps, debug=debug)
 
 
-def lowered_source(checkpoint: Checkpoint, program: Program, *, kernels: str = "torch") -> Program | None:
+def lowered_source(
+    checkpoint: Checkpoint, program: Program, *, kernels: str = "torch", regions: bool = False
+) -> Program | None:
     """The decode program without the checkpoint's adapter, for steps that have no noisy rows: an adapter would compute
     for clean rows what is thrown away. None where there is no adapter, or where passes of others may need it."""
-    steps = pipeline_of(checkpoint.manifest, "decode", kernels=kernels)
+    steps = pipeline_of(checkpoint.manifest, "decode", kernels=kernels, regions=regions)
     rest = [step for step in steps if not isinstance(step, AdaptNoisyStream)]
     if len(rest) == len(steps) or any(step.name not in PASSES for step in rest):
         return None

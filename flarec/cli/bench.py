@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from .options import compile_option
+
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -71,10 +73,11 @@ def kernels(
               help="Begin no row after S seconds.")
 @click.option("--commit", metavar="ID", help="Commit of the tree, kept in the results.")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1 ...")
+@compile_option
 @click.option("--list", "show", is_flag=True, help="List the rows and stop.")
 def decode(
     shape: str, out: Path | None, only: tuple[str, ...], context: int, block_size: int, steps: int,
-    time_limit: float, commit: str | None, device: str, show: bool,
+    time_limit: float, commit: str | None, device: str, compile: str, show: bool,
 ) -> None:
     """Time steps of decoding with random weights, beside stock transformers in the same run.
 
@@ -92,9 +95,12 @@ def decode(
     from flarec.bench.report import table
     from flarec.bench.run import run_session
     from flarec.bench.serving.models import ServingSession
-    from flarec.device import torch_device
+    from flarec.device import resolve_compile, torch_device
 
-    session = ServingSession(torch_device(device), shape, block=block_size, context=context, steps=steps)
+    place = torch_device(device)
+    session = ServingSession(
+        place, shape, block=block_size, context=context, steps=steps, compile=resolve_compile(compile, place)
+    )
     lines = run_session(
         rows, session, out=out, commit=commit, time_limit=time_limit, say=click.echo, warm_up=False,
         command=_typed("decode"),

@@ -33,7 +33,7 @@ HELP = "/mode NAME changes the mode, /stats shows the last answer's numbers, /re
 @adapter_option
 @plugin_options
 def command(
-    checkpoint: str, device: str, dtype: str | None, kernels: str, graphs: str, mask_token_id: int | None,
+    checkpoint: str, device: str, dtype: str | None, kernels: str, graphs: str, compile: str, mask_token_id: int | None,
     block_size: int | None, adapter: Path | None, plugins: tuple[str, ...], passes: tuple[str, ...], prefix_cache: int,
     **keywords: Any,
 ) -> None:
@@ -46,7 +46,7 @@ def command(
     options = GenerationOptions(**keywords)
     model = open_model(
         checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
-        passes=passes, plugins=plugins, graphs=graphs, adapter=adapter,
+        passes=passes, plugins=plugins, graphs=graphs, compile=compile, adapter=adapter,
         mode=options.mode, chat=True,
     )
     model.engine.keep_prefixes(prefix_cache << 20)

@@ -52,7 +52,7 @@ CAUSAL_TOKENS = 8
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array on stdout, an object per prompt, in order.")
 def command(
     checkpoint: str, prompt: str | None, prompts_file: Path | None, batch: int, chat: bool, device: str,
-    dtype: str | None, kernels: str, graphs: str, mask_token_id: int | None, block_size: int | None,
+    dtype: str | None, kernels: str, graphs: str, compile: str, mask_token_id: int | None, block_size: int | None,
     adapter: Path | None, plugins: tuple[str, ...], passes: tuple[str, ...], check: bool, stats: bool, as_json: bool,
     **keywords: Any,
 ) -> None:
@@ -66,7 +66,7 @@ def command(
         check_files(checkpoint, adapter)
     model = open_model(
         checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
-        passes=passes, plugins=plugins, graphs=graphs, adapter=adapter,
+        passes=passes, plugins=plugins, graphs=graphs, compile=compile, adapter=adapter,
         mode=options.mode, chat=chat or any(not isinstance(prompt, str) for prompt in prompts),
     )
     say_unread(options, str(model.complete(options).mode))

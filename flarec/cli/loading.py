@@ -50,6 +50,7 @@ def open_model(
     passes: Sequence[str] = (),
     plugins: Sequence[str] = (),
     graphs: str = "auto",
+    compile: str = "auto",
     adapter: Path | None = None,
     mode: str | None = None,
     chat: bool = False,
@@ -79,5 +80,6 @@ def open_model(
             passes=passes,
             plugins=plugins,
             graphs=graphs,
+            compile=compile,
             adapter=adapter,
         )

@@ -75,8 +75,16 @@ plugin_options = field_options(Arguments, "plugins", "passes")
 """`--plugin`, `--pass`: passes of others."""
 
 
+compile_option = click.option(
+    "--compile", type=click.Choice(("auto", "on", "off")), default="auto", show_default=True,
+    help="Compile what lies between token mixers. on: at the first steps, which take long then; auto: on a GPU, after "
+    "1000 steps.",
+)
+"""`--compile`: of commands that decode."""
+
+
 def runtime_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--device`, `--dtype`, `--kernels`, `--graphs`: where and in what a model computes."""
+    """`--device`, `--dtype`, `--kernels`, `--graphs`, `--compile`: where and in what a model computes."""
     for option in reversed((
         click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1 ..."),
         click.option(
@@ -87,6 +95,7 @@ def runtime_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--graphs", type=click.Choice(("auto", "off")), default="auto", show_default=True,
             help="auto: on a GPU steps of decoding are captured as CUDA graphs; off: for debugging.",
         ),
+        compile_option,
     )):
         command = option(command)
     return command

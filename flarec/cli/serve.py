@@ -33,7 +33,7 @@ from .options import adapter_option, foreign_options, plugin_options, prefix_opt
 @plugin_options
 def command(
     checkpoint: str, host: str, port: int, name: str | None, api_key: str | None, max_queue: int, max_body: int,
-    grace: int, device: str, dtype: str | None, kernels: str, graphs: str, mask_token_id: int | None,
+    grace: int, device: str, dtype: str | None, kernels: str, graphs: str, compile: str, mask_token_id: int | None,
     block_size: int | None, adapter: Path | None, plugins: tuple[str, ...], passes: tuple[str, ...],
     prefix_cache: int,
 ) -> None:
@@ -57,7 +57,7 @@ def command(
         click.echo("Warning: other machines can use this server, and no --api-key is asked for", err=True)
     model = open_model(
         checkpoint, dtype=dtype, device=device, kernels=kernels, mask_token_id=mask_token_id, block_size=block_size,
-        passes=passes, plugins=plugins, graphs=graphs, adapter=adapter,
+        passes=passes, plugins=plugins, graphs=graphs, compile=compile, adapter=adapter,
     )
     model.engine.keep_prefixes(prefix_cache << 20)
     known = name or (Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint)

@@ -19,7 +19,7 @@ from flarec.base.generation import (
 from flarec.errors import GenerationError
 from flarec.layout import READOUTS
 
-from .graphs import CudaReplays
+from .graphs import CudaReplays, PlainReplays
 from .modes.ar_trust import ARTrustMode
 from .modes.causal import CausalMode
 from .modes.diffusion_trust import DiffusionTrustMode
@@ -31,7 +31,7 @@ from .rows import Mode
 from .scheduler import Lane, Scheduler
 from .stats import DecodeStats
 from .stepper import BlockSpec
-from .stores import Shelf
+from .stores import Shelf, Static
 
 PREFILL_CHUNK = 512  # clean rows per request of one prefill forward
 SLOTS = 64
@@ -58,6 +58,8 @@ class Engine:
     graphs         "auto": steps on a CUDA device are replayed as graphs (`flarec.decode.graphs`); "off": never
     causal         gives the program of causal decoding where that is another one, which does less for clean rows and
                    gives their logits bit for bit; asked when it is needed
+    static         what runs the steps of running requests, whose shapes are few, in the place of the program: one that
+                   is compiled for them; None: the program itself
     prefix_cache   bytes for prompts that were read before (`flarec.decode.prefix`); 0: every prompt is read anew
     stats          what it has done so far
     """
@@ -75,6 +77,7 @@ class Engine:
         slots: int = SLOTS,
         graphs: str = "auto",
         causal: Callable[[], DecodeProgram] | None = None,
+        static: Static | None = None,
         prefix_cache: int = 0,
     ) -> None:
         if block_size is not None:
@@ -105,7 +108,9 @@ class Engine:
         self.keep_prefixes(prefix_cache)
         self.shelf: Shelf | None = None
         if graphs == "auto" and program.device.type == "cuda":
-            self.shelf = Shelf(lambda: CudaReplays(program.device))
+            self.shelf = Shelf(lambda: CudaReplays(program.device), static)
+        elif static is not None:
+            self.shelf = Shelf(PlainReplays, static)
         self._serving = self._scheduler(self.slots, PREFILL_CHUNK)
         self._added = 0
 

@@ -11,7 +11,7 @@ the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter as clock
@@ -23,7 +23,7 @@ from torch import Tensor
 from flarec.ir.slots import CacheSlot
 
 from .cache import Cache
-from .plan import StepPlan, StepShape
+from .plan import DecodeProgram, StepPlan, StepShape
 from .rows import Rows
 from .sampling import SamplingRows
 from .stats import DecodeStats
@@ -34,12 +34,13 @@ Function = Callable[[], None]
 
 @dataclass(frozen=True)
 class GraphKey:
-    """What a graph is made for: a change of any of these is another graph."""
+    """What a graph is made for: a change of any of these is another graph. static: of `Store.static`."""
 
     shape: StepShape
     capacity: int
     truncated: bool
     sampled: bool
+    static: bool = False
 
 
 class Replays(Protocol):
@@ -140,6 +141,8 @@ def _where(error: BaseException) -> str:
 class Store:
     """Buffers of `slots` requests of one lane, and the graphs over them. One lane uses it at a time.
 
+    program   runs the steps
+    static    runs them in its place once the engine has made `after` steps; None: nothing does
     cache     room for `cache.capacity` positions and `pending` clean rows per slot
     state     what the mode keeps
     active    [slots] bool: whether a request is in the slot
@@ -147,6 +150,7 @@ class Store:
     suppress, plans   of `Rows`: graphs read their tensors, which must live as long as they do
     """
 
+    program: DecodeProgram
     slots: int
     pending: int
     recorder: Replays
@@ -160,22 +164,24 @@ class Store:
     uses: dict[GraphKey, int] = field(default_factory=dict)
     widths: dict[GraphKey, int] = field(default_factory=dict)
     replays: dict[GraphKey, Function] = field(default_factory=dict)
+    static: DecodeProgram | None = None
+    after: int = 0
     functions: dict[GraphKey, Function] = field(default_factory=dict)
     """What was recorded. A graph knows addresses only; these keep alive what lies there."""
 
     @staticmethod
     def allocate(
-        layout: Sequence[CacheSlot], slots: int, capacity: int, pending: int, like: Rows, recorder: Replays
+        program: DecodeProgram, slots: int, capacity: int, pending: int, like: Rows, recorder: Replays
     ) -> Store:
         """Empty buffers for rows like these."""
-        device = like.device
+        device, layout = like.device, program.cache_slots
         cache = Cache.allocate(layout, slots, power_of_two(capacity, SMALLEST_CAPACITY), device, pending)
         state = {name: t.new_zeros(slots, *t.shape[1:]) for name, t in like.state.items()}
         sampling = like.sampling.changed(lambda values: values.new_zeros(slots), False, False)
         active = torch.zeros(slots, dtype=torch.bool, device=device)
         results = torch.zeros(slots, pending + 4, dtype=torch.int64, device=device)
         kept = None if like.suppress is None else like.suppress.clone()
-        return Store(slots, pending, recorder, cache, state, sampling, active, results, kept, {})
+        return Store(program, slots, pending, recorder, cache, state, sampling, active, results, kept, {})
 
     def per_slot(self) -> list[tuple[Tensor, int]]:
         """Every buffer that has a row per slot, and the axis of the slots."""
@@ -206,7 +212,7 @@ class StaticRows(Rows):
     """Rows in the slots of a `Store`; a step computes the smallest power of two of slots that holds all of them."""
 
     def __init__(self, store: Store, like: Rows, stats: DecodeStats) -> None:
-        self.program, self.mode, self.blocks = like.program, like.mode, like.blocks
+        self.program, self.mode, self.blocks = store.program, like.mode, like.blocks
         self.device, self.suppress, self.plans = like.device, store.suppress, store.plans
         self.store = store
         self.stats = stats
@@ -234,7 +240,8 @@ class StaticRows(Rows):
     def step(self) -> None:
         shape = self.mode.shape(self)
         capacity = min(power_of_two(self.longest() + shape.clean, SMALLEST_CAPACITY), self.store.cache.capacity)
-        key = GraphKey(shape, capacity, self.truncated, self.sampled)
+        static = self.store.static is not None and self.stats.steps >= self.store.after
+        key = GraphKey(shape, capacity, self.truncated, self.sampled, static)
         settled, start = key in self.store.replays or bool(self.stats.eager), clock()
         self._run(key)
         values = self.store.results[: len(self.requests), : self.store.widths[key]]
@@ -267,12 +274,14 @@ class StaticRows(Rows):
         state = {name: tensor[:rows] for name, tensor in store.state.items()}
         sampling = store.sampling.changed(lambda values: values[:rows], key.truncated, key.sampled)
 
+        program = store.static if key.static and store.static is not None else store.program
+
         def run() -> None:
+            self.program = program
             self.cache = Cache(store.cache.slots, dict(cached), accepted, length, key.capacity)
             self.state, self.sampling, self.active = dict(state), sampling, store.active[:rows]
             values = self.compute(key.shape)
-            for slot in store.cache.slots:
-                _write(cached[slot.name], self.cache.tensors[slot.name], slot)
+            _write((cached[slot.name], self.cache.tensors[slot.name], slot) for slot in store.cache.slots)
             accepted.copy_(self.cache.accepted)
             length.copy_(self.cache.length)
             for name, tensor in self.state.items():
@@ -304,7 +313,7 @@ class StaticRows(Rows):
             if slot.in_place:
                 axis = slot.shape.index("capacity")
                 target = target.narrow(axis, 0, source.shape[axis])
-            _write(target, source, slot)
+            _write([(target, source, slot)])
         pairs = [(store.cache.accepted, other.cache.accepted), (store.cache.length, other.cache.length)]
         pairs += zip(store.sampling.tensors(), other.sampling.tensors(), strict=True)
         pairs += [(store.state[name], tensor) for name, tensor in other.state.items()]
@@ -321,10 +330,19 @@ def _view(cache: Cache, slot: CacheSlot, rows: int, capacity: int) -> Tensor:
     return tensor.narrow(slot.shape.index("capacity"), 0, capacity) if slot.in_place else tensor
 
 
-def _write(buffer: Tensor, new: Tensor, slot: CacheSlot) -> None:
-    """Put what a step returned into its buffer; behind its pending rows stays what was there, which nobody accepts."""
-    axis = slot.pending_dim()
-    if axis is not None:
-        buffer = buffer.narrow(axis, 0, new.shape[axis])
-    if new is not buffer:
-        buffer.copy_(new)
+def _write(written: Iterable[tuple[Tensor, Tensor, CacheSlot]]) -> None:
+    """Put what a step returned into its buffers; behind a buffer's pending rows stays what was there, which nobody
+    accepts. Dense ones of one dtype are one kernel."""
+    together: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    for buffer, new, slot in written:
+        axis = slot.pending_dim()
+        if axis is not None:
+            buffer = buffer.narrow(axis, 0, new.shape[axis])
+        if new is buffer or not new.numel():
+            continue
+        if new.dtype == buffer.dtype and new.is_contiguous() and buffer.is_contiguous():
+            together.setdefault(new.dtype, []).append((buffer, new))
+        else:
+            buffer.copy_(new)
+    for pairs in together.values():
+        torch._foreach_copy_([buffer for buffer, _ in pairs], [new for _, new in pairs])

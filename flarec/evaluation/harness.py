@@ -35,7 +35,7 @@ GENERATION = ("do_sample", "until", "max_gen_toks", "temperature", "top_k", "top
 OPTIONS = ("mode", "drafts", "threshold", "denoising_steps")
 DEFAULT_DEVICE = "cuda:0"
 """What lm-eval passes where nobody named a device."""
-LOADING = ("dtype", "kernels", "graphs", "adapter", "mask_token_id", "block_size")
+LOADING = ("dtype", "kernels", "graphs", "compile", "adapter", "mask_token_id", "block_size")
 
 
 class FlarecLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types here
@@ -43,7 +43,7 @@ class FlarecLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types here
 
     path        directory or hub id; `pretrained` is accepted for it
     mode, drafts, threshold, denoising_steps  of `GenerationOptions`
-    dtype, kernels, graphs, adapter, mask_token_id, block_size  of `flarec.load`
+    dtype, kernels, graphs, compile, adapter, mask_token_id, block_size  of `flarec.load`
     device      auto, cpu, cuda ...
     batch_size  prompts, or scored texts, that run together ("auto" is 8)
     max_gen_toks  new tokens where a task does not say

@@ -282,6 +282,11 @@ class Train(Section):
         "and the rest is computed again; auto: keep if a step fits into the free memory, else recompute, else with "
         "fewer micro_rows, and says so",
     )
+    compile: Literal["auto", "on", "off"] = key(
+        "auto",
+        "whether what lies between token mixers is compiled, region by region; the first steps take longer then; auto: "
+        "on a GPU",
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError
+from ..ir.compiled import compiled_by_region
 from ..ir.program import Program
+from ..passes.outline_regions import OUTLINED
 from ..recipe import Recipe
 from .adapter import choose_trained
 from .data.document import PackedRow
@@ -101,9 +103,10 @@ class Step:
 class Trainer:
     """Takes optimizer steps. Everything random is a function of (seed, step) and of the position in `rows`.
 
-    program: lowered with the "train" pipeline, in float32 or bfloat16; with `recipe.adapter` its model is frozen.
-    recipe: with `train.memory` = recompute decoder layers are computed again in the backward pass, else all is kept
-    (`flarec.train.memory` decides what "auto" is). rows: an endless stream of packed rows. exact: float32 values of
+    program: lowered with the "train" pipeline, in float32 or bfloat16; with `recipe.adapter` its model is frozen. With
+    marked regions (`outline-regions`) these are compiled. recipe: with `train.memory` = recompute decoder layers are
+    computed again in the backward pass instead, else all is kept (`flarec.train.memory` decides what "auto" is). rows:
+    an endless stream of packed rows. exact: float32 values of
     parameters that a bfloat16 program holds rounded, where they are known (`Weights`). ranks: those that share each
     step's micro batches, and call every method together; what a step returns is the whole step's on all of them.
     """
@@ -120,7 +123,11 @@ class Trainer:
     ) -> None:
         self.ranks = ranks or Ranks(str(program.device))
         trained = choose_trained(program, recipe)
-        self.program = program = recomputed(program) if recipe.train.memory == "recompute" else program
+        if recipe.train.memory == "recompute":
+            program = recomputed(program)
+        elif OUTLINED in program.properties:
+            program = compiled_by_region(program)
+        self.program = program
         self.recipe = recipe
         self.mask = mask
         self.rows = rows

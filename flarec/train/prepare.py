@@ -13,12 +13,12 @@ import torch
 from ..checkpoint.carried import Carried
 from ..checkpoint.directory import Checkpoint, context_of, open_checkpoint
 from ..checkpoint.write import check_shard_size
-from ..device import resolve_kernels, torch_device
+from ..device import resolve_compile, resolve_kernels, torch_device
 from ..errors import CheckpointError, DataError, UsageError
 from ..frontend.export import capture
 from ..ir.pipeline import Pass, pipeline_text
 from ..ir.program import Program
-from ..passes import AFTER, PASSES, lower, passes_by_name, pipeline, placed
+from ..passes import AFTER, PASSES, OutlineRegions, lower, passes_by_name, pipeline, placed
 from ..passes.lower_mixers import IMPLEMENTATIONS
 from ..passes.plugins import load_plugins
 from ..passes.split_head import SplitHead, head_refusal
@@ -116,7 +116,11 @@ def prepare(
         initialise_mask_token(mask, model, captured, tokenizer, exact)
     start_adapter(captured, recipe, options.seed, reporter.note)
     steps = _pipelines(captured, mask, options, recipe, reporter)
-    train, decode = (lower(captured, target, steps=chosen, debug=options.debug) for target, chosen in steps.items())
+    compiles = resolve_compile(recipe.train.compile, device)
+    reporter.note(f"compile: {'on, the first steps take longer' if compiles else 'off'}")
+    regions = [OutlineRegions()] if compiles else []  # how it is run: not in the checkpoint's pipeline
+    train = lower(captured, "train", steps=[*steps["train"], *regions], debug=options.debug)
+    decode = lower(captured, "decode", steps=steps["decode"], debug=options.debug)
     rows = RowStream(
         sources, max_length=recipe.data.max_length, seed=options.seed, lookahead=recipe.data.lookahead
     )

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from flarec.decode import Engine
+from flarec.decode.stores import Static
 from flarec.errors import UsageError
 from flarec.frontend.export import capture
+from flarec.ir.compiled import compiled_by_region
 from flarec.ir.program import Program
 from flarec.passes import lower
 
@@ -29,11 +31,12 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 class ServingSession(Session):
-    """A run over one model. block = noisy positions per block, context = tokens of a prompt, steps = timed ones."""
+    """A run over one model. block = noisy positions per block, context = tokens of a prompt, steps = timed ones;
+    compile = whether steps are compiled by region."""
 
     def __init__(
         self, device: torch.device, shape: str, *, block: int = 3, context: int = 512, steps: int = 200,
-        budget_ms: float = 100,
+        budget_ms: float = 100, compile: bool = False,
     ) -> None:
         super().__init__(device, budget_ms=budget_ms)
         if shape not in SHAPES:
@@ -42,6 +45,7 @@ class ServingSession(Session):
         self.block = block
         self.context = context
         self.steps = steps
+        self.compile = compile
         self.on_gpu = device.type == "cuda"
 
     @property
@@ -62,7 +66,9 @@ class ServingSession(Session):
     @property
     def program(self) -> Program:
         kernels = "triton" if self.on_gpu else "torch"
-        return self.measured("program", lambda: lower(capture(self.model), "decode", kernels=kernels))
+        return self.measured("program", lambda: lower(
+            capture(self.model), "decode", kernels=kernels, fast=self.compile, regions=self.compile
+        ))
 
     @property
     def vocabulary(self) -> int:
@@ -73,7 +79,12 @@ class ServingSession(Session):
         return kind(
             self.program, mask_token_id=mask, block_size=self.block, eos_ids=(), max_positions=1 << 20, slots=slots,
             readouts={"ar-trust": "causal", "diffusion-trust": "block_end"}, suppress=(mask,), graphs=graphs,
+            static=Static(self._compiled) if self.compile and graphs == "auto" else None,
         )
+
+    def _compiled(self, program: Any) -> Program:
+        """One for all engines: what was compiled is not compiled again."""
+        return self.measured("compiled", lambda: compiled_by_region(program))
 
     def prompts(self, requests: int, tokens: int | None = None) -> list[list[int]]:
         generator = torch.Generator().manual_seed(1)

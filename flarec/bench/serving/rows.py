@@ -8,7 +8,7 @@ from ...base.generation import MODES, Mode
 from ...errors import UsageError
 from ..measure import NotMeasured
 from ..session import Case, Measured, Session
-from . import ours, stock
+from . import first_token, ours, stock
 from .models import ServingSession
 
 TOKENS_PER_FORWARD = 2.65
@@ -88,6 +88,14 @@ def _chosen(session: ServingSession) -> Measured:
     return Measured(min(value for value in values.values() if value is not None), values)
 
 
+def _first_token(name: str) -> Measure:
+    def measure(session: ServingSession) -> Measured:
+        found = first_token.measured(session)[name]
+        return Measured(found["replayed"], dict(found))
+
+    return measure
+
+
 def _generate(requests: int) -> Measure:
     return lambda session: Measured(stock.generate_ms(session, requests))
 
@@ -118,6 +126,10 @@ ROWS: tuple[Case, ...] = (
     _row("sampling-16", "16 rows, top-k and top-p", _sampling, 0.15, 0.08, unit="ms"),
     _row("prefill", "prefill of 8k tokens to stock", _prefill, 1.1, 0.9),
     _row("long-context", "AR-Trust step at 32k context to 512", _long, 1.2, 1.08),
+    _row("first-token-cold", "until the first replayed step, nothing compiled before", _first_token("cold"), 90.0,
+         unit="s"),
+    _row("first-token-warm", "until the first replayed step, everything compiled before", _first_token("warm"), 15.0,
+         unit="s"),
     _row("drafts-auto", "--drafts auto to our causal graph, lowest", _chosen, 0.98, at_least=True),
     _row("causal-step-8", "causal step to stock graph, C = 8", _causal(8)),
     _row("causal-step-32", "causal step to stock graph, C = 32", _causal(32)),
@@ -129,8 +141,15 @@ ROWS: tuple[Case, ...] = (
 
 
 def select(only: Sequence[str]) -> list[Case]:
-    """The rows whose names begin with one of `only`, or all. Raises `UsageError` for a name of no row."""
+    """The rows whose names begin with one of `only`, in that order, or all. Raises `UsageError` for a name of no row.
+    """
     unknown = [name for name in only if not any(row.name.startswith(name) for row in ROWS)]
     if unknown:
         raise UsageError(f"no row is called {unknown[0]}; flarec bench decode --list shows them")
-    return [row for row in ROWS if not only or row.name.startswith(tuple(only))]
+    named = dict.fromkeys(row for name in only for row in _named(name))
+    return list(named) if only else list(ROWS)
+
+
+def _named(name: str) -> list[Case]:
+    """The row of that name, or those whose names begin so."""
+    return [row for row in ROWS if row.name == name] or [row for row in ROWS if row.name.startswith(name)]

@@ -1,0 +1,149 @@
+"""Running a graph by its regions: each is a compiled function, and regions that compute the same share one.
+
+Parameters are operands of these functions, so that the layers of a model need two to four of them, however many layers
+there are. What is compiled is how a program is run (`Program.run`); the graph, its pipeline and its text do not depend
+on the compiler of a machine. Behind it is `torch.compile`, one graph per region without breaks. A region that was
+compiled for one size is compiled once more for any size when another one comes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+from ..errors import FlarecWarning
+from .module import compile_now, graph_module
+from .outline import outline
+from .program import Program, locate
+from .regions import MARK
+
+NAME = "region_{}"
+
+
+class Code:
+    """What equal regions run: a graph that takes inputs and parameters, compiled when it is called first.
+
+    Where it cannot be compiled, the graph is run as it is, and a `FlarecWarning` says so once.
+    """
+
+    def __init__(self, module: fx.GraphModule, where: str, backend: str) -> None:
+        compile_now(module)
+        self.module = module
+        self.where = where
+        self.compiled: Callable[..., Any] | None = torch.compile(module, backend=backend, fullgraph=True)
+        self.told = False
+
+    def __call__(self, *operands: Any) -> tuple[Tensor, ...]:
+        if self.compiled is not None:
+            try:
+                results: tuple[Tensor, ...] = self.compiled(*operands)
+                return results
+            except FailOnRecompileLimitHit:
+                self._tell("it was compiled for too many sizes; others run as they are")
+            except TorchDynamoException as error:
+                self.compiled = None
+                self._tell(f"{_reason(error)}; it runs as it is")
+        plain: tuple[Tensor, ...] = self.module(*operands)
+        return plain
+
+    def _tell(self, what: str) -> None:
+        if not self.told:
+            self.told = True
+            warnings.warn(f"the region of {self.where} is not compiled: {what}", FlarecWarning, stacklevel=3)
+
+
+class Region(nn.Module):
+    """A region at its place: the code that it shares, and the parameters and buffers that are its own."""
+
+    def __init__(self, code: Code, tensors: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.code = code
+        self.tensors = tensors
+
+    def forward(self, *inputs: Any) -> tuple[Tensor, ...]:
+        return self.code(*inputs, *self.tensors)
+
+
+class Codes:
+    """The distinct codes of one or more graphs, by what they compute. backend: of `torch.compile`."""
+
+    def __init__(self, backend: str = "inductor") -> None:
+        self.backend = backend
+        self.known: dict[str, Code] = {}
+
+    def by_region(self, module: fx.GraphModule) -> fx.GraphModule:
+        """A module with the inputs and results of `module` that calls its marked regions (`flarec.ir.regions`)."""
+        found = outline(module, lambda node: NAME.format(node.meta[MARK]) if MARK in node.meta else None)
+        for node in list(found.graph.nodes):
+            if node.op == "call_module" and str(node.target).startswith(NAME.format("")):
+                unit = found.get_submodule(str(node.target))
+                assert isinstance(unit, fx.GraphModule)
+                setattr(found, str(node.target), self._region(unit))
+        return found
+
+    def _region(self, unit: fx.GraphModule) -> Region:
+        graph, tensors, text = lifted(unit)
+        if text not in self.known:
+            first = next(node for node in unit.graph.nodes if node.op == "call_function")
+            self.known[text] = Code(graph_module(nn.Module(), graph), locate(first), self.backend)
+        return Region(self.known[text], tensors)
+
+
+def lifted(unit: fx.GraphModule) -> tuple[fx.Graph, tuple[Tensor, ...], str]:
+    """A unit's graph with its parameters and buffers as inputs behind its own; these tensors; and what it computes as
+    text, without names: equal texts are equal functions."""
+    graph, values, tensors = fx.Graph(), dict[fx.Node, fx.Node](), dict[str, Tensor]()
+    text: list[str] = []
+    for node in unit.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = graph.placeholder(f"input_{len(values)}")
+            text.append(f"input {node.meta.get('val')}")
+    for node in unit.graph.nodes:
+        if node.op == "get_attr" and str(node.target) not in tensors:
+            tensor = tensors[str(node.target)] = _tensor(unit, str(node.target))
+            values[node] = graph.placeholder(f"tensor_{len(tensors)}")
+            text.append(f"tensor {tuple(tensor.shape)} {tensor.dtype} {tensor.requires_grad}")
+        elif node.op == "get_attr":
+            values[node] = next(values[n] for n in values if n.op == "get_attr" and n.target == node.target)
+    number = {value: index for index, value in enumerate(values.values())}
+    for node in unit.graph.nodes:
+        if node.op in ("call_function", "output"):
+            shown = fx.node.map_arg((node.args, node.kwargs), lambda source: _Place(number[values[source]]))
+            values[node] = graph.node_copy(node, lambda source: values[source])
+            number[values[node]] = len(number)
+            text.append(f"{node.target} {shown}")
+    return graph, tuple(tensors.values()), "\n".join(text)
+
+
+class _Place(int):
+    """An operand in the text of a graph."""
+
+    def __repr__(self) -> str:
+        return f"%{int(self)}"
+
+
+def _tensor(unit: fx.GraphModule, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(unit.get_submodule(path), leaf)
+    return tensor
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what a compiler says that says something."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return f"{type(error).__name__}: {next((line for line in lines if line), 'no message')}"[:300]
+
+
+def compiled_by_region(program: Program, codes: Codes | None = None) -> Program:
+    """This program, run by its marked regions; parameters stay shared. A pass cannot change it any more.
+
+    It is called as this one is. Each region is compiled at its first call, and once more when sizes change.
+    """
+    found = program.clone()
+    found.run = (codes or Codes()).by_region(found.module)
+    return found
