@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from flarec.doctor import Report
+    from flarec.doctor import DataReport, Report
 
 
 WIDTH = 118  # of what is not a terminal
@@ -36,15 +36,19 @@ WIDTH = 118  # of what is not a terminal
 @click.option("--dtype", metavar="NAME", help="That serves. Default: float32 on the CPU, else as stored.")
 @click.option("--kernels", is_flag=True, help="Also say which mixers the Triton kernels would run, and why not others.")
 @click.option("--quick", is_flag=True, help="Only capture: no memory and no time.")
+@click.option(
+    "--data", multiple=True, metavar="PATH[:WEIGHT]",
+    help="Training data: also say what they are in SOURCE's tokens, what rows of --length cut off, and what repeats.",
+)
 @field_options(Arguments, "dequantize", "gguf", "merge_adapter")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     source: str, length: int, batch: int, recipe: str, device: str, dtype: str | None, kernels: bool, quick: bool,
-    dequantize: bool, gguf: str | None, merge_adapter: str | None, as_json: bool,
+    data: tuple[str, ...], dequantize: bool, gguf: str | None, merge_adapter: str | None, as_json: bool,
 ) -> None:
     """Examine SOURCE (model directory, config.json or hub id): does it convert, what is it made of, what does it need.
 
-    Only the configuration is read, and the headers of the weight files. Memory is that of one training step and of
+    Only the configuration is read, and the headers of the weight files (with --data also the tokenizer and the data). Memory is that of one training step and of
     decoding, run without numbers; times are extrapolated from a micro-benchmark of this device. Exit code 1 if the
     model does not convert.
     """
@@ -63,6 +67,7 @@ def command(
         estimate=not quick,
         gguf=gguf,
         merge_adapter=merge_adapter,
+        data=data,
         dequantize=dequantize,
         say=lambda text: click.echo(text, err=True),
     )
@@ -111,6 +116,17 @@ def _head(report: Report) -> Iterator[tuple[str, str]]:
     yield "converts", "yes" if report.converts else f"no: {report.reason}"
     if report.estimate_note:
         yield "", report.estimate_note
+    for found in report.data:
+        yield "data", found.text
+        parts = [f"{part} have up to {count:,}" for part, count in found.lengths.items()]
+        yield "", f"tokens before any cut: {', '.join(parts)}; the longest {_longest(found)}"
+        yield "", f"at least {found.rows:,} rows of {report.length:,} tokens, about {found.epochs:.2f} epochs of the run"
+        for line in found.advice:
+            yield "", line
+
+
+def _longest(found: DataReport) -> str:
+    return ", ".join(f"{count:,} ({place})" for count, place in found.longest)
 
 
 def _without_row(family: str) -> str:

@@ -5,6 +5,6 @@ numbers: memory is what would live at the worst moment, time is the counted work
 """
 
 from .diagnosis import diagnose
-from .report import Anatomy, Memory, Rates, Report, SiteKind, Speed
+from .report import Anatomy, DataReport, Memory, Rates, Report, SiteKind, Speed
 
-__all__ = ["Anatomy", "Memory", "Rates", "Report", "SiteKind", "Speed", "diagnose"]
+__all__ = ["Anatomy", "DataReport", "Memory", "Rates", "Report", "SiteKind", "Speed", "diagnose"]

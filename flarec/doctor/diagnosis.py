@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from flarec.recipe import Recipe
 from flarec.train.adapter import adapter_of
 from flarec.train.precision import DTYPES, resolve_precision
 
+from .data import examine_data
 from .estimates import estimated
 from .kernels import availability, sites
 from .report import Report
@@ -45,6 +46,7 @@ def diagnose(
     gguf: str | None = None,
     dequantize: bool = False,
     merge_adapter: str | None = None,
+    data: Sequence[str] = (),
     say: Callable[[str], None] = _silent,
 ) -> Report:
     """Examine a model.
@@ -57,9 +59,11 @@ def diagnose(
     kernels    also tell what `--kernels triton` would do with every site
     estimate   tell memory and time
     gguf, dequantize, merge_adapter  as in `flarec convert`
+    data       training data to examine too, as `--data` of `flarec convert` names them
     say        called with a line before each slow part
 
-    Raises `UsageError` for a source that is not there, and for a length or batch that no step can have.
+    Raises `UsageError` for a source that is not there, and for a length or batch that no step can have; `DataError` for
+    data that cannot be read.
     """
     _check_sizes(length, batch, recipe)
     train_dtype = DTYPES[resolve_precision(recipe.optimizer.precision, device)]
@@ -73,6 +77,9 @@ def diagnose(
             if merge_adapter is not None:
                 _check_adapter(merge_adapter)
             text, model = _opened(source, location, train_dtype, dequantize, say)
+            if data:
+                say("reading data")
+                report = replace(report, data=examine_data(source, gguf, location, text, data, recipe, length))
             wrapper = wrapper_of(location)
             report = replace(report, anatomy=anatomy(model, None, wrapper))
             say(f"capturing {type(model).__name__}")

@@ -80,6 +80,38 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class DataReport:
+    """What one source of training data is in the model's tokens. Counts are those of `DataStats`, in rows of the
+    report's length.
+
+    text           these counts in a line
+    lengths        tokens that a share of the documents has at most, uncut, by the share in words
+    longest        (tokens, place) of the longest documents
+    repeats        documents that stand there before, token for token; most_repeated: (times, first place) of one
+    rows           of an epoch, at least; epochs: of the recipe's run, about
+    """
+
+    source: str
+    text: str
+    documents: int
+    tokens: int
+    targets: int
+    turns: int
+    truncated: int
+    truncated_tokens: int
+    lost_turns: int
+    dropped: int
+    bad_lines: int
+    lengths: Mapping[str, int]
+    longest: tuple[tuple[int, str], ...]
+    repeats: int
+    most_repeated: tuple[int, str] | None
+    rows: int
+    epochs: float
+    advice: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything. `reason` is None if the model converts, else the sentence that says why not.
 
@@ -89,6 +121,7 @@ class Report:
     estimate_note         why memory or time is missing although the model converts, "" otherwise
     memory                bytes that the device has, None where nothing says it
     advice                what to do if that is too little; empty if it is enough
+    data                  what the given training data are, a source each
     pays                  a sentence: from how many tokens per forward on AR-Trust is faster than causal decoding
     """
 
@@ -114,3 +147,4 @@ class Report:
     memory: int | None = None
     advice: tuple[str, ...] = ()
     pays: str = ""
+    data: tuple[DataReport, ...] = ()

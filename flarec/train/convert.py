@@ -327,15 +327,23 @@ class _Conversion:
             self.run, name_of(self.identity, early), precision, self.trainer.step, self.horizons, self.totals,
             self.last, self.evaluations,
         )
+        pays = self._pays()
         self.reporter.working(f"writing {self.run.options.output}")
         out = outcome.write(self.directory.metrics, self.lock, self.reporter.note)
         if not self.keep:
             with contextlib.suppress(OSError):  # the checkpoint is complete; what is left can be removed by hand
                 self.directory.remove()
-        outcome.summarise(out, self.reporter.note)
+        outcome.summarise(out, self.reporter.note, pays)
         for line in after_training(self.evaluations):
             self.reporter.warn(line)
         return out
+
+    def _pays(self) -> str | None:
+        """Whether AR-Trust pays on this machine, by the last evaluation; before the weights get the dtype of files."""
+        if self.run.held_out is None or not self.evaluations:
+            return None
+        self.reporter.working("timing steps of decoding")
+        return self.run.held_out.pays(self.evaluations[max(self.evaluations)]["tokens_per_forward"])
 
     def _say_stopping(self) -> None:
         self.reporter.stopping("stopping: the running step ends and the state is saved; Ctrl-C again ends at once")

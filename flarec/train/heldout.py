@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..decode import Engine
+from ..decode.break_even import verdict
 from ..ir.program import Program
 from ..recipe import Recipe
 from ..recipe.sections import Diffusion
@@ -24,13 +25,16 @@ from .objective.loss import Metrics, Scales
 from .objective.noise import step_generator
 
 Tick = Callable[[int, int], None]
+STEPS = (2, 8)
+"""New tokens of one prompt whose steps are timed: first some that do not count, then those that do."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """Measures the model on `documents`. `train` and `decode` are lowered from one captured program.
 
-    eos_ids: ids that end a generation; context: positions that the model has.
+    eos_ids: ids that end a generation; context: positions that the model has; causal: gives the program that decodes
+    causally once the checkpoint is open, if that is not `decode`.
     """
 
     documents: Sequence[Document]
@@ -40,6 +44,7 @@ class HeldOut:
     mask: MaskToken
     eos_ids: Collection[int]
     context: int
+    causal: Callable[[], Program] | None = None
 
     @torch.no_grad()
     def measure(self, tick: Tick = lambda done, total: None) -> dict[str, Any]:
@@ -89,7 +94,23 @@ class HeldOut:
             eos_ids=self.eos_ids,
             max_positions=self.context,
             suppress=[] if self.mask.suppress is None else [self.mask.suppress],
+            causal=self.causal,
         )
+
+    @torch.no_grad()
+    def pays(self, tokens_per_forward: float) -> str | None:
+        """A sentence on whether AR-Trust pays at what was measured: its step against a causal one, of one prompt at a
+        time. None where no step fits behind the shortest prompt."""
+        prompt, engine, costs = min(map(prompt_of, self.documents), key=len), self.engine(), {}
+        for mode, drafts in (("ar-trust", self.recipe.decode.drafts), ("causal", None)):
+            for count in STEPS:
+                steps, seconds = engine.stats.steps, engine.stats.step_seconds
+                engine.generate([prompt], mode=mode, drafts=drafts, max_new_tokens=count, eos_ids=frozenset())
+            if engine.stats.steps == steps:
+                return None
+            costs[mode] = (engine.stats.step_seconds - seconds) / (engine.stats.steps - steps)
+        size = self.recipe.diffusion.block_size
+        return verdict(costs["ar-trust"], costs["causal"], block_size=size, tokens_per_forward=tokens_per_forward)
 
     def _tokens_per_forward(self, tick: Tick) -> float:
         recipe = self.recipe

@@ -136,7 +136,8 @@ class Trained:
         chosen = sorted({min(self.evaluations), max(self.evaluations)}) if self.evaluations else []
         return {step: self.evaluations[step] for step in chosen}
 
-    def summarise(self, out: Path, note: Callable[[str], None]) -> None:
+    def summarise(self, out: Path, note: Callable[[str], None], pays: str | None = None) -> None:
+        """What a run ends with. pays: whether AR-Trust is faster than causal decoding here."""
         options, planned = self.run.options, self.run.recipe.optimizer.steps
         early = f" of {planned:,}" if self.step != planned else ""
         note(f"trained {self.totals['clean_tokens']:,} tokens in {self.step:,}{early} steps")
@@ -145,6 +146,8 @@ class Trained:
             note(f"last step: {describe_router(self.last['router'])}")
         for step, values in self.first_and_last().items():
             note(f"held-out {'before' if step == 0 else 'after'}: {describe_evaluation(values)}")
+        if pays is not None:
+            note(pays)
         note(f"checkpoint: {out}")
         words = [str(options.source), "--adapter", str(out)] if options.adapter_only else [str(out)]
         chat = " --chat" if getattr(self.run.tokenizer, "chat_template", None) else ""

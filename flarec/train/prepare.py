@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..errors import CheckpointError, DataError, UsageError
 from ..frontend.export import capture
 from ..ir.pipeline import Pass, pipeline_text
 from ..ir.program import Program
-from ..passes import AFTER, PASSES, OutlineRegions, lower, passes_by_name, pipeline, placed
+from ..passes import AFTER, PASSES, AdaptNoisyStream, OutlineRegions, lower, passes_by_name, pipeline, placed
 from ..passes.lower_mixers import IMPLEMENTATIONS
 from ..passes.plugins import load_plugins
 from ..passes.split_head import SplitHead, head_refusal
@@ -125,7 +126,8 @@ def prepare(
         sources, max_length=recipe.data.max_length, seed=options.seed, lookahead=recipe.data.lookahead
     )
     trainer = trainer_class(train, recipe, mask, rows, options.seed, exact, ranks)
-    held_out = HeldOut(held, train, decode, recipe, mask, ends, context) if held else None
+    causal = partial(_causal, captured, decode, steps["decode"])
+    held_out = HeldOut(held, train, decode, recipe, mask, ends, context, causal) if held else None
     for made, epochs in zip(sources, epochs_of(rows, recipe), strict=True):
         for line in about_repeats(Path(made.stats.source).name, len(made), epochs):
             reporter.warn(line)
@@ -134,6 +136,14 @@ def prepare(
         {target: pipeline_text(chosen) for target, chosen in steps.items()}, _origins(options, recipe),
         precision,
     )
+
+
+def _causal(captured: Program, decode: Program, steps: Sequence[Pass]) -> Program:
+    """What decodes causally in the checkpoint (`flarec.checkpoint.lowered.lowered_source`)."""
+    rest = [step for step in steps if not isinstance(step, AdaptNoisyStream)]
+    if len(rest) == len(steps) or any(step.name not in PASSES for step in rest):
+        return decode
+    return lower(captured, "decode", steps=rest)
 
 
 def _recipe(options: Options, ranks: Ranks, reporter: Reporter) -> Recipe:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from flarec.ir.program import Program
 from flarec.passes import lower
 from flarec.train.data.document import Document
-from flarec.train.heldout import HeldOut, prompt_of
+from flarec.train.heldout import STEPS, HeldOut, prompt_of
 from tests.models import END_ID
 from tests.train.small_run import Small, recipe, small, source
 
@@ -79,3 +83,24 @@ def test_prompt_is_what_comes_before_the_first_response() -> None:
     assert prompt_of(Document(ids, ((3, 5), (7, 10)))) == [10, 11, 12]
     assert prompt_of(Document(ids, ((1, 10),))) == [10, 11, 12, 13, 14]  # plain text: its first half
     assert prompt_of(Document(ids[:2], ((1, 2),))) == [10]
+
+
+def test_whether_drafts_pay_is_said_of_the_programs_that_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causal steps are those of the program that decodes causally; the sentence has what was measured."""
+    measured = held_out(small("qwen3_5_text"))
+    other, calls = lower(small("qwen3_5_text").captured, "decode"), []
+    step = type(other).step
+
+    def counted(program: Program, *args: Any) -> torch.Tensor:
+        calls.append(program)
+        return step(program, *args)
+
+    monkeypatch.setattr(type(other), "step", counted)
+    text = dataclasses.replace(measured, causal=lambda: other).pays(1.25)
+    assert text is not None and "a step of AR-Trust takes" in text and "AR-Trust is" in text
+    prompts = len(STEPS)  # a prefill each gives the first token
+    assert sum(program is other for program in calls) == sum(STEPS) - len(STEPS) + prompts
+    assert {id(program) for program in calls} == {id(other), id(measured.decode)}
+    calls.clear()
+    assert measured.pays(1.25) is not None and {id(program) for program in calls} == {id(measured.decode)}
+    assert dataclasses.replace(measured, context=len(prompt_of(measured.documents[0])) + 1).pays(1.25) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ from .files import BadRecord, SourceSpec, parse_source, read_records
 from .shapes import Pair, Text, shape_of
 
 __all__ = ["DataStats", "RecordEncoder", "TokenSource", "hold_out", "load_sources", "parse_source"]
+
+Seen = Callable[[object, Sequence[int]], None]
+"""Told the place and the whole token ids of every record that can be used."""
+
 
 @dataclass
 class DataStats:
@@ -116,20 +120,23 @@ def load_sources(
     max_length: int,
     skip_bad_lines: bool = False,
     end_ids: Collection[int] | None = None,
+    seen: Seen | None = None,
 ) -> list[TokenSource]:
     """Read and tokenise every source completely, so that bad data shows before training starts.
 
-    tokenizer: a transformers tokenizer. end_ids: tokens that end an assistant's turn (None: the tokenizer's EOS).
+    tokenizer: a transformers tokenizer. end_ids: tokens that end an assistant's turn (None: the tokenizer's EOS). seen:
+    told of every document before it is cut.
     Raises `DataError` for a bad line (file, line, reason; counted instead with `skip_bad_lines`), for a source without
     any usable document, and for an empty list.
     """
     if not specs:
         raise DataError("no data; give at least one --data PATH, or --prompts FILE for answers of the source")
-    return [_load(spec, tokenizer, max_length, skip_bad_lines, end_ids) for spec in specs]
+    return [_load(spec, tokenizer, max_length, skip_bad_lines, end_ids, seen) for spec in specs]
 
 
 def _load(
-    spec: SourceSpec, tokenizer: Any, max_length: int, skip_bad_lines: bool, end_ids: Collection[int] | None
+    spec: SourceSpec, tokenizer: Any, max_length: int, skip_bad_lines: bool, end_ids: Collection[int] | None,
+    seen: Seen | None,
 ) -> TokenSource:
     kept = _Kept(DataStats(str(spec.path)), max_length)
     stats, encode = kept.stats, RecordEncoder(tokenizer, end_ids, spec.path)
@@ -145,6 +152,8 @@ def _load(
                 raise DataError(f"{place}: {error}; fix the line or skip bad lines with --skip-bad-lines") from None
             stats.first_bad_line = stats.first_bad_line or f"{place}: {error}"
             continue
+        if seen is not None:
+            seen(place, ids)
         kept.add(ids, spans, encode.closing)
     stats.tokens, stats.notes, formats = len(kept.tokens), encode.chat.notes, encode.formats
     named = [name if len(formats) == 1 else f"{count:,} {name}" for name, count in sorted(formats.items())]
