@@ -48,9 +48,9 @@ def command(
 ) -> None:
     """Examine SOURCE (model directory, config.json or hub id): does it convert, what is it made of, what does it need.
 
-    Only the configuration is read, and the headers of the weight files (with --data also the tokenizer and the data). Memory is that of one training step and of
-    decoding, run without numbers; times are extrapolated from a micro-benchmark of this device. Exit code 1 if the
-    model does not convert.
+    Only the configuration is read, and the headers of the weight files (with --data also the tokenizer and the data).
+    Memory is that of one training step and of decoding, run without numbers; times are extrapolated from a
+    micro-benchmark of this device. Exit code 1 if the model does not convert.
     """
     from flarec.device import torch_device, torch_dtype
     from flarec.doctor import diagnose
@@ -120,7 +120,8 @@ def _head(report: Report) -> Iterator[tuple[str, str]]:
         yield "data", found.text
         parts = [f"{part} have up to {count:,}" for part, count in found.lengths.items()]
         yield "", f"tokens before any cut: {', '.join(parts)}; the longest {_longest(found)}"
-        yield "", f"at least {found.rows:,} rows of {report.length:,} tokens, about {found.epochs:.2f} epochs of the run"
+        rows = f"at least {found.rows:,} rows of {report.length:,} tokens"
+        yield "", f"{rows}, which the recipe's run passes about {found.epochs:,.2f} times"
         for line in found.advice:
             yield "", line
 

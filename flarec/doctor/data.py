@@ -63,8 +63,8 @@ def examine_data(
 ) -> tuple[DataReport, ...]:
     """What `flarec convert SOURCE --data ...` would find in each of `texts` (PATH[:WEIGHT]), in rows of `length`.
 
-    location: the directory with the configuration, or the hub id; config: of the model. Bad records are counted. Raises `DataError` for data that cannot be read at all,
-    `CheckpointError` for a source without a tokenizer.
+    location: the directory with the configuration, or the hub id; config: of the model. Bad records are counted. Raises
+    `DataError` for data that cannot be read at all, `CheckpointError` for a source without a tokenizer.
     """
     specs = [parse_source(text) for text in texts]
     tokenizer, ends = _tokenizer(source, gguf, location, config)

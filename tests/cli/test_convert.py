@@ -44,7 +44,8 @@ def test_a_source_becomes_a_checkpoint(
     out = place / f"{family}-flarec"
     assert sorted(path.name for path in place.iterdir()) == sorted(["data.jsonl", family, out.name])
     for text in ("12 documents (messages)", "held out for evaluation: 2 documents", "optimizer", "step 6 of 6",
-                 "held-out before", "held-out after", "a step of AR-Trust takes", f"checkpoint: {out.name}", "flarec generate"):
+                 "held-out before", "held-out after", "a step of AR-Trust takes", f"checkpoint: {out.name}",
+                 "flarec generate"):
         assert text in result.stderr
     assert result.stdout == ""
 

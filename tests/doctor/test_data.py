@@ -1,4 +1,4 @@
-"""`flarec doctor --data`: the counts are those that a run would print, and what is said of lengths and repeats is so."""
+"""`flarec doctor --data`: its counts are those that a run prints, and what it says of lengths and repeats is so."""
 
 from __future__ import annotations
 
