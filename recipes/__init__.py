@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-NAMES = ("flare", "draft", "dual", "adapter", "adapter-dual")
+NAMES = ("flare", "draft", "dual", "adapter", "adapter-dual", "fluid")
 
 
 def read(name: str) -> str:

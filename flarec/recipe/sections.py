@@ -72,6 +72,12 @@ class BlockKind(Section):
     earlier_losses: tuple[str, ...] = key(
         (), 'losses before `loss`, each up to a fraction of the steps: ["kl:0.5"] is KL for the first half of the run'
     )
+    wrong_tokens: float = key(
+        0.0,
+        "restoration noise: the share of visible positions that show a token of another place of the step's texts, "
+        "drawn at random; such a position counts as a masked one",
+        low=0, high=1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,7 +87,11 @@ class BlockKind(Section):
                 f'{self.path}.views = 2 needs {self.path}.mask = "random": the complement of a fully masked view '
                 f"masks nothing; set {self.path}.views = 1"
             )
-
+        if self.mask == "all" and self.wrong_tokens:
+            raise RecipeError(
+                f'{self.path}.wrong_tokens = {self.wrong_tokens} needs {self.path}.mask = "random": a fully masked '
+                "block shows no token that could be wrong"
+            )
 
     def _check_chain(self) -> None:
         """What depends on the earlier slots of a block needs blocks as decoding drafts them."""
@@ -131,6 +141,7 @@ class SecondKind(BlockKind):
     loss: Loss = key("kl", "as diffusion.loss, for the second kind")
     slot_weights: SlotWeights = key("uniform", "as diffusion.slot_weights, for the second kind")
     earlier_losses: tuple[str, ...] = key((), "as diffusion.earlier_losses, for the second kind")
+    wrong_tokens: float = key(0.0, "as diffusion.wrong_tokens, for the second kind", low=0, high=1)
 
 
 @dataclass(frozen=True)
@@ -152,6 +163,13 @@ class Diffusion(BlockKind):
         "first: the first grid starts at the first loss token; random: all grids of a response start up to "
         "block_size - 1 positions later, drawn anew for every step",
     )
+    span_entropy: float = key(
+        0.0,
+        "above 0 blocks are spans of variable length: up to block_size positions, and so many that the clean stream's "
+        "next-token entropies of their tokens add up to at most so many nats (at least one position); causal readout "
+        "only. 0: every block has block_size positions",
+        low=0,
+    )
     second: SecondKind = field(default_factory=SecondKind)
 
     def __post_init__(self) -> None:
@@ -161,6 +179,11 @@ class Diffusion(BlockKind):
             raise RecipeError(
                 f"{self.path}.grids = {self.grids}, but blocks of {self.block_size} can start at {self.block_size} "
                 f"places only; lower it, or raise {self.path}.block_size"
+            )
+        if self.span_entropy and any(kind.readout != "causal" for _, kind in self.kinds):
+            raise RecipeError(
+                f'{self.path}.span_entropy = {self.span_entropy} needs readout = "causal" of every kind: where '
+                "a row reads its whole block, a span's length tells what is not known in decoding"
             )
 
     def block_sizes(self) -> list[tuple[str, int]]:

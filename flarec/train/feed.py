@@ -1,7 +1,8 @@
 """What an optimizer step reads, made ahead of it: packed rows with noise, layouts, schedules, the plan of the head.
 
 On a GPU the next step's inputs are made on a thread while the device computes, and copied from pinned memory on a
-stream of their own, so that neither side waits for the other. On a CPU a thread would take the cores of the step: there
+stream of their own, so that neither side waits for the other; spans that the clean stream's entropy ends
+(`span_entropy`) are laid when the step before is done. On a CPU a thread would take the cores of the step: there
 they are made when they are asked for. Either way noise is a function of (seed, step), and `position` belongs to the
 steps that were taken, not to those that were made.
 """
@@ -22,6 +23,7 @@ from ..recipe import Recipe
 from .data.document import PackedRow
 from .data.packing import RowStream
 from .objective.batch import Batch, build_batches
+from .objective.entropy import next_token_entropies
 from .objective.head_loss import plan_for
 from .objective.head_plan import HeadPlan
 from .objective.loss import Scales
@@ -98,6 +100,8 @@ class Feed:
         self.micro_rows = micro_rows_of(recipe, self.ranks.size)
         self.next: tuple[int, Future[StepInput]] | None = None
         on_gpu = program.device.type == "cuda"
+        if recipe.diffusion.span_entropy:
+            ahead = False  # the spans of a step are laid by the weights before it
         self.stream = torch.cuda.Stream(program.device) if on_gpu else None
         threaded = on_gpu if ahead is None else ahead
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="flarec-feed") if threaded else None
@@ -131,10 +135,15 @@ class Feed:
 
     def _host(self, step: int) -> StepInput:
         options = self.recipe.optimizer
-        rows = self.rows.rows(options.batch_rows)
+        rows, noisy = self.rows.rows(options.batch_rows), self.recipe.objective.diffusion_weight > 0
+        diffusion, entropies = self.recipe.diffusion_at(step), None
+        if noisy and diffusion.span_entropy:
+            entropies = next_token_entropies(
+                self.program, rows, diffusion, self.mask_token_id, micro_rows=self.micro_rows
+            )
         batches = build_batches(
-            rows, self.recipe.diffusion_at(step), self.mask_token_id, step_generator(self.seed, step),
-            micro_rows=self.micro_rows, noisy=self.recipe.objective.diffusion_weight > 0,
+            rows, diffusion, self.mask_token_id, step_generator(self.seed, step), micro_rows=self.micro_rows,
+            noisy=noisy, entropies=entropies,
         )
         return StepInput(rows, batches, None, self.rows.state_dict())
 

@@ -62,6 +62,20 @@ def test_adapter_recipes_are_those_of_the_contract() -> None:
     assert found == ("random", 1, "masked-target", "causal", "kl")
 
 
+def test_the_recipe_of_spans_is_that_of_the_contract() -> None:
+    """`adapter-dual` whose spans grow, and whose random half shows wrong tokens."""
+    fluid, steps = load_recipe("fluid"), load_recipe("fluid").optimizer.steps
+    assert {kind.readout for _, kind in fluid.diffusion.kinds} == {"causal"} and fluid.diffusion.span_entropy > 0
+    lengths = [fluid.diffusion_at(step).block_size for step in range(steps)]
+    assert lengths == sorted(lengths) and lengths[0] == 2 and lengths[-1] == fluid.diffusion.block_size == 6
+    assert fluid.diffusion_at(0).span_entropy == fluid.diffusion.span_entropy
+    (_, drafts), (half, denoises) = fluid.diffusion.kinds
+    assert (half, drafts.wrong_tokens, denoises.wrong_tokens, denoises.mask) == (0.5, 0.0, 0.1, "random")
+    both = load_recipe("adapter-dual")
+    assert replace(fluid.diffusion.second, wrong_tokens=0.0) == both.diffusion.second
+    assert (fluid.objective, fluid.optimizer, fluid.adapter.rank) == (both.objective, both.optimizer, 16)
+
+
 def test_every_key_is_documented_and_can_be_set_to_its_own_value() -> None:
     recipe = load_recipe("dual")
     entries = recipe.describe()

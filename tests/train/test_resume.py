@@ -63,6 +63,20 @@ def test_a_resumed_adapter_equals_an_uninterrupted_one(dtype: torch.dtype, tmp_p
     resumed_equals_uninterrupted(small("qwen3_5_text", "vector", dtype, chosen), chosen, 4, tmp_path)
 
 
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_resumed_run_of_spans_equals_an_uninterrupted_one(stop: int, tmp_path: Path) -> None:
+    """Spans by the clean stream's entropy, whose budget cuts some of them, and wrong tokens, over phases of lengths."""
+    keys = ["adapter.rank=4", "adapter.alpha=8", "optimizer.steps=7", "diffusion.span_entropy=12"]
+    chosen = recipe("fluid", *keys, "diffusion.block_size=6")
+    resumed_equals_uninterrupted(small("qwen3_5_text", "vector", chosen=chosen), chosen, stop, tmp_path)
+    full = recipe("draft", "adapter.rank=4", "adapter.alpha=8", "objective.ar_weight=0", *keys[2:])
+    set_up = small("qwen3_5_text", "vector", chosen=chosen)
+    blocks = [set_up.trainer(full).feed.take(step).batches for step in range(2)]
+    lengths = {int(n) for batches in blocks for b in batches for n in b.layout.noisy_block[b.layout.noisy_block >= 0]
+               .bincount()}
+    assert len(lengths) > 1, "spans of several lengths"
+
+
 def resumed_equals_uninterrupted(set_up: Small, chosen: Recipe, stop: int, tmp_path: Path) -> None:
     """Weights, moments, data order and noise; steps 5 to 7 start the second epoch of the data."""
     steps = 7

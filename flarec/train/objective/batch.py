@@ -39,6 +39,7 @@ class Batch:
     slot              [Nd] int64       offset of the predicting row in its block
     all_masked_index  [Nm] int64       into the Nd axis: the signals of fully masked blocks (what decoding sees)
     blocks            [n, B] int64     the same by block and slot, -1 behind the last; blocks without any are left out
+    `B` is the length of the longest block.
     """
 
     input_ids: Tensor
@@ -108,25 +109,26 @@ def build_batches(
     micro_rows: int | None = None,
     clean_length: int | None = None,
     noisy: bool = True,
+    entropies: Sequence[Tensor] | None = None,
 ) -> list[Batch]:
     """The forward passes of one optimizer step, `micro_rows` rows each (None: all in one).
 
     Grids and noise are drawn, and noise stratified, over all rows together, so the micro batch size does not change
     them. Clean rows are padded to `clean_length` (None: to the longest row). noisy: False for the clean streams alone.
-    Raises `DataError` if the data contains the mask token.
+    entropies: see `lay_grids`. Raises `DataError` if the data contains the mask token.
     """
     assert rows, "no rows"
     micro_rows = micro_rows or len(rows)
-    grid = lay_grids(rows if noisy else [], diffusion, generator)
-    noise = draw_noise(len(grid.row), diffusion, generator)
+    grid = lay_grids(rows if noisy else [], diffusion, generator, entropies)
+    texts = [torch.from_numpy(document.ids).long() for packed in rows for document in packed.documents]
+    noise = draw_noise(len(grid.row), diffusion, generator, texts)
     batches = []
     for start in range(0, len(rows), micro_rows):
         part = rows[start : start + micro_rows]
         keep = ((grid.row >= start) & (grid.row < start + len(part))).nonzero().squeeze(1)
         cells = grid.select(keep)
         local = replace(cells, row=cells.row - start)
-        drawn = Noise(noise.kinds[keep], noise.masked[keep])
-        batches.append(_build(part, local, drawn, mask_token_id, clean_length))
+        batches.append(_build(part, local, noise.select(keep), mask_token_id, clean_length))
     return batches
 
 
@@ -166,26 +168,27 @@ def _build(
     copies = Copies.of(grid, noise, len(rows))
     cell, at = copies.cell, copies.at
     position = at.anchor[:, None] + torch.arange(size)  # [copies, B]
-    inside = position < at.end[:, None]
+    inside = (position < at.end[:, None]) & (torch.arange(size) < at.length[:, None])
     # Beyond the response every view is masked: a shorter block, or visible padding, would reveal where it ends.
     masked = (noise.masked[cell] ^ (copies.view == 1)[:, None]) | ~inside
     slot = (at.offset[:, None] + position).clamp_max(clean_length - 1)
-    tokens = ids[at.row[:, None], slot].masked_fill(masked, mask_token_id)
+    own = ids[at.row[:, None], slot]
+    shown = own if noise.wrong is None else torch.where(noise.wrong[cell] < 0, own, noise.wrong[cell])
     layout = _layout(documents, positions, copies, position)
 
-    signal = copies.kinds.signals(masked, position + 1 < at.end[:, None])
+    signal = copies.kinds.signals(masked | (shown != own), inside & (position + 1 < at.end[:, None]))
     count = torch.zeros(len(grid.row), size).index_add_(0, cell, signal.float())  # signals per target
     copy, column = signal.nonzero(as_tuple=True)
-    row, offset, kinds, index = at.row[copy], at.offset[copy], copies.kinds[copy], copies.index[copy]
+    row, offset, kinds = at.row[copy], at.offset[copy], copies.kinds[copy]
     ar_row, ar_slot = ar_rows.nonzero(as_tuple=True)
     total = layout.length
     ar_flat = ar_row * total + ar_slot
-    noisy_flat = row * total + clean_length + index * size + column
+    noisy_flat = row * total + clean_length + copies.begin[copy] + column
     teacher_slot = offset + position[copy, column]
     teacher_flat = row * total + teacher_slot
     head_rows = torch.cat([ar_flat, noisy_flat]).sort().values
     return Batch(
-        input_ids=torch.cat([ids, copies.spread(tokens, 0).flatten(1)], dim=1),
+        input_ids=torch.cat([ids, copies.spread_tokens(shown.masked_fill(masked, mask_token_id), 0)], dim=1),
         layout=layout,
         head_rows=head_rows,
         ar_index=torch.searchsorted(head_rows, ar_flat),
@@ -205,7 +208,7 @@ def _build(
         losses=kinds.losses(),
         weighs_slots=kinds.weighs_slots(),
         clean_tokens=sum(lengths),
-        noisy_tokens=len(cell) * size,
+        noisy_tokens=int(at.length.sum()),
     )
 
 
@@ -217,12 +220,11 @@ def _blocks(masked: Tensor, signal: Tensor) -> Tensor:
 
 def _layout(documents: Tensor, positions: Tensor, copies: Copies, position: Tensor) -> Layout:
     """documents, positions [rows, Lc] of the clean stream; position [copies, B] in the document."""
-    size = position.shape[1]
     return Layout(
         clean_document=documents,
         clean_position=positions,
-        noisy_block=copies.spread(copies.index[:, None].expand(-1, size), PADDING).flatten(1),
-        noisy_position=copies.spread(position, 0).flatten(1),
+        noisy_block=copies.spread_tokens(copies.index[:, None].expand_as(position), PADDING),
+        noisy_position=copies.spread_tokens(position, 0),
         block_document=copies.spread(copies.at.document, PADDING),
         block_anchor=copies.spread(copies.at.anchor, 0),
         block_view=copies.spread(2 * copies.at.grid + copies.view, PADDING),

@@ -34,11 +34,16 @@ def chunk_rows(vocab_size: int, device: torch.device, implementation: str) -> in
     return max(2, CHUNK_ELEMENTS[place] // vocab_size)
 
 
+def head_rows_at_once(program: Program) -> int:
+    """Rows of logits that are made at a time."""
+    return chunk_rows(program.vocab_size, program.device, program.head.implementation if program.head else "torch")
+
+
 def plan_for(program: Program, batch: Batch, scales: Scales) -> HeadPlan | None:
     """The plan of a batch on the host; None if the head of `program` is in its graph."""
     if program.head is None:
         return None
-    return plan_head(batch, scales, chunk_rows(program.vocab_size, program.device, program.head.implementation))
+    return plan_head(batch, scales, head_rows_at_once(program))
 
 
 def losses_of(

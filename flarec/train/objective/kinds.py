@@ -50,6 +50,11 @@ class Kinds:
         return self.each(lambda kind: kind.mask == "random")
 
     @property
+    def wrong_tokens(self) -> Tensor:
+        """[n] float64: the share of visible positions that show a wrong token."""
+        return torch.tensor([kind.wrong_tokens for kind in self.known], dtype=torch.float64)[self.number]
+
+    @property
     def readout(self) -> Tensor:
         return self.each(lambda kind: READOUTS[kind.readout])
 
@@ -77,7 +82,8 @@ class Kinds:
         return any(map(_weighs_slots, self.used))
 
     def signals(self, masked: Tensor, has_target: Tensor) -> Tensor:
-        """[n, B] bool: which noisy rows are supervised, by each kind's `supervise` rule."""
+        """[n, B] bool: which noisy rows are supervised, by each kind's `supervise` rule. masked: those that do not show
+        their own token."""
         # A row sees its target only inside its own block, with the block_end readout, where that token is not masked.
         visible = torch.zeros_like(masked)
         visible[:, :-1] = ~masked[:, 1:]

@@ -165,7 +165,7 @@ def sums(batch: Batch, cross_entropy: Tensor, divergence: Tensor, overlap: Tenso
     return cross_entropy.index_select(0, batch.ar_index).sum(), (signal * batch.noisy_weight).sum()
 
 
-def _log_probabilities(logits: Tensor, suppress: int | None) -> Tensor:
+def log_probabilities(logits: Tensor, suppress: int | None) -> Tensor:
     """[n, V] log softmax without the suppressed token, in float32 (float64 for float64 logits)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if suppress is not None:
@@ -182,12 +182,12 @@ def _row_losses(
     `teacher` [n] are rows of `fixed` [N, V], the detached logits. KL is 0 unless it `diverges`, 1 - TV unless it
     `compares`.
     """
-    log_q = _log_probabilities(logits, suppress)
+    log_q = log_probabilities(logits, suppress)
     nll = -log_q.gather(1, target[:, None]).squeeze(1)
     correct = (log_q.detach().argmax(1) == target).to(nll.dtype)
     divergence = overlap = torch.zeros_like(nll)
     if diverges or compares:
-        log_p = _log_probabilities(fixed[teacher], suppress)
+        log_p = log_probabilities(fixed[teacher], suppress)
         if diverges:
             divergence = (log_p.exp() * (log_p - log_q)).sum(1)
         if compares:
@@ -201,7 +201,7 @@ def _overlaps(logits: Tensor, batch: Batch, suppress: int | None, chunk: int) ->
     probe = batch.all_masked_index
     pairs = zip(*(torch.split(index[probe], chunk) for index in (batch.noisy_index, batch.teacher_index)), strict=True)
     found = [
-        torch.minimum(_log_probabilities(logits[q], suppress), _log_probabilities(logits[p], suppress)).exp().sum(1)
+        torch.minimum(log_probabilities(logits[q], suppress), log_probabilities(logits[p], suppress)).exp().sum(1)
         for q, p in pairs
     ]
     dtype = torch.promote_types(logits.dtype, torch.float32)

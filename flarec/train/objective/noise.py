@@ -1,4 +1,5 @@
-"""Noise of a training step: the kind of each block and its masked positions. Contract: docs/semantics.md section 3.
+"""Noise of a training step: the kind of each block, its masked and its wrong positions. Contract: docs/semantics.md
+section 3.
 
 Everything is drawn on the CPU from one explicit generator that depends on (seed, step) alone, so that a resumed run and
 a run with other micro batches see the same noise.
@@ -7,6 +8,7 @@ a run with other micro batches see the same noise.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,14 +36,22 @@ class Noise:
 
     kinds   of the blocks
     masked  [n, B] bool   masked positions of the first view; the second view masks the complement
+    wrong   [n, B] int64  what a position shows in the view that does not mask it; -1: its own token. None: no kind has
+                          wrong tokens
     """
 
     kinds: Kinds
     masked: Tensor
+    wrong: Tensor | None = None
+
+    def select(self, keep: Tensor) -> Noise:
+        """Of other blocks: numbers [m] int64."""
+        return Noise(self.kinds[keep], self.masked[keep], None if self.wrong is None else self.wrong[keep])
 
 
-def draw_noise(count: int, diffusion: Diffusion, generator: torch.Generator) -> Noise:
-    """Draw kinds, then rates stratified over the randomly masked blocks, then one Bernoulli per position."""
+def draw_noise(count: int, diffusion: Diffusion, generator: torch.Generator, texts: Sequence[Tensor] = ()) -> Noise:
+    """Draw kinds, then rates stratified over the randomly masked blocks, then one Bernoulli per position, then wrong
+    tokens if a kind has some: from `texts`, token ids [..] int64 of the step's documents."""
     kinds = diffusion.kinds
     # `searchsorted` on the cumulated probabilities; the last bound is left out so that rounding cannot exceed it.
     bounds = torch.tensor([probability for probability, _ in kinds], dtype=torch.float64).cumsum(0)[:-1]
@@ -51,4 +61,13 @@ def draw_noise(count: int, diffusion: Diffusion, generator: torch.Generator) -> 
     is_random = drawn.random
     rate = torch.ones(count, dtype=torch.float64)
     rate[is_random] = stratified_rates(int(is_random.sum()), generator)
-    return Noise(drawn, uniform < rate[:, None])
+    wrong = _wrong(drawn, uniform.shape, generator, texts) if any(kind.wrong_tokens for _, kind in kinds) else None
+    return Noise(drawn, uniform < rate[:, None], wrong)
+
+
+def _wrong(kinds: Kinds, shape: torch.Size, generator: torch.Generator, texts: Sequence[Tensor]) -> Tensor:
+    """[n, B] int64: a token of the texts, or -1."""
+    share, place = (torch.rand(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    pool = torch.cat([torch.zeros(0, dtype=torch.int64), *texts])
+    tokens = pool[(place * len(pool)).long()] if len(pool) else torch.zeros(shape, dtype=torch.int64)
+    return tokens.masked_fill(share >= kinds.wrong_tokens[:, None], -1)
