@@ -7,9 +7,10 @@
 the transformers model as it is, eager, with the kernels of flash-linear-attention if it can be imported (--library DIR
 names a folder with it), bfloat16 weights and moments; its best micro batch counts. Ours have float32 masters and
 moments: the clean stream alone ("ar"), "flare", "draft", and "adapter" (the objective of "draft" over a frozen model,
-rank 64, no recomputation). Every part runs in a process of its own; kernels are compiled before, in parallel. Of a
-part's micro batches the fastest counts that stays below the bar on memory, if one does. MFU counts the head only for
-rows that need logits, and no attention.
+rank 64); with "-recompute" decoder layers are computed again in the backward pass (`train.memory`), also in "flare-4B"
+and "adapter-9B" of larger shapes. Every part runs in a process of its own; kernels are compiled before, in
+parallel. Of a part's micro batches the fastest counts that stays below the bar on memory, if one does. MFU counts the
+head only for rows that need logits, no attention, and nothing that is computed again.
 """
 
 from __future__ import annotations
@@ -34,26 +35,44 @@ import torch
 ROWS, LENGTH, VOCABULARY = 8, 2048, 248320
 LINEAR = {"head_dim": 256, "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
           "linear_num_value_heads": 16, "num_attention_heads": 8, "num_key_value_heads": 2}
+LARGE = {**LINEAR, "linear_num_value_heads": 32, "num_attention_heads": 16, "num_key_value_heads": 4}
 SHAPES: dict[str, dict[str, int]] = {
     "2B": {**LINEAR, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "vocab_size": VOCABULARY},
+    "4B": {**LARGE, "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32, "vocab_size": VOCABULARY},
+    "9B": {**LARGE, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "vocab_size": VOCABULARY,
+           "tie_word_embeddings": False},
     # the same mixers with little around them: compiles the same kernels
     "warm": {**LINEAR, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 2048},
+    "warm-large": {**LARGE, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 2048},
     # for a machine without a GPU: does the script run?
     "tiny": {**LINEAR, "head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32, "hidden_size": 64,
              "linear_num_key_heads": 2, "linear_num_value_heads": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
              "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 512},
 }
-MICRO = {"stock": (8, 4), "ar": (8, 4), "flare": (4, 2, 1), "draft": (4, 2), "adapter": (8, 4)}
+MICRO = {
+    "stock": (8, 4), "ar": (8, 4), "flare": (4, 2, 1), "draft": (4, 2), "adapter": (8, 4), "ar-recompute": (8, 4),
+    "flare-recompute": (4, 2, 1), "adapter-recompute": (8, 4), "flare-4B": (4, 2), "adapter-9B": (4, 2),
+}
 """Rows of a micro batch that are tried, by part."""
+SHAPE_OF = {"flare-4B": "4B", "adapter-9B": "9B"}
+"""Parts with a shape of their own."""
+ADAPTER = ["adapter.rank=64", "adapter.alpha=64", "objective.ar_weight=0", "mask_token=vector"]
+AGAIN = ["train.memory=recompute"]
 RECIPES: dict[str, tuple[str, list[str]]] = {
     "ar": ("draft", ["objective.diffusion_weight=0"]), "flare": ("flare", []), "draft": ("draft", []),
-    "adapter": ("draft", ["adapter.rank=64", "adapter.alpha=64", "objective.ar_weight=0", "mask_token=vector"]),
+    "adapter": ("draft", ADAPTER), "ar-recompute": ("draft", ["objective.diffusion_weight=0", *AGAIN]),
+    "flare-recompute": ("flare", AGAIN), "adapter-recompute": ("draft", [*ADAPTER, *AGAIN]),
+    "flare-4B": ("flare", AGAIN), "adapter-9B": ("draft", [*ADAPTER, *AGAIN]),
 }
-MEMORY_BAR = 55.0  # GiB
 PARTS = tuple(MICRO)
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 GIB = 2**30
+MEMORY: dict[str, tuple[float, float | None]] = {
+    "flare": (55.0, None), "flare-recompute": (55.0, 45.0), "adapter-recompute": (24e9 / GIB, None),
+    "flare-4B": (141e9 / GIB, None), "adapter-9B": (80e9 / GIB, None),
+}
+"""Bar and aim of the peak in GiB, by part: what cards have, and for flare of the 2B shape less."""
 Span = tuple[int, int]
 
 
@@ -61,10 +80,12 @@ def build(shape: str) -> Any:
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
     torch.manual_seed(0)
-    config = Qwen3_5TextConfig(tie_word_embeddings=True, eos_token_id=None, pad_token_id=0, **SHAPES[shape])
+    given = {"tie_word_embeddings": True, "eos_token_id": None, "pad_token_id": 0, **SHAPES[shape]}
+    config = Qwen3_5TextConfig(**given)
     with torch.device(DEVICE):
         model = Qwen3_5ForCausalLM._from_config(config, dtype=torch.bfloat16)
-    model.tie_weights()
+    if config.tie_word_embeddings:
+        model.tie_weights()
     return model.eval()
 
 
@@ -242,6 +263,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
             *more,
             f"optimizer.batch_rows={options.rows}", f"optimizer.micro_rows={micro}",
             f"data.max_length={options.length}", "optimizer.lr=1e-6", "optimizer.warmup_steps=0",
+            *([] if "train.memory=recompute" in more else ["train.memory=keep"]),
             "optimizer.precision=bf16", "optimizer.steps=1000",
         ])
         rows = stream(options.rows, options.length, model.config.vocab_size)
@@ -299,7 +321,8 @@ def compile_ahead(options: argparse.Namespace, parts: Sequence[str], limit: floa
     if "stock" not in parts:
         commands = {}
     for part in set(parts) - {"stock"}:
-        commands[part] = (part, ["--shape", "warm", "--rows", "1", "--micro", "1", "--quick"])
+        shape = "warm-large" if part in SHAPE_OF else "warm"
+        commands[part] = (part, ["--shape", shape, "--rows", "1", "--micro", "1", "--quick"])
     running = {
         name: subprocess.Popen(
             part_command(options, part, *more), env=environment(options, part), stdout=subprocess.DEVNULL,
@@ -324,7 +347,8 @@ def run_part(options: argparse.Namespace, part: str, limit: float) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
         micro = [str(n) for n in (options.micro or MICRO[part])]
-        command = part_command(options, part, "--result", str(path), "--micro", *micro)
+        shape = SHAPE_OF.get(part, options.shape) if options.shape == "2B" else options.shape
+        command = part_command(options, part, "--result", str(path), "--shape", shape, "--micro", *micro)
         try:
             done = subprocess.run(command, env=environment(options, part), stderr=subprocess.PIPE, text=True,
                                   timeout=max(1.0, limit))
@@ -347,7 +371,7 @@ def rows_of(results: dict[str, dict[str, Any]], rate: float, clean: int) -> list
     """Lines in the form of the kernels' benchmark."""
     from flarec.bench.session import verdict
 
-    best = {part: chosen(result, MEMORY_BAR if part == "flare" else None) for part, result in results.items()}
+    best = {part: chosen(result, MEMORY.get(part, (None, None))[0]) for part, result in results.items()}
     base = best.get("stock")
     lines: list[dict[str, Any]] = []
 
@@ -367,24 +391,27 @@ def rows_of(results: dict[str, dict[str, Any]], rate: float, clean: int) -> list
         found = best[part]
         per_token = 1e6 * found["seconds"] / clean if found else None
         line(f"{part}-us-per-token", f"{part}: time per clean token", "us", per_token, part)
-    for part, bar, aim in (("ar", 0.8, 0.65), ("flare", 2.2, 1.7), ("draft", 1.6, 1.2)):
+    for part, bar, aim in (
+        ("ar", 0.8, 0.65), ("flare", 2.2, 1.7), ("draft", 1.6, 1.2), ("flare-recompute", 2.2, 1.7),
+    ):
         if part in results:
             found = best[part]
             ratio = found["seconds"] / base["seconds"] if found and base else None
             why = None if base else f"no stock step: {results.get('stock', {}).get('error', 'not run')}"
             line(f"{part}-to-stock", f"{part}: time per clean token to stock's", "x", ratio, part, bar, aim, why=why)
-    pair = {
-        part: {one["micro_rows"]: one for one in results.get(part, {}).get("tries", ()) if "seconds" in one}
-        for part in ("adapter", "ar")
-    }
-    if "adapter" in results:
-        found, plain = best["adapter"], best.get("ar")
+    for part, other in (("adapter", "ar"), ("adapter-recompute", "ar-recompute")):
+        if part not in results:
+            continue
+        found, plain = best[part], best.get(other)
         ratio = found["seconds"] / plain["seconds"] if found and plain else None
-        line("adapter-to-ar", "adapter: time per clean token to ar's", "x", ratio, "adapter", 1.6, 1.2, why="no ar")
-        common = max(set(pair["adapter"]) & set(pair["ar"]), default=0)
-        ours, theirs = (pair[part].get(common, {}).get("peak_gib") for part in ("adapter", "ar"))
-        ratio = ours / theirs if ours and theirs else None
-        line("adapter-memory-to-ar", f"adapter: peak memory to ar's, {common} rows each", "x", ratio, "adapter",
+        line(f"{part}-to-ar", f"{part}: time per clean token to {other}'s", "x", ratio, part, 1.6, 1.2, why="no ar")
+        ours, theirs = (
+            {one["micro_rows"]: one["peak_gib"] for one in results.get(name, {}).get("tries", ()) if "seconds" in one}
+            for name in (part, other)
+        )
+        rows = max(ours.keys() & theirs.keys(), default=0)
+        ratio = ours[rows] / theirs[rows] if rows and ours[rows] and theirs[rows] else None
+        line(f"{part}-memory-to-ar", f"{part}: peak memory to {other}'s, {rows} rows each", "x", ratio, part,
              0.4, 0.3, why="ar not run")
     for part, result in results.items():
         found = best[part]
@@ -395,7 +422,7 @@ def rows_of(results: dict[str, dict[str, Any]], rate: float, clean: int) -> list
             share = work / found["seconds"] / rate
         line(f"{part}-mfu", f"{part}: exact MFU", "", share, part, 0.45 if part == "flare" else None, at_least=True)
         line(f"{part}-peak", f"{part}: peak memory", "GiB", found["peak_gib"] if found else None, part,
-             MEMORY_BAR if part == "flare" else None)
+             *MEMORY.get(part, (None, None)))
         line(f"{part}-idle", f"{part}: idle share of the GPU", "", found["idle_share"] if found else None, part,
              0.04 if part == "flare" else None)
     return lines

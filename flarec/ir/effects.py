@@ -47,8 +47,8 @@ def memory_of(nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
 
 
 def behind(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """By node those that run before it because of memory: the last write to what it reads, and for a write all that read
-    before."""
+    """By node those that run before it because of memory: the last write to what it reads, and for a write all that
+    read before."""
     nodes = list(nodes)
     memory = memory_of(nodes)
     last, readers = dict[fx.Node, fx.Node](), dict[fx.Node, list[fx.Node]]()

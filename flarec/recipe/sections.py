@@ -301,9 +301,9 @@ class Train(Section):
     path: ClassVar[str] = "train"
     memory: Literal["auto", "keep", "recompute"] = key(
         "auto",
-        "keep: what decoder layers compute is kept for the backward pass; recompute: of each layer its inputs are kept, "
-        "and the rest is computed again; auto: keep if a step fits into the free memory, else recompute, else with "
-        "fewer micro_rows, and says so",
+        "keep: what decoder layers compute is kept for the backward pass; recompute: of each layer its inputs are kept "
+        "and the rest is computed again; auto: keep, with as many of the micro_rows as fit into the free memory, or "
+        "recompute where not even one row does, and says so",
     )
     compile: Literal["auto", "on", "off"] = key(
         "auto",

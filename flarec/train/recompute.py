@@ -66,8 +66,8 @@ def units_of(program: Program) -> dict[fx.Node, str]:
     for node, unit in units.items():
         if any(units.get(memory[place]) != unit for place in written(node)):
             raise UsageError(
-                f"train.memory = recompute cannot be used with this model: {locate(node)} changes in place what another "
-                "layer made; set train.memory=keep"
+                f"train.memory = recompute cannot be used with this model: {locate(node)} changes in place what "
+                "another layer made; set train.memory=keep"
             )
     return units
 

@@ -52,3 +52,17 @@ def test_rows_and_verdicts() -> None:
     assert rows["draft-to-stock"]["message"] == "no time left"
     alone = {line["name"]: line for line in rows_of({"flare": results["flare"]}, RATE, CLEAN)}
     assert alone["flare-to-stock"]["value"] is None and "no stock step" in alone["flare-to-stock"]["message"]
+
+
+def test_an_adapter_is_compared_with_fine_tuning_that_computes_again_too() -> None:
+    results = {
+        "ar-recompute": result((8, 0.7, 40.0), (4, 0.75, 36.0)),
+        "adapter-recompute": result((8, 0.9, 25.0), (4, 1.0, 15.0)),
+        "flare-recompute": result((4, 1.9, 44.0)),
+    }
+    rows = {line["name"]: line for line in rows_of(results, RATE, CLEAN)}
+    memory = rows["adapter-recompute-memory-to-ar"]
+    assert memory["value"] == 25.0 / 40.0 and "8 rows" in memory["title"] and memory["verdict"] == "missed"
+    assert rows["adapter-recompute-peak"]["value"] == 15.0, "the fastest on a card of 24 GB"
+    assert rows["adapter-recompute-peak"]["verdict"] == "met"
+    assert rows["flare-recompute-peak"]["verdict"] == "aim reached"

@@ -23,9 +23,10 @@ from tests.train.small_run import recipe, source
 pytestmark = pytest.mark.gpu
 
 
-def trainer(family: str, device: str, kernels: str) -> Trainer:
+def trainer(family: str, device: str, kernels: str, *overrides: str) -> Trainer:
     """A fresh float32 model on that device, ready for its first step."""
-    chosen, model = recipe("dual", "optimizer.batch_rows=4", "optimizer.micro_rows=2"), tiny_model(family).to(device)
+    chosen = recipe("dual", "optimizer.batch_rows=4", "optimizer.micro_rows=2", *overrides)
+    model = tiny_model(family).to(device)
     captured, tokenizer = capture(model), tiny_tokenizer()
     mask = choose_mask_token("auto", model.config, tokenizer)
     initialise_mask_token(mask, model, captured, tokenizer)
@@ -52,6 +53,17 @@ def test_a_float32_step_is_that_of_the_cpu(family: str, kernels: str) -> None:
     assert gradients.keys() == expected_gradients.keys()
     for name, wanted in expected_gradients.items():
         assert float((gradients[name] - wanted).norm()) <= 2e-4 * float(wanted.norm()) + 1e-7, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_are_computed_again_on_the_gpu(family: str) -> None:
+    """The gradients of everything kept; of rows that are gathered twice they are added up in any order."""
+    losses, gradients = losses_and_gradients(trainer(family, "cuda", "triton", "train.memory=recompute"))
+    expected, expected_gradients = losses_and_gradients(trainer(family, "cuda", "triton", "train.memory=keep"))
+    assert torch.equal(losses, expected)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, wanted in expected_gradients.items():
+        assert float((gradients[name] - wanted).norm()) <= 1e-5 * float(wanted.norm()) + 1e-8, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

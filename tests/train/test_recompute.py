@@ -96,7 +96,7 @@ def test_a_layer_that_changes_what_another_made_is_refused() -> None:
     )
     with program.graph.inserting_after(second):
         program.graph.call_function(torch.ops.aten.mul_.Tensor, (first, 2.0)).meta = dict(second.meta)
-    with pytest.raises(UsageError, match="changes in place what another layer made; set train.memory=keep"):
+    with pytest.raises(UsageError, match=r"changes in place what another layer made; set train\.memory=keep"):
         units_of(program)
 
 
