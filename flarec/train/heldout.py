@@ -16,7 +16,7 @@ from ..decode import Engine
 from ..decode.break_even import verdict
 from ..ir.program import Program
 from ..recipe import Recipe
-from ..recipe.sections import Diffusion
+from ..recipe.diffusion import Diffusion
 from .data.document import Document, PackedRow
 from .mask_token import MaskToken
 from .objective.batch import build_batches

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from flarec import recipes
 from flarec.errors import RecipeError
 from flarec.recipe import Recipe, load_recipe, recipe_from_toml
-from flarec.recipe.sections import Decode, Diffusion, Optimizer
+from flarec.recipe.diffusion import Diffusion
+from flarec.recipe.sections import Decode, Optimizer
 
 
 @pytest.mark.parametrize("name", recipes.NAMES)

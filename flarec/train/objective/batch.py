@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import DataError
 from ...layout import BLOCK_END, PADDING, Layout
-from ...recipe.sections import Diffusion
+from ...recipe.diffusion import Diffusion
 from ..data.document import PackedRow
 from .grid import Copies, Grid, lay_grids
 from .kinds import COMPARING

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...ir.program import Program
 from ...layout import CAUSAL, Layout
-from ...recipe.sections import Diffusion
+from ...recipe.diffusion import Diffusion
 from ..data.document import PackedRow
 from .batch import Batch, build_batches
 from .head_loss import head_rows_at_once

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ...recipe.sections import Diffusion
+from ...recipe.diffusion import Diffusion
 from ..data.document import PackedRow
 from .kinds import Kinds
 from .noise import Noise

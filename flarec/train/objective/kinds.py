@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...layout import READOUTS
-from ...recipe.sections import BlockKind, Diffusion, Loss
+from ...recipe.diffusion import BlockKind, Diffusion, Loss
 
 LOSSES: tuple[str, ...] = get_args(Loss)
 """Losses of a signal; a batch names them by their place here."""

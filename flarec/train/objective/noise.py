@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...recipe.sections import Diffusion
+from ...recipe.diffusion import Diffusion
 from .kinds import Kinds
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from flarec.errors import DataError
 from flarec.layout import READOUTS
 from flarec.recipe import load_recipe
-from flarec.recipe.sections import BlockKind, Diffusion, SecondKind
+from flarec.recipe.diffusion import BlockKind, Diffusion, SecondKind
 from flarec.train.data.document import PackedRow
 from flarec.train.objective.batch import Batch, build_batch, build_batches
 from flarec.train.objective.kinds import LOSSES

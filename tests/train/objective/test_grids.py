@@ -9,7 +9,7 @@ from torch import Tensor
 from flarec.ir.program import Program
 from flarec.passes import lower
 from flarec.recipe import load_recipe
-from flarec.recipe.sections import Diffusion
+from flarec.recipe.diffusion import Diffusion
 from flarec.train.data.document import Document, PackedRow
 from flarec.train.objective.batch import build_batch
 from flarec.train.objective.head_loss import losses_of, plan_for

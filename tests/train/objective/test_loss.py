@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flarec.recipe import load_recipe
-from flarec.recipe.sections import Diffusion, Objective
+from flarec.recipe.diffusion import Diffusion
+from flarec.recipe.sections import Objective
 from flarec.train.data.document import PackedRow
 from flarec.train.objective.batch import Batch, build_batch, build_batches
 from flarec.train.objective.kinds import LOSSES

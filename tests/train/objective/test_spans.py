@@ -16,7 +16,7 @@ from flarec.errors import RecipeError
 from flarec.layout import Block, build_layout
 from flarec.passes import lower
 from flarec.recipe import load_recipe
-from flarec.recipe.sections import Diffusion
+from flarec.recipe.diffusion import Diffusion
 from flarec.train.data.document import PackedRow
 from flarec.train.objective.batch import build_batch, build_batches
 from flarec.train.objective.entropy import next_token_entropies
