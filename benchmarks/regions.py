@@ -1,0 +1,241 @@
+"""Compiled regions on a device: are they right, what do they cost to compile, and which kernels does a step run.
+
+    python benchmarks/regions.py --out out/regions.json                  # on a GPU: errors, then kernels of the 2B shape
+    python benchmarks/regions.py --device cpu --parts errors             # without one
+
+errors: losses, logits and gradients of a small Qwen3.5 in bfloat16 and float32, by eager and by compiled regions, each
+against the same parameters in float64; a decode step likewise. A compiled error may be `FACTOR` times eager's.
+decode, flare, draft: kernels of a step by total time, with and without compiled regions. Each part runs in a process of
+its own, and one that fails is recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("FLAREC_CACHE_DIR", "off")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from torch import Tensor
+
+FACTOR = 1.25
+PARTS = ("errors", "decode", "flare", "draft")
+
+
+def relative(found: Tensor, witness: Tensor) -> float:
+    return float((found.double() - witness.double()).norm() / witness.double().norm().clamp_min(1e-30))
+
+
+def errors(options: argparse.Namespace) -> dict[str, Any]:
+    """Relative errors against float64, eager's and compiled."""
+    from flarec.frontend.tiny import build_tiny
+
+    found: dict[str, Any] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        model = build_tiny("qwen3_5_text", 0, hidden_size=256, intermediate_size=512).to(options.device, dtype).eval()
+        for name, measure in (("train", train_errors), ("decode", decode_errors)):
+            try:
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("always")
+                    found[f"{name} {dtype}"] = measure(model)
+                found[f"{name} {dtype}"]["warnings"] = [str(item.message)[:300] for item in said]
+            except Exception as error:  # a part that fails is a result too
+                found[f"{name} {dtype}"] = {"error": f"{type(error).__name__}: {str(error)[:600]}"}
+            print(name, dtype, json.dumps(found[f"{name} {dtype}"]), flush=True)
+    return found
+
+
+def programs(model: Any, target: str) -> tuple[Any, Any, Any]:
+    """Eager, compiled, and the float64 witness with the same parameters."""
+    import copy
+
+    from flarec.frontend.export import capture
+    from flarec.ir.compiled import compiled_by_region
+    from flarec.passes import lower
+
+    kernels = "triton" if next(model.parameters()).is_cuda else "torch"
+    captured = capture(model)
+    eager = lower(captured, target, kernels=kernels)
+    fast = compiled_by_region(lower(captured, target, kernels=kernels, regions=True))
+    return eager, fast, lower(capture(copy.deepcopy(model).double()), target)
+
+
+def train_errors(model: Any) -> dict[str, Any]:
+    from flarec.layout import Block, build_layout
+
+    layout = build_layout([[70, 40], [128]], [[Block(0, 20, 3), Block(1, 3, 3)], [Block(0, 40, 3), Block(0, 90, 3)]])
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for program in programs(model, "train"):
+        generator.manual_seed(0)
+        shape = layout.rows, layout.length
+        ids = torch.randint(0, program.vocab_size - 1, shape, generator=generator).to(program.device)
+        parameters = program.parameters()
+        start = time.perf_counter()
+        logits = program(ids, layout=layout.to(program.device), head_rows=torch.arange(ids.numel()).to(program.device))
+        loss = torch.nn.functional.cross_entropy(logits.float(), ids.roll(-1).flatten())
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        seconds = time.perf_counter() - start
+        results.append((logits.detach(), dict(zip(parameters, gradients, strict=True)), seconds))
+    witness = results.pop()
+    rows = {}
+    for name, (logits, gradients, seconds) in zip(("eager", "compiled"), results, strict=True):
+        each = {
+            key: relative(value, witness[1][key]) for key, value in gradients.items()
+            if value is not None and witness[1][key] is not None and float(witness[1][key].norm()) > 0
+        }
+        worst = max(each, key=each.__getitem__)
+        mean = sum(each.values()) / len(each)
+        rows[name] = {"logits": relative(logits, witness[0]), "gradients": mean, "worst": [worst, each[worst]],
+                      "seconds": seconds}
+    between = relative(results[1][0], results[0][0])
+    good = all(rows["compiled"][key] <= FACTOR * rows["eager"][key] for key in ("logits", "gradients"))
+    return {**rows, "compiled to eager": between, "holds": good}
+
+
+def decode_errors(model: Any) -> dict[str, Any]:
+    from flarec.decode.cache import Cache
+    from flarec.layout import Block, build_layout
+
+    found = []
+    for program in programs(model, "decode"):
+        device, generator = program.device, torch.Generator().manual_seed(0)
+        cache = Cache.allocate(program.cache_slots, 2, 64, device)
+
+        def ids(layout: Any, generator: torch.Generator = generator, vocabulary: int = program.vocab_size) -> Tensor:
+            return torch.randint(0, vocabulary - 1, (layout.rows, layout.length), generator=generator)
+
+        first = build_layout([[24], [24]], [[], []], device=device)
+        program.step(ids(first).to(device), first, torch.arange(48, device=device), cache)
+        cache.accept(torch.tensor([24, 23], device=device))
+        step = build_layout([[3], [3]], [[Block(0, 26, 3)], [Block(0, 24, 3)]], cached=[24, 23], device=device)
+        found.append(program.step(ids(step).to(device), step, torch.arange(12, device=device), cache))
+    eager, fast, witness = found
+    rows = {"eager": {"logits": relative(eager, witness)}, "compiled": {"logits": relative(fast, witness)}}
+    good = rows["compiled"]["logits"] <= FACTOR * rows["eager"]["logits"]
+    return {**rows, "compiled to eager": relative(fast, eager), "holds": good}
+
+
+def by_kernel(step: Callable[[], object], count: int) -> dict[str, Any]:
+    """Kernels of a step: how many, their time in ms, and the largest by total time."""
+    from train_steps import kernels_of, length, union  # the folder is on the path
+
+    kernels = kernels_of(step, count)
+    totals: dict[str, list[int]] = defaultdict(list)
+    for name, (first, last) in kernels:
+        totals[name].append(last - first)
+    largest = sorted(totals, key=lambda name: -sum(totals[name]))[:40]
+    return {
+        "kernels": len(kernels) / count, "busy_ms": length(union(span for _, span in kernels)) / count / 1e6,
+        "largest": [[name[:100], len(totals[name]) / count, sum(totals[name]) / count / 1e6] for name in largest],
+    }
+
+
+def decode(options: argparse.Namespace) -> dict[str, Any]:
+    from flarec.base.generation import GenerationOptions
+    from flarec.bench.serving.models import ServingSession
+
+    found: dict[str, Any] = {}
+    for compiled in (True, False):
+        session = ServingSession(torch.device(options.device), options.shape, compile=compiled)
+        for mode in ("causal", "ar-trust"):
+            start, engine = time.perf_counter(), session.engine(1)
+            engine.add(session.prompts(1)[0], GenerationOptions(mode=mode, max_new_tokens=1 << 14))
+            while engine.stats.replays < 8:
+                engine.step()
+            session.wait()
+            row = by_kernel(engine.step, 4) | {"seconds_to_replays": time.perf_counter() - start}
+            found[f"{mode} {'compiled' if compiled else 'eager'}"] = row
+            shown(f"{mode} compiled={compiled}", row)
+    return found
+
+
+def training(options: argparse.Namespace, part: str) -> dict[str, Any]:
+    import train_steps
+
+    found: dict[str, Any] = {}
+    for compiled in ("on", "off"):
+        given = argparse.Namespace(
+            part=part, shape=options.shape, rows=2, length=2048 if options.shape == "2B" else 64, micro=[2],
+            compile=compiled, quick=True,
+        )
+        rows: list[dict[str, Any]] = []
+
+        def measured(step: Callable[[], object], _: object, rows: list[dict[str, Any]] = rows) -> dict[str, Any]:
+            start = time.perf_counter()
+            train_steps.seconds_of(step, 1)
+            first = time.perf_counter() - start
+            train_steps.seconds_of(step, 2)
+            rows.append(by_kernel(step, 1) | {"first_step_seconds": first, "seconds": train_steps.seconds_of(step, 3)})
+            return rows[-1]
+
+        train_steps.measured = measured
+        train_steps.ours(given)
+        found[f"{part} compile={compiled}"] = rows[-1]
+        shown(f"{part} compile={compiled}", rows[-1])
+    return found
+
+
+def shown(name: str, row: dict[str, Any]) -> None:
+    print(f"== {name}: " + ", ".join(f"{key} {value}" for key, value in row.items() if key != "largest"), flush=True)
+    for kernel, count, ms in row["largest"][:24]:
+        print(f"   {ms:8.3f} ms {count:7.1f} x {kernel}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", default="2B")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--time-limit", type=float, default=400.0)
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        known = {"errors": errors, "decode": decode}
+        result = known[options.part](options) if options.part in known else training(options, options.part)
+        options.result.write_text(json.dumps(result))
+        return 0
+    begin, results = time.monotonic(), dict[str, Any]()
+    for part in options.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "result.json"
+            command = [sys.executable, __file__, "--part", part, "--result", str(path), "--device", options.device,
+                       "--shape", options.shape]
+            try:
+                done = subprocess.run(command, stderr=subprocess.PIPE, text=True,
+                                      timeout=max(1.0, options.time_limit - (time.monotonic() - begin)))
+                failed = done.stderr[-1500:] if done.returncode else ""
+            except subprocess.TimeoutExpired:
+                failed = "no time left"
+            results[part] = json.loads(path.read_text()) if path.is_file() else {"error": failed}
+            print(f"{time.monotonic() - begin:.0f} s: {part}: {failed or 'measured'}", flush=True)
+    if options.out:
+        record = {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "command": " ".join(["python benchmarks/regions.py", *sys.argv[1:]]), "commit": options.commit,
+            "shape": options.shape, "factor": FACTOR, "parts": results,
+        }
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    return int(any("error" in part for part in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
