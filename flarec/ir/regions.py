@@ -19,6 +19,8 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from .effects import behind, is_write, memory_of, written
+
 MARK = "region"
 """Key of `node.meta`: the number of a node's region."""
 ATEN = torch.ops.aten
@@ -31,8 +33,6 @@ VIEWS = frozenset({
 })
 """What computes nothing; `reshape` where its operand's memory order allows."""
 CASTS = frozenset({ATEN.to.dtype, ATEN.type_as.default, ATEN._to_copy.default})
-SHARING = VIEWS | CASTS | {ATEN.contiguous.default}
-"""Whose result may lie where the operand lies."""
 TABLES = frozenset({
     ATEN.embedding.default, ATEN.index_select.default, ATEN.index.Tensor, ATEN.index_put.default,
     ATEN.index_add.default, ATEN.scatter_add.default,
@@ -60,12 +60,7 @@ def is_elementwise(node: fx.Node) -> bool:
     target = node.target
     if target in CASTS or target in VIEWS:
         return True
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags and not writes(node)
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether a call writes into one of its operands."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags and not is_write(node)
 
 
 def mark(graph: fx.Graph) -> list[list[fx.Node]]:
@@ -101,34 +96,17 @@ def regions(graph: fx.Graph) -> list[list[fx.Node]]:
 
 
 def leaking(graph: fx.Graph, found: Iterable[Iterable[fx.Node]]) -> fx.Node | None:
-    """A plain node that writes into a tensor that its region did not make, or that others read before; or None."""
+    """A plain node that writes into what its region did not make, or what others read before; or None."""
     region_of = {node: number for number, region in enumerate(found) for node in region}
-    place = {node: index for index, node in enumerate(graph.nodes)}
+    memory, waits = memory_of(graph.nodes), behind(graph.nodes)
     for node in graph.nodes:
-        if is_plain(node) and writes(node):
-            made, *readers = _sharing(node)
+        if is_plain(node) and is_write(node):
             own = region_of.get(node)
-            outside = [reader for reader in readers if region_of.get(reader) != own]
-            if own is None or region_of.get(made) != own or any(place[reader] < place[node] for reader in outside):
+            touched = [*(memory[place] for place in written(node)), *waits.get(node, ())]
+            if own is None or any(region_of.get(other) != own for other in touched):
                 writer: fx.Node = node
                 return writer
     return None
-
-
-def _sharing(node: fx.Node) -> list[fx.Node]:
-    """What made the memory that a node writes; everything that may share it, and all that reads it."""
-    target = node.args[0]
-    while isinstance(target, fx.Node) and (target.target in SHARING or writes(target)):
-        target = target.args[0]
-    assert isinstance(target, fx.Node), "what is written is a tensor"
-    family, waiting = dict.fromkeys([target]), [target]
-    while waiting:
-        for user in waiting.pop().users:
-            if user not in family:
-                family[user] = None
-                if user.target in SHARING or writes(user):
-                    waiting.append(user)
-    return list(family)
 
 
 def _levels(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -136,7 +114,8 @@ def _levels(graph: fx.Graph) -> dict[fx.Node, int]:
     levels: dict[fx.Node, int] = {}
     for node in graph.nodes:
         inputs = [
-            levels[source] + (source.op == "call_function" and not _is_free(source)) for source in node.all_input_nodes
+            levels[source] + (source.op not in ("placeholder", "get_attr") and not _is_free(source))
+            for source in node.all_input_nodes
         ]
         levels[node] = max(inputs, default=0)
     return levels
@@ -154,7 +133,7 @@ def _sink(graph: fx.Graph, levels: dict[fx.Node, int]) -> None:
         if node.op == "get_attr" or (is_plain(node) and all(source in constant for source in node.all_input_nodes)):
             constant.add(node)
     for node in reversed(graph.nodes):
-        if not is_plain(node) or writes(node) or any(writes(user) for user in node.users):
+        if not is_plain(node) or is_write(node) or any(is_write(user) for user in node.users):
             continue
         readers = {levels[user] for user in node.users}
         moving = [source for source in node.all_input_nodes if source not in constant]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError
-from ..ir.compiled import compiled_by_region
+from ..ir.compiled import Codes, compiled_by_region
 from ..ir.program import Program
 from ..passes.outline_regions import OUTLINED
 from ..recipe import Recipe
@@ -105,10 +105,10 @@ class Trainer:
 
     program: lowered with the "train" pipeline, in float32 or bfloat16; with `recipe.adapter` its model is frozen. With
     marked regions (`outline-regions`) these are compiled. recipe: with `train.memory` = recompute decoder layers are
-    computed again in the backward pass instead, else all is kept (`flarec.train.memory` decides what "auto" is). rows:
-    an endless stream of packed rows. exact: float32 values of
-    parameters that a bfloat16 program holds rounded, where they are known (`Weights`). ranks: those that share each
-    step's micro batches, and call every method together; what a step returns is the whole step's on all of them.
+    computed again in the backward pass, else all is kept (`flarec.train.memory` decides what "auto" is). rows: an
+    endless stream of packed rows. exact: float32 values of parameters that a bfloat16 program holds rounded, where they
+    are known (`Weights`). ranks: those that share each step's micro batches, and call every method together; what a
+    step returns is the whole step's on all of them.
     """
 
     def __init__(
@@ -123,10 +123,11 @@ class Trainer:
     ) -> None:
         self.ranks = ranks or Ranks(str(program.device))
         trained = choose_trained(program, recipe)
+        codes = Codes() if OUTLINED in program.properties else None
         if recipe.train.memory == "recompute":
-            program = recomputed(program)
-        elif OUTLINED in program.properties:
-            program = compiled_by_region(program)
+            program = recomputed(program, codes)
+        elif codes is not None:
+            program = compiled_by_region(program, codes)
         self.program = program
         self.recipe = recipe
         self.mask = mask

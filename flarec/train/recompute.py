@@ -7,17 +7,20 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..errors import UsageError
+from ..ir.compiled import Codes
 from ..ir.effects import behind, is_write, memory_of, written
 from ..ir.outline import outline
 from ..ir.program import Program, layer_of, locate
+from ..ir.regions import mark
 from ..passes.split_streams import operands_with_gradient
 
 
-def recomputed(program: Program) -> Program:
-    """The program with its decoder layers under `torch.utils.checkpoint`; parameters stay shared.
+def recomputed(program: Program, codes: Codes | None = None) -> Program:
+    """The program with its decoder layers under `torch.utils.checkpoint`; parameters stay shared. codes: compiles the
+    regions (`flarec.ir.regions`) of each layer and those outside of the layers.
 
     program: lowered for training, its parameters with the `requires_grad` of the run. Results and gradients are bit for
     bit those of `program`, where its kernels give the same bits twice: the same operations run in the same order.
@@ -30,22 +33,36 @@ def recomputed(program: Program) -> Program:
     layers = units_of(copy)
     module = outline(copy.module, layers.get)
     for name in dict.fromkeys(layers.values()):
-        setattr(module, name, Recomputed(module.get_submodule(name)))
-    copy.run = module
+        unit = module.get_submodule(name)
+        assert isinstance(unit, fx.GraphModule)
+        setattr(module, name, Recomputed(unit) if codes is None else Recomputed(_compiled(unit, codes), whole=True))
+    copy.run = module if codes is None else _compiled(module, codes)
     return copy
 
 
-class Recomputed(nn.Module):
-    """A unit of a graph whose intermediate values are computed again in the backward pass."""
+def _compiled(module: fx.GraphModule, codes: Codes) -> fx.GraphModule:
+    """The module by regions of its own: those of the whole graph reach over the ends of layers."""
+    mark(module.graph)
+    return codes.by_region(module)
 
-    def __init__(self, unit: nn.Module) -> None:
+
+class Recomputed(nn.Module):
+    """A unit of a graph whose intermediate values are computed again in the backward pass.
+
+    whole: to its end, not to the last value that is needed: the exception which stops it would pass through compiled
+    code, where dynamo loses it (torch 2.13).
+    """
+
+    def __init__(self, unit: nn.Module, *, whole: bool = False) -> None:
         super().__init__()
         self.unit = unit
+        self.whole = whole
 
     def forward(self, *values: Any) -> tuple[Any, ...]:
         """The results of the unit, of values in the order of its placeholders."""
         # nothing in a graph draws random numbers: capture is of a model in eval mode
-        results: tuple[Any, ...] = checkpoint(self.unit, *values, use_reentrant=False, preserve_rng_state=False)
+        with set_checkpoint_early_stop(not self.whole):
+            results: tuple[Any, ...] = checkpoint(self.unit, *values, use_reentrant=False, preserve_rng_state=False)
         return results
 
 
