@@ -25,12 +25,13 @@ from flarec.decode import BlockSpec, Cache, Stepper
 from flarec.doctor.rates import measure, seconds_of
 from flarec.doctor.report import Rates
 from flarec.doctor.simulate import Work
-from flarec.doctor.steps import decode_step, full_rows, simulate_serving, simulate_training
+from flarec.doctor.steps import decode_step, simulate_serving, simulate_training
 from flarec.frontend.export import capture
 from flarec.frontend.tiny import build_tiny
 from flarec.ir.program import Program
 from flarec.passes import lower
 from flarec.recipe import load_recipe
+from flarec.train.data.packing import full_rows
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import MaskToken
 
@@ -56,7 +57,7 @@ def steps(program: Program, repeats: int) -> dict[str, tuple[Work, float]]:
     """Counted work and measured seconds of a training step and of the steps of decoding."""
     train, decode = lower(program, "train"), lower(program, "decode")
     training = simulate_training(train, RECIPE, length=LENGTH, batch=BATCH, device=CPU)
-    rows = full_rows(LENGTH, BATCH, RECIPE)
+    rows = full_rows(LENGTH, BATCH)
     trainer = Trainer(lower(program, "train"), RECIPE, MaskToken("row", program.vocab_size - 1), rows, seed=0)
     found = {"training step": (training.micro_batch + training.update, fastest(trainer.advance, repeats))}
     serving = simulate_serving(decode, length=POSITIONS, batch=BATCH, block_size=BLOCK, device=CPU)

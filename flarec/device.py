@@ -78,3 +78,26 @@ def resident(status: Path = Path("/proc/self/status")) -> tuple[int, int]:
             if name in found:
                 found[name] = 1024 * int(line.split()[1])
     return found["VmRSS"], found["VmHWM"]
+
+
+def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
+    """Bytes that a process may take now in addition: of a GPU what is free or cached by torch; of a machine what is
+    available, or what is left to its control group. None where nothing says it. root: of /proc and /sys."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    left = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = (root / "proc" / "meminfo").read_text().splitlines()
+        left += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    group = root / "sys" / "fs" / "cgroup"
+    for limit, used, files in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            most, now = (int((group / name).read_text()) for name in (limit, used))
+            lines = (group / limit).with_name("memory.stat").read_text().splitlines()
+            given_way = [int(line.split()[1]) for line in lines if line.split()[:1] == [files]]
+            left.append(max(0, most - now + sum(given_way)))  # files in the cache give way
+    return min(left) if left else None

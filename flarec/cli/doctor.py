@@ -172,6 +172,8 @@ def _rows(parts: Mapping[str, int], total: int) -> Iterator[tuple[str, str]]:
 
 
 def _notes(report: Report) -> Iterator[str]:
+    if report.memory_note:
+        yield report.memory_note
     yield from report.advice
     if report.memory is not None and not report.advice:
         yield f"this machine has {size_text(report.memory)}: enough"

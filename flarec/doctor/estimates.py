@@ -11,7 +11,7 @@ import torch
 from flarec.decode.break_even import verdict
 from flarec.decode.engine import SLOTS
 from flarec.device import memory_of, resident
-from flarec.errors import CaptureError
+from flarec.errors import CaptureError, UsageError
 from flarec.ir.program import Program
 from flarec.recipe import Recipe
 from flarec.threads import settle
@@ -53,6 +53,11 @@ def estimated(
     convert = whole_memory(training.memory, caches, recipe, length, libraries)
     serve = Memory({**serving.memory.parts, **_of_libraries(libraries)})
     memory = memory_of(device)
+    note = "layers are computed again (train.memory = recompute)" if recipe.train.memory == "recompute" else ""
+    if recipe.train.memory == "auto" and memory is not None and convert.total > memory:
+        say("too little memory: running a training step whose layers are computed again")
+        recipe, training, note = _again(train, recipe, training, length, batch, device)
+        convert = whole_memory(training.memory, caches, recipe, length, libraries)
 
     def needs(shorter: int) -> int:
         say(f"too little memory: running a training step of {batch} x {shorter} tokens without numbers")
@@ -72,9 +77,23 @@ def estimated(
         rates=tuple(rates.values()),
         speed=_speed(training, serving, rates[train.dtype], rates[decode.dtype], recipe, batch),
         memory=memory,
+        memory_note=note,
         advice=advice,
         pays=verdict(served["AR-Trust"], served["causal"], block_size=block_size),
     )
+
+
+def _again(
+    train: Program, recipe: Recipe, kept: Training, length: int, batch: int, device: torch.device
+) -> tuple[Recipe, Training, str]:
+    """The recipe and its step with layers that are computed again, and a sentence; what is given if there is none."""
+    chosen = recipe.override(["train.memory=recompute"])
+    try:
+        found = simulate_training(train, chosen, length=length, batch=batch, device=device)
+    except UsageError as error:
+        return recipe, kept, str(error)
+    more = (kept.memory.total - found.memory.total) / 1e9
+    return chosen, found, f"layers are computed again (train.memory = auto): keeping all needs {more:.1f} GB more"
 
 
 def whole_memory(step: Memory, caches: tuple[int, int], recipe: Recipe, length: int, libraries: int) -> Memory:

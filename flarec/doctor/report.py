@@ -120,6 +120,7 @@ class Report:
     kernels_note          why no Triton kernel runs on the device, "" otherwise
     estimate_note         why memory or time is missing although the model converts, "" otherwise
     memory                bytes that the device has, None where nothing says it
+    memory_note           what train.memory means there, "" if everything is kept
     advice                what to do if that is too little; empty if it is enough
     data                  what the given training data are, a source each
     pays                  a sentence: from how many tokens per forward on AR-Trust is faster than causal decoding
@@ -145,6 +146,7 @@ class Report:
     kernels_note: str = ""
     estimate_note: str = ""
     memory: int | None = None
+    memory_note: str = ""
     advice: tuple[str, ...] = ()
     pays: str = ""
     data: tuple[DataReport, ...] = ()

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from flarec.decode import BlockSpec, Cache, Stepper
@@ -15,8 +14,7 @@ from flarec.ir.program import Program
 from flarec.ir.slots import CacheSlot
 from flarec.passes.embed_mask import PARAMETER
 from flarec.recipe import Recipe
-from flarec.train.data.packing import RowStream
-from flarec.train.data.sources import DataStats, TokenSource
+from flarec.train.data.packing import full_rows
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import MaskToken
 from flarec.train.objective.batch import build_batches
@@ -43,18 +41,6 @@ class Serving:
     steps: dict[str, Work]
 
 
-def full_rows(length: int, batch: int, recipe: Recipe) -> RowStream:
-    """Rows of one document of `length` tokens, all but the first of them the response: the most that a row can ask for.
-    """
-    spans = np.array([[1, length]] * batch)
-    tokens = np.zeros(batch * length, dtype=np.int32)
-    starts = np.arange(batch + 1) * length
-    source = TokenSource(
-        DataStats("full rows"), 1.0, tokens, starts, spans, np.arange(batch + 1), np.arange(batch)
-    )
-    return RowStream([source], max_length=length, seed=0, lookahead=batch)
-
-
 def simulate_training(program: Program, recipe: Recipe, *, length: int, batch: int, device: torch.device) -> Training:
     """An optimizer step with `batch` rows of `length` tokens per forward pass; the trainer is that of `flarec convert`.
 
@@ -64,7 +50,7 @@ def simulate_training(program: Program, recipe: Recipe, *, length: int, batch: i
     recipe = recipe.override([f"optimizer.batch_rows={batch}", f"optimizer.micro_rows={batch}"])
     vector = PARAMETER in program.extra
     mask = MaskToken("vector", program.vocab_size) if vector else MaskToken("row", program.vocab_size - 1)
-    rows = full_rows(length, batch, recipe)
+    rows = full_rows(length, batch)
     batches = build_batches(rows.rows(batch), recipe.diffusion, mask.token_id, step_generator(0, 0))
     with Simulation() as simulation:
         program = with_fake_weights(program, simulation, device)

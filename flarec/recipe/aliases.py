@@ -41,14 +41,15 @@ def spellings(path: str) -> set[str]:
 SEED = "seed"
 _SPECIAL = (
     "adam_beta1", "adam_beta2", "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type",
-    "bf16", "fp16", "optim", "eval_strategy", "save_strategy", "logging_steps", "logging_strategy", SEED,
+    "bf16", "fp16", "gradient_checkpointing", "optim", "eval_strategy", "save_strategy", "logging_steps",
+    "logging_strategy", SEED,
 )
 _SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine"}
 REFUSED = {
     "num_train_epochs": "the length of a run is optimizer.steps (--dry-run says how many epochs that is)",
     "per_device_eval_batch_size": "held-out documents are scored optimizer.micro_rows at a time",
     "eval_accumulation_steps": "leave it out, evaluations keep no logits",
-    "gradient_checkpointing": "there is none; lower optimizer.micro_rows or data.max_length to save memory",
+    "gradient_checkpointing_kwargs": "leave it out, what is computed again are decoder layers",
     "lr_scheduler_kwargs": "schedules have no options; optimizer.schedule is constant, linear or cosine",
     "label_smoothing_factor": "losses are those of diffusion.loss",
     "packing": "rows are always packed (data.lookahead)",
@@ -134,6 +135,7 @@ class _Names:
         self._rows()
         self._schedule()
         self._precision()
+        self._memory()
         self._rest()
 
     def _direct(self, name: str, path: str, value: Any) -> None:
@@ -196,6 +198,15 @@ class _Names:
             self.put("bf16", "optimizer.precision", "bf16" if self.given["bf16"] else "float32")
         elif "fp16" in self.given:
             self.say("fp16", "so it is here")
+
+    def _memory(self) -> None:
+        name = "gradient_checkpointing"
+        if name not in self.given:
+            return
+        value = self.given[name]
+        if type(value) is not bool:
+            raise RecipeError(f"{name} = {shown(value)} is not allowed; give true or false")
+        self.put(name, "train.memory", "recompute" if value else "keep")
 
     def _rest(self) -> None:
         given = self.given

@@ -138,7 +138,8 @@ def _run(
 ) -> Path | Interrupted:
     options = with_answers(options, reporter)
     ranks.from_first(lambda: options)
-    prepared = prepare(options, reporter, ranks, LeadingTrainer if ranks.size > 1 else Trainer)
+    trainer_class = LeadingTrainer if ranks.size > 1 else Trainer
+    prepared = prepare(options, reporter, ranks, trainer_class, not written_only)
     check_same_run(prepared)
     try:
         result: Path | Interrupted = _conduct(prepared, reporter, written_only, keep)

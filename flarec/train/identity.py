@@ -17,9 +17,10 @@ from ..checkpoint.manifest import Manifest
 from ..checkpoint.own import is_own
 from ..errors import CheckpointError, UsageError
 from ..recipe import Recipe
+from .feed import micro_rows_of
 from .options import Options
 from .prepare import Run
-from .state import StateDirectory
+from .state import MICRO_ROWS, StateDirectory
 
 Horizons = list[tuple[int, int]]
 """(first step, counted from 0, that a number of steps holds for; that number), in order."""
@@ -27,7 +28,8 @@ Horizons = list[tuple[int, int]]
 
 def identity_of(run: Run) -> dict[str, Any]:
     """What decides the result: a resumed run must agree with it, the number of steps apart."""
-    source = describe_source(run.options.location)
+    source, rows = describe_source(run.options.location), run.memory.micro_rows
+    lowered = rows != micro_rows_of(run.recipe, run.trainer.ranks.size)
     return {
         "recipe": run.recipe.to_dict(),
         "seed": run.options.seed,
@@ -39,6 +41,7 @@ def identity_of(run: Run) -> dict[str, Any]:
             f"{number}: {Path(source.stats.source).name}": source.fingerprint()
             for number, source in enumerate(run.sources, 1)
         },
+        **({MICRO_ROWS: rows} if lowered else {}),
     }
 
 

@@ -230,5 +230,6 @@ class Trainer:
 def out_of_memory(done: int) -> TrainingError:
     """What to say of the step after `done` steps."""
     return TrainingError(
-        f"out of memory in step {done + 1}; lower optimizer.micro_rows or --max-length and start again with --overwrite"
+        f"out of memory in step {done + 1}; set train.memory=recompute, or lower optimizer.micro_rows or --max-length, "
+        "and start again with --overwrite"
     )

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from ..decode import Cache
 from ..decode.engine import SLOTS
 from ..device import memory_of, resident
 from .answers.step import with_answers
+from .memory import Kept, watched
 from .objective.batch import build_batches
 from .objective.noise import step_generator
 from .options import Options
@@ -30,8 +29,9 @@ class Plan:
 
     parameters        trained parameters
     weight_bytes      of weights (trained ones with their float32 masters), gradients and moments
-    activation_bytes  measured on one micro batch: what autograd keeps for the backward pass (CPU), or everything that
-                      was allocated above weights and gradients (CUDA)
+    activation_bytes  measured on one micro batch: what autograd keeps for the backward pass, of layers that are
+                      computed again the largest one (CPU), or everything that was allocated above weights and gradients
+                      (CUDA)
     step_seconds      one optimizer step, from the time of one micro batch and of the update
     process_bytes     on a CPU the most that this process had while a step was measured, or would have in an evaluation
     epochs            how often the run passes over each source, about
@@ -59,7 +59,10 @@ class Plan:
             text += ", the rest Python and libraries (measured)"
         there = memory_of(self.run.trainer.program.device)
         if there is not None and there < self.memory_bytes:
-            text += f"; this machine has {_size(there)}, too little: lower optimizer.micro_rows or --max-length"
+            text += (
+                f"; this machine has {_size(there)}, too little: set train.memory=recompute, or lower "
+                "optimizer.micro_rows or --max-length"
+            )
         return text
 
     def _split(self) -> str:
@@ -85,6 +88,7 @@ class Plan:
             f"steps        {optimizer.steps:,}",
             f"device       {run.trainer.program.device}, kernels {run.options.kernels}, precision {run.precision}",
             f"memory       {self.memory_text()}",
+            f"             {run.memory.text.removeprefix('memory: ')}",
             f"time         {_duration(self.step_seconds * optimizer.steps)}: {self.step_seconds:.2f} s per step, "
             "evaluations and saves not counted",
             "",
@@ -163,18 +167,10 @@ def _activation_bytes(run: Run, step: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    weights = {parameter.untyped_storage().data_ptr() for parameter in run.trainer.program.parameters().values()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(note, lambda tensor: tensor):
+    program = run.trainer.program
+    with watched(program) as layers, Kept(program) as kept:
         step()
-    return sum(kept.values())
+    return kept.bytes + max(layers, default=0)
 
 
 def _size(count: int) -> str:

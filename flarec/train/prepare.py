@@ -34,16 +34,19 @@ from .feed import micro_rows_of
 from .heldout import HeldOut
 from .loop import Trainer
 from .mask_token import MaskToken, choose_mask_token, initialise_mask_token
+from .memory import MemoryChoice, as_given, choose
 from .options import Options
 from .precision import DTYPES, Precision, exact_weights, keep_float32, resolve_precision
 from .progress import Reporter
 from .ranks.group import Ranks
+from .state import MICRO_ROWS
 
 
 @dataclass(frozen=True)
 class Run:
     """A conversion that is ready to train. `held_out` is None if nothing is evaluated, `carried` if the source is no
-    multimodal checkpoint. ends: ids that end a text, that of the data first."""
+    multimodal checkpoint. ends: ids that end a text, that of the data first. memory: how its steps are computed; the
+    trainer has it in its recipe."""
 
     options: Options
     recipe: Recipe
@@ -61,6 +64,7 @@ class Run:
     pipelines: dict[str, str]
     plugins: dict[str, str]
     precision: Precision
+    memory: MemoryChoice
 
 
 def epochs_of(rows: RowStream, recipe: Recipe) -> list[float]:
@@ -75,9 +79,13 @@ def epochs_of(rows: RowStream, recipe: Recipe) -> list[float]:
 
 
 def prepare(
-    options: Options, reporter: Reporter, ranks: Ranks | None = None, trainer_class: type[Trainer] = Trainer
+    options: Options,
+    reporter: Reporter,
+    ranks: Ranks | None = None,
+    trainer_class: type[Trainer] = Trainer,
+    trains: bool = True,
 ) -> Run:
-    """Check and load everything; on several ranks each of them calls, for its device.
+    """Check and load everything; on several ranks each of them calls, for its device. trains: whether steps are taken.
 
     Raises `UsageError` and its kin for bad input, `CaptureError` for an unknown model.
     """
@@ -125,7 +133,8 @@ def prepare(
     rows = RowStream(
         sources, max_length=recipe.data.max_length, seed=options.seed, lookahead=recipe.data.lookahead
     )
-    trainer = trainer_class(train, recipe, mask, rows, options.seed, exact, ranks)
+    memory = _memory(train, recipe, mask, options, ranks, trains, reporter)
+    trainer = trainer_class(train, memory.apply(recipe), mask, rows, options.seed, exact, ranks)
     causal = partial(_causal, captured, decode, steps["decode"])
     held_out = HeldOut(held, train, decode, recipe, mask, ends, context, causal) if held else None
     for made, epochs in zip(sources, epochs_of(rows, recipe), strict=True):
@@ -134,7 +143,7 @@ def prepare(
     return Run(
         options, recipe, source, tokenizer, model, carried, captured, mask, sources, ends, len(held), trainer, held_out,
         {target: pipeline_text(chosen) for target, chosen in steps.items()}, _origins(options, recipe),
-        precision,
+        precision, memory,
     )
 
 
@@ -146,13 +155,36 @@ def _causal(captured: Program, decode: Program, steps: Sequence[Pass]) -> Progra
     return lower(captured, "decode", steps=rest)
 
 
+def _memory(
+    train: Program, recipe: Recipe, mask: MaskToken, options: Options, ranks: Ranks, trains: bool, reporter: Reporter
+) -> MemoryChoice:
+    """How steps are computed, said in a line; the first rank decides, by the memory that it has. A run that is
+    continued has the micro rows that it began with."""
+    directory, began = options.state_directory, None
+    if ranks.first and options.resume and directory.in_use:
+        began = int(directory.identity.get(MICRO_ROWS, micro_rows_of(recipe, ranks.size)))
+
+    def chosen() -> MemoryChoice:
+        if not trains:
+            return as_given(recipe, ranks.size, began)
+        return choose(train, recipe, mask, ranks.size, rows=began)
+
+    choice = ranks.from_first(chosen)
+    if trains:
+        (reporter.note if choice.enough else reporter.warn)(choice.text)
+    return choice
+
+
 def _recipe(options: Options, ranks: Ranks, reporter: Reporter) -> Recipe:
     """The recipe, and what there is to say about it."""
     reading = Reading()
     recipe = options.load_recipe(reading)
     for line in reading.lines:
         reporter.note(line)
-    micro_rows_of(recipe, ranks.size)
+    micro, wanted = micro_rows_of(recipe, ranks.size), recipe.optimizer.micro_rows
+    if micro < wanted:
+        whose = "a step" if ranks.size == 1 else f"each of {ranks.size} ranks in a step"
+        reporter.note(f"optimizer.micro_rows = {wanted} is more than the rows of {whose}: {micro} at a time")
     for line in before_training(recipe, options.own_recipe()):
         reporter.warn(line)
     return recipe

@@ -4,6 +4,7 @@ back. How a training program is run, not what it is: its graph, its pipeline and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -57,9 +58,13 @@ class Recomputed(nn.Module):
         super().__init__()
         self.unit = unit
         self.whole = whole
+        self.look: Callable[[nn.Module, tuple[Any, ...]], None] | None = None
+        """Called with the unit and its values before it runs (`flarec.train.memory.watched`)."""
 
     def forward(self, *values: Any) -> tuple[Any, ...]:
         """The results of the unit, of values in the order of its placeholders."""
+        if self.look is not None:
+            self.look(self.unit, values)
         # nothing in a graph draws random numbers: capture is of a model in eval mode
         with set_checkpoint_early_stop(not self.whole):
             results: tuple[Any, ...] = checkpoint(self.unit, *values, use_reentrant=False, preserve_rng_state=False)

@@ -54,6 +54,11 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+MICRO_ROWS = "micro_rows"
+"""Of an identity: rows of a forward pass, where memory was too short for those of the recipe. Results depend on them by
+rounding."""
+
+
 class StateDirectory:
     """OUT.partial/ of one run."""
 

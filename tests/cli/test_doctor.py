@@ -279,10 +279,15 @@ def test_families_that_the_readme_lists_are_listed(tmp_path: Path, family: str, 
 def test_memory_of_the_whole_process_and_what_pays(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's memory is compared with the need; a smaller one gets a length that fits."""
     options = ("--length", "32", "--device", "cpu", "--json")
+    monkeypatch.setattr(estimates, "resident", lambda: (500_000_000, 500_000_000))  # of libraries: the same each time
     monkeypatch.setattr(estimates, "memory_of", lambda device: 1 << 60)
     table = json.loads(run(small, *options).stdout)
-    assert table["convert"]["parts"]["Python and libraries"] > 0 and table["memory"] == 1 << 60
+    assert table["convert"]["parts"]["Python and libraries"] == 500_000_000 and table["memory"] == 1 << 60
     assert table["advice"] == [] and "tokens per forward" in table["pays"]
     monkeypatch.setattr(estimates, "memory_of", lambda device: table["convert"]["total"] - 1)
+    again = json.loads(run(small, *options).stdout)
+    assert again["advice"] == [] and "train.memory = auto" in again["memory_note"]
+    assert again["convert"]["total"] < table["convert"]["total"]
+    monkeypatch.setattr(estimates, "memory_of", lambda device: again["convert"]["total"] - 1_000_000)
     advice = json.loads(run(small, *options).stdout)["advice"]
     assert advice[0].startswith("this machine is too small: ") and len(advice) == 2

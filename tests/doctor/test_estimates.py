@@ -16,13 +16,14 @@ from flarec.doctor import rates as rates_module
 from flarec.doctor.rates import FAR, NEAR, _bandwidth, measure, seconds_of
 from flarec.doctor.report import Rates
 from flarec.doctor.simulate import ATTENTION, BATCHED, GATHER, MATMUL, MEMORY, Work
-from flarec.doctor.steps import Training, cache_bytes, decode_step, full_rows, simulate_serving, simulate_training
+from flarec.doctor.steps import Training, cache_bytes, decode_step, simulate_serving, simulate_training
 from flarec.frontend.export import capture
 from flarec.frontend.tiny import build_tiny
 from flarec.ir.program import Program
 from flarec.passes import lower
 from flarec.recipe import load_recipe
 from flarec.train.adapter import adapter_of
+from flarec.train.data.packing import full_rows
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import MaskToken
 from flarec.train.objective.batch import build_batches
@@ -48,7 +49,7 @@ def simulated(family: str) -> Training:
 def trainer(family: str) -> Trainer:
     program = lower(real(family), "train")
     mask = MaskToken("row", program.vocab_size - 1)
-    return Trainer(program, RECIPE, mask, full_rows(LENGTH, BATCH, RECIPE), seed=0)
+    return Trainer(program, RECIPE, mask, full_rows(LENGTH, BATCH), seed=0)
 
 
 def peak_bytes(run: Trainer) -> int:
@@ -87,7 +88,7 @@ def test_memory_of_an_adapter_is_what_torch_allocates() -> None:
     program = lower(real("qwen3_5_text"), "train", mask_vector=True, adapter=adapter_of(chosen))
     parts = simulate_training(program, chosen, length=LENGTH, batch=BATCH, device=CPU).memory.parts
     mask = MaskToken("vector", program.vocab_size)
-    run = Trainer(program, chosen, mask, full_rows(LENGTH, BATCH, chosen), seed=0)
+    run = Trainer(program, chosen, mask, full_rows(LENGTH, BATCH), seed=0)
     count = sum(parameter.numel() for parameter in run.parameters.values())
     every = sum(parameter.numel() for parameter in program.parameters().values())
     assert 10 * count < every
@@ -104,7 +105,7 @@ def test_memory_of_layers_that_are_computed_again(family: str) -> None:
     program = lower(real(family), "train")
     again = simulate_training(program, chosen, length=LENGTH, batch=BATCH, device=CPU).memory.parts
     mask = MaskToken("row", program.vocab_size - 1)
-    run = Trainer(lower(real(family), "train"), chosen, mask, full_rows(LENGTH, BATCH, chosen), seed=0)
+    run = Trainer(lower(real(family), "train"), chosen, mask, full_rows(LENGTH, BATCH), seed=0)
     assert again["activations"] == pytest.approx(peak_bytes(run), rel=0.05)
     assert again["activations"] < 0.6 * simulated(family).memory.parts["activations"]
 

@@ -19,11 +19,12 @@ class Small(nn.Module):
         super().__init__()
         self.inner = nn.Linear(3, 3)
         self.register_buffer("shift", torch.ones(3))
+        self.shift: Tensor
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         a = torch.nn.functional.linear(x, self.inner.weight, self.inner.bias)
         b = torch.sin(y)
-        c = a + self.shift
+        c = torch.add(a, self.shift)
         d = torch.mul(c, b)
         return torch.sub(d, c), b
 
@@ -84,8 +85,8 @@ def test_no_node_moves_over_a_write_to_what_it_reads() -> None:
     graph.output((early, late))
     module = fx.GraphModule(nn.Module(), graph)
     assert behind(graph.nodes)[fill] == [early, view, fill.args[1]] and behind(graph.nodes)[late] == [fill]
-    x = torch.randn(3)
-    expected = module(x)
+    values = torch.randn(3)
+    expected = module(values)
     for units in ({early: "a", late: "a"}, {late: "a"}, {early: "a", made: "b", late: "c"}, {made: "a", early: "a"}):
         def unit_of(node: fx.Node, units: dict[fx.Node, str] = units) -> str | None:
             return units.get(node)
@@ -94,7 +95,7 @@ def test_no_node_moves_over_a_write_to_what_it_reads() -> None:
             with pytest.raises(ValueError, match="unit 'a'"):
                 outline(module, unit_of)
             continue
-        for ours, theirs in zip(outline(module, unit_of)(x), expected, strict=True):
+        for ours, theirs in zip(outline(module, unit_of)(values), expected, strict=True):
             assert torch.equal(ours, theirs)
 
 

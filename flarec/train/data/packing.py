@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ...errors import CheckpointError
 from .document import Document, PackedRow
-from .sources import TokenSource
+from .sources import DataStats, TokenSource
 from .stream import Mixture, Reference
 
 
@@ -64,3 +66,15 @@ class RowStream:
         if waiting is None or not all(ref.lies_in(self.mixture.sources) for ref in waiting):
             raise CheckpointError("the training state names documents that are not in the data")
         self._waiting = waiting
+
+
+def full_rows(length: int, batch: int) -> RowStream:
+    """Rows of one document of `length` tokens, all but the first of them the response: the most that a row can ask for.
+    """
+    spans = np.array([[1, length]] * batch)
+    tokens = np.zeros(batch * length, dtype=np.int32)
+    starts = np.arange(batch + 1) * length
+    source = TokenSource(
+        DataStats("full rows"), 1.0, tokens, starts, spans, np.arange(batch + 1), np.arange(batch)
+    )
+    return RowStream([source], max_length=length, seed=0, lookahead=batch)

@@ -1,0 +1,249 @@
+"""What a training step keeps (`train.memory`), decided once before the first step, from the memory that is free.
+
+One row is run as it would be with its layers computed again, and each layer is looked at on the way: from what it keeps
+follows what any number of rows needs, kept or computed again. Models that are far from the limit are not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..device import free_memory
+from ..errors import UsageError
+from ..ir.program import Program, layer_of
+from ..recipe import Recipe
+from .adapter import choose_trained
+from .data.packing import full_rows
+from .feed import Feed, micro_rows_of
+from .mask_token import MaskToken
+from .objective.head_loss import losses_of
+from .recompute import Recomputed, recomputed
+
+KEEP: Final = "keep"
+RECOMPUTE: Final = "recompute"
+USED = 0.9
+"""Of the free memory; the rest is for what is not counted: fragments, an evaluation, other processes."""
+FAR = 0.5
+"""Where a step cannot need more than this part of the free memory, nothing is measured."""
+VECTORS, SCORES = 200, 4
+"""More than a layer keeps of a token: hidden vectors, and numbers per head and token that it may attend to."""
+
+
+@dataclass(frozen=True)
+class MemoryChoice:
+    """How steps are computed: recompute, micro_rows, and one line that says so. enough: False if nothing fits."""
+
+    recompute: bool
+    micro_rows: int
+    text: str
+    enough: bool = True
+
+    def apply(self, recipe: Recipe) -> Recipe:
+        """The recipe with the choice in it, for the trainer; that of the run stays what the user gave."""
+        optimizer = replace(recipe.optimizer, micro_rows=self.micro_rows)
+        train = replace(recipe.train, memory=RECOMPUTE if self.recompute else KEEP)
+        return replace(recipe, optimizer=optimizer, train=train)
+
+
+@dataclass(frozen=True)
+class RowNeeds:
+    """Bytes of one row beside weights, gradients and moments: with everything kept, and with layers computed again."""
+
+    kept: int
+    again: int
+
+
+def as_given(recipe: Recipe, ranks: int, rows: int | None = None) -> MemoryChoice:
+    """What a recipe says, with `auto` as keep: for one that says it, and where no step is taken. rows: instead of those
+    of the recipe."""
+    memory, most = recipe.train.memory, micro_rows_of(recipe, ranks) if rows is None else rows
+    what = "layers are computed again" if memory == "recompute" else "everything is kept"
+    text = f"memory: {what}, {_rows(most)} at a time (train.memory = {memory})"
+    return MemoryChoice(memory == "recompute", most, text)
+
+
+def choose(
+    program: Program, recipe: Recipe, mask: MaskToken, ranks: int, *, rows: int | None = None, free: int | None = None
+) -> MemoryChoice:
+    """What `train.memory` means for this program, with its weights on the device of the run.
+
+    rows: micro rows that are fixed, because the run began with them. free: bytes, instead of those that are free now.
+    """
+    if recipe.train.memory != "auto":
+        return as_given(recipe, ranks, rows)
+    fixed, most = rows is not None, micro_rows_of(recipe, ranks) if rows is None else rows
+    free = free_memory(program.device) if free is None else free
+    if free is None:
+        text = f"memory: everything is kept, {_rows(most)} at a time (nothing says how much is free)"
+        return MemoryChoice(False, most, text)
+    state = state_bytes(program, recipe, ranks)
+    if state + most * _bound(program, recipe, mask) < FAR * free:
+        text = f"memory: everything is kept, {_rows(most)} at a time; that is far from the {_size(free)} that are free"
+        return MemoryChoice(False, most, text)
+    try:
+        needs = measure_row(program, recipe, mask)
+    except UsageError as error:  # layers that cannot be computed again
+        return MemoryChoice(False, most, f"memory: everything is kept, {_rows(most)} at a time: {error}")
+    except torch.OutOfMemoryError:
+        text = f"memory: not even one row fits into the {_size(free)} that are free; lower data.max_length"
+        return MemoryChoice(True, most if fixed else 1, text, enough=False)
+    return decide(needs, state, free, [most] if fixed else [n for n in range(most, 0, -1) if most % n == 0])
+
+
+def decide(needs: RowNeeds, state: int, free: int, rows: list[int]) -> MemoryChoice:
+    """Keeping with the most of `rows` (falling) that fits, else computing again with the most that fits.
+
+    Fewer rows at a time cost less time than computing layers again: on an H200 1 row instead of 4 takes 1.16 times
+    (`benchmarks/results/train-h200.json`). state: bytes of masters, gradients and moments, which are not there yet.
+    """
+    room = int(USED * free) - state
+    most, there = rows[0], f"of {_size(free)} that are free"
+    whole = f"{_size(state + most * needs.kept)} for {_rows(most)}"
+    for count in rows:
+        if count * needs.kept <= room:
+            more = "" if count == most else f"; optimizer.micro_rows = {most} would need {whole}"
+            needed = _size(state + count * needs.kept)
+            text = f"memory: everything is kept, {_rows(count)} at a time: {needed} {there}{more}"
+            return MemoryChoice(False, count, text)
+    for count in rows:
+        if count * needs.again <= room:
+            needed, one = _size(state + count * needs.again), _size(state + rows[-1] * needs.kept)
+            text = (
+                f"memory: layers are computed again, {_rows(count)} at a time: {needed} {there}; keeping everything "
+                f"would need {one} for {_rows(rows[-1])}"
+            )
+            return MemoryChoice(True, count, text)
+    text = (
+        f"memory: {_size(state + rows[-1] * needs.again)} are needed for {_rows(rows[-1])}, layers computed again, and "
+        f"only {_size(free)} are free; lower data.max_length, or take an adapter recipe"
+    )
+    return MemoryChoice(True, rows[-1], text, enough=False)
+
+
+def measure_row(program: Program, recipe: Recipe, mask: MaskToken) -> RowNeeds:
+    """Run one full row forward and backward, layers computed again, and look at what each of them keeps.
+
+    The parameters have no gradient behind it. Raises `torch.OutOfMemoryError` if that does not fit.
+    """
+    choose_trained(program, recipe)
+    run, feed = recomputed(program), _feed(program, recipe, mask)
+    micro = next(iter(feed.micro_batches(feed.take(0).batches)))
+    device, batch = program.device, micro.batch
+    before = _settled(device)
+    with watched(run) as layers, Kept(program) as outside:
+        results = run.results(
+            batch.input_ids, layout=batch.layout, head_rows=batch.head_rows, derived=micro.derived
+        )
+        loss = losses_of(results[0], run, batch, micro.plan, micro.scales, suppress=mask.suppress).total
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        loss.backward()
+    finally:
+        for parameter in program.parameters().values():
+            parameter.grad = None
+    largest = max(layers, default=0)
+    again = outside.bytes + 2 * largest  # with the gradients of the layer
+    if device.type == "cuda":
+        again = torch.cuda.max_memory_allocated(device) - before
+    return RowNeeds(again + sum(layers) - largest, again)
+
+
+class Kept:
+    """Within the context: bytes that autograd keeps beside the program's parameters; a storage counts once."""
+
+    def __init__(self, program: Program) -> None:
+        self.weights = {value.untyped_storage().data_ptr() for value in program.parameters().values()}
+        self.storages: dict[int, int] = {}
+        self._hooks = saved_tensors_hooks(self._note, lambda tensor: tensor)
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.weights:
+            self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> Kept:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.storages.values())
+
+
+@contextmanager
+def watched(run: Program) -> Iterator[list[int]]:
+    """Within the context: what each layer of a program whose layers are computed again would keep, in bytes. A layer
+    runs once more for it."""
+    layers = [module for module in getattr(run.run, "modules", list)() if isinstance(module, Recomputed)]
+    found: list[int] = []
+
+    def look(unit: torch.nn.Module, values: tuple[object, ...]) -> None:
+        if torch.is_grad_enabled():
+            with Kept(run) as kept:
+                results = unit(*values)
+            given = {value.untyped_storage().data_ptr() for value in values if isinstance(value, Tensor)}
+            found.append(sum(size for place, size in kept.storages.items() if place not in given))
+            del results
+
+    for layer in layers:
+        layer.look = look
+    try:
+        yield found
+    finally:
+        for layer in layers:
+            layer.look = None
+
+
+def state_bytes(program: Program, recipe: Recipe, ranks: int) -> int:
+    """Of masters, gradients and moments of one rank, which come to the program's weights."""
+    total = 0
+    for parameter in choose_trained(program, recipe).values():
+        size = max(4, parameter.dtype.itemsize)
+        copies = 4 if parameter.dtype.itemsize == 2 else 3
+        total += copies * size * parameter.numel()
+    return total // ranks
+
+
+def _bound(program: Program, recipe: Recipe, mask: MaskToken) -> int:
+    """More bytes than a row needs."""
+    feed = _feed(program, recipe, mask)
+    length = feed.take(0).batches[0].layout.length
+    config = program.config.get_text_config()
+    layers = len({layer_of(node) for node in program.graph.nodes} - {None})
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    each = VECTORS * int(config.hidden_size) + SCORES * heads * length
+    return int(length * layers * each * program.dtype.itemsize)
+
+
+def _feed(program: Program, recipe: Recipe, mask: MaskToken) -> Feed:
+    """Steps of one full row."""
+    one = replace(recipe, optimizer=replace(recipe.optimizer, batch_rows=1, micro_rows=1))
+    return Feed(program, one, mask.token_id, full_rows(recipe.data.max_length, 1), 0, ahead=False)
+
+
+def _settled(device: torch.device) -> int:
+    """Bytes that are allocated now, on a GPU."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' if count > 1 else ''}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
