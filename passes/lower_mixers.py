@@ -12,6 +12,7 @@ from flarec import ops
 from flarec.errors import PassError
 from flarec.ir.pipeline import Claims, Pass
 from flarec.ir.program import Program, locate
+from flarec.ops import self_test
 
 IMPLEMENTATIONS = (ops.TORCH, ops.TRITON, ops.REFERENCE)
 CONTIGUOUS = torch.ops.aten.contiguous.default
@@ -48,12 +49,22 @@ class LowerMixers(Pass):
             return sites
         if self.implementation == ops.TRITON:
             check_triton(program.device)
+        kinds = [self._kind(node) for node in sites]
         for node in sites:
             self._lower(program, node)
+        self_test.require([kind for kind in kinds if kind is not None], program.device)
         layout = program.placeholder("layout")
         if not layout.users and "cached" not in program.properties:
             program.graph.erase_node(layout)
         return sites
+
+    def _kind(self, node: fx.Node) -> tuple[ops.Mixer, ops.Site, bool] | None:
+        """A site that a Triton kernel will compute, as `self_test` takes it."""
+        mixer, site = ops.mixer_of(node.target), ops.site_of(node, self.chunk_size)
+        assert mixer is not None
+        if self.implementation != ops.TRITON or mixer.implementation(self.implementation, site.step) != ops.TRITON:
+            return None
+        return mixer, site, isinstance(node.target, ops.Call) and node.target.frozen_clean
 
     def _lower(self, program: Program, node: fx.Node) -> None:
         mixer, site = ops.mixer_of(node.target), ops.site_of(node, self.chunk_size)

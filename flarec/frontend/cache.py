@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import re
-import stat
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -34,9 +33,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import __version__
+from ..base.user_cache import VARIABLE as VARIABLE
+from ..base.user_cache import is_own, user_cache
 from ..ir.json import Unstorable, graph_from_json, graph_to_json
 
-VARIABLE = "FLAREC_CACHE_DIR"
 KEPT = 64
 """Graphs that are kept; beyond that, the ones written first go."""
 _OWN_SOURCES = ("frontend", "ir", "ops")
@@ -65,11 +65,8 @@ _UNSET = ("_use_kernels", "_weight_conversions")
 
 def cache_directory() -> Path | None:
     """Where graphs are kept; None if that is switched off."""
-    chosen = os.environ.get(VARIABLE)
-    if chosen is not None:
-        return None if chosen.strip().lower() in ("", "off") else Path(chosen) / "programs"
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "flarec" / "programs"
+    home = user_cache()
+    return None if home is None else home / "programs"
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class Entry:
         """What `write` was given. Raises whatever a missing or foreign file leads to."""
         handle = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
         with os.fdopen(handle, encoding="utf-8") as file:
-            if not _is_own(os.fstat(handle)):
+            if not is_own(os.fstat(handle)):
                 raise Unstorable(f"{self.path.name} may be somebody else's")
             digest, _, text = file.read().partition("\n")
         if digest != self._digest(text):
@@ -263,11 +260,6 @@ def _sources_sha256(place: Path) -> str:
 
 def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _is_own(status: os.stat_result) -> bool:
-    """Whether only this user can have written a file."""
-    return stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 def _is_graph(path: Path) -> bool:

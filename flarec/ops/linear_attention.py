@@ -159,6 +159,15 @@ def _options(site: Site) -> Iterator[str]:
     yield f"scale {site['scale']:.4g}"
 
 
+def _ordinary(name: str, values: Tensor) -> Tensor:
+    """Log decays are at most 0, betas shares, queries and keys about unit vectors."""
+    if name in ("g", "pending_g"):
+        return -torch.nn.functional.softplus(values - 1)
+    if name == "beta":
+        return torch.sigmoid(values)
+    return values * values.shape[-1] ** -0.5 if name in ("q", "k", "pending_k") else values
+
+
 LINEAR_ATTENTION = Mixer(
     name="linear_attention",
     captured=_captured,
@@ -171,6 +180,7 @@ LINEAR_ATTENTION = Mixer(
     cached=reference_step,
     slots=_slots,
     options=_options,
+    ordinary=_ordinary,
     forms={
         "torch": Form(
             train="flarec.kernels.linear_attention.panels.chunk:two_stream",

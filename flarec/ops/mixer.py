@@ -144,6 +144,10 @@ def _no_options(site: Site) -> Iterable[str]:
     return ()
 
 
+def _as_drawn(name: str, values: Tensor) -> Tensor:
+    return values
+
+
 @dataclass(frozen=True, eq=False)
 class Mixer:
     """A semantic op.
@@ -162,6 +166,7 @@ class Mixer:
     slots     the decode state of a site
     options   what else defines a site, for reports ("delta rule", "width 4")
     forms     implementations by name; "torch" is the one that every op has
+    ordinary  what an operand or slot of that name usually holds, made of standard normal numbers (`self_test`)
     """
 
     name: str
@@ -176,6 +181,7 @@ class Mixer:
     cached: Function | None = None
     slots: Callable[[Site], Iterable[Slot]] = _no_slots
     options: Callable[[Site], Iterable[str]] = _no_options
+    ordinary: Callable[[str, Tensor], Tensor] = _as_drawn
 
     @functools.cached_property
     def op(self) -> torch._ops.OpOverload[..., Any]:
