@@ -10,7 +10,8 @@ moments: the clean stream alone ("ar"), "flare", "draft", and "adapter" (the obj
 rank 64); with "-recompute" decoder layers are computed again in the backward pass (`train.memory`), also in "flare-4B"
 and "adapter-9B" of larger shapes. Every part runs in a process of its own; kernels are compiled before, in
 parallel. Of a part's micro batches the fastest counts that stays below the bar on memory, if one does. MFU counts the
-head only for rows that need logits, no attention, and nothing that is computed again.
+head only for rows that need logits, no attention, and nothing that is computed again. `predicted_gib` is what
+`train.memory = auto` expects of a step without compiled regions.
 """
 
 from __future__ import annotations
@@ -243,6 +244,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     from flarec.train.adapter import adapter_of, start_adapter
     from flarec.train.loop import Trainer
     from flarec.train.mask_token import MaskToken
+    from flarec.train.memory import measure_row, state_bytes
 
     model = build(options.shape)
     parameters, head = sizes(model)
@@ -258,14 +260,16 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     vocabulary = model.config.vocab_size
     mask = MaskToken("vector", vocabulary) if adapter else MaskToken("row", vocabulary - 1)
 
+    chosen = load_recipe(base).override([
+        f"optimizer.batch_rows={options.rows}", f"data.max_length={options.length}", "optimizer.lr=1e-6",
+        "optimizer.warmup_steps=0", "train.memory=keep", "optimizer.precision=bf16", "optimizer.steps=1000",
+    ]).override(more)
+    weights = torch.cuda.memory_allocated() if CUDA else 0
+    fixed, row = weights + state_bytes(program, chosen, 1), measure_row(program, chosen, mask)
+
     def measure(micro: int) -> dict[str, Any]:
-        recipe = load_recipe(base).override([
-            *more,
-            f"optimizer.batch_rows={options.rows}", f"optimizer.micro_rows={micro}",
-            f"data.max_length={options.length}", "optimizer.lr=1e-6", "optimizer.warmup_steps=0",
-            *([] if "train.memory=recompute" in more else ["train.memory=keep"]),
-            "optimizer.precision=bf16", "optimizer.steps=1000",
-        ])
+        recipe = chosen.override([f"optimizer.micro_rows={micro}"])
+        predicted = fixed + micro * (row.again if recipe.train.memory == "recompute" else row.kept)
         rows = stream(options.rows, options.length, model.config.vocab_size)
         trainer = Trainer(program, recipe, mask, rows, seed=0)
         last: list[Any] = []
@@ -279,7 +283,8 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
             heads = sum(len(batch.head_rows) for batch in given.batches)
             values = done.read(None)
             return {**result, "processed": done.clean_tokens + done.noisy_tokens, "head_rows": heads,
-                    "loss": values["loss"], "pipeline": [record.step for record in program.history]}
+                    "loss": values["loss"], "predicted_gib": predicted / GIB,
+                    "pipeline": [record.step for record in program.history]}
         finally:
             for parameter in program.parameters().values():
                 parameter.grad = None
