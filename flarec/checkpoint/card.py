@@ -37,10 +37,10 @@ def licence_of(directory: Path) -> str | None:
     return line[1].strip("\"'") if line else None
 
 
-def model_card(manifest: Manifest, name: str, carried: str | None = None) -> str:
+def model_card(manifest: Manifest, name: str, carried: str | None = None, chat: bool = False) -> str:
     """README.md of a checkpoint: front matter, what it is, how to use it, how it was made.
 
-    carried: for a multimodal checkpoint, what of it was converted and what was not.
+    carried: for a multimodal checkpoint, what of it was converted and what was not. chat: it has a chat template.
     """
     data = {key: value for key, value in manifest.data.items() if key != RUN_KEY}
     source, decode, mask = manifest.source, manifest.decode, manifest.mask
@@ -64,17 +64,18 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None) -> str
     model = source.name if info is not None and info.alone else name
     adapter = f" --adapter {name}" if info is not None and info.alone else ""
     keyword = f', adapter="{name}"' if adapter else ""
+    prompt, option, argument = ("What is a token?", " --chat", ", chat=True") if chat else ("Once upon a time", "", "")
     sections = [
         "\n".join(["---", *front, "---"]),
         f"# {name}",
         _WHAT_ADAPTED.format(source.name, info.rank) if info is not None else _WHAT_CONVERTED.format(source.name),
         "## Use",
         "```\n"
-        f'flarec generate {model}{adapter} "Once upon a time" --mode ar-trust\n'
+        f'flarec generate {model}{adapter} "{prompt}"{option} --mode ar-trust\n'
         "```",
         "```python\n"
         "import flarec\n\n"
-        f'print(flarec.load("{model}"{keyword}).generate("Once upon a time").text)\n'
+        f'print(flarec.load("{model}"{keyword}).generate("{prompt}"{argument}).text)\n'
         "```",
         *([] if adapter else [f"It is a plain transformers checkpoint: `{opener}.from_pretrained` opens it without "
         "remote code and generates causally. With flarec installed the other modes are there as well; the argument "

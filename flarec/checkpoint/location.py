@@ -11,6 +11,17 @@ from ..errors import CheckpointError, first_line
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
+def has_template(folder: Path) -> bool:
+    """Whether the files of a tokenizer hold a chat template."""
+    if (folder / "chat_template.jinja").exists() or (folder / "additional_chat_templates").exists():
+        return True
+    return any(
+        '"chat_template"' in (folder / name).read_text(encoding="utf-8", errors="replace")
+        for name in ("tokenizer_config.json", "chat_template.json")
+        if (folder / name).is_file()
+    )
+
+
 def resolve(path: str | Path) -> Path:
     """A local directory as it is; a hub id becomes the directory of its downloaded snapshot."""
     directory = Path(path)

@@ -17,6 +17,9 @@ def check_destination(out: Path, overwrite: bool, *, building: Path | None = Non
     Only a checkpoint of flarec is ever replaced: a folder with a manifest, and with no other files than it lists.
     building: the folder in an empty `out` in which the checkpoint is being built.
     """
+    around = next((folder for folder in Path(os.path.abspath(out)).parents if (folder / MANIFEST).is_file()), None)
+    if around is not None:  # it would not be flarec's own any more
+        raise CheckpointError(f"{out} lies in the checkpoint {around}; choose another output directory")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise CheckpointError(f"{out} exists and is not a directory; choose another output directory")
     if not out.is_dir():

@@ -29,6 +29,7 @@ from .adapter import FOLDER, place_source, write_adapter
 from .card import model_card
 from .carried import Carried
 from .ends import state_ends
+from .location import has_template
 from .manifest import NAME as MANIFEST
 from .manifest import Manifest
 from .own import check_destination
@@ -106,7 +107,7 @@ def write_checkpoint(
             _save_extra(partial, extra, dtype)
         return carried.describe() if carried else None
 
-    return _build(Path(out), manifest, fill, attachments, overwrite, lock)
+    return _build(Path(out), manifest, fill, bool(tokenizer.chat_template), attachments, overwrite, lock)
 
 
 def write_adapter_checkpoint(
@@ -138,19 +139,20 @@ def write_adapter_checkpoint(
         write_adapter(partial / FOLDER, extra, info, manifest.source.name)
         return carried.describe(adapter=True) if carried else None
 
-    return _build(Path(out), manifest, fill, attachments, overwrite, lock)
+    return _build(Path(out), manifest, fill, has_template(source), attachments, overwrite, lock)
 
 
 def _build(
     out: Path,
     manifest: Manifest,
     fill: Callable[[Path], str | None],
+    chat: bool,
     attachments: Mapping[str, Path] | None,
     overwrite: bool,
     lock: OutputLock | None,
 ) -> Path:
     """`fill` a folder with the model's files, add ours, and put it into its place. `fill` returns what its multimodal
-    source carries, for the card."""
+    source carries, for the card; chat: it has a chat template."""
     with _disk_errors(out), held(out, lock) as lock:
         recover(out, lock)
         check_destination(out, overwrite)
@@ -165,7 +167,7 @@ def _build(
             template = files("flarec.checkpoint").joinpath("templates", "generate.py").read_bytes()
             (partial / "custom_generate" / "generate.py").write_bytes(template)
             manifest = replace(manifest, versions=manifest.versions or versions())
-            (partial / "README.md").write_text(model_card(manifest, out.name, carried), encoding="utf-8")
+            (partial / "README.md").write_text(model_card(manifest, out.name, carried, chat), encoding="utf-8")
             names = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
             entries = {name: FileEntry.of(partial / name) for name in names}
             (partial / MANIFEST).write_text(replace(manifest, files=entries).to_json(), encoding="utf-8")

@@ -98,6 +98,10 @@ class LazyGroup(click.Group):
                 return result
         except ToldElsewhere as error:
             ctx.exit(error.exit_code)
+        except click.UsageError as error:
+            if not other_rank():
+                raise
+            ctx.exit(error.exit_code)  # every rank has the same arguments, and the first one says what is wrong
         except FlarecError as error:
             if ctx.meta.get(DEBUG):
                 raise
@@ -111,6 +115,11 @@ class LazyGroup(click.Group):
             _end(ctx, f"Error: {where}: {error.strerror}", 1)
         except KeyboardInterrupt:
             _end(ctx, "Interrupted.", INTERRUPTED)
+
+
+def other_rank() -> bool:
+    """Whether a launcher started this process as another than the first of several ranks (`flarec.train.ranks`)."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "") not in ("", "0")
 
 
 def _end(ctx: click.Context, message: str, code: int) -> NoReturn:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import click
 
+from ..errors import ToldElsewhere, UsageError
 from ..train.arguments import Arguments
 from .options import field_options, resume_command
 
@@ -32,9 +33,14 @@ def command(ctx: click.Context, /, dry_run: bool, **arguments: Any) -> None:
     from ..train.options import Options
     from ..train.plan import plan
     from ..train.progress import ConsoleReporter
-    from . import DEBUG
+    from . import DEBUG, other_rank
 
-    options = Options(**arguments, debug=bool(ctx.meta.get(DEBUG)))
+    try:
+        options = Options(**arguments, debug=bool(ctx.meta.get(DEBUG)))
+    except UsageError as error:
+        if other_rank():  # the first one says it
+            raise ToldElsewhere(str(error), error.exit_code) from error
+        raise
     reporter = ConsoleReporter()
     if dry_run:
         planned = plan(options, reporter)

@@ -22,17 +22,6 @@ def check_files(checkpoint: str, adapter: Path | None = None) -> None:
     open_checkpoint(checkpoint, whole=True, adapter=adapter)
 
 
-def _has_template(folder: Path) -> bool:
-    """Whether the files of a tokenizer hold a chat template."""
-    if (folder / "chat_template.jinja").exists() or (folder / "additional_chat_templates").exists():
-        return True
-    return any(
-        '"chat_template"' in (folder / name).read_text(encoding="utf-8", errors="replace")
-        for name in ("tokenizer_config.json", "chat_template.json")
-        if (folder / name).is_file()
-    )
-
-
 def say_unread(options: GenerationOptions, mode: str) -> None:
     """Warn of options that decoding in this mode does not read."""
     for name in options.unread(mode):
@@ -62,13 +51,14 @@ def open_model(
     with collector_paused():
         from flarec.api import check_mode, load
         from flarec.checkpoint.directory import open_checkpoint
+        from flarec.checkpoint.location import has_template
         from flarec.decode.tokenizing import encode_prompt
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FlarecWarning)  # `load` says it
             small = open_checkpoint(checkpoint, mask_token_id=mask_token_id, block_size=block_size, adapter=adapter)
         check_mode(mode, small.manifest)
-        if chat and not _has_template(small.path):
+        if chat and not has_template(small.path):
             encode_prompt(small.load_tokenizer(), "", chat=True)  # its class may have a template of its own
         return load(
             checkpoint,

@@ -125,6 +125,8 @@ def _opened(
         facts = judge_source(location, weights=False, dequantize=dequantize)
         for note in facts.notes:
             say(note)
+        if not Path(location).is_dir():
+            say(f"of {source} the configuration alone was judged: its weights are once they are downloaded")
         return facts.text, meta_model(facts.text, dtype)
     except UsageError as error:
         if not Path(source).exists():

@@ -33,6 +33,15 @@ def parts(manifest: Manifest) -> dict[str, Any]:
     return {"model": tiny_model("bamba"), "tokenizer": tiny_tokenizer(), "manifest": manifest}
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_card_says_how_a_model_is_talked_to(parts: dict[str, Any], tmp_path: Path, chat: bool) -> None:
+    if not chat:
+        parts["tokenizer"].chat_template = None
+    card = (write_checkpoint(tmp_path / "out", **parts) / "README.md").read_text()
+    assert ('" --chat --mode ar-trust' in card) == (", chat=True).text" in card) == chat
+    assert ('"Once upon a time" --mode' in card) != chat
+
+
 def full(*args: Any, **kwargs: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

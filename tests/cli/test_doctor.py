@@ -264,6 +264,15 @@ def test_a_hub_id_that_cannot_be_fetched() -> None:
         doctor.diagnose("nobody/nothing", load_recipe("flare"), length=16, batch=1, device=torch.device("cpu"))
 
 
+def test_of_a_hub_id_the_configuration_alone_is_judged(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    judge = diagnosis.judge_source
+    monkeypatch.setattr(diagnosis, "judge_source", lambda path, **more: judge(str(small), **more))
+    for location in ("owner/name", str(small)):
+        diagnosis._opened("owner/name", location, torch.float32, False, said.append)
+    assert said == ["of owner/name the configuration alone was judged: its weights are once they are downloaded"]
+
+
 def test_sizes() -> None:
     assert size_text(99_000_000) == "99.0 MB"
     assert size_text(1_230_000_000) == "1.23 GB"

@@ -69,6 +69,17 @@ def test_wrong_usage_is_2() -> None:
         assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("arguments", [("convert", "--bad"), ("convert", "model", "--seed", "-1"), ("convrt",)])
+def test_of_several_ranks_the_first_says_what_is_wrong_with_their_arguments(arguments: tuple[str, ...]) -> None:
+    alone = CliRunner().invoke(cli.main, arguments)
+    first, second = (
+        CliRunner().invoke(cli.main, arguments, env={"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    )
+    assert alone.exit_code == first.exit_code == second.exit_code == 2
+    assert first.stderr == alone.stderr != "" and second.output == ""
+
+
 def test_help_names_every_command() -> None:
     result = CliRunner().invoke(cli.main, ["--help"])
     assert result.exit_code == 0

@@ -206,6 +206,15 @@ def test_a_dry_run_says_the_same(place: Path) -> None:
     assert tree(place) == before
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",), ("--overwrite",)])
+def test_nothing_is_written_into_another_checkpoint(place: Path, more: tuple[str, ...]) -> None:
+    write("other/flarec.json", "{}")(place)
+    before = tree(place)
+    result = flarec("convert", "model", "--data", "data.jsonl", "--out", "other/inner/out", *more)
+    assert result.exit_code == 2 and "lies in the checkpoint" in result.stderr.splitlines()[-1]
+    assert tree(place) == before
+
+
 def test_an_old_record_is_a_record(place: Path) -> None:
     """From before records had a name: a run can be resumed, and started again."""
     identity = {"recipe": {"name": "flare"}, "seed": 0, "kernels": "torch", "source": {"name": "m"}, "data": {}}
