@@ -29,7 +29,7 @@ from tests.train.small_run import Small, adapter_recipe, recipe
 STEPS, SAVED = 3, 1
 FOUR = ["optimizer.batch_rows=4", f"optimizer.steps={STEPS}"]
 CASES = {
-    "flare": recipe("flare", *FOUR),
+    "flare": recipe("flare", *FOUR, "train.memory=recompute"),
     "draft": recipe("draft", *FOUR, "optimizer.micro_rows=4"),
     "adapter": adapter_recipe(*FOUR, "optimizer.micro_rows=2"),
 }
