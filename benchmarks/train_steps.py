@@ -51,8 +51,8 @@ SHAPES: dict[str, dict[str, int]] = {
              "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 512},
 }
 MICRO = {
-    "stock": (8, 4), "ar": (8, 4), "flare": (4, 2, 1), "draft": (4, 2), "adapter": (8, 4), "ar-recompute": (8, 4),
-    "flare-recompute": (4, 2, 1), "adapter-recompute": (8, 4), "flare-4B": (4, 2), "adapter-9B": (4, 2),
+    "stock": (8, 4), "ar": (8, 4), "flare": (4, 2, 1), "draft": (4, 2), "adapter": (8, 4), "ar-recompute": (8,),
+    "flare-recompute": (4, 2, 1), "adapter-recompute": (8,), "flare-4B": (4,), "adapter-9B": (4,),
 }
 """Rows of a micro batch that are tried, by part."""
 SHAPE_OF = {"flare-4B": "4B", "adapter-9B": "9B"}

@@ -23,20 +23,25 @@ from .loss import Losses, Scales, loss, measured, sums
 
 Tail = Callable[[Tensor], Tensor]
 Rows = Callable[..., RowLosses]
-CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 30, "cuda, without Triton": 1 << 28}
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 30, "cuda, fewer": 1 << 28}
 """Logits of one chunk: on a CPU what its caches hold; on a GPU so many that the head's gradient is seldom added up, and
-fewer where float32 copies are made of them."""
+fewer where a frozen head has none, or where float32 copies are made of them."""
 
 
-def chunk_rows(vocab_size: int, device: torch.device, implementation: str) -> int:
-    """Rows per chunk for a vocabulary."""
-    place = device.type if device.type != "cuda" or implementation == "triton" else "cuda, without Triton"
+def chunk_rows(vocab_size: int, device: torch.device, implementation: str, *, frozen: bool = False) -> int:
+    """Rows per chunk for a vocabulary. frozen: the head has no gradient."""
+    many = implementation == "triton" and not frozen
+    place = device.type if device.type != "cuda" or many else "cuda, fewer"
     return max(2, CHUNK_ELEMENTS[place] // vocab_size)
 
 
 def head_rows_at_once(program: Program) -> int:
     """Rows of logits that are made at a time."""
-    return chunk_rows(program.vocab_size, program.device, program.head.implementation if program.head else "torch")
+    if program.head is None:
+        return chunk_rows(program.vocab_size, program.device, "torch")
+    weight, _ = program.head.parameters(program.module)
+    frozen = not weight.requires_grad
+    return chunk_rows(program.vocab_size, program.device, program.head.implementation, frozen=frozen)
 
 
 def plan_for(program: Program, batch: Batch, scales: Scales) -> HeadPlan | None:

@@ -16,15 +16,16 @@ from flarec.passes.split_head import SplitHead
 from flarec.recipe import load_recipe
 from flarec.recipe.sections import Objective
 from flarec.train.data.document import PackedRow
+from flarec.train.objective import head_loss as module
 from flarec.train.objective.batch import Batch, build_batch
-from flarec.train.objective.head_loss import Tail, head_loss, losses_of, plan_for
+from flarec.train.objective.head_loss import Tail, chunk_rows, head_loss, losses_of, plan_for
 from flarec.train.objective.head_plan import plan_head
 from flarec.train.objective.loss import Losses, Scales, loss
 from flarec.train.objective.noise import step_generator
 from tests.models import captured_float64
 from tests.train.documents import MASK, make_document, packed_rows
 from tests.train.objective.test_loss import CHOICES, ROWS
-from tests.train.small_run import recipe, small
+from tests.train.small_run import adapter_recipe, recipe, small
 
 V, D = 64, 16
 TAILS: dict[str, Tail | None] = {
@@ -228,3 +229,24 @@ def test_a_split_program_trains_as_a_whole_one(family: str) -> None:
         assert (ours is None) == (theirs is None), name
         if ours is not None:
             torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-11, msg=name)
+
+
+def test_a_frozen_head_has_smaller_chunks_on_a_gpu() -> None:
+    """It adds up no gradient, so that nothing is won by many rows at a time."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert (chunk_rows(248_320, cuda, "triton"), chunk_rows(248_320, cuda, "triton", frozen=True)) == (4324, 1081)
+    assert chunk_rows(248_320, cuda, "torch") == chunk_rows(248_320, cuda, "triton", frozen=True)
+    assert chunk_rows(512, cpu, "torch") == chunk_rows(512, cpu, "torch", frozen=True)
+    chosen = adapter_recipe()
+    run = small("qwen3_5_text", "vector", chosen=chosen)
+    asked: list[bool] = []
+
+    def noted(*_: object, frozen: bool) -> int:
+        asked.append(frozen)
+        return 8
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "chunk_rows", noted)
+        for made in (run.trainer(chosen), small("qwen3_5_text").trainer(recipe("draft"))):
+            next(iter(made.feed.micro_batches(made.feed.take(0).batches)))
+    assert asked == [True, False]
