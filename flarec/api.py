@@ -19,10 +19,12 @@ from torch import nn
 from .base.fields import shown, whole_number
 from .base.generation import GenerationKeywords, GenerationOptions, per_prompt, takes_options
 from .checkpoint.directory import Checkpoint, context_of, open_checkpoint
-from .checkpoint.lowered import lowered, lowered_source
+from .checkpoint.horizon import horizon_of
+from .checkpoint.lowered import lowered, lowered_elastic, lowered_source
 from .checkpoint.manifest import Manifest
 from .collector import collector_paused
 from .decode import DecodeProgram, Engine, Generation, TextStream
+from .decode.horizon import HorizonProgram
 from .decode.request import OnTokens, Prompts
 from .decode.stores import Static
 from .decode.text import cut
@@ -50,11 +52,12 @@ class Output:
 
     text               new text, without special tokens, cut before a stop string
     token_ids          new tokens; EOS and the tokens of a stop string included
-    mode               "causal", "ar-trust" or "diffusion-trust"
+    mode               "causal", "ar-trust", "diffusion-trust" or "elastic"
     forwards           forward passes, the prefill included
     new_tokens         len(token_ids)
     tokens_per_forward new_tokens / forwards
-    accepted           accepted[n] = steps that accepted n drafts (ar-trust) or committed n tokens (diffusion-trust)
+    accepted           accepted[n] = steps that accepted n drafts (ar-trust), committed n tokens (diffusion-trust) or
+                       took n drafts (elastic)
     seconds            wall time until this prompt's last token
     stop_reason        "eos", "stop" (a stop string) or "length"
     """
@@ -119,7 +122,9 @@ class Model:
         self.kernels = resolve_kernels(kernels, self.program.device)
         settle(sum(parameter.numel() for parameter in self.program.parameters().values()))
         self._checkpoint, self._foreign = checkpoint, bool(passes)
+        self._passes, self._plugins = tuple(passes), tuple(plugins)
         self._plain: Program | None = None
+        self._elastic: HorizonProgram | None = None
         self._lowering = threading.Lock()
         self.compiles = resolve_compile(compile, self.program.device)
         self.decode_program = lowered(
@@ -143,6 +148,7 @@ class Model:
             graphs=graphs,
             static=Static(self._static, after) if self.compiles else None,
             causal=self._causal if adapter_parameters(self.program) and not self._foreign else None,
+            horizon=self._horizon if self._checkpoint.has_horizon else None,
         )
 
     def _causal(self) -> Program:
@@ -155,14 +161,25 @@ class Model:
                 self._plain = plain if plain is not None else self.decode_program
         return self._plain
 
-    def _static(self, program: DecodeProgram) -> Program:
-        """What runs steps of one of its programs, compiled."""
+    def _static(self, program: DecodeProgram) -> DecodeProgram:
+        """What runs steps of one of its programs, compiled; elastic decoding runs its own as it is."""
+        if isinstance(program, HorizonProgram):
+            return program
         assert isinstance(program, Program)
         return compiled_by_region(program, self._codes)
 
     @cached_property
     def _codes(self) -> Codes:
         return Codes()
+
+    def _horizon(self) -> HorizonProgram:
+        """What runs elastic decoding."""
+        with self._lowering:
+            if self._elastic is None:
+                self._elastic = HorizonProgram(lowered_elastic(
+                    self._checkpoint, self.program, kernels=self.kernels, foreign=self._passes, plugins=self._plugins
+                ))
+        return self._elastic
 
     @property
     def hf_model(self) -> Any:
@@ -324,6 +341,11 @@ def check_mode(mode: str | None, manifest: Manifest | None) -> None:
         raise GenerationError(
             f"this model is not converted, so it cannot decode in mode {mode}; run `flarec convert`, use mode causal, "
             "or give mask_token_id and block_size of a dual-mode checkpoint that another program wrote"
+        )
+    if mode == "elastic" and manifest is not None and horizon_of(manifest) is None:
+        raise GenerationError(
+            "this checkpoint has no head that says how many drafts are safe, which mode 'elastic' needs: train one "
+            "with flarec train-head"
         )
 
 

@@ -22,6 +22,7 @@ from .merge_projections import MergeProjections
 from .narrow_head import NarrowHead
 from .outline_regions import OutlineRegions
 from .plugins import Known, known_passes
+from .predict_horizon import PredictHorizon
 from .rewrite_masks import RewriteMasks
 from .schedule_states import ScheduleStates
 from .split_head import SplitHead
@@ -52,7 +53,9 @@ DECODE: list[Pass] = [
 ]
 
 PIPELINES: dict[str, list[Pass]] = {"train": TRAIN, "decode": DECODE}
-OPTIONAL: tuple[type[Pass], ...] = (AdaptNoisyStream, SplitStreams, MergeProjections, FoldConstants, OutlineRegions)
+OPTIONAL: tuple[type[Pass], ...] = (
+    AdaptNoisyStream, SplitStreams, MergeProjections, FoldConstants, OutlineRegions, PredictHorizon,
+)
 """Passes that stand in a pipeline where a caller gives them (`pipeline`)."""
 PASSES: dict[str, type[Pass]] = {step.name: type(step) for step in [*TRAIN, *DECODE]} | {p.name: p for p in OPTIONAL}
 GIVEN = frozenset({"captured"})
@@ -216,6 +219,7 @@ __all__ = [
     "AdaptNoisyStream",
     "Known",
     "OutlineRegions",
+    "PredictHorizon",
     "UnknownPass",
     "lower",
     "needs",

@@ -90,7 +90,7 @@ class AdaptNoisyStream(Pass):
         graph, x = program.graph, node.args[0]
         names = [f"{module}.{part}" for part in PARTS]
         for name in names:
-            _register(program.module, name, program.extra[name])
+            register(program.module, name, program.extra[name])
         with graph.inserting_after(node):
             end = graph.call_function(ATEN.where.self, (None, None, node))
         with graph.inserting_before(end):
@@ -299,7 +299,7 @@ def _routers(program: Program) -> set[fx.Node]:
     return found
 
 
-def _register(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def register(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Give a module tree a parameter of that dotted name; modules on the way are made."""
     *path, last = name.split(".")
     for part in path:

@@ -19,6 +19,7 @@ from .fold_constants import check_folded
 from .lower_mixers import LowerMixers
 from .merge_projections import check_merged
 from .outline_regions import check_outlined
+from .predict_horizon import check_horizon_predicted
 from .split_head import check_head_split
 from .split_streams import check_streams_split
 from .token_local import Watch
@@ -114,6 +115,7 @@ CHECKERS: dict[str, Checker] = {
     "projections-merged": check_merged,
     "constants-folded": check_folded,
     "regions-outlined": check_outlined,
+    "horizon-predicted": check_horizon_predicted,
     "lowered": check_lowered,
 }
 

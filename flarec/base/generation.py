@@ -14,7 +14,7 @@ from typing import Any, Literal, TypedDict, get_args, get_origin
 from ..errors import GenerationError
 from .fields import LARGEST, allowed_values, field_types, is_number, key, plain, shown, shows_fields, whole_number
 
-Mode = Literal["causal", "ar-trust", "diffusion-trust"]
+Mode = Literal["causal", "ar-trust", "diffusion-trust", "elastic"]
 Drafts = Literal["branches", "single", "auto"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 DRAFTS: tuple[Drafts, ...] = get_args(Drafts)
@@ -45,7 +45,8 @@ class GenerationOptions:
         "checkpoint's.",
     )
     threshold: float | None = key(
-        None, "diffusion-trust: commit every position this confident. Default: the checkpoint's.",
+        None, "diffusion-trust, elastic: commit every position, or take drafts, this confident. Default: the "
+        "checkpoint's.",
         low=0, high=1, metavar="P",
     )
     denoising_steps: int | None = key(
@@ -67,9 +68,12 @@ class GenerationOptions:
 
     def unread(self, mode: str) -> list[str]:
         """Names of the options that are given and that decoding in `mode` does not read: another mode's."""
-        others = tuple(f"{other}:" for other in MODES if other != mode)
-        given = [item for item in fields(self) if getattr(self, item.name) is not None]
-        return [item.name for item in given if str(item.metadata["doc"]).startswith(others)]
+        found = []
+        for item in fields(self):
+            readers = set(str(item.metadata["doc"]).partition(":")[0].split(", "))
+            if getattr(self, item.name) is not None and readers <= {*MODES} and mode not in readers:
+                found.append(item.name)
+        return found
 
 
 class GenerationKeywords(TypedDict, total=False):

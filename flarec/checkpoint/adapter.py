@@ -94,7 +94,7 @@ def place_source(source: Path, out: Path, *, link: bool, note: Callable[[str], N
     weights = weight_files(source)
     for path in weights:
         target = out / path.name
-        if not (link and _linked(path, target, note)):
+        if not (link and linked(path, target, note)):
             shutil.copyfile(path, target)
     for path in sorted(source.iterdir()):
         known = path.suffix in FILE_KINDS or path.name.upper().startswith(_TEXTS)
@@ -103,7 +103,8 @@ def place_source(source: Path, out: Path, *, link: bool, note: Callable[[str], N
             shutil.copyfile(path, out / path.name)
 
 
-def _linked(path: Path, target: Path, note: Callable[[str], None]) -> bool:
+def linked(path: Path, target: Path, note: Callable[[str], None]) -> bool:
+    """Whether `target` is a hard link to a file now; where that cannot be, `note` is told."""
     try:
         os.link(os.path.realpath(path), target)
     except OSError as error:

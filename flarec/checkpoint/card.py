@@ -61,6 +61,7 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None, chat: 
     readouts = ", ".join(f"{mode}: {readout}" for mode, readout in decode.readouts.items())
     opener = "AutoModelForImageTextToText" if carried else "AutoModelForCausalLM"
     recipe = str(manifest.recipe.get("name", "custom"))
+    elastic = "elastic" in manifest.pipelines
     model = source.name if info is not None and info.alone else name
     adapter = f" --adapter {name}" if info is not None and info.alone else ""
     keyword = f', adapter="{name}"' if adapter else ""
@@ -92,6 +93,7 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None, chat: 
             "confidence threshold": decode.confidence_threshold,
             "denoising steps": decode.denoising_steps or "block size",
             "mask token": token,
+            **({"elastic": "`horizon.safetensors` says how many drafts are taken"} if elastic else {}),
         }),
         "## Training",
         _table({"recipe": recipe, **data}),

@@ -27,6 +27,7 @@ from .adapter import FOLDER, check_source, open_adapter, read_adapter, refuse_ba
 from .card import licence_of
 from .carried import Carried
 from .ends import stated_ends
+from .horizon import horizon_of, read_horizon
 from .location import resolve
 from .manifest import NAME as MANIFEST
 from .manifest import Manifest, Source
@@ -154,18 +155,26 @@ class Checkpoint:
     def load_extra(
         self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> dict[str, nn.Parameter]:
-        """Parameters without a place in the transformers model (mask vector, adapter), by name; often none."""
+        """Parameters without a place in the transformers model (mask vector, adapter, horizon head), by name; often
+        none."""
+        horizon = read_horizon(self.home, self.manifest, dtype, device)
         if self.adapter is not None:
-            found = read_adapter(self.adapter, dtype, device)
+            found = read_adapter(self.adapter, dtype, device) | horizon
             return {name: nn.Parameter(tensor) for name, tensor in found.items()}
         path = self.path / EXTRA
         if not path.is_file():
-            return {}
+            return {name: nn.Parameter(tensor) for name, tensor in horizon.items()}
         try:
             tensors = load_file(path, device=str(device))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read: {first_line(error)}; copy the checkpoint again") from error
-        return {name: nn.Parameter(tensor.to(dtype or tensor.dtype)) for name, tensor in tensors.items()}
+        found = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()} | horizon
+        return {name: nn.Parameter(tensor) for name, tensor in found.items()}
+
+    @property
+    def has_horizon(self) -> bool:
+        """Whether it has a head for elastic decoding."""
+        return horizon_of(self.manifest) is not None
 
     def eos_ids(self, config: Any, tokenizer: Any) -> frozenset[int]:
         """Ids that end a text: all that the configurations and the tokenizer call so (`flarec.checkpoint.ends`)."""

@@ -10,6 +10,7 @@ from ..ir.pipeline import Pass
 from ..ir.program import Program
 from ..passes import PASSES, AdaptNoisyStream, UnknownPass, lower, pipeline
 from .directory import Checkpoint
+from .horizon import TARGET, horizon_of
 from .manifest import Manifest
 
 
@@ -25,7 +26,7 @@ def pipeline_of(
 ) -> list[Pass]:
     """The passes of `target` as the manifest states them, only the implementation of mixers replaced; for a model that
     was not converted, or a checkpoint of another program, the literal list. `fast`, `regions`, `foreign`, `plugins`:
-    see `flarec.passes`.
+    see `flarec.passes`. target "elastic": the decode pipeline with the checkpoint's horizon head.
 
     Raises `CheckpointError` for a pass that is not installed, naming the plugin that the checkpoint was made with.
     """
@@ -33,8 +34,8 @@ def pipeline_of(
     vector = manifest is not None and manifest.mask.kind == "vector"
     try:
         return pipeline(
-            target, mask_vector=vector, kernels=kernels, fast=fast, regions=regions, stored=stored, foreign=foreign,
-            plugins=plugins,
+            "decode" if target == TARGET else target, mask_vector=vector, kernels=kernels, fast=fast, regions=regions,
+            stored=stored, foreign=foreign, plugins=plugins,
         )
     except UnknownPass as error:
         origin = manifest.plugins.get(error.name) if manifest is not None else None
@@ -63,6 +64,17 @@ def lowered(
         checkpoint.manifest, target, kernels=kernels, fast=fast, regions=regions, foreign=foreign, plugins=plugins
     )
     return lower(program, target, steps=steps, debug=debug)
+
+
+def lowered_elastic(
+    checkpoint: Checkpoint, program: Program, *, kernels: str = "torch", foreign: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
+) -> Program:
+    """The decode program with the checkpoint's horizon head. Raises `CheckpointError` for a checkpoint without one."""
+    if horizon_of(checkpoint.manifest) is None:
+        raise CheckpointError(f"{checkpoint.home} has no horizon head; train one with flarec train-head")
+    steps = pipeline_of(checkpoint.manifest, TARGET, kernels=kernels, foreign=foreign, plugins=plugins)
+    return lower(program, "decode", steps=steps)
 
 
 def lowered_source(

@@ -94,7 +94,8 @@ class Manifest:
     """The contents of `flarec.json`.
 
     recipe     `Recipe.to_dict()`
-    pipelines  "train", "decode" -> one pass per line
+    pipelines  "train", "decode", and "elastic" of a checkpoint with a horizon head (`checkpoint.horizon`) -> one pass
+               per line
     data       documents, tokens and targets per source, and how many tokens were trained on
     metrics    last training metrics and measurements
     versions   of flarec, torch, transformers and Python

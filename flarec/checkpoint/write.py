@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .. import __version__
 from ..base.files import flush_tree
@@ -29,6 +29,7 @@ from .adapter import FOLDER, place_source, write_adapter
 from .card import model_card
 from .carried import Carried
 from .ends import state_ends
+from .horizon import place_checkpoint
 from .location import has_template
 from .manifest import NAME as MANIFEST
 from .manifest import Manifest
@@ -140,6 +141,30 @@ def write_adapter_checkpoint(
         return carried.describe(adapter=True) if carried else None
 
     return _build(Path(out), manifest, fill, has_template(source), attachments, overwrite, lock)
+
+
+def write_horizon_checkpoint(
+    out: str | Path,
+    home: Path,
+    manifest: Manifest,
+    parameters: Mapping[str, Tensor],
+    *,
+    link: bool = False,
+    carried: Carried | None = None,
+    overwrite: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Write the checkpoint in `home` once more, byte for byte, with a horizon head.
+
+    manifest    `checkpoint.horizon.manifest_with` made it of that of `home`
+    parameters  of the head
+    The rest is that of `write_adapter_checkpoint`.
+    """
+    def fill(partial: Path) -> str | None:
+        place_checkpoint(home, manifest, parameters, partial, link=link, note=note)
+        return carried.describe(adapter=manifest.adapter is not None) if carried else None
+
+    return _build(Path(out), manifest, fill, None, overwrite, None)
 
 
 def _build(

@@ -23,6 +23,7 @@ from flarec.threads import manage
 COMMANDS: dict[str, str] = {
     "convert": "Train a source model into a dual-mode checkpoint.",
     "finish": "Write the checkpoint of a stopped run as far as it was trained.",
+    "train-head": "Teach a checkpoint how many of its drafts are safe, for elastic decoding.",
     "screen": "Compare mixes of training data by short runs.",
     "answers": "Let a source model write its own training data.",
     "generate": "Generate text with a checkpoint or a source model.",
@@ -40,7 +41,7 @@ COMMANDS: dict[str, str] = {
 }
 """Name and one-line help, in the order in which `flarec --help` lists them."""
 
-MODULES = {"eval": "evaluate", "lm-eval": "lm_eval"}
+MODULES = {"eval": "evaluate", "lm-eval": "lm_eval", "train-head": "train_head"}
 """Modules that are not named like their command."""
 
 DEBUG = "flarec.debug"

@@ -1,4 +1,4 @@
-"""The engine: prompts in, generations out, in one of three modes on one lowered decode program."""
+"""The engine: prompts in, generations out, in one of its modes on one lowered decode program."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from .graphs import CudaReplays, PlainReplays
 from .modes.ar_trust import ARTrustMode
 from .modes.causal import CausalMode
 from .modes.diffusion_trust import DiffusionTrustMode
+from .modes.elastic import ElasticMode
 from .plan import DecodeProgram
 from .policy import DraftPolicy, choices_of
 from .prefix import PrefixCache
@@ -60,6 +61,8 @@ class Engine:
                    gives their logits bit for bit; asked when it is needed
     static         what runs the steps of running requests, whose shapes are few, in the place of the program: one that
                    is compiled for them; None: the program itself
+    horizon        gives the program of elastic decoding (`flarec.decode.horizon`); None: the checkpoint has no head
+                   that says how many drafts are safe
     prefix_cache   bytes for prompts that were read before (`flarec.decode.prefix`); 0: every prompt is read anew
     stats          what it has done so far
     """
@@ -78,6 +81,7 @@ class Engine:
         graphs: str = "auto",
         causal: Callable[[], DecodeProgram] | None = None,
         static: Static | None = None,
+        horizon: Callable[[], DecodeProgram] | None = None,
         prefix_cache: int = 0,
     ) -> None:
         if block_size is not None:
@@ -93,6 +97,7 @@ class Engine:
             )
         self.program = program
         self._causal = causal if causal is not None else lambda: program
+        self._horizon = horizon
         self.mask_token_id = mask_token_id
         self.block_size = block_size
         self.readouts = dict(readouts)
@@ -221,10 +226,17 @@ class Engine:
         def lane(request: Request, key: Hashable) -> Lane:
             mode, suppress = self._mode(request.options), self._suppressed(request.options.suppress)
             stores = self.shelf.of(key) if self.shelf is not None and request.logprobs is None else None
-            program = self._causal() if request.options.mode == "causal" else self.program
+            program = self._program(request.options.mode)
             return Lane(program, mode, suppress, slots, chunk, self.stats, stores, self.prefixes)
 
         return Scheduler(lane, key)
+
+    def _program(self, mode: str | None) -> DecodeProgram:
+        """What runs a mode."""
+        if mode == "elastic":
+            assert self._horizon is not None, "the request was refused"
+            return self._horizon()
+        return self._causal() if mode == "causal" else self.program
 
     def _mode(self, options: GenerationOptions) -> Mode:
         """What decodes a request whose options are complete."""
@@ -234,6 +246,8 @@ class Engine:
             return ARTrustMode(self._blocks("ar-trust"), branches=options.drafts != "single", policy=policy)
         if options.mode == "diffusion-trust":
             return DiffusionTrustMode(self._blocks("diffusion-trust"), options.threshold, options.denoising_steps)
+        if options.mode == "elastic":
+            return ElasticMode(self._elastic_blocks(), options.threshold, self.program.vocab_size)
         return CausalMode()
 
     @cached_property
@@ -256,6 +270,21 @@ class Engine:
         # the last row of a denoised block would choose the next block's first token, which a clean row chooses
         heads = self.block_size if mode == "ar-trust" else self.block_size - 1
         return BlockSpec(self.block_size, heads, self.readouts[mode], self.mask_token_id)
+
+    def _elastic_blocks(self) -> BlockSpec:
+        """The drafts of AR-Trust, where a part of them may be taken."""
+        blocks = self._blocks("ar-trust")
+        if blocks.readout != "causal":
+            raise GenerationError(
+                f"this checkpoint's drafts read their whole block ({blocks.readout}), so that no part of them stands "
+                "alone, and mode 'elastic' needs causal ones: convert with the recipe fluid, adapter or draft"
+            )
+        if self._horizon is None:
+            raise GenerationError(
+                "this checkpoint has no head that says how many drafts are safe, which mode 'elastic' needs: train one "
+                "with flarec train-head"
+            )
+        return blocks
 
     def _suppressed(self, more: Collection[int]) -> list[int]:
         """The ids that are never generated, of the engine and of a call."""

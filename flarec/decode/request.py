@@ -47,10 +47,11 @@ class Generation:
     """What a request produced.
 
     token_ids    new tokens; the last one is EOS if stop_reason is "eos"
-    mode         "causal", "ar-trust" or "diffusion-trust"
+    mode         "causal", "ar-trust", "diffusion-trust" or "elastic"
     forwards     forward passes this request took part in; a prefill in chunks counts as one
     accepted     ar-trust: accepted[a] = steps after the prefill in which a drafts were accepted (a step without drafts
-                 accepts 0); diffusion-trust: accepted[c] = denoising steps that committed c tokens; causal: empty
+                 accepts 0); diffusion-trust: accepted[c] = denoising steps that committed c tokens; elastic:
+                 accepted[a] = steps, the prefill among them, that took a drafts; causal: empty
     seconds      wall time from when the request was given to its last token
     stop_reason  "eos", "stop" (the stop check), "length" or "cancelled"
     """

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+HORIZON = "horizon"
+"""Output of a program that predicts how many drafts are safe: [N, positions + 1] logits beside those of the tokens."""
+
 
 @dataclass(frozen=True)
 class CacheSlot:

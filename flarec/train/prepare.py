@@ -111,7 +111,7 @@ def prepare(
     eos_ids = source.eos_ids(config, tokenizer)
     sources, held = _read_data(options, recipe, tokenizer, eos_ids)
     ends = _ends(sources, tokenizer, eos_ids, reporter)
-    _check_ids([*sources], held, config, mask)
+    check_ids([*sources], held, config, mask)
 
     reporter.note(f"loading {options.source} on {device}")
     model = source.load_model(DTYPES[precision], device)
@@ -306,8 +306,8 @@ def _ends(
     return (*closing[:1], *rest)
 
 
-def _check_ids(sources: Sequence[TokenSource], held: Sequence[Document], config: Any, mask: MaskToken) -> None:
-    """No token is the mask token or outside of the embedding table."""
+def check_ids(sources: Sequence[TokenSource], held: Sequence[Document], config: Any, mask: MaskToken) -> None:
+    """Raise `DataError` for a token that is the mask token or outside of the embedding table."""
     limit = int(config.get_text_config().vocab_size)
     columns = [source.tokens for source in sources] + [document.ids for document in held]
     for ids in columns:

@@ -63,6 +63,13 @@ class FakeModel:
     def clean_from(self, state: int) -> np.ndarray:
         return random_logits(self.vocab, self.key, state)
 
+    def horizon_from(self, state: int, size: int) -> np.ndarray:
+        """Logits [size + 1] of how many drafts are safe after a prefix."""
+        return random_logits(size + 1, self.key, state, 77)
+
+    def horizon(self, prefix: Sequence[int], size: int) -> int:
+        return int(self.horizon_from(prefix_state(prefix), size).argmax())
+
     def noisy(self, prefix: Sequence[int], block: Sequence[int], offset: int, readout: str) -> np.ndarray:
         """Logits [V] of noisy row `offset` of a block anchored after `prefix`."""
         return self.noisy_from(prefix_state(prefix), len(prefix), block, offset, readout)
@@ -97,6 +104,9 @@ class FakeProgram:
     model: FakeModel
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     calls: list[Call] = field(default_factory=list)
+    horizon: int | None = None
+    """Drafts of the largest horizon: the rows of the logits are as wide as those of `HorizonProgram`. None: they have
+    none."""
 
     cache_slots = (
         CacheSlot("tokens", "keys", ("batch", "capacity"), torch.int64),
@@ -133,7 +143,13 @@ class FakeProgram:
         self.calls.append(call)
         assert set(wanted) <= set(logits), "logits were asked for a padding slot"
         values = np.array([logits[flat] for flat in wanted], dtype=np.float32)
-        return torch.from_numpy(values).reshape(-1, self.vocab_size)
+        width = self.vocab_size + (0 if self.horizon is None else self.horizon + 1)
+        return torch.from_numpy(values).reshape(len(wanted), width)
+
+    def _wide(self, logits: np.ndarray, state: int) -> np.ndarray:
+        if self.horizon is None:
+            return logits
+        return np.concatenate([logits, self.model.horizon_from(state, self.horizon)])
 
     def _commit(self, row: int, layout: Layout, cache: Cache) -> list[int]:
         """Apply the accepted pending rows; returns the clean prefix after checking that all caches agree on it."""
@@ -170,7 +186,7 @@ class FakeProgram:
             assert position < cache.capacity == cache.tensors["tokens"].shape[1]
             cache.tensors["tokens"][row, position] = token
             states[position + 1] = roll(states[position], token)
-            logits[base + slot] = model.clean_from(states[position + 1])
+            logits[base + slot] = self._wide(model.clean_from(states[position + 1]), states[position + 1])
             clean.append(position)
         blocks = []
         names = {value: name for name, value in READOUTS.items()}
@@ -186,7 +202,8 @@ class FakeProgram:
             readout = names[int(layout.block_readout[row, block])]
             start = base + layout.clean_length
             for offset, slot in enumerate(slots):
-                logits[start + slot] = model.noisy_from(states[anchor], anchor, ids, offset, readout)
+                drafted = model.noisy_from(states[anchor], anchor, ids, offset, readout)
+                logits[start + slot] = self._wide(drafted, states[anchor] + 1 + offset)
             blocks.append((anchor, ids))
         call.clean.append(clean)
         call.blocks.append(blocks)

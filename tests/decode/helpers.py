@@ -20,6 +20,7 @@ def make_engine(
     max_positions: int = 10_000,
 ) -> tuple[Engine, FakeProgram]:
     program = FakeProgram(model)
+    wide = FakeProgram(model, calls=program.calls, horizon=size)
     engine = Engine(
         program,
         mask_token_id=model.mask if size is not None else None,
@@ -28,6 +29,7 @@ def make_engine(
         eos_ids=eos,
         max_positions=max_positions,
         suppress=[model.mask],
+        horizon=None if size is None else lambda: wide,
     )
     return engine, program
 

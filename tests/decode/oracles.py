@@ -140,6 +140,36 @@ def ar_trust(
         anchor = known - 1 if branches or accepted == drafts else None
 
 
+def elastic(
+    model: FakeModel,
+    prompt: list[int],
+    params: GenerationOptions,
+    eos: Collection[int],
+    limit: int,
+    size: int,
+    threshold: float,
+) -> Oracle:
+    """A step reads everything before it anew: the clean row's token, then drafts as far as horizon and threshold go."""
+    tokens: list[int] = []
+    forwards, histogram = 0, Counter[int]()
+    while True:
+        prefix, suppress = prompt + tokens, [model.mask]
+        tokens = [*tokens, pick(model.clean(prefix), params, len(prefix), suppress)[0]]
+        taken = 0
+        while taken < model.horizon(prefix, size):
+            logits = model.noisy(prefix, [model.mask] * size, taken, "causal")
+            token, confidence = pick(logits, params, len(prefix) + 1 + taken, suppress)
+            if confidence < threshold:
+                break
+            tokens.append(token)
+            taken += 1
+        forwards += 1
+        histogram[taken] += 1
+        done = end(tokens, eos, limit)
+        if done is not None:
+            return Oracle(*done, forwards, histogram)
+
+
 def diffusion_trust(
     model: FakeModel,
     prompt: list[int],

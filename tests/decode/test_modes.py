@@ -6,10 +6,12 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flarec.base.generation import GenerationOptions
 from flarec.decode import Generation
+from flarec.errors import GenerationError
 from tests.decode import oracles
 from tests.decode.fake_model import FakeModel
 from tests.decode.helpers import make_engine, random_options, random_prompts
@@ -92,6 +94,50 @@ def test_diffusion_trust_equals_the_oracle(size: int, readout: str) -> None:
             assert result.new_tokens <= committed < result.new_tokens + size + 1
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_elastic_equals_the_oracle(size: int) -> None:
+    taken = set()
+    for seed in range(12):
+        rng, model, prompts, options = case(1000 * size + seed)
+        eos = rng.sample(range(model.mask), rng.randint(0, 1))
+        engine, _ = make_engine(model, size, eos=eos)
+        threshold = rng.choice([0.0, 0.3, 0.6])
+        results = engine.generate(prompts, mode="elastic", threshold=threshold, **options)
+        for index, result in enumerate(results):
+            params, limit = options["options"][index], options["options"][index].max_new_tokens
+            same(result, oracles.elastic(model, prompts[index], params, eos, limit, size, threshold))
+            assert sum(result.accepted) == result.forwards
+            taken |= {count for count, steps in enumerate(result.accepted) if steps}
+    assert taken == set(range(size + 1)), "every number of drafts was taken"
+
+
+@pytest.mark.parametrize("limit", ["horizon", "confidence"])
+def test_elastic_without_safe_drafts_is_causal(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if limit == "horizon":
+        monkeypatch.setattr(FakeModel, "horizon_from", lambda model, state, size: np.eye(size + 1, dtype=np.float32)[0])
+    for seed in range(4):
+        _, model, prompts, options = case(seed)
+        engine, _ = make_engine(model, 3)
+        each = [replace(item, top_k=0, top_p=1.0) for item in options.pop("options")]
+        threshold = 1.0 if limit == "confidence" else 0.0
+        results = engine.generate(prompts, each, mode="elastic", threshold=threshold, **options)
+        causal = engine.generate(prompts, each, mode="causal", **options)
+        assert [r.token_ids for r in results] == [r.token_ids for r in causal]
+        assert [r.forwards for r in results] == [r.forwards for r in causal]
+
+
+def test_elastic_is_refused_where_it_has_no_meaning() -> None:
+    model = FakeModel()
+    with pytest.raises(GenerationError, match=r"drafts read their whole block .* needs causal ones"):
+        make_engine(model, 3, readout="block_end")[0].generate([[1]], mode="elastic")
+    with pytest.raises(GenerationError, match="not converted"):
+        make_engine(model, None)[0].generate([[1]], mode="elastic")
+    engine, _ = make_engine(model, 3)
+    engine._horizon = None
+    with pytest.raises(GenerationError, match=r"no head that says how many drafts are safe.*flarec train-head"):
+        engine.generate([[1]], mode="elastic")
+
+
 def test_drafts_are_right_sometimes() -> None:
     """The cases above mean little if drafts are always or never accepted."""
     engine, _ = make_engine(FakeModel(agreement=0.7), 3)
@@ -101,7 +147,7 @@ def test_drafts_are_right_sometimes() -> None:
     assert len(steps) == 4 and steps[1] > 0 and steps[3] > 0
 
 
-@pytest.mark.parametrize("mode", ["causal", "ar-trust", "diffusion-trust"])
+@pytest.mark.parametrize("mode", ["causal", "ar-trust", "diffusion-trust", "elastic"])
 @pytest.mark.parametrize("drafts", ["branches", "single"])
 def test_a_request_does_not_depend_on_its_batch(mode: str, drafts: str) -> None:
     for seed in range(4):

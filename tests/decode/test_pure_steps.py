@@ -41,7 +41,8 @@ class ValuelessProgram:
     vocab_size = VOCABULARY
     cache_slots: Sequence[CacheSlot] = FakeProgram.cache_slots
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = VOCABULARY) -> None:
+        self.width = width
         self.derived: dict[str, Any] = {}
 
     def step(self, input_ids: Tensor, layout: Layout, head_rows: Tensor, cache: Cache) -> Tensor:
@@ -54,7 +55,7 @@ class ValuelessProgram:
                 shape = [sizes[size] if isinstance(size, str) else size for size in slot.shape]
                 shape[-1] += layout.clean_length if slot.kind == "conv" else 0
                 cache.tensors[slot.name] = torch.empty(shape, dtype=slot.dtype, device=META)
-        return torch.empty(len(head_rows), VOCABULARY, device=META)
+        return torch.empty(len(head_rows), self.width, device=META)
 
 
 @pytest.mark.parametrize("size", [1, 3, 9])
@@ -62,18 +63,19 @@ class ValuelessProgram:
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_a_step_asks_the_device_nothing(way: dict[str, Any], sampling: dict[str, Any], size: int) -> None:
     """Blocks of 9 make steps of more rows than the linear attention's tile."""
-    program = ValuelessProgram()
+    width = VOCABULARY + (size + 1 if way["mode"] == "elastic" else 0)
+    program = ValuelessProgram(width)
     engine = Engine(
         program, mask_token_id=VOCABULARY - 1, block_size=size, eos_ids=(), max_positions=1000, suppress=[49],
-        readouts={"ar-trust": "causal", "diffusion-trust": "block_end"},
+        readouts={"ar-trust": "causal", "diffusion-trust": "block_end"}, horizon=lambda: program,
     )
     options = engine._filled(GenerationOptions(**way, **sampling))
     requests = [Request(index, [1, 2, 3], 20, Stopping(), options) for index in range(3)]
     suppress = torch.zeros(VOCABULARY, dtype=torch.bool, device=META)
     rows = Rows(program, engine._mode(options), requests, [options] * 3, suppress)
     heads = rows.blocks.heads if rows.blocks else 0
-    noisy = torch.empty(3, int(rows.blocks is not None), heads, VOCABULARY, device=META)
-    values = rows.mode.start(rows, torch.empty(3, 1, VOCABULARY, device=META), noisy)
+    noisy = torch.empty(3, int(rows.blocks is not None), heads, width, device=META)
+    values = rows.mode.start(rows, torch.empty(3, 1, width, device=META), noisy)
     assert values.shape[0] == 3 and values.dtype == torch.int64
     shapes = set()
     for ready in (False, True, True):

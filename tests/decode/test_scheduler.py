@@ -25,6 +25,7 @@ WAYS: list[dict[str, Any]] = [
     {"mode": "ar-trust", "drafts": "branches"},
     {"mode": "ar-trust", "drafts": "single"},
     {"mode": "diffusion-trust", "threshold": 0.5},
+    {"mode": "elastic", "threshold": 0.3},
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ...base.generation import MODES, Mode
+from ...base.generation import Mode
 from ...errors import UsageError
 from ..measure import NotMeasured
 from ..session import Case, Measured, Session
@@ -18,6 +18,8 @@ ACCEPTANCE = (1.0, 1.5, 2.65, 3.5)
 """Tokens per step of whole blocks that are replayed."""
 LONG = 32768
 PROMPT = 8192
+ALONE: tuple[Mode, ...] = ("causal", "ar-trust", "diffusion-trust")
+"""Modes of a model that has no horizon head."""
 Measure = Callable[[ServingSession], Measured]
 
 
@@ -66,7 +68,7 @@ def _prefill(session: ServingSession) -> Measured:
 def _waits(session: ServingSession) -> Measured:
     if not session.on_gpu:
         raise NotMeasured("waits are counted on CUDA devices")
-    found: dict[str, float | None] = {mode: ours.step_time(session, mode, 1).waits for mode in MODES}
+    found: dict[str, float | None] = {mode: ours.step_time(session, mode, 1).waits for mode in ALONE}
     return Measured(max(value for value in found.values() if value is not None), found)
 
 

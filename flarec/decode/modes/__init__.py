@@ -1,1 +1,1 @@
-"""The three ways to decode: causal, AR-Trust, Diffusion-Trust."""
+"""The ways to decode: causal, AR-Trust, Diffusion-Trust, elastic."""
