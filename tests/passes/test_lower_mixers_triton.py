@@ -132,7 +132,7 @@ def generate(family: str, kernels: str, mode: str, prompts: list[list[int]], **o
         max_positions=1024,
         suppress=[MASK_ROW],
     )
-    results = engine.generate(prompts, mode=mode, seed=3, max_new_tokens=4, **options)
+    results = engine.generate(prompts, mode=mode, seed=3, max_new_tokens=3, **options)
     return [result.token_ids for result in results]
 
 
@@ -185,7 +185,7 @@ from flarec.passes import lower
 from flarec.errors import PassError
 from tests.models import captured
 try:
-    lower(captured("bamba"), "train", kernels="triton")
+    lower(captured("lfm2"), "train", kernels="triton")
 except PassError as error:
     print(error)
 """
