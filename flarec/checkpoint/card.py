@@ -44,15 +44,6 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None, chat: 
     """
     data = {key: value for key, value in manifest.data.items() if key != RUN_KEY}
     source, decode, mask = manifest.source, manifest.decode, manifest.mask
-    front = [
-        "library_name: transformers",
-        f"pipeline_tag: {'image-text-to-text' if carried else 'text-generation'}",
-        "tags: [flarec, diffusion, speculative-decoding]",
-    ]
-    if source.licence:
-        front.append(f"license: {source.licence}")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source.name):
-        front.append(f"base_model: {source.name}")
     info = manifest.adapter
     if mask.kind == "row":
         token = f"the spare vocabulary row {mask.token_id}; it is never generated"
@@ -67,7 +58,7 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None, chat: 
     keyword = f', adapter="{name}"' if adapter else ""
     prompt, option, argument = ("What is a token?", " --chat", ", chat=True") if chat else ("Once upon a time", "", "")
     sections = [
-        "\n".join(["---", *front, "---"]),
+        _front_matter(manifest, multimodal=bool(carried)),
         f"# {name}",
         _WHAT_ADAPTED.format(source.name, info.rank) if info is not None else _WHAT_CONVERTED.format(source.name),
         "## Use",
@@ -103,6 +94,21 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None, chat: 
     licence = source.licence or "not stated by the source; ask its authors before you pass this model on"
     sections += ["## Licence", f"That of the source: {licence}.", "## Versions", _table(manifest.versions)]
     return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(manifest: Manifest, *, multimodal: bool) -> str:
+    """What the Hub reads of a card."""
+    source = manifest.source
+    lines = [
+        "library_name: transformers",
+        f"pipeline_tag: {'image-text-to-text' if multimodal else 'text-generation'}",
+        "tags: [flarec, diffusion, speculative-decoding]",
+    ]
+    if source.licence:
+        lines.append(f"license: {source.licence}")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source.name):
+        lines.append(f"base_model: {source.name}")
+    return "\n".join(["---", *lines, "---"])
 
 
 def _table(values: dict[str, Any]) -> str:

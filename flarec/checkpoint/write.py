@@ -164,7 +164,7 @@ def write_horizon_checkpoint(
         place_checkpoint(home, manifest, parameters, partial, link=link, note=note)
         return carried.describe(adapter=manifest.adapter is not None) if carried else None
 
-    return _build(Path(out), manifest, fill, None, overwrite, None)
+    return _build(Path(out), manifest, fill, has_template(home), None, overwrite, None)
 
 
 def _build(
