@@ -36,7 +36,7 @@ from flarec.train.mask_token import MaskToken
 TARGET, BATCH = 0.15, 2
 SIZES = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 8192}
 CPU = torch.device("cpu")
-FAMILIES, RECIPES, LENGTHS = ("qwen3_5_text", "bamba"), ("flare", "draft", "adapter"), (256, 1024)
+FAMILIES, RECIPES, LENGTHS = ("qwen3_5_text", "kimi_linear"), ("flare", "draft", "adapter"), (256, 1024)
 MEMORY = ("keep", "recompute")
 
 

@@ -269,7 +269,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
     def measure(micro: int) -> dict[str, Any]:
         recipe = chosen.override([f"optimizer.micro_rows={micro}"])
-        predicted = fixed + micro * (row.again if recipe.train.memory == "recompute" else row.kept)
+        predicted = fixed + row.of(micro, recompute=recipe.train.memory == "recompute")
         rows = stream(options.rows, options.length, model.config.vocab_size)
         trainer = Trainer(program, recipe, mask, rows, seed=0)
         last: list[Any] = []

@@ -40,11 +40,12 @@ WIDTH = 118  # of what is not a terminal
     "--data", multiple=True, metavar="PATH[:WEIGHT]",
     help="Training data: also say what they are in SOURCE's tokens, what rows of --length cut off, and what repeats.",
 )
-@field_options(Arguments, "dequantize", "gguf", "merge_adapter")
+@field_options(Arguments, "overrides", "dequantize", "gguf", "merge_adapter")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     source: str, length: int, batch: int, recipe: str, device: str, dtype: str | None, kernels: bool, quick: bool,
-    data: tuple[str, ...], dequantize: bool, gguf: str | None, merge_adapter: str | None, as_json: bool,
+    data: tuple[str, ...], overrides: tuple[str, ...], dequantize: bool, gguf: str | None, merge_adapter: str | None,
+    as_json: bool,
 ) -> None:
     """Examine SOURCE (model directory, config.json or hub id): does it convert, what is it made of, what does it need.
 
@@ -58,7 +59,7 @@ def command(
 
     report = diagnose(
         source,
-        load_recipe(recipe),
+        load_recipe(recipe).override(overrides),
         length=length,
         batch=batch,
         device=torch_device(device),

@@ -23,7 +23,7 @@ from .adapter import choose_trained
 from .data.packing import full_rows
 from .feed import Feed, micro_rows_of
 from .mask_token import MaskToken
-from .objective.head_loss import losses_of
+from .objective.head_loss import head_rows_at_once, losses_of
 from .recompute import Recomputed, recomputed
 
 KEEP: Final = "keep"
@@ -54,10 +54,25 @@ class MemoryChoice:
 
 @dataclass(frozen=True)
 class RowNeeds:
-    """Bytes of one row beside weights, gradients and moments: with everything kept, and with layers computed again."""
+    """Bytes of a row beside weights, gradients and moments.
+
+    kept, again  at most, with everything kept and with layers computed again, without what the head takes
+    between      what is there, with layers computed again, when the losses are made
+    head         what making the losses of one row takes in addition
+    head_rows    as many rows take no more than what one chunk of logits does
+    """
 
     kept: int
     again: int
+    between: int = 0
+    head: int = 0
+    head_rows: int = 1
+
+    def of(self, rows: int, *, recompute: bool) -> int:
+        """Of so many rows at a time."""
+        layers = 0 if recompute else self.kept - self.again
+        head = rows * (self.between + layers) + min(rows, self.head_rows) * self.head
+        return max(rows * (self.again if recompute else self.kept), head)
 
 
 def as_given(recipe: Recipe, ranks: int, rows: int | None = None) -> MemoryChoice:
@@ -105,23 +120,24 @@ def decide(needs: RowNeeds, state: int, free: int, rows: list[int]) -> MemoryCho
     """
     room = int(USED * free) - state
     most, there = rows[0], f"of {_size(free)} that are free"
-    whole = f"{_size(state + most * needs.kept)} for {_rows(most)}"
+    kept, again = ({n: needs.of(n, recompute=recompute) for n in rows} for recompute in (False, True))
+    whole = f"{_size(state + kept[most])} for {_rows(most)}"
     for count in rows:
-        if count * needs.kept <= room:
+        if kept[count] <= room:
             more = "" if count == most else f"; optimizer.micro_rows = {most} would need {whole}"
-            needed = _size(state + count * needs.kept)
+            needed = _size(state + kept[count])
             text = f"memory: everything is kept, {_rows(count)} at a time: {needed} {there}{more}"
             return MemoryChoice(False, count, text)
     for count in rows:
-        if count * needs.again <= room:
-            needed, one = _size(state + count * needs.again), _size(state + rows[-1] * needs.kept)
+        if again[count] <= room:
+            needed, one = _size(state + again[count]), _size(state + kept[rows[-1]])
             text = (
                 f"memory: layers are computed again, {_rows(count)} at a time: {needed} {there}; keeping everything "
                 f"would need {one} for {_rows(rows[-1])}"
             )
             return MemoryChoice(True, count, text)
     text = (
-        f"memory: {_size(state + rows[-1] * needs.again)} are needed for {_rows(rows[-1])}, layers computed again, and "
+        f"memory: {_size(state + again[rows[-1]])} are needed for {_rows(rows[-1])}, layers computed again, and "
         f"only {_size(free)} are free; lower data.max_length, or take an adapter recipe"
     )
     return MemoryChoice(True, rows[-1], text, enough=False)
@@ -132,28 +148,56 @@ def measure_row(program: Program, recipe: Recipe, mask: MaskToken) -> RowNeeds:
 
     The parameters have no gradient behind it. Raises `torch.OutOfMemoryError` if that does not fit.
     """
-    choose_trained(program, recipe)
+    trained = choose_trained(program, recipe)
     run, feed = recomputed(program), _feed(program, recipe, mask)
     micro = next(iter(feed.micro_batches(feed.take(0).batches)))
-    device, batch = program.device, micro.batch
-    before = _settled(device)
-    with watched(run) as layers, Kept(program) as outside:
-        results = run.results(
-            batch.input_ids, layout=batch.layout, head_rows=batch.head_rows, derived=micro.derived
-        )
-        loss = losses_of(results[0], run, batch, micro.plan, micro.scales, suppress=mask.suppress).total
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    batch, meter = micro.batch, _Meter(program.device)
+    hooks = [value.register_post_accumulate_grad_hook(_forget) for value in trained.values()]
     try:
+        with watched(run) as layers, Kept(program) as outside:
+            results = run.results(
+                batch.input_ids, layout=batch.layout, head_rows=batch.head_rows, derived=micro.derived
+            )
+            body, between = meter.peak(), meter.now()
+            loss = losses_of(results[0], run, batch, micro.plan, micro.scales, suppress=mask.suppress).total
+        head = meter.peak() - between
         loss.backward()
     finally:
-        for parameter in program.parameters().values():
-            parameter.grad = None
+        for hook in hooks:
+            hook.remove()
     largest = max(layers, default=0)
-    again = outside.bytes + 2 * largest  # with the gradients of the layer
-    if device.type == "cuda":
-        again = torch.cuda.max_memory_allocated(device) - before
-    return RowNeeds(again + sum(layers) - largest, again)
+    # where the device does not tell: what autograd keeps, a layer, and the gradients of one
+    again = max(body, meter.peak()) if meter.tells else outside.bytes + 2 * largest
+    many = -(-head_rows_at_once(program) // max(1, len(batch.head_rows)))
+    return RowNeeds(again + sum(layers) - largest, again, between, head, many)
+
+
+def _forget(parameter: Tensor) -> None:
+    """Gradients are counted with the masters, to which they are added one by one."""
+    parameter.grad = None
+
+
+class _Meter:
+    """Bytes that are allocated on a GPU beside what was when it was made; 0 elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tells = device.type == "cuda"
+        self.device, self.start = device, 0
+        if self.tells:
+            torch.cuda.synchronize(device)
+            self.start = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def now(self) -> int:
+        return torch.cuda.memory_allocated(self.device) - self.start if self.tells else 0
+
+    def peak(self) -> int:
+        """At most since the last call."""
+        if not self.tells:
+            return 0
+        found = torch.cuda.max_memory_allocated(self.device) - self.start
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return found
 
 
 class Kept:
@@ -231,14 +275,6 @@ def _feed(program: Program, recipe: Recipe, mask: MaskToken) -> Feed:
     """Steps of one full row."""
     one = replace(recipe, optimizer=replace(recipe.optimizer, batch_rows=1, micro_rows=1))
     return Feed(program, one, mask.token_id, full_rows(recipe.data.max_length, 1), 0, ahead=False)
-
-
-def _settled(device: torch.device) -> int:
-    """Bytes that are allocated now, on a GPU."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.synchronize(device)
-    return torch.cuda.memory_allocated(device)
 
 
 def _rows(count: int) -> str:

@@ -38,6 +38,13 @@ def test_fewer_rows_come_before_computing_again(free: int, recompute: bool, rows
     assert words in found.text and found.text.startswith("memory: ") and "\n" not in found.text
 
 
+def test_the_logits_of_a_chunk_are_there_once() -> None:
+    """With 1 GB of a row when the losses are made, and 3 GB more for up to two rows' worth of logits."""
+    needs = RowNeeds(kept=10 * GB, again=2 * GB, between=GB, head=3 * GB, head_rows=2)
+    assert [needs.of(rows, recompute=True) for rows in (1, 2, 4, 8)] == [4 * GB, 8 * GB, 10 * GB, 16 * GB]
+    assert [needs.of(rows, recompute=False) for rows in (1, 2, 8)] == [12 * GB, 24 * GB, 80 * GB]
+
+
 def test_rows_of_a_run_that_goes_on_stay() -> None:
     assert decide(NEEDS, 5 * GB, 40 * GB, [4]).recompute and decide(NEEDS, 5 * GB, 40 * GB, [4]).micro_rows == 4
 

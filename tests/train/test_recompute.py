@@ -9,11 +9,13 @@ from torch import Tensor, fx
 from flarec import ops
 from flarec.errors import UsageError
 from flarec.ir.program import layer_of
-from flarec.passes.adapt_noisy_stream import adapter_parameters
+from flarec.layout import Block, build_layout
+from flarec.passes import lower
+from flarec.passes.adapt_noisy_stream import AdaptNoisyStream, adapter_parameters, new_adapter
 from flarec.recipe import Recipe
 from flarec.train.loop import Trainer
-from flarec.train.recompute import Recomputed, learning, units_of
-from tests.models import tiny_tokenizer
+from flarec.train.recompute import Recomputed, learning, recomputed, units_of
+from tests.models import ALL_FAMILIES, PLAIN_FAMILIES, captured, tiny_tokenizer
 from tests.train.small_run import Small, adapter_recipe, recipe, small
 
 RECOMPUTE = "train.memory=recompute"
@@ -117,3 +119,35 @@ def test_without_autograd_a_layer_runs_once(monkeypatch: pytest.MonkeyPatch) -> 
             micro.batch.input_ids, layout=micro.batch.layout, head_rows=micro.batch.head_rows, derived=micro.derived
         )
     assert len(seen) == 4 and not results[0].requires_grad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["model", "adapter"])
+@pytest.mark.parametrize("family", [*ALL_FAMILIES, *PLAIN_FAMILIES])
+def test_every_family_has_the_same_bits(family: str, trained: str) -> None:
+    """Results, and the gradients of all that is trained."""
+    program, adapter = captured(family).clone(), AdaptNoisyStream(4, 8.0) if trained == "adapter" else None
+    if adapter is not None:
+        made = new_adapter(program, adapter, 0)
+        for parameter in made.values():
+            torch.nn.init.normal_(parameter, std=0.05)
+        program.extra |= made
+    program = lower(program, "train", mask_vector=adapter is not None, adapter=adapter)
+    before = {name: value.requires_grad for name, value in program.parameters().items()}
+    try:
+        for name, value in program.parameters().items():
+            value.requires_grad_(adapter is None or name in program.extra)
+        learned = [value for value in program.parameters().values() if value.requires_grad]
+        layout = build_layout([[5, 4], [8]], [[Block(0, 2, 3), Block(1, 3, 3)], [Block(0, 4, 2, readout="causal")]])
+        ids = torch.randint(0, 300, (2, layout.length), generator=torch.Generator().manual_seed(0))
+        found = []
+        for made_to_run in (program, recomputed(program)):
+            results = made_to_run.results(ids, layout=layout, head_rows=torch.arange(ids.numel()))
+            weights = torch.linspace(-1, 1, results[0].numel()).view_as(results[0])
+            gradients = torch.autograd.grad((results[0] * weights).sum(), learned, allow_unused=True)
+            found.append([*results, *(gradient for gradient in gradients if gradient is not None)])
+    finally:
+        for name, value in program.parameters().items():
+            value.requires_grad_(before[name])
+    assert len(found[0]) > 4
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
