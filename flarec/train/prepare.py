@@ -125,14 +125,11 @@ def prepare(
         initialise_mask_token(mask, model, captured, tokenizer, exact)
     start_adapter(captured, recipe, options.seed, reporter.note)
     steps = _pipelines(captured, mask, options, recipe, reporter)
-    compiles = resolve_compile(recipe.train.compile, device)
-    reporter.note(f"compile: {'on, the first steps take longer' if compiles else 'off'}")
-    regions = [OutlineRegions()] if compiles else []  # how it is run: not in the checkpoint's pipeline
+    regions = _regions(recipe, device, reporter)  # how it is run: not in the checkpoint's pipeline
     train = lower(captured, "train", steps=[*steps["train"], *regions], debug=options.debug)
     decode = lower(captured, "decode", steps=steps["decode"], debug=options.debug)
-    rows = RowStream(
-        sources, max_length=recipe.data.max_length, seed=options.seed, lookahead=recipe.data.lookahead
-    )
+    data = recipe.data
+    rows = RowStream(sources, max_length=data.max_length, seed=options.seed, lookahead=data.lookahead)
     memory = _memory(train, recipe, mask, options, ranks, trains, reporter)
     trainer = trainer_class(train, memory.apply(recipe), mask, rows, options.seed, exact, ranks)
     causal = partial(_causal, captured, decode, steps["decode"])
@@ -145,6 +142,13 @@ def prepare(
         {target: pipeline_text(chosen) for target, chosen in steps.items()}, _origins(options, recipe),
         precision, memory,
     )
+
+
+def _regions(recipe: Recipe, device: torch.device, reporter: Reporter) -> list[Pass]:
+    """What marks the regions that are compiled, if they are; said."""
+    compiles = resolve_compile(recipe.train.compile, device)
+    reporter.note(f"compile: {'on, the first steps take longer' if compiles else 'off'}")
+    return [OutlineRegions()] if compiles else []
 
 
 def _causal(captured: Program, decode: Program, steps: Sequence[Pass]) -> Program:
