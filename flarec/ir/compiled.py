@@ -8,6 +8,7 @@ compiled for one size is compiled once more for any size when another one comes.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -23,20 +24,21 @@ from .program import Program, locate
 from .regions import MARK
 
 NAME = "region_{}"
+Backend = str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+"""Of `torch.compile`."""
 
 
 class Code:
     """What equal regions run: a graph that takes inputs and parameters, compiled when it is called first.
 
-    Where it cannot be compiled, the graph is run as it is, and a `FlarecWarning` says so once.
+    Where it cannot be compiled the graph is run as it is, and `say` is told why.
     """
 
-    def __init__(self, module: fx.GraphModule, where: str, backend: str) -> None:
+    def __init__(self, module: fx.GraphModule, backend: Backend, say: Callable[[str], None]) -> None:
         compile_now(module)
         self.module = module
-        self.where = where
+        self.say = say
         self.compiled: Callable[..., Any] | None = torch.compile(module, backend=backend, fullgraph=True)
-        self.told = False
 
     def __call__(self, *operands: Any) -> tuple[Tensor, ...]:
         if self.compiled is not None:
@@ -44,17 +46,12 @@ class Code:
                 results: tuple[Tensor, ...] = self.compiled(*operands)
                 return results
             except FailOnRecompileLimitHit:
-                self._tell("it was compiled for too many sizes; others run as they are")
+                self.say("it was compiled for too many sizes, and others run as they are")
             except TorchDynamoException as error:
                 self.compiled = None
-                self._tell(f"{_reason(error)}; it runs as it is")
+                self.say(f"{_reason(error)}; it runs as it is")
         plain: tuple[Tensor, ...] = self.module(*operands)
         return plain
-
-    def _tell(self, what: str) -> None:
-        if not self.told:
-            self.told = True
-            warnings.warn(f"the region of {self.where} is not compiled: {what}", FlarecWarning, stacklevel=3)
 
 
 class Region(nn.Module):
@@ -70,11 +67,15 @@ class Region(nn.Module):
 
 
 class Codes:
-    """The distinct codes of one or more graphs, by what they compute. backend: of `torch.compile`."""
+    """The distinct codes of one or more graphs, by what they compute. backend: of `torch.compile`.
 
-    def __init__(self, backend: str = "inductor") -> None:
+    A `FlarecWarning` says what is not compiled, once for each reason.
+    """
+
+    def __init__(self, backend: Backend = "inductor") -> None:
         self.backend = backend
         self.known: dict[str, Code] = {}
+        self.said: set[str] = set()
 
     def by_region(self, module: fx.GraphModule) -> fx.GraphModule:
         """A module with the inputs and results of `module` that calls its marked regions (`flarec.ir.regions`)."""
@@ -90,8 +91,14 @@ class Codes:
         graph, tensors, text = lifted(unit)
         if text not in self.known:
             first = next(node for node in unit.graph.nodes if node.op == "call_function")
-            self.known[text] = Code(graph_module(nn.Module(), graph), locate(first), self.backend)
+            say = functools.partial(self._say, locate(first))
+            self.known[text] = Code(graph_module(nn.Module(), graph), self.backend, say)
         return Region(self.known[text], tensors)
+
+    def _say(self, where: str, why: str) -> None:
+        if why not in self.said:
+            self.said.add(why)
+            warnings.warn(f"the region of {where} is not compiled: {why}", FlarecWarning, stacklevel=4)
 
 
 def lifted(unit: fx.GraphModule) -> tuple[fx.Graph, tuple[Tensor, ...], str]:
@@ -134,9 +141,10 @@ def _tensor(unit: fx.GraphModule, name: str) -> Tensor:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what a compiler says that says something."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return f"{type(error).__name__}: {next((line for line in lines if line), 'no message')}"[:300]
+    """What a compiler says, in one line."""
+    inner = getattr(error, "inner_exception", error)  # of a backend that raised
+    lines = [line.strip() for line in str(inner).splitlines()]
+    return f"{type(inner).__name__}: {next((line for line in lines if line), 'no message')}"[:300]
 
 
 def compiled_by_region(program: Program, codes: Codes | None = None) -> Program:

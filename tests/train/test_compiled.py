@@ -1,0 +1,83 @@
+"""A run whose regions are compiled: losses, masters and moments within rounding, also where layers are computed again."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from flarec.errors import FlarecWarning
+from flarec.ir import compiled
+from flarec.ir.pipeline import run_pipeline
+from flarec.passes.outline_regions import OutlineRegions
+from flarec.passes.properties import CHECKS
+from flarec.recipe import Recipe
+from flarec.train import loop
+from flarec.train.loop import Trainer
+from flarec.train.recompute import Recomputed
+from tests.train.small_run import Small, adapter_recipe, recipe, small
+from tests.train.test_recompute import ran
+
+RECOMPUTE, KEEP = "train.memory=recompute", "train.memory=keep"
+
+
+def outlined(run: Small) -> Small:
+    """The same run with marked regions."""
+    marked = copy.copy(run)
+    marked.program = run_pipeline(run.program, [OutlineRegions()], CHECKS)
+    return marked
+
+
+def gradients(run: Small, chosen: Recipe) -> tuple[Trainer, dict[str, Tensor]]:
+    """A trainer, and the losses and gradients of its first step: AdamW would make large of small what is rounding."""
+    trainer = run.trainer(chosen)
+    given = trainer.feed.take(0)
+    losses, _, _ = trainer.accumulate(given.batches)
+    found = {name: master.grad for name, master in trainer.weights.masters.items() if master.grad is not None}
+    return trainer, {"losses": losses, **{name: value.clone() for name, value in found.items()}}
+
+
+def check(run: Small, chosen: Recipe, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "Codes", functools.partial(compiled.Codes, backend))
+    _, theirs = gradients(run, chosen.override([KEEP]))
+    for more in (KEEP, RECOMPUTE):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FlarecWarning)
+            trainer, ours = gradients(outlined(run), chosen.override([more]))
+        modules = list(trainer.program.run.modules())  # type: ignore[union-attr]
+        assert any(isinstance(module, compiled.Region) for module in modules)
+        assert any(isinstance(module, Recomputed) for module in modules) == (more == RECOMPUTE)
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            scale = float(theirs[name].abs().max())
+            torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=2e-5 * scale, msg=lambda t: f"{name}: {t}")
+
+
+def test_a_compiled_step_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    check(small("bamba"), recipe("flare"), "eager", monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_5_text", "kimi_linear", "bamba"])
+def test_a_step_that_autograd_compiles_is_the_eager_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(small(family), recipe("flare", "optimizer.batch_rows=4"), "aot_eager", monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_compiled_adapter_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = adapter_recipe()
+    check(small("kimi_linear", "vector", chosen=chosen), chosen, "aot_eager", monkeypatch)
+
+
+@pytest.mark.slow
+def test_inductor_trains_as_eager_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some steps, the losses within rounding."""
+    chosen = recipe("flare", KEEP)
+    check(small("bamba"), chosen, "inductor", monkeypatch)
+    (_, theirs), (_, ours) = ran(small("bamba"), chosen, 3), ran(outlined(small("bamba")), chosen, 3)
+    for name in (name for name in theirs if name.startswith(("losses", "norm"))):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
