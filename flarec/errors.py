@@ -70,4 +70,6 @@ class FlarecWarning(UserWarning):
 def first_line(error: BaseException) -> str:
     """The first line of what an error of a library says."""
     lines = str(error).strip().splitlines()
+    if isinstance(error, KeyError) and lines:  # whose text is the key alone
+        return f"{lines[0]} is not there"
     return lines[0] if lines else type(error).__name__

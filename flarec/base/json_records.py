@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import json
 import lzma
@@ -18,6 +19,8 @@ from .messages import BadRecord
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 UNKNOWN = (".zst", ".zip", ".7z", ".lz4", ".tar", ".tgz", ".rar")
+COMPRESSED = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"(\xb5/\xfd": "zst", b"PK\x03\x04": "zip"}
+"""How compressed files begin, and what their names end with."""
 MARK = b"\xef\xbb\xbf"  # some editors begin UTF-8 files with it
 
 
@@ -73,6 +76,8 @@ def json_records(path: Path, option: str = "") -> Iterator[Record]:
     rest = lines(path, option)
     whole, started = plain_suffix(path) == ".json", False
     for number, line in rest:
+        if number == 1:
+            _check_encoding(line, f"{option}{path}")
         if not line.strip():
             continue
         if whole and (line.lstrip()[:1] == b"[" or isinstance(parse(line), BadRecord)):
@@ -82,8 +87,19 @@ def json_records(path: Path, option: str = "") -> Iterator[Record]:
         record = parse(line)
         if isinstance(record, BadRecord) and not started and line.lstrip()[:1] == b"[":
             raise DataError(f"{option}{path}: begins as a JSON array; call the file .json, or write a record per line")
+        if isinstance(record, BadRecord) and not started and line.strip() == b"{":
+            raise DataError(f"{option}{path}: its first record takes several lines; write each on a line of its own")
         whole, started = False, True
         yield Where(f"{option}{path}", "line", number), record
+
+
+def _check_encoding(line: bytes, where: str) -> None:
+    """Raise `DataError` for a file whose first bytes say that it is no text in UTF-8."""
+    kind = next((name for start, name in COMPRESSED.items() if line.startswith(start)), None)
+    if kind is not None:
+        raise DataError(f"{where}: is compressed with {kind}, and its name does not say so; add .{kind} to it")
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{where}: is UTF-16, not UTF-8 text; convert it (iconv -f UTF-16 -t UTF-8)")
 
 
 def _whole(text: bytes, where: str) -> Iterator[Record]:

@@ -40,10 +40,20 @@ class CallArguments(dict[str, Any]):
 
 def messages_of(value: Any, what: str = "messages") -> list[Message]:
     """The messages of a record's field `what`. Raises `BadRecord` naming the message."""
-    value = from_json(value)
+    value = _as_rows(from_json(value))
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise BadRecord(f"{what} is not a list with at least one message")
     return [_message(from_json(item), number) for number, item in enumerate(value, 1)]
+
+
+def _as_rows(value: Any) -> Any:
+    """A table of columns, as `datasets` keeps a sequence of objects, as its rows; anything else as it is."""
+    if not isinstance(value, Mapping) or not value or not all(isinstance(column, list) for column in value.values()):
+        return value
+    if len({len(column) for column in value.values()}) != 1:
+        return value
+    rows = zip(*value.values(), strict=True)
+    return [{key: item for key, item in zip(value, row, strict=True) if item is not None} for row in rows]
 
 
 def one_of(table: Mapping[str, Any], names: Sequence[str], where: str = "") -> str | None:

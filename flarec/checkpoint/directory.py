@@ -80,6 +80,10 @@ class Checkpoint:
         except UsageError as error:
             raise CheckpointError(str(error)) from error
         except Exception as error:  # the Rust library raises bare exceptions
+            try:
+                read_config(self.path)  # which transformers reads to find the tokenizer's class
+            except UsageError as reason:
+                raise CheckpointError(str(reason)) from error
             raise CheckpointError(f"the tokenizer in {self.path} cannot be read: {first_line(error)}") from error
         self._check_spare(tokenizer)
         return tokenizer

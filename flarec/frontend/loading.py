@@ -11,15 +11,17 @@ Nothing of a source is executed, and nobody is asked whether it may be (`flarec.
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from ..errors import CaptureError, FlarecWarning, UsageError
+from ..errors import CaptureError, FlarecWarning, UsageError, first_line
 from .families import family_of
 from .fla.families import prepare, without_flash_attention
 from .source.check import SourceFacts, examine
@@ -28,6 +30,9 @@ from .source.headers import WEIGHTS
 from .source.prefixes import TEXT_PREFIXES, renamed
 from .source.ties import claimed
 from .trust import check_config, check_weights, config_table, made, opened
+
+_REFUSALS = (OSError, ValueError, KeyError, StrictDataclassError)
+"""How transformers says that a configuration is none."""
 
 
 def read_config(path: str | Path) -> Any:
@@ -38,9 +43,23 @@ def read_config(path: str | Path) -> Any:
         table = config_table(path)
         prepare(str(table.get("model_type")))
         check_config(path, table)
+        _check_dtypes(path, table)
         return opened(AutoConfig, path)
-    except (OSError, ValueError, KeyError) as error:
+    except (*_REFUSALS, TypeError, AttributeError) as error:  # of values of another type
         raise _cannot_open(path, error) from error
+
+
+def _check_dtypes(path: str | Path, table: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise `UsageError` for the name of a dtype that is none: transformers asks torch for whatever stands there."""
+    for key, value in table.items():
+        if isinstance(value, Mapping) and key.endswith("_config"):
+            _check_dtypes(path, value, f"{prefix}{key}.")
+        known = isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
+        if key in ("dtype", "torch_dtype") and value is not None and not known and not isinstance(value, Mapping):
+            raise UsageError(
+                f"{path}: {prefix}{key} = {value!r} in config.json is no dtype; write float32, bfloat16 or float16, or "
+                "remove it"
+            )
 
 
 def is_wrapper(config: Any) -> bool:
@@ -83,6 +102,7 @@ def judge_source(path: str | Path, *, weights: bool = True, dequantize: bool = F
     text = text_config_of(whole, table)
     family_of(text)
     check_weights(name, whole)
+    _check_generation(Path(name))
     try:
         facts = examine(name, table, whole, text, _empty, dequantize=dequantize)
     except (OSError, ValueError, KeyError) as error:
@@ -90,6 +110,22 @@ def judge_source(path: str | Path, *, weights: bool = True, dequantize: bool = F
     if weights and not facts.weights:
         raise UsageError(f"{name} holds no weights (no {WEIGHTS} and no index of shards); copy the model again")
     return facts
+
+
+def _check_generation(directory: Path) -> None:
+    """Raise `UsageError` for generation defaults that transformers refuses, which it does after it read the weights."""
+    from transformers import GenerationConfig
+
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(table, dict):
+            raise ValueError("it is no JSON object")
+        GenerationConfig.from_dict(table).validate()
+    except (*_REFUSALS, TypeError, AttributeError) as error:
+        raise UsageError(f"{file} cannot be used: {first_line(error)}; correct it, or remove it") from error
 
 
 def _empty(config: Any) -> Any:
@@ -154,7 +190,7 @@ def meta_model(config: Any, dtype: torch.dtype | None) -> Any:
     try:
         with torch.device("meta"), without_flash_attention():
             return made(AutoModelForCausalLM, copy.deepcopy(config), dtype=dtype or config.dtype or torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+    except (*_REFUSALS, RuntimeError) as error:  # sizes that no tensor has
         raise _cannot_open(str(config.name_or_path), error) from error
 
 
@@ -209,7 +245,9 @@ def check_rotary(model: nn.Module) -> None:
 def _cannot_open(path: str | Path, error: Exception) -> UsageError:
     if isinstance(error, UsageError):
         return error
-    lines = str(error).strip().splitlines()
-    return UsageError(
-        f"{path} cannot be opened as a causal language model: {lines[0] if lines else type(error).__name__}"
-    )
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].endswith(":"):
+        lines = [" ".join(map(str.strip, lines[:2]))]
+    if isinstance(error, KeyError) and error.args:  # whose text is the key alone
+        lines = [f"its config.json has a value, or lacks a key, that transformers does not find ({lines[0]})"]
+    return UsageError(f"{path} cannot be opened as a causal language model: {lines[0]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -144,6 +145,10 @@ _OTHERS: tuple[tuple[str, str], ...] = (
 
 def _refuse_other_files(directory: Path) -> None:
     names = sorted(path.name for path in directory.iterdir())
+    for name in names:
+        if name.endswith(".safetensors") and not (directory / name).exists():
+            raise UsageError(f"{directory / name} is a link to {os.readlink(directory / name)}, where nothing is; copy "
+                             "the file itself")
     if shard := next((name for name in names if _SHARD.fullmatch(name)), None):
         raise UsageError(f"{directory} holds {shard} but no {INDEX}, which says what is where; copy that file too")
     for pattern, advice in _OTHERS:

@@ -31,7 +31,8 @@ class DataStats:
     """What became of one source. Tokens, targets and turns are those of the kept documents, after truncation.
 
     turns  supervised responses; lost_turns: those that truncation cut off; endless: those that end without one of the
-    tokens that end a text; ends: the tokens that they end with, of the complete ones, with counts
+    tokens that end a text; inner_ends: those that have such a token before their end; ends: the tokens that they end
+    with, of the complete ones, with counts
     """
 
     source: str
@@ -43,6 +44,7 @@ class DataStats:
     turns: int = 0
     lost_turns: int = 0
     endless: int = 0
+    inner_ends: int = 0
     truncated: int = 0
     truncated_tokens: int = 0
     dropped: int = 0
@@ -62,6 +64,8 @@ class DataStats:
             text += f"; {self.dropped:,} dropped (no response token left)"
         if self.endless:
             text += f"; {self.endless:,} turns end without a token that ends a text: generation will not stop there"
+        if self.inner_ends:
+            text += f"; {self.inner_ends:,} turns hold a token that ends a text before their end, and train to go on"
         for note, count in sorted(self.notes.items()):
             text += f"; {count:,} {note}"
         if self.bad_lines:
@@ -154,7 +158,7 @@ def _load(
             continue
         if seen is not None:
             seen(place, ids)
-        kept.add(ids, spans, encode.closing)
+        kept.add(ids, spans, encode.closing, encode.ends)
     stats.tokens, stats.notes, formats = len(kept.tokens), encode.chat.notes, encode.formats
     named = [name if len(formats) == 1 else f"{count:,} {name}" for name, count in sorted(formats.items())]
     stats.format = ", ".join(named)
@@ -171,7 +175,8 @@ class _Kept:
         self.tokens, self.starts = array("i"), array("q", [0])
         self.spans, self.span_starts = array("q"), array("q", [0])
 
-    def add(self, ids: Sequence[int], found: Spans, end_ids: Collection[int]) -> None:
+    def add(self, ids: Sequence[int], found: Spans, end_ids: Collection[int], stops: Collection[int]) -> None:
+        """end_ids: tokens that may end a turn; stops: those at which a generation stops."""
         stats, limit = self.stats, self.max_length
         whole = [(max(start, 1), end) for start, end in found if max(start, 1) < end]
         kept = [(start, min(end, limit)) for start, end in whole if start < limit]
@@ -190,6 +195,7 @@ class _Kept:
         complete = [ids[end - 1] for _, end in whole if end <= limit]
         stats.ends.update(complete)
         stats.endless += sum(token not in end_ids for token in complete)
+        stats.inner_ends += sum(any(token in stops for token in ids[start : end - 1]) for start, end in kept)
         stats.turns += len(kept)
         stats.lost_turns += len(whole) - len(kept)
         stats.documents += 1
@@ -221,14 +227,15 @@ class RecordEncoder:
     """The function from a record to (token ids, response spans), each by its own shape.
 
     It raises `BadRecord` for the record, and `DataError` for a tokenizer that cannot serve its shape. `format` is the
-    shape of the last record, `formats` counts all of them, `closing` are the ids that can end a text.
+    shape of the last record, `formats` counts all of them; `ends` are the ids that end a text, `closing` those
+    that can end a turn.
     """
 
     def __init__(self, tokenizer: Any, end_ids: Collection[int] | None, path: Path) -> None:
         eos = tokenizer.eos_token_id
         self.tokenizer, self.path, self.eos = tokenizer, path, eos
         ends = frozenset(end_ids if end_ids is not None else [] if eos is None else [eos])
-        self.closing = ends | {*tokenizer.all_special_ids}
+        self.ends, self.closing = ends, ends | {*tokenizer.all_special_ids}
         self.chat = ChatEncoder(tokenizer, ends)
         self.formats: Counter[str] = Counter()
         self.format = ""

@@ -66,6 +66,10 @@ def moved(name: str | None) -> Change:
     return apply
 
 
+def link(path: Path) -> None:
+    (path / "model.safetensors").symlink_to("/nowhere/blob")
+
+
 def both(*changes: Change) -> Change:
     return lambda path: [change(path) for change in changes]
 
@@ -166,6 +170,21 @@ REFUSED: dict[str, tuple[Change, str]] = {
         r"an adapter that is not merged into its model \(.*lora_A.default.weight\)",
     ),
     "an adapter beside": (file("adapter_config.json", '{"peft_type": "LORA"}'), r"merge it with --merge-adapter"),
+    "a dtype with its module": (config(dtype="torch.bfloat16"), r"dtype = 'torch.bfloat16' in config.json is no dtype"),
+    "a number as text": (config(num_hidden_layers="4"), r"field 'num_hidden_layers': TypeError: .*expected int"),
+    "a negative size": (config(vocab_size=-5), r"cannot be opened as a causal language model: .*negative dimension -5"),
+    "an activation that is none": (config(hidden_act="swiglu2"), r"that transformers does not find \('swiglu2'\)"),
+    "generation defaults against each other": (
+        file("generation_config.json", '{"do_sample": false, "num_return_sequences": 3}'),
+        r"generation_config.json cannot be used: Greedy methods .*; correct it, or remove it",
+    ),
+    "generation defaults that are none": (file("generation_config.json", "[1]"), r"generation_config.json cannot be "),
+    "a link to nothing": (both(moved(None), link), r"model.safetensors is a link to /nowhere/blob, where nothing is"),
+    "no dtype": (config(dtype="auto"), r"dtype = 'auto' in config.json is no dtype; write float32"),
+    "a kind of positions with a typo": (
+        config(rope_parameters={"rope_type": "yran", "rope_theta": 1e4, "factor": 2.0}),
+        r"a value, or lacks a key, that transformers does not find \('yran'\)",
+    ),
     "too many rows": (config(vocab_size=ROWS - 12), rf"has {ROWS} rows, and vocab_size in config.json is 500; set vo"),
     "other width": (config(hidden_size=32), r"is 512 x 64, and config.json describes 512 x 32; copy the config.json"),
     "a stored bias": (

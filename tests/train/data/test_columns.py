@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flarec.base.json_records import MARK
+from flarec.base.json_records import MARK, json_records
+from flarec.base.messages import BadRecord, messages_of
 from flarec.base.prompts import read_prompts
 from flarec.errors import DataError
 from flarec.train.data.files import read_records
@@ -203,3 +204,29 @@ def test_directories_of_the_hub(tmp_path: Path, names: tuple[str, ...], read: tu
 def test_directories_without_one_train_split(tmp_path: Path, names: tuple[str, ...], words: str) -> None:
     with pytest.raises(DataError, match=words):
         list(read_records(tree(tmp_path, *names)))
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (gzip.compress(b'{"text": "a b"}\n'), r"is compressed with gz, and its name does not say so; add \.gz to it"),
+        (b"(\xb5/\xfd\x04\x00", r"is compressed with zst"),
+        ('{"text": "a b"}\n{"text": "c"}\n'.encode("utf-16"), r"is UTF-16, not UTF-8 text; convert it"),
+        (b'{\n "text": "a b"\n}\n', r"its first record takes several lines; write each on a line of its own"),
+    ],
+)
+def test_lines_that_are_none(tmp_path: Path, raw: bytes, words: str) -> None:
+    (tmp_path / "data.jsonl").write_bytes(raw)
+    with pytest.raises(DataError, match=words):
+        list(json_records(tmp_path / "data.jsonl"))
+
+
+def test_messages_as_a_table_of_columns() -> None:
+    """As `datasets` keeps a sequence of objects."""
+    columns = {"role": ["user", "assistant"], "content": ["hi", "hello"], "name": ["bob", None]}
+    assert messages_of(columns) == [
+        {"role": "user", "content": "hi", "name": "bob"}, {"role": "assistant", "content": "hello"}
+    ]
+    for other in ({"role": ["user"], "content": ["a", "b"]}, {"role": "user", "content": "a"}, {}):
+        with pytest.raises(BadRecord, match="is not a list with at least one message"):
+            messages_of(other)

@@ -203,3 +203,14 @@ def test_chats_need_a_template(tmp_path: Path) -> None:
             read(CHATS[name], small_tokenizer(None))
     assert read(PAIRS["completion"], small_tokenizer(None))[1] == ["world" + END]
     assert small_tokenizer().chat_template == CHATML
+
+
+def test_ends_inside_of_a_turn_are_counted(tmp_path: Path) -> None:
+    """A special token that somebody's words hold is that token to the tokenizer: a generation would stop there."""
+    records = [
+        {"messages": [{"role": "user", "content": f"say {END}"}, {"role": "assistant", "content": text}]}
+        for text in ("fine", f"a {END} b", "fine too")
+    ]
+    stats = load(tmp_path / "a.jsonl", *records).stats
+    assert (stats.inner_ends, stats.endless) == (1, 0)
+    assert "1 turns hold a token that ends a text before their end" in str(stats)

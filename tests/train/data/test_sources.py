@@ -199,7 +199,7 @@ def test_nothing_to_learn(tmp_path: Path) -> None:
     path = write(tmp_path / "user.jsonl", {"messages": CHAT["messages"][:1]})
     with pytest.raises(DataError, match=r"user\.jsonl: none of 1 records .*1 without a response token"):
         load(path)
-    path = write(tmp_path / "bad.jsonl", "{", "{")
+    path = write(tmp_path / "bad.jsonl", "{1", "{")
     with pytest.raises(DataError, match=r"none of 2 records .* 2 bad lines, first .*line 1: not JSON"):
         load(path, skip_bad_lines=True)
     with pytest.raises(DataError, match="no data"):
