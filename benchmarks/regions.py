@@ -1,12 +1,13 @@
 """Compiled regions on a device: are they right, what do they cost to compile, and which kernels does a step run.
 
-    python benchmarks/regions.py --out out/regions.json                  # on a GPU: errors, then kernels of the 2B shape
-    python benchmarks/regions.py --device cpu --parts errors             # without one
+    python benchmarks/regions.py --out out/regions.json             # on a GPU: errors, then kernels of the 2B shape
+    python benchmarks/regions.py --device cpu --parts errors        # without one
 
 errors: losses, logits and gradients of a small Qwen3.5 in bfloat16 and float32, by eager and by compiled regions, each
 against the same parameters in float64; a decode step likewise. A compiled error may be `FACTOR` times eager's.
-decode, flare, draft: kernels of a step by total time, with and without compiled regions. Each part runs in a process of
-its own, and one that fails is recorded.
+decode, flare, draft: kernels of a step by total time, with and without compiled regions (--compile names one), and of
+training what the host does: seconds until a step is queued, and its functions by their own time. Each part runs in a
+process of its own, and one that fails is recorded.
 """
 
 from __future__ import annotations
@@ -133,6 +134,8 @@ def by_kernel(step: Callable[[], object], count: int) -> dict[str, Any]:
     """Kernels of a step: how many, their time in ms, and the largest by total time."""
     from train_steps import kernels_of, length, union  # the folder is on the path
 
+    if not torch.cuda.is_available():
+        return {"largest": []}
     kernels = kernels_of(step, count)
     totals: dict[str, list[int]] = defaultdict(list)
     for name, (first, last) in kernels:
@@ -149,7 +152,7 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
     from flarec.bench.serving.models import ServingSession
 
     found: dict[str, Any] = {}
-    for compiled in (True, False):
+    for compiled in (choice == "on" for choice in options.compile):
         session = ServingSession(torch.device(options.device), options.shape, compile=compiled)
         for mode in ("causal", "ar-trust"):
             start, engine = time.perf_counter(), session.engine(1)
@@ -167,9 +170,9 @@ def training(options: argparse.Namespace, part: str) -> dict[str, Any]:
     import train_steps
 
     found: dict[str, Any] = {}
-    for compiled in ("on", "off"):
+    for compiled in options.compile:
         given = argparse.Namespace(
-            part=part, shape=options.shape, rows=2, length=2048 if options.shape == "2B" else 64, micro=[2],
+            part=part, shape=options.shape, rows=4, length=2048 if options.shape == "2B" else 64, micro=[4],
             compile=compiled, quick=True,
         )
         rows: list[dict[str, Any]] = []
@@ -179,7 +182,8 @@ def training(options: argparse.Namespace, part: str) -> dict[str, Any]:
             train_steps.seconds_of(step, 1)
             first = time.perf_counter() - start
             train_steps.seconds_of(step, 2)
-            rows.append(by_kernel(step, 1) | {"first_step_seconds": first, "seconds": train_steps.seconds_of(step, 3)})
+            seconds = train_steps.seconds_of(step, 3)
+            rows.append({"first_step_seconds": first, "seconds": seconds, **host_of(step), **by_kernel(step, 1)})
             return rows[-1]
 
         train_steps.measured = measured
@@ -189,8 +193,31 @@ def training(options: argparse.Namespace, part: str) -> dict[str, Any]:
     return found
 
 
+def host_of(step: Callable[[], object]) -> dict[str, Any]:
+    """Seconds until a step is queued, the device not waited for, and the host's functions in it by own milliseconds."""
+    import cProfile
+    import pstats
+
+    from train_steps import wait
+
+    wait()
+    start = time.perf_counter()
+    step()
+    queued = time.perf_counter() - start
+    wait()
+    profiler = cProfile.Profile()
+    profiler.runcall(step)
+    wait()
+    stats: Any = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+    own = sorted(((1e3 * row[2], row[0], f"{Path(at[0]).name}:{at[1]} {at[2]}") for at, row in stats.items()))[:-25:-1]
+    return {"queued_seconds": queued, "host": own}
+
+
 def shown(name: str, row: dict[str, Any]) -> None:
-    print(f"== {name}: " + ", ".join(f"{key} {value}" for key, value in row.items() if key != "largest"), flush=True)
+    print(f"== {name}: " + ", ".join(f"{key} {value}" for key, value in row.items() if key not in ("largest", "host")),
+          flush=True)
+    for ms, count, function in row.get("host", ()):
+        print(f"   host {ms:8.2f} ms {count:6} x {function}", flush=True)
     for kernel, count, ms in row["largest"][:24]:
         print(f"   {ms:8.3f} ms {count:7.1f} x {kernel}", flush=True)
 
@@ -202,6 +229,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", default="2B")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--compile", nargs="*", choices=("on", "off"), default=("on", "off"))
     parser.add_argument("--time-limit", type=float, default=400.0)
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -216,7 +244,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "result.json"
             command = [sys.executable, __file__, "--part", part, "--result", str(path), "--device", options.device,
-                       "--shape", options.shape]
+                       "--shape", options.shape, "--compile", *options.compile]
             try:
                 done = subprocess.run(command, stderr=subprocess.PIPE, text=True,
                                       timeout=max(1.0, options.time_limit - (time.monotonic() - begin)))

@@ -1,4 +1,4 @@
-"""A run whose regions are compiled: losses, masters and moments within rounding, also where layers are computed again."""
+"""A run whose regions are compiled: losses and gradients within rounding, also where layers are computed again."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check(run: Small, chosen: Recipe, backend: str, monkeypatch: pytest.MonkeyPa
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             scale = float(theirs[name].abs().max())
-            torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=2e-5 * scale, msg=lambda t: f"{name}: {t}")
+            assert float((value - theirs[name]).abs().max()) <= 1e-4 * scale, name
 
 
 def test_a_compiled_step_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
