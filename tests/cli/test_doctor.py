@@ -21,6 +21,7 @@ from flarec.doctor.report import Rates
 from flarec.doctor.simulate import ATTENTION, BATCHED, GATHER, MATMUL, MEMORY
 from flarec.errors import CaptureError, PassError, PropertyError, UsageError
 from flarec.frontend.export import capture
+from flarec.frontend.loading import judge_source
 from flarec.inspect.summary import mixer_kind
 from flarec.ir.program import Program
 from flarec.passes import lower
@@ -266,7 +267,7 @@ def test_a_hub_id_that_cannot_be_fetched() -> None:
 
 def test_of_a_hub_id_the_configuration_alone_is_judged(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    judge = diagnosis.judge_source
+    judge = judge_source
     monkeypatch.setattr(diagnosis, "judge_source", lambda path, **more: judge(str(small), **more))
     for location in ("owner/name", str(small)):
         diagnosis._opened("owner/name", location, torch.float32, False, said.append)

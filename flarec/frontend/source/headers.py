@@ -145,10 +145,9 @@ _OTHERS: tuple[tuple[str, str], ...] = (
 
 def _refuse_other_files(directory: Path) -> None:
     names = sorted(path.name for path in directory.iterdir())
-    for name in names:
-        if name.endswith(".safetensors") and not (directory / name).exists():
-            raise UsageError(f"{directory / name} is a link to {os.readlink(directory / name)}, where nothing is; copy "
-                             "the file itself")
+    for path in map(directory.joinpath, names):
+        if path.suffix == ".safetensors" and not path.exists():
+            raise UsageError(f"{path} is a link to {os.readlink(path)}, where nothing is; copy the file itself")
     if shard := next((name for name in names if _SHARD.fullmatch(name)), None):
         raise UsageError(f"{directory} holds {shard} but no {INDEX}, which says what is where; copy that file too")
     for pattern, advice in _OTHERS:
