@@ -146,6 +146,7 @@ def write_adapter_checkpoint(
 def write_horizon_checkpoint(
     out: str | Path,
     home: Path,
+    source: Path,
     manifest: Manifest,
     parameters: Mapping[str, Tensor],
     *,
@@ -156,6 +157,7 @@ def write_horizon_checkpoint(
 ) -> Path:
     """Write the checkpoint in `home` once more, byte for byte, with a horizon head.
 
+    source      the directory of its model and tokenizer: `home`, where that is no adapter alone
     manifest    `checkpoint.horizon.manifest_with` made it of that of `home`
     parameters  of the head
     The rest is that of `write_adapter_checkpoint`.
@@ -164,7 +166,7 @@ def write_horizon_checkpoint(
         place_checkpoint(home, manifest, parameters, partial, link=link, note=note)
         return carried.describe(adapter=manifest.adapter is not None) if carried else None
 
-    return _build(Path(out), manifest, fill, has_template(home), None, overwrite, None)
+    return _build(Path(out), manifest, fill, has_template(source), None, overwrite, None)
 
 
 def _build(

@@ -75,8 +75,8 @@ def train_head(arguments: HeadArguments, reporter: Reporter) -> Path:
     steps = pipeline_of(checkpoint.manifest, "decode", kernels=kernels)
     manifest = manifest_with(checkpoint.manifest, steps, PredictHorizon(size, given.width), data, found)
     made = write_horizon_checkpoint(
-        given.out, checkpoint.home, manifest, named(head), link=given.link, carried=checkpoint.carried(model),
-        overwrite=given.overwrite, note=reporter.note,
+        given.out, checkpoint.home, checkpoint.path, manifest, named(head), link=given.link,
+        carried=checkpoint.carried(model), overwrite=given.overwrite, note=reporter.note,
     )
     reporter.note(f"checkpoint: {made}")
     return made
