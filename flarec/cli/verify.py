@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("checkpoint")
-@kernels_option("torch")
+@kernels_option("auto")
 @adapter_option
 @click.option("--source", metavar="SOURCE", help="Of a checkpoint with an adapter: also compare with its source.")
 @plugin_options
@@ -26,16 +26,24 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype", metavar="NAME", help="bfloat16, float16: only AR-Trust against causal decoding there, near ties apart."
 )
+@click.option("--device", default="cpu", show_default=True, metavar="NAME", help="With --dtype: cpu, cuda ...")
+@click.option(
+    "--prompts", metavar="FILE", type=click.Path(path_type=Path),
+    help="With --dtype: the first 200 of its prompts (as `flarec generate` reads them) instead of a text of flarec's.",
+)
+@click.option("--chat", is_flag=True, help="With --prompts: put them into the chat template.")
 @click.option("--seed", default=0, show_default=True, help="Of the random layouts, tokens and sampling.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def command(
     checkpoint: str, kernels: str, adapter: Path | None, source: str | None, plugins: tuple[str, ...],
-    passes: tuple[str, ...], quick: bool, dtype: str | None, seed: int, as_json: bool,
+    passes: tuple[str, ...], quick: bool, dtype: str | None, device: str,
+    prompts: Path | None, chat: bool, seed: int, as_json: bool,
 ) -> None:
     """Check a CHECKPOINT (or a model that was not converted) against the invariants of the method.
 
-    Everything runs in float32 on the CPU, on pieces of a small text; transformers, in float64 too, is the witness for
-    invariants 1 and 6. With an adapter, checks 8 to 11 show that the model is its source (docs/semantics.md section 6).
+    Everything but --dtype runs in float32 on the CPU, on pieces of a small text; transformers, in float64 too, is the
+    witness for invariants 1 and 6. With an adapter, checks 8 to 11 show that the model is its source (docs/semantics.md
+    section 6).
 
     Exit code 1 if one fails.
     """
@@ -43,7 +51,8 @@ def command(
 
     results = []
     given: dict[str, Any] = {"kernels": kernels, "seed": seed, "passes": passes, "plugins": plugins}
-    given |= {"quick": quick, "dtype": dtype, "say": lambda text: click.echo(text, err=True)}
+    given |= {"quick": quick, "dtype": dtype, "device": device, "prompts": prompts, "chat": chat}
+    given |= {"say": lambda text: click.echo(text, err=True)}
     for result in verify(checkpoint, adapter=adapter, source=source, **given):
         results.append(result)
         if not as_json:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from flarec.device import torch_dtype
+from flarec.base.prompts import read_prompts
+from flarec.device import torch_device, torch_dtype
 from flarec.errors import UsageError
 
 from .adapter import (
@@ -26,7 +27,7 @@ from .adapter import (
 from .decoding import ar_trust_is_causal, opens_in_transformers, rejected_draft_leaves_no_trace, split_is_whole
 from .streams import clean_logits, no_leak, views_share_a_row
 from .subject import Result, Subject, open_subject
-from .ties import ar_trust_up_to_ties
+from .ties import TEXTS, ar_trust_up_to_ties, prompts_of
 
 Check = Callable[..., Result]
 
@@ -61,7 +62,7 @@ QUICK_TEXTS = 20
 def verify(
     path: str | Path,
     *,
-    kernels: str = "torch",
+    kernels: str = "auto",
     seed: int = 0,
     passes: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
@@ -69,6 +70,9 @@ def verify(
     source: str | Path | None = None,
     quick: bool = False,
     dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    prompts: Path | None = None,
+    chat: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Result]:
     """Measure invariants 1 to 7 on a checkpoint or model directory (float32 on the CPU); results come one by one.
@@ -77,7 +81,9 @@ def verify(
     model that it was made from, and is left out without it. adapter: of a model whose adapter lies elsewhere.
 
     quick: fewer and shorter texts, and no check behind every pass. say: called with a line before each slow part.
-    dtype: not float32: AR-Trust against causal decoding in that dtype alone, near ties listed apart.
+    dtype: not float32: AR-Trust against causal decoding in that dtype alone, near ties listed apart; then also
+    device: that computes; prompts: a file whose first ones are continued instead of pieces of a small text, with `chat`
+    behind the chat template.
 
     Raises `CheckpointError` or `UsageError` for a directory that cannot be opened.
     """
@@ -85,13 +91,25 @@ def verify(
     other = computed != torch.float32
     if other and source is not None:
         raise UsageError(f"a source is compared with in float32; leave it out, or dtype {dtype}")
+    place = torch_device(device)
+    if not other and (place.type != "cpu" or prompts is not None or chat):
+        raise UsageError(
+            "the invariants are measured in float32 on the CPU, on texts of their own; device, prompts and chat go "
+            "with dtype bfloat16 or float16"
+        )
+    if chat and prompts is None:
+        raise UsageError("chat puts prompts into the chat template; give prompts too")
+    if prompts is not None:
+        next(read_prompts(prompts))  # said before the model is opened
     subject = open_subject(
         path, kernels=kernels, seed=seed, passes=passes, plugins=plugins, adapter=adapter, dtype=computed,
-        debug=not quick and not other, say=say,
+        device=place, debug=not quick and not other, say=say,
     )
     if other:
         say(f"{TITLES[4]} in {dtype}")
-        yield ar_trust_up_to_ties(subject, QUICK_TEXTS) if quick else ar_trust_up_to_ties(subject)
+        count = QUICK_TEXTS if quick else TEXTS
+        given = prompts_of(subject, prompts, count, chat=chat) if prompts is not None else None
+        yield ar_trust_up_to_ties(subject, count, prompts=given)
         return
     if source is not None and subject.adapted is None:
         raise UsageError(f"{path} has no adapter, so its model is not its source; leave the source out")

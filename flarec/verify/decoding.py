@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +20,12 @@ from .places import compare_texts, compare_with_source
 from .replay import Replay, compare_caches
 from .subject import Comparison, Result, Subject
 
+MOST_POSITIONS = 4096
 NEAR_TIE_TRIALS = 64
+TIES_AT_ONCE = 16
+"""Texts that share forwards while their logit error is measured."""
+ONE_BY_ONE = 64
+"""Tokens at the end of a text that are read one by one for that."""
 
 
 def split_is_whole(subject: Subject, cases: int = 4) -> Result:
@@ -95,13 +101,13 @@ def engine_of(subject: Subject, readout: str) -> Engine:
     """Drafts and verifies with that readout; no token ends a text."""
     return Engine(
         subject.decode, mask_token_id=subject.mask_token_id, block_size=subject.block_size,
-        readouts={"ar-trust": readout}, eos_ids=(), max_positions=4096, suppress=subject.suppress,
+        readouts={"ar-trust": readout}, eos_ids=(), max_positions=MOST_POSITIONS, suppress=subject.suppress,
     )
 
 
 def causal_engine(program: Program) -> Engine:
     """Of a program that may have no mask token."""
-    return Engine(program, mask_token_id=None, block_size=None, readouts={}, eos_ids=(), max_positions=4096)
+    return Engine(program, mask_token_id=None, block_size=None, readouts={}, eos_ids=(), max_positions=MOST_POSITIONS)
 
 
 def random_sampling(rng: random.Random) -> GenerationOptions:
@@ -118,20 +124,63 @@ def written(setting: GenerationOptions) -> str:
     return f"T {setting.temperature}, top-k {setting.top_k}, top-p {setting.top_p}, seed {setting.seed}"
 
 
+@dataclass(frozen=True)
+class Parting:
+    """Two continuations of a prompt under the same options that are not equal."""
+
+    prompt: list[int]
+    setting: GenerationOptions
+    a: list[int]
+    b: list[int]
+
+    @property
+    def first(self) -> int:
+        """The place of the first difference."""
+        return next(i for i, (x, y) in enumerate(zip(self.a, self.b, strict=True)) if x != y)
+
+
 def near_tie(subject: Subject, prompt: list[int], setting: GenerationOptions, a: list[int], b: list[int]) -> bool:
     """True if logits within the logit error of each other lead to both tokens of the first difference."""
-    first = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
-    tokens = [*prompt, *a[:first]]
-    whole = Replay(subject, [tokens]).feed([len(tokens)])[0][-1]
-    stepwise = Replay(subject, [tokens])
-    last = [stepwise.feed([1])[0][-1] for _ in tokens][-1]
-    last, whole, step = last.float(), whole.float(), torch.finfo(last.dtype).eps
+    return near_ties(subject, [Parting(prompt, setting, a, b)])[0]
+
+
+def near_ties(subject: Subject, partings: Sequence[Parting]) -> list[bool]:
+    """`near_tie` of each, some at a time.
+
+    The logit error is measured at the first difference: the text in one pass against the text in steps of a token (of a
+    long one all but its last `ONE_BY_ONE` tokens in one pass), at least a rounding step of the largest logit; the bound
+    is four times that.
+    """
+    found = []
+    for start in range(0, len(partings), TIES_AT_ONCE):
+        group = partings[start : start + TIES_AT_ONCE]
+        tokens = [[*parting.prompt, *parting.a[: parting.first]] for parting in group]
+        whole = [rows[-1] for rows in Replay(subject, tokens).feed([len(row) for row in tokens])]
+        for parting, one, other in zip(group, whole, _last_in_steps(subject, tokens), strict=True):
+            found.append(_is_near(subject, parting, one.float(), other.float(), torch.finfo(one.dtype).eps))
+    return found
+
+
+def _last_in_steps(subject: Subject, tokens: Sequence[list[int]]) -> list[Tensor]:
+    """[V] logits behind each text, which was read in steps."""
+    replay, last = Replay(subject, tokens), [torch.empty(0)] * len(tokens)
+    counts = [max(0, left - ONE_BY_ONE) for left in replay.left()]
+    while any(replay.left()):
+        if any(counts):
+            for request, rows in enumerate(replay.feed(counts)):
+                last[request] = rows[-1] if len(rows) else last[request]
+        counts = [min(1, left) for left in replay.left()]
+    return last
+
+
+def _is_near(subject: Subject, parting: Parting, whole: Tensor, last: Tensor, step: float) -> bool:
     error = 4 * max(float((last - whole).abs().max()), step * float(whole.abs().max()))
     noise = torch.rand(NEAR_TIE_TRIALS, len(whole), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    trials = SamplingRows.build([setting] * NEAR_TIE_TRIALS)
-    positions = torch.full((NEAR_TIE_TRIALS,), len(tokens))
-    chosen, _ = choose(last + error * noise, trials, positions, subject.suppress)
-    return {a[first], b[first]} <= set(chosen.tolist())
+    trials = SamplingRows.build([parting.setting] * NEAR_TIE_TRIALS, last.device)
+    position = len(parting.prompt) + parting.first
+    positions = torch.full((NEAR_TIE_TRIALS,), position, device=last.device)
+    chosen, _ = choose(last + error * noise.to(last.device), trials, positions, subject.suppress)
+    return {parting.a[parting.first], parting.b[parting.first]} <= set(chosen.tolist())
 
 
 def rejected_draft_leaves_no_trace(subject: Subject, cases: int = 4) -> Result:

@@ -39,14 +39,14 @@ class Replay(Stepper):
         ]
         anchors = [range(1, len(piece) + 1) if rejected is not None else [] for piece in pieces]
         logits = self._step(pieces, anchors)
-        self.cache.accept(torch.tensor(counts))
+        self.cache.accept(torch.tensor(counts, device=self.device))
         self.fed = [fed + count for fed, count in zip(self.fed, counts, strict=True)]
         return [rows[:count] for rows, count in zip(logits, counts, strict=True)]
 
     def flush(self) -> None:
         """A denoise step without clean rows: what is pending gets committed."""
         self._step([[] for _ in self.fed], [[0] for _ in self.fed])
-        self.cache.accept(torch.zeros(len(self.fed), dtype=torch.int64))
+        self.cache.accept(torch.zeros(len(self.fed), dtype=torch.int64, device=self.device))
 
     def _step(self, pieces: Sequence[list[int]], anchors: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
         """The logits of each request's piece, [length, V]."""

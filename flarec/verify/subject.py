@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flarec.checkpoint.directory import Checkpoint, open_checkpoint
 from flarec.checkpoint.lowered import pipeline_of
+from flarec.device import resolve_kernels, torch_device
 from flarec.errors import CheckpointError
 from flarec.frontend.export import capture
 from flarec.ir.pipeline import Pass
@@ -90,7 +91,8 @@ class Subject:
 
 @dataclass(frozen=True)
 class Result:
-    """One invariant: what was compared, and the largest difference with its bound (largest in units of the bound)."""
+    """One invariant: what was compared, and the largest difference with its bound (largest in units of the bound).
+    counts: what a note says in words, as numbers."""
 
     invariant: int
     title: str
@@ -99,6 +101,7 @@ class Result:
     bound: float
     passed: bool
     notes: tuple[str, ...] = field(default=())
+    counts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Comparison:
@@ -140,18 +143,19 @@ class Comparison:
 def open_subject(
     path: str | Path,
     *,
-    kernels: str = "torch",
+    kernels: str = "auto",
     seed: int = 0,
     passes: Sequence[str] = (),
     plugins: Sequence[str | Path] = (),
     adapter: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
     debug: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> Subject:
-    """Open a checkpoint or model on the CPU, capture it and lower both programs.
+    """Open a checkpoint or model, capture it and lower both programs.
 
-    dtype: of the run; debug: check every pass. say: called with a line before each slow part.
+    dtype, device: of the run; debug: check every pass. say: called with a line before each slow part.
     Raises `CheckpointError` for a directory that is damaged or holds no model.
     """
     load_plugins(plugins)
@@ -160,11 +164,13 @@ def open_subject(
         checkpoint.manifest.check_files(checkpoint.home, whole=True)
     manifest = checkpoint.manifest
     say(f"opening {checkpoint.path}")
-    source = checkpoint.load_model(dtype)
+    place = torch_device(device)
+    source = checkpoint.load_model(dtype, place)
     source.set_attn_implementation("eager")  # the definition: gemma2's default in transformers 5.17 drops its softcap
     say("capturing, or taking the graph from the program cache")
     program = capture(source, cache=True)
-    program.extra.update(checkpoint.load_extra(dtype))
+    program.extra.update(checkpoint.load_extra(dtype, place))
+    kernels = resolve_kernels(kernels, place)
     vector = manifest is not None and manifest.mask.kind == "vector"
     if vector and PARAMETER not in program.extra:
         raise CheckpointError(f"{checkpoint.path} has no mask vector ({PARAMETER}); copy the checkpoint again")

@@ -111,7 +111,7 @@ def test_json_and_exit_code(model: Path) -> None:
     assert run.exit_code == 0, run.output
     data = json.loads(run.stdout)
     assert [item["invariant"] for item in data] == list(INVARIANTS)
-    assert set(data[0]) == {"invariant", "title", "compared", "difference", "bound", "passed", "notes"}
+    assert set(data[0]) == {"invariant", "title", "compared", "difference", "bound", "passed", "notes", "counts"}
     assert "7 of 7 invariants hold" in run.stderr
 
 
