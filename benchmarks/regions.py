@@ -27,10 +27,12 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("FLAREC_CACHE_DIR", "off")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
+
+from benchmarks import train_steps
 
 FACTOR = 1.25
 PARTS = ("errors", "decode", "flare", "draft")
@@ -91,16 +93,16 @@ def train_errors(model: Any) -> dict[str, Any]:
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         seconds = time.perf_counter() - start
         results.append((logits.detach(), dict(zip(parameters, gradients, strict=True)), seconds))
-    witness = results.pop()
-    rows = {}
-    for name, (logits, gradients, seconds) in zip(("eager", "compiled"), results, strict=True):
+    exact, wanted, _ = results.pop()
+    rows: dict[str, dict[str, Any]] = {}
+    for name, (logits, found, seconds) in zip(("eager", "compiled"), results, strict=True):
         each = {
-            key: relative(value, witness[1][key]) for key, value in gradients.items()
-            if value is not None and witness[1][key] is not None and float(witness[1][key].norm()) > 0
+            key: relative(value, wanted[key]) for key, value in found.items()
+            if value is not None and wanted[key] is not None and float(wanted[key].norm()) > 0
         }
         worst = max(each, key=each.__getitem__)
         mean = sum(each.values()) / len(each)
-        rows[name] = {"logits": relative(logits, witness[0]), "gradients": mean, "worst": [worst, each[worst]],
+        rows[name] = {"logits": relative(logits, exact), "gradients": mean, "worst": [worst, each[worst]],
                       "seconds": seconds}
     between = relative(results[1][0], results[0][0])
     good = all(rows["compiled"][key] <= FACTOR * rows["eager"][key] for key in ("logits", "gradients"))
@@ -132,17 +134,15 @@ def decode_errors(model: Any) -> dict[str, Any]:
 
 def by_kernel(step: Callable[[], object], count: int) -> dict[str, Any]:
     """Kernels of a step: how many, their time in ms, and the largest by total time."""
-    from train_steps import kernels_of, length, union  # the folder is on the path
-
     if not torch.cuda.is_available():
         return {"largest": []}
-    kernels = kernels_of(step, count)
+    kernels = train_steps.kernels_of(step, count)
     totals: dict[str, list[int]] = defaultdict(list)
     for name, (first, last) in kernels:
         totals[name].append(last - first)
     largest = sorted(totals, key=lambda name: -sum(totals[name]))[:40]
     return {
-        "kernels": len(kernels) / count, "busy_ms": length(union(span for _, span in kernels)) / count / 1e6,
+        "kernels": len(kernels) / count, "busy_ms": train_steps.length(train_steps.union(span for _, span in kernels)) / count / 1e6,
         "largest": [[name[:100], len(totals[name]) / count, sum(totals[name]) / count / 1e6] for name in largest],
     }
 
@@ -166,9 +166,22 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def training(options: argparse.Namespace, part: str) -> dict[str, Any]:
-    import train_steps
+def observing(rows: list[dict[str, Any]]) -> Callable[[Callable[[], object], argparse.Namespace], dict[str, Any]]:
+    """What measures a step in the place of `train_steps.measured`, and notes it in `rows`."""
 
+    def measured(step: Callable[[], object], options: argparse.Namespace) -> dict[str, Any]:
+        start = time.perf_counter()
+        train_steps.seconds_of(step, 1)
+        first = time.perf_counter() - start
+        train_steps.seconds_of(step, 2)
+        seconds = train_steps.seconds_of(step, 3)
+        rows.append({"first_step_seconds": first, "seconds": seconds, **host_of(step), **by_kernel(step, 1)})
+        return rows[-1]
+
+    return measured
+
+
+def training(options: argparse.Namespace, part: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for compiled in options.compile:
         given = argparse.Namespace(
@@ -176,17 +189,7 @@ def training(options: argparse.Namespace, part: str) -> dict[str, Any]:
             compile=compiled, quick=True,
         )
         rows: list[dict[str, Any]] = []
-
-        def measured(step: Callable[[], object], _: object, rows: list[dict[str, Any]] = rows) -> dict[str, Any]:
-            start = time.perf_counter()
-            train_steps.seconds_of(step, 1)
-            first = time.perf_counter() - start
-            train_steps.seconds_of(step, 2)
-            seconds = train_steps.seconds_of(step, 3)
-            rows.append({"first_step_seconds": first, "seconds": seconds, **host_of(step), **by_kernel(step, 1)})
-            return rows[-1]
-
-        train_steps.measured = measured
+        train_steps.measured = observing(rows)
         train_steps.ours(given)
         found[f"{part} compile={compiled}"] = rows[-1]
         shown(f"{part} compile={compiled}", rows[-1])
@@ -198,19 +201,17 @@ def host_of(step: Callable[[], object]) -> dict[str, Any]:
     import cProfile
     import pstats
 
-    from train_steps import wait
-
-    wait()
+    train_steps.wait()
     start = time.perf_counter()
     step()
     queued = time.perf_counter() - start
-    wait()
+    train_steps.wait()
     profiler = cProfile.Profile()
     profiler.runcall(step)
-    wait()
-    stats: Any = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
-    own = sorted(((1e3 * row[2], row[0], f"{Path(at[0]).name}:{at[1]} {at[2]}") for at, row in stats.items()))[:-25:-1]
-    return {"queued_seconds": queued, "host": own}
+    train_steps.wait()
+    stats: Any = pstats.Stats(profiler)
+    own = [(1e3 * row[2], row[0], f"{Path(at[0]).name}:{at[1]} {at[2]}") for at, row in stats.stats.items()]
+    return {"queued_seconds": queued, "host": sorted(own)[:-25:-1]}
 
 
 def shown(name: str, row: dict[str, Any]) -> None:
