@@ -126,6 +126,8 @@ class Model:
         self._plain: Program | None = None
         self._elastic: HorizonProgram | None = None
         self._lowering = threading.Lock()
+        if compile == "auto" and graphs == "off":  # for debugging: steps are run as they are
+            compile = "off"
         self.compiles = resolve_compile(compile, self.program.device)
         self.decode_program = lowered(
             checkpoint, self.program, "decode", kernels=self.kernels, fast=self.compiles, regions=self.compiles,

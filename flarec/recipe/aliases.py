@@ -39,9 +39,13 @@ def spellings(path: str) -> set[str]:
 
 
 SEED = "seed"
+_SWITCHES = {
+    "gradient_checkpointing": ("train.memory", "recompute", "keep"),
+    "torch_compile": ("train.compile", "on", "off"),
+}
 _SPECIAL = (
     "adam_beta1", "adam_beta2", "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type",
-    "bf16", "fp16", "gradient_checkpointing", "optim", "eval_strategy", "save_strategy", "logging_steps",
+    "bf16", "fp16", *_SWITCHES, "optim", "eval_strategy", "save_strategy", "logging_steps",
     "logging_strategy", SEED,
 )
 _SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine"}
@@ -69,7 +73,8 @@ REFUSED = {
     "tf32": "leave it out, optimizer.precision is bf16 or float32",
     "deepspeed": "there is none",
     "fsdp": "there is none in a recipe",
-    "torch_compile": "there is none in a recipe",
+    "torch_compile_backend": "it is inductor",
+    "torch_compile_mode": "it is inductor's default",
     "use_liger_kernel": "give --kernels",
     "neftune_noise_alpha": "there is none",
     "do_train": "leave it out",
@@ -135,7 +140,7 @@ class _Names:
         self._rows()
         self._schedule()
         self._precision()
-        self._memory()
+        self._switches()
         self._rest()
 
     def _direct(self, name: str, path: str, value: Any) -> None:
@@ -199,14 +204,14 @@ class _Names:
         elif "fp16" in self.given:
             self.say("fp16", "so it is here")
 
-    def _memory(self) -> None:
-        name = "gradient_checkpointing"
-        if name not in self.given:
-            return
-        value = self.given[name]
-        if type(value) is not bool:
-            raise RecipeError(f"{name} = {shown(value)} is not allowed; give true or false")
-        self.put(name, "train.memory", "recompute" if value else "keep")
+    def _switches(self) -> None:
+        """What is true or false there and has names here."""
+        for name, (path, yes, no) in _SWITCHES.items():
+            if name in self.given:
+                value = self.given[name]
+                if type(value) is not bool:
+                    raise RecipeError(f"{name} = {shown(value)} is not allowed; give true or false")
+                self.put(name, path, yes if value else no)
 
     def _rest(self) -> None:
         given = self.given
