@@ -1,8 +1,9 @@
 """Running a graph by its regions: each is a compiled function, and regions that compute the same share one.
 
-Parameters are operands of these functions, so that a model needs a few of them, however many layers it has. What is compiled is how a program is run (`Program.run`); the graph, its pipeline and its text do not depend
-on the compiler of a machine. Behind it is `torch.compile`, one graph per region without breaks. A region that was
-compiled for one size is compiled once more for any size when another one comes.
+Parameters are operands of these functions, so that a model needs a few of them, however many layers it has. What is
+compiled is how a program is run (`Program.run`); the graph, its pipeline and its text do not depend on the compiler of
+a machine. Behind it is `torch.compile`, one graph per region without breaks. A region that was compiled for one size is
+compiled once more for any size when another one comes.
 """
 
 from __future__ import annotations
