@@ -38,7 +38,8 @@ class Code:
         compile_now(module)
         self.module = module
         self.say = say
-        self.compiled: Callable[..., Any] | None = torch.compile(module, backend=backend, fullgraph=True)
+        # not the module: its `__call__` looks at exceptions that pass, and dynamo makes others of them (torch 2.13)
+        self.compiled: Callable[..., Any] | None = torch.compile(module.forward, backend=backend, fullgraph=True)
 
     def __call__(self, *operands: Any) -> tuple[Tensor, ...]:
         if self.compiled is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import UsageError
 from ..ir.compiled import Codes
@@ -36,7 +36,7 @@ def recomputed(program: Program, codes: Codes | None = None) -> Program:
     for name in dict.fromkeys(layers.values()):
         unit = module.get_submodule(name)
         assert isinstance(unit, fx.GraphModule)
-        setattr(module, name, Recomputed(unit) if codes is None else Recomputed(_compiled(unit, codes), whole=True))
+        setattr(module, name, Recomputed(unit if codes is None else _compiled(unit, codes)))
     copy.run = module if codes is None else _compiled(module, codes)
     return copy
 
@@ -48,16 +48,11 @@ def _compiled(module: fx.GraphModule, codes: Codes) -> fx.GraphModule:
 
 
 class Recomputed(nn.Module):
-    """A unit of a graph whose intermediate values are computed again in the backward pass.
+    """A unit of a graph whose intermediate values are computed again in the backward pass."""
 
-    whole: to its end, not to the last value that is needed: the exception which stops it would pass through compiled
-    code, where dynamo loses it (torch 2.13).
-    """
-
-    def __init__(self, unit: nn.Module, *, whole: bool = False) -> None:
+    def __init__(self, unit: nn.Module) -> None:
         super().__init__()
         self.unit = unit
-        self.whole = whole
         self.look: Callable[[nn.Module, tuple[Any, ...]], None] | None = None
         """Called with the unit and its values before it runs (`flarec.train.memory.watched`)."""
 
@@ -66,8 +61,7 @@ class Recomputed(nn.Module):
         if self.look is not None:
             self.look(self.unit, values)
         # nothing in a graph draws random numbers: capture is of a model in eval mode
-        with set_checkpoint_early_stop(not self.whole):
-            results: tuple[Any, ...] = checkpoint(self.unit, *values, use_reentrant=False, preserve_rng_state=False)
+        results: tuple[Any, ...] = checkpoint(self.unit, *values, use_reentrant=False, preserve_rng_state=False)
         return results
 
 
