@@ -15,7 +15,7 @@ from flarec.train.metrics import read_metrics
 from tests.cli.conversions import QUICK, flarec, write_data
 from tests.models import tiny_checkpoint
 
-STEPS = 40
+STEPS = 24
 WATCHED = """
 import os, signal
 from flarec.cli import main
@@ -43,7 +43,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def arguments(out: str, precision: str, rank: int) -> list[str]:
     trained = ["--set", f"adapter.rank={rank}", "--set", "objective.ar_weight=0"] if rank else []
     return ["convert", "qwen3_5_text", "--data", "data.jsonl", "--recipe", "dual", "--out", out, *QUICK,
-            "--steps", str(STEPS), "--set", "save.every=1", "--set", "evaluation.every=10",
+            "--steps", str(STEPS), "--set", "save.every=1", "--set", "evaluation.every=12",
             "--set", f"optimizer.precision={precision}", *trained]
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from flarec.cli import main
 from flarec.frontend import cache as program_cache
 from flarec.frontend import opening
 from flarec.frontend.cache import Entry, entry_of, tensors_of
@@ -190,27 +192,28 @@ def test_whatever_does_not_fit_is_no_note(tmp_path: Path, kept: Path, monkeypatc
 
 
 def test_a_second_generate_imports_little_and_says_the_same(tmp_path: Path) -> None:
-    """In processes of their own: transformers' modelling code is imported here."""
+    """In a process of its own: transformers' modelling code is imported here, where the note is made."""
     _, path = converted(tmp_path, "bamba")
+    noted(path, "bamba")
+    command = ["generate", str(path), "one two", "--max-new-tokens", "4", "--json"]
+    first = CliRunner().invoke(main, command)
+    assert first.exit_code == 0 and "transformers.modeling_utils" in sys.modules, first.output
     code = f"""
 import sys
 from flarec.cli import main
 try:
-    main(["generate", {str(path)!r}, "one two", "--max-new-tokens", "4", "--json"])
+    main({command})
 except SystemExit as end:
     assert not end.code
 print([name for name in {HEAVY} if name in sys.modules])
 import flarec
-if "transformers.modeling_utils" not in sys.modules:
-    model = flarec.load({str(path)!r})
-    assert "transformers.modeling_utils" not in sys.modules
-    theirs = dict(model.hf_model.named_parameters())
-    assert all(theirs[name] is p for name, p in model.program.parameters().items())
+model = flarec.load({str(path)!r})
+assert "transformers.modeling_utils" not in sys.modules
+theirs = dict(model.hf_model.named_parameters())
+assert all(theirs[name] is p for name, p in model.program.parameters().items())
+assert "transformers.modeling_utils" in sys.modules, "it has this name still"
 """
-    first, second = (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-        for _ in range(2)
-    )
-    assert json.loads("\n".join(first[:-1]))[0]["token_ids"] == json.loads("\n".join(second[:-1]))[0]["token_ids"]
-    assert "transformers.modeling_utils" in first[-1]
-    assert second[-1] == "[]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *second, imported = done.stdout.splitlines()
+    assert json.loads(first.stdout)[0]["token_ids"] == json.loads("\n".join(second))[0]["token_ids"]
+    assert imported == "[]"

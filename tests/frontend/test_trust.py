@@ -331,10 +331,10 @@ def breaches(source: str, *, packaged: bool = True) -> list[int]:
             says_no = isinstance(trusted, ast.Constant) and trusted.value is False
             bad = (name in OPENING or trusted is not None) and not says_no
             if packaged:
-                plain = isinstance(node.func, ast.Name)
-                owner = "" if plain else ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
-                bad |= name in RUNNING or (plain and name in BUILT_IN)
-                bad |= f"{owner}.{name}" in ("torch.load", "np.load", "numpy.load", "jinja2.Environment")
+                owner = node.func.value if isinstance(node.func, ast.Attribute) else None
+                bad |= name in RUNNING or (isinstance(node.func, ast.Name) and name in BUILT_IN)
+                whole = f"{owner.id}.{name}" if isinstance(owner, ast.Name) else ""
+                bad |= whole in ("torch.load", "np.load", "numpy.load", "jinja2.Environment")
             if bad:
                 found.append(node.lineno)
         if packaged and isinstance(node, (ast.Import, ast.ImportFrom)):

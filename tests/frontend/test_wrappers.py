@@ -25,6 +25,8 @@ from tests.frontend.source.sources import configure, rewrite
 from tests.models import tiny_tokenizer
 from tests.wrappers import IMAGE, PREDICTION, VISION_END, WRAPPERS, all_tensors, tiny_wrapper
 
+EACH = [pytest.param(name, marks=pytest.mark.xdist_group(f"wrapper {name}")) for name in WRAPPERS]
+"""A conversion each, made once: by the process that has all of its tests."""
 MODES = ("causal", "ar-trust", "diffusion-trust")
 ROUNDING = 1e-4  # of the largest logit, as for captured programs against eager models (tests/frontend/test_export.py)
 IDS = torch.arange(3, 43).reshape(2, 20)
@@ -62,7 +64,8 @@ def conversion(directory: Path, model_type: str) -> tuple[Path, Path, str]:
     source = tiny_wrapper(directory, model_type)
     data = write_data(directory / f"{model_type}.jsonl")
     out = directory / f"{model_type}-flarec"
-    result = flarec("convert", source, "--data", data, "--out", out, "--recipe", "dual", *QUICK)
+    quick = [*QUICK, "--steps", 3, "--set", "evaluation.every=0"]
+    result = flarec("convert", source, "--data", data, "--out", out, "--recipe", "dual", *quick)
     assert result.exit_code == 0, result.output
     return source, out, result.stderr
 
@@ -72,7 +75,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("wrappers")
 
 
-@pytest.mark.parametrize("model_type", list(WRAPPERS))
+@pytest.mark.parametrize("model_type", EACH)
 def test_only_the_text_weights_change(model_type: str, directory: Path) -> None:
     source, out, _ = conversion(directory, model_type)
     before, after = all_tensors(source), all_tensors(out)
@@ -96,7 +99,7 @@ def test_only_the_text_weights_change(model_type: str, directory: Path) -> None:
     assert {name: now[name] for name in now.keys() - stated} == was
 
 
-@pytest.mark.parametrize("model_type", list(WRAPPERS))
+@pytest.mark.parametrize("model_type", EACH)
 def test_what_is_carried_over_is_said(model_type: str, directory: Path) -> None:
     _, out, said = conversion(directory, model_type)
     architecture = json.loads((out / "config.json").read_text())["architectures"][0]
@@ -109,7 +112,7 @@ def test_what_is_carried_over_is_said(model_type: str, directory: Path) -> None:
     assert line in card and "image-text-to-text" in card
 
 
-@pytest.mark.parametrize("model_type", list(WRAPPERS))
+@pytest.mark.parametrize("model_type", EACH)
 def test_transformers_opens_it_as_the_same_class_with_the_programs_logits(model_type: str, directory: Path) -> None:
     source, out, _ = conversion(directory, model_type)
     theirs, ours = opened(out), package.load(out)
@@ -122,7 +125,7 @@ def test_transformers_opens_it_as_the_same_class_with_the_programs_logits(model_
         assert ours.manifest.mask.token_id == VISION_END + 1
 
 
-@pytest.mark.parametrize("model_type", list(WRAPPERS))
+@pytest.mark.parametrize("model_type", EACH)
 def test_all_modes_decode(model_type: str, directory: Path) -> None:
     source, out, _ = conversion(directory, model_type)
     ours = package.load(out)
@@ -158,7 +161,7 @@ def test_custom_generate_of_the_open_wrapper(directory: Path) -> None:
     assert torch.equal(model.generate(ids, max_new_tokens=12, mode="ar-trust", **options), greedy)
 
 
-@pytest.mark.parametrize("model_type", list(WRAPPERS))
+@pytest.mark.parametrize("model_type", EACH)
 def test_a_wrapper_in_memory_is_captured_with_its_own_parameters(model_type: str, directory: Path) -> None:
     model = opened(tiny_wrapper(directory / "memory", model_type))
     program = capture(model)

@@ -85,7 +85,7 @@ def test_the_model_is_as_if_the_files_were_plain(dtype: torch.dtype | None, tmp_
 @pytest.mark.slow
 def test_a_conversion_writes_plain_weights(tmp_path: Path) -> None:
     path, data, out = quantised(tmp_path), write_data(tmp_path / "data.jsonl"), tmp_path / "out"
-    quick = [*QUICK, "--steps", 2, "--set", "evaluation.every=0"]
+    quick = [*QUICK, "--steps", 1, "--set", "evaluation.every=0"]
     result = flarec("convert", path, "--dequantize", "--data", data, "--out", out, *quick)
     assert result.exit_code == 0, result.output
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
