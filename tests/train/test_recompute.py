@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flarec import ops
 from flarec.errors import UsageError
@@ -119,6 +124,51 @@ def test_without_autograd_a_layer_runs_once(monkeypatch: pytest.MonkeyPatch) -> 
             micro.batch.input_ids, layout=micro.batch.layout, head_rows=micro.batch.head_rows, derived=micro.derived
         )
     assert len(seen) == 4 and not results[0].requires_grad
+
+
+class Made(TorchDispatchMode):
+    """Knows the memory that is taken within the context, by what is no view, without keeping it alive."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.references: list[weakref.ref[Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        made = [leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.references += [weakref.ref(storage) for storage in made if storage.data_ptr() not in given]
+        return result
+
+    def alive(self) -> set[int]:
+        found = (reference() for reference in self.references)
+        return {storage.data_ptr() for storage in found if storage is not None}
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "jamba", "recurrent_gemma"])
+def test_a_layer_leaves_its_results_and_nothing_else(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between them these families have every kernel that keeps tensors for its backward pass: all of them give them to
+    autograd, which drops them."""
+    program = lower(captured(family), "train")
+    run = recomputed(program)
+    layout = build_layout([[5, 4]], [[Block(0, 2, 3), Block(1, 3, 3)]])
+    left: list[int] = []
+    forward = Recomputed.forward
+
+    def looked_at(self: Recomputed, *values: object) -> tuple[object, ...]:
+        with Made() as made:
+            results = forward(self, *values)
+        known = {x.untyped_storage().data_ptr() for x in (*values, *results) if isinstance(x, Tensor)}
+        assert len(made.references) > 30
+        left.append(len(made.alive() - known))
+        return results
+
+    ids, derived = torch.zeros(1, layout.length, dtype=torch.int64), program.derive(layout)
+    rows = torch.arange(layout.length)
+    run.results(ids, layout=layout, head_rows=rows, derived=derived)  # schedules keep what all layers read
+    monkeypatch.setattr(Recomputed, "forward", looked_at)
+    results = run.results(ids, layout=layout, head_rows=rows, derived=derived)
+    assert results[0].requires_grad and left and not any(left)
 
 
 @pytest.mark.slow
