@@ -56,7 +56,7 @@ def test_a_run_that_recomputes_has_the_same_bits(family: str) -> None:
     assert trainer.program.history == kept.program.history
 
 
-@pytest.mark.parametrize("family", ["kimi_linear", "zamba2", "bamba"])
+@pytest.mark.parametrize("family", ["kimi_linear", "bamba"])
 def test_an_adapter_that_recomputes_has_the_same_bits(family: str) -> None:
     chosen = adapter_recipe("optimizer.micro_rows=2")
     run = small(family, "vector", chosen=adapter_recipe())
@@ -68,7 +68,7 @@ def test_an_adapter_that_recomputes_has_the_same_bits(family: str) -> None:
 def test_in_bfloat16_too() -> None:
     """Masters collect the same gradients in the same order."""
     chosen = recipe("dual", "optimizer.batch_rows=4", "optimizer.precision=bf16")
-    run = small("qwen3_5_text", dtype=torch.bfloat16)
+    run = small("qwen3_5_text", "auto", torch.bfloat16)
     (_, theirs), (_, ours) = (ran(run, chosen.override(more)) for more in ([], [RECOMPUTE]))
     assert_same_bits(ours, theirs)
 
@@ -130,7 +130,7 @@ class Made(TorchDispatchMode):
     """Knows the memory that is taken within the context, by what is no view, without keeping it alive."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.references: list[weakref.ref[Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
