@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from ..errors import FlarecWarning
 from .module import compile_now, graph_module
@@ -46,11 +45,16 @@ class Code:
             try:
                 results: tuple[Tensor, ...] = self.compiled(*operands)
                 return results
-            except FailOnRecompileLimitHit:
-                self.say("it was compiled for too many sizes, and others run as they are")
-            except TorchDynamoException as error:
-                self.compiled = None
-                self.say(f"{_reason(error)}; it runs as it is")
+            except Exception as error:
+                from torch._dynamo import exc  # torch's compiler, which nothing else needs
+
+                if isinstance(error, exc.FailOnRecompileLimitHit):
+                    self.say("it was compiled for too many sizes, and others run as they are")
+                elif isinstance(error, exc.TorchDynamoException):
+                    self.compiled = None
+                    self.say(f"{_reason(error)}; it runs as it is")
+                else:
+                    raise
         plain: tuple[Tensor, ...] = self.module(*operands)
         return plain
 

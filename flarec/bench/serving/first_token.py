@@ -3,7 +3,7 @@
     python -m flarec.bench.serving.first_token --shape tiny --device cpu --compile
 
 prints seconds from the model to the lowered program, to a prompt's first token and to the first replayed step, which a
-compiler has seen. Weights are random; reading them from a disk is not in it.
+compiler has seen, each when it is reached. Weights are random; reading them from a disk is not in it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 
-from flarec.errors import FlarecError
-
+from ..measure import NotMeasured
 from .models import ServingSession
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLAREC_CACHE_DIR")
+LIMIT = 180.0
+"""Seconds of a process."""
 
 
 def measured(session: ServingSession) -> dict[str, dict[str, float]]:
@@ -36,32 +37,47 @@ def measured(session: ServingSession) -> dict[str, dict[str, float]]:
             places = {name: str(Path(folder) / name) for name in CACHES}
             found = {}
             for name in ("cold", "warm"):
-                done = subprocess.run(
-                    [*command, *(["--compile"] if session.compile else [])], env=os.environ | places, text=True,
-                    capture_output=True,
+                found[name] = _of_process(
+                    [*command, *(["--compile"] if session.compile else [])], os.environ | places, name
                 )
-                if done.returncode:
-                    raise FlarecError(f"the {name} process failed: {(done.stderr.strip().splitlines() or [''])[-1]}")
-                found[name] = json.loads(done.stdout.splitlines()[-1])
         return found
 
     return session.measured("first token", measure)
 
 
-def once(session: ServingSession) -> dict[str, float]:
+def _of_process(command: list[str], environment: dict[str, str], name: str) -> dict[str, float]:
+    """What a process prints. Raises `NotMeasured` for one that fails or takes too long, with how far it came."""
+    try:
+        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired as late:
+        printed = late.stdout or b""
+        reached = ", ".join((printed.decode() if isinstance(printed, bytes) else printed).splitlines()) or "nothing"
+        raise NotMeasured(f"the {name} process took more than {LIMIT:g} s; it came to {reached}") from late
+    if done.returncode:
+        raise NotMeasured(f"the {name} process failed: {(done.stderr.strip().splitlines() or [''])[-1]}")
+    found: dict[str, float] = {}
+    for line in done.stdout.splitlines():
+        found |= json.loads(line)
+    return found
+
+
+def once(session: ServingSession) -> None:
     _ = session.model
     session.wait()
     start = time.perf_counter()
+
+    def say(name: str) -> None:
+        print(json.dumps({name: time.perf_counter() - start}), flush=True)
+
     engine = session.engine(1)
-    lowered = time.perf_counter()
+    say("lowered")
     request = engine.add(session.prompts(1)[0], mode="ar-trust", max_new_tokens=256)
     while not request.tokens:
         engine.step()
-    first = time.perf_counter()
+    say("first_token")
     while not engine.stats.replays:
         engine.step()
-    times = {"lowered": lowered, "first_token": first, "replayed": time.perf_counter()}
-    return {name: end - start for name, end in times.items()}
+    say("replayed")
 
 
 def main() -> None:
@@ -75,7 +91,7 @@ def main() -> None:
     session = ServingSession(
         torch.device(given.device), given.shape, block=given.block_size, context=given.context, compile=given.compile
     )
-    print(json.dumps(once(session)))
+    once(session)
 
 
 if __name__ == "__main__":
