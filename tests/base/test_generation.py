@@ -191,3 +191,13 @@ def test_documentation_names_every_field_and_limit() -> None:
 def test_filled_leaves_what_is_given() -> None:
     options = GenerationOptions(threshold=0.2).filled(threshold=0.9, drafts="single")
     assert (options.threshold, options.drafts) == (0.2, "single")
+
+
+def test_what_a_mode_does_not_read() -> None:
+    """The mode, or modes, that stand in front of an option's meaning are those that read it."""
+    given = GenerationOptions(threshold=0.5, denoising_steps=2, drafts="single", temperature=1.0)
+    assert given.unread("elastic") == ["drafts", "denoising_steps"]
+    assert given.unread("diffusion-trust") == ["drafts"]
+    assert given.unread("ar-trust") == ["threshold", "denoising_steps"]
+    assert given.unread("causal") == ["drafts", "threshold", "denoising_steps"]
+    assert GenerationOptions().unread("causal") == []
