@@ -326,7 +326,7 @@ def test_unknown_mixer_of_a_model_without_row_says_so() -> None:
 def test_layers_without_a_mixer_are_declared_by_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     row = families.FAMILIES["nemotron_h"]
     bare = Family(row.model_type, row.mixers, row.functions)
-    kinds = {"layers_block_type": ["linear_attention", "mlp", "full_attention"]}
+    kinds: dict[str, Any] = {"layers_block_type": ["linear_attention", "mlp", "full_attention"]}
     with monkeypatch.context() as patch:
         patch.setitem(families.FAMILIES, "nemotron_h", bare)
         with pytest.raises(CaptureError, match=r"layer 1 \(NemotronHBlock.*no recognised token mixer.*'nemotron_h'"):
