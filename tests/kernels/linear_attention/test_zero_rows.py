@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from flarec import ops
+from flarec.ir.spec import TensorSpec
 from flarec.kernels.linear_attention import reference
 from flarec.kernels.linear_attention.panels import chunk
 from flarec.kernels.linear_attention.panels.schedule import StateSchedule
 from flarec.layout import Block, Layout, build_layout
+from flarec.ops import self_test
 from tests.kernels.linear_attention.cases import Case
 
 LAYOUT = build_layout([[11, 6]], [[Block(0, 5, 3), Block(0, 9, 3, 0, "causal"), Block(1, 0, 2)]])
@@ -76,3 +79,25 @@ def test_tiles(gate: str) -> None:
     }
     found = outcome(two_stream, case, inputs, TileSchedule.from_layout(SHORT, 16, 16))
     check({name: value.cpu() for name, value in found.items()}, expected, 1e-5)
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar", "channel"])
+def test_decode_steps(gate: str) -> None:
+    """Zeros in rows of q and k, and in the pending keys that a step commits first; both forms of the step."""
+    pytest.importorskip("triton")
+    heads, width = 2, 16
+    g = {"none": None, "scalar": TensorSpec((2, 9, heads), torch.float32),
+         "channel": TensorSpec((2, 9, heads, width), torch.float32)}[gate]
+    spec = TensorSpec((2, 9, heads, width), torch.float32)
+    operands = {"q": spec, "k": spec, "v": spec, "g": g, "beta": TensorSpec((2, 9, heads), torch.float32)}
+    site = ops.Site({**operands, "scale": 0.25, "delta": True, "l2norm": True}, step=True)
+    layout = self_test._step_layouts()[0]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = self_test._inputs(ops.LINEAR_ATTENTION, site, layout, device)
+    for name in ("q", "k", "pending_k"):
+        inputs[name][:, :2] = 0.0
+    found, exact = (
+        self_test._step(ops.LINEAR_ATTENTION, form, site, given, layout.to(device))
+        for form, given in (("triton", inputs), ("torch", {n: self_test._widened(v) for n, v in inputs.items()}))
+    )
+    check({name: value.cpu() for name, value in found.items()}, {n: v.cpu() for n, v in exact.items()}, 1e-5)
