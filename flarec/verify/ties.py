@@ -18,6 +18,9 @@ from .subject import Result, Subject
 
 BATCH, OTHER_BATCH = 32, 5
 """Requests that share forwards; two counts, because sums round as their numbers of rows decide."""
+PIECE = 16
+"""Tokens of a prompt that are read at a time in the second run, for the same reason: a CPU's sums do not depend on the
+number of requests."""
 TEXTS, NEW_TOKENS = 200, 24
 
 
@@ -44,15 +47,17 @@ def ar_trust_up_to_ties(
 
     prompts: token ids, instead of `cases` pieces of the subject's texts.
 
-    The floor is what causal decoding differs from itself, run with another number of requests at a time: ties are in
-    the dtype, not in the mode. The difference counts the texts of AR-Trust that no tie explains.
+    The floor is what causal decoding differs from itself, run with another number of requests at a time, and prompts in
+    pieces: ties are in the dtype, not in the mode. The difference counts the texts of AR-Trust that no tie explains.
     """
     rng = random.Random(subject.seed + 4)
     given = prompts if prompts is not None else [random_tokens(rng, subject, rng.randint(1, 12)) for _ in range(cases)]
     settings = [random_sampling(rng) for _ in given]
     engine = engine_of(subject, subject.readouts[0])
     plain = engine.generate(given, settings, mode="causal", batch=BATCH, max_new_tokens=new_tokens)
-    again = engine.generate(given, settings, mode="causal", batch=OTHER_BATCH, max_new_tokens=new_tokens)
+    again = engine.generate(
+        given, settings, mode="causal", batch=OTHER_BATCH, prefill_chunk=PIECE, max_new_tokens=new_tokens
+    )
     trusted = engine.generate(
         given, settings, mode="ar-trust", drafts="branches", batch=BATCH, max_new_tokens=new_tokens
     )
@@ -61,8 +66,8 @@ def ar_trust_up_to_ties(
     texts, made = len(given), new_tokens * len(given) / sum(generation.forwards for generation in trusted)
     notes = [
         f"{texts} texts: {texts - ties - len(faults)} equal, {ties} part at a near tie, {len(faults)} without one",
-        f"causal against causal, {BATCH} and {OTHER_BATCH} at a time: {floor} part at a near tie, "
-        f"{len(unexplained)} without one",
+        f"causal against causal, {BATCH} and {OTHER_BATCH} at a time, prompts whole and by {PIECE}: "
+        f"{floor} part at a near tie, {len(unexplained)} without one",
     ]
     counts = {
         "texts": texts, "near_ties": ties, "without_tie": len(faults), "causal_near_ties": floor,

@@ -31,7 +31,7 @@ def test_the_command(model: Path) -> None:
     (row,) = json.loads(run.stdout)
     assert row["title"] == "AR-Trust = causal, bfloat16" and row["difference"] == 0
     assert row["notes"][0].startswith("20 texts: ") and row["notes"][0].endswith(" 0 without one")
-    assert row["notes"][1].startswith("causal against causal, 32 and 5 at a time: ")
+    assert row["notes"][1].startswith("causal against causal, 32 and 5 at a time, prompts whole and by 16: ")
     assert row["counts"]["texts"] == 20 and row["counts"]["without_tie"] == 0
 
 
