@@ -155,8 +155,11 @@ def _reason(error: BaseException) -> str:
 def compiled_by_region(program: Program, codes: Codes | None = None) -> Program:
     """This program, run by its marked regions; parameters stay shared. A pass cannot change it any more.
 
-    It is called as this one is. Each region is compiled at its first call, and once more when sizes change.
+    It is called as this one is. Each region is compiled at its first call, and once more when sizes change. A program
+    without regions is run as it is, which a `FlarecWarning` says.
     """
+    if not any(MARK in node.meta for node in program.graph.nodes):
+        warnings.warn("nothing of this model is compiled: its graph has no regions", FlarecWarning, stacklevel=2)
     found = program.clone()
     found.run = (codes or Codes()).by_region(found.module)
     return found

@@ -38,12 +38,16 @@ def memory_of(nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
         found[node] = node
         if node.op != "call_function" or not node.all_input_nodes:
             continue
-        views = node.target is operator.getitem
-        if isinstance(node.target, torch._ops.OpOverload):
-            views = any(result.alias_info is not None for result in node.target._schema.returns)
-        if views:
-            found[node] = found[node.all_input_nodes[0]]
+        source = node.all_input_nodes[0]
+        made = source if node.target is operator.getitem else node  # results of one call are apart, but for views
+        if _is_view(made) or (made is source and not isinstance(made.target, torch._ops.OpOverload)):
+            found[node] = found[source]
     return found
+
+
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and any(x.alias_info is not None for x in target._schema.returns)
 
 
 def behind(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

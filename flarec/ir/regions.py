@@ -165,8 +165,14 @@ def _without_last_views(group: list[fx.Node]) -> list[fx.Node]:
     waiting = list(group)
     while waiting:
         node = waiting.pop()
-        if node in inside and node.target in VIEWS and not any(user in inside for user in node.users):
-            del inside[node]
+        beside = [node]
+        if node.target is operator.getitem:  # all parts of a tensor, or none: a region returns tensors
+            assert isinstance(node.args[0], fx.Node)
+            beside = list(node.args[0].users) if node.args[0].target in VIEWS else []
+        last = beside and not any(user in inside for part in beside for user in part.users)
+        if node in inside and node.target in VIEWS and last:
+            for part in beside:
+                inside.pop(part, None)
             waiting += node.all_input_nodes
     return list(inside)
 

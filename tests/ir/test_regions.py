@@ -20,7 +20,7 @@ from flarec.layout import Block, build_layout
 from flarec.passes import lower
 from flarec.passes.outline_regions import check_outlined
 from tests.ir.test_compiled import LAYOUT, arguments, assert_equal, trained
-from tests.models import captured_float64
+from tests.models import ALL_FAMILIES, captured, captured_float64
 
 ATEN = torch.ops.aten
 FAMILIES = ("qwen3_5_text", "kimi_linear", "bamba")
@@ -107,6 +107,40 @@ def test_writes_stay_inside_of_a_region_or_there_is_none(early: bool) -> None:
     if early:
         writer = next(node for node in module.graph.nodes if node.target is ATEN.mul_.Tensor)
         assert leaking(module.graph, [[writer]]) is writer
+
+
+class Routing(nn.Module):
+    """Scores that are scaled in place, beside the choice that they came with, which others read."""
+
+    def forward(self, x: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+        scores, chosen = ATEN.topk.default(ATEN.softmax.int(x, -1), 2)
+        first, second = ATEN.split.Tensor(ATEN.sin.default(x), 2, -1)
+        scores = ATEN.div_.Tensor(scores, ATEN.sum.dim_IntList(scores, [-1], True))
+        rows = ATEN.index_select.default(table, 0, ATEN.reshape.default(chosen, [-1]))
+        return scores, rows, ATEN.exp.default(first), second
+
+
+def test_results_of_one_call_are_apart() -> None:
+    module = graph_of(Routing())
+    assert mark(module.graph)
+    found = Codes("aot_eager").by_region(module)
+    for unit in found.modules():
+        if isinstance(unit, Region):
+            assert not {ATEN.topk.default, ATEN.split.Tensor} & {
+                node.target for node in unit.code.module.graph.find_nodes(op="output")[0].all_input_nodes
+            }, "a region returns tensors"
+    x, table = torch.randn(3, 4), torch.randn(4, 5)
+    for mine, theirs in zip(found(x, table), module(x, table), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_every_family_has_regions(family: str) -> None:
+    for target in ("train", "decode"):
+        program = lower(captured(family), target, regions=True, fast=True)
+        assert program.history[-1].sites
+        Codes("eager").by_region(program.module)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -208,6 +242,15 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_so() -> None:
     assert len(said) == 1, "once for each reason"
     for one in ours:
         assert_equal(one, trained(program, program.module, ids, given))
+
+
+def test_a_program_without_regions_says_so() -> None:
+    program = lower(captured_float64("bamba"), "train")
+    ids, given = arguments(program, LAYOUT)
+    with pytest.warns(FlarecWarning, match="its graph has no regions"):
+        fast = compiled_by_region(program, Codes("eager"))
+    with torch.no_grad():
+        assert_equal([fast(ids, **given)], [program(ids, **given)])
 
 
 def witness(module: fx.GraphModule) -> fx.GraphModule:
