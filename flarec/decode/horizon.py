@@ -11,21 +11,13 @@ from torch import Tensor
 from ..ir.slots import HORIZON, CacheSlot
 from ..layout import Layout
 from .cache import Cache
+from .plan import Lowered
 
 LOGITS = "logits"
 
 
-class WithHorizon(Protocol):
+class WithHorizon(Lowered, Protocol):
     """A lowered decode program whose outputs are the logits, a horizon, and the next decode state."""
-
-    @property
-    def cache_slots(self) -> Sequence[CacheSlot]: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
 
     @property
     def outputs(self) -> Sequence[str]: ...

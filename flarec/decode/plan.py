@@ -20,8 +20,8 @@ from flarec.layout import READOUTS, Layout, StepLayout
 from .cache import Cache
 
 
-class DecodeProgram(Protocol):
-    """A lowered decode program. `step` follows the deferred commit described in `Cache`."""
+class Lowered(Protocol):
+    """What is known of a lowered decode program before it runs."""
 
     @property
     def cache_slots(self) -> Sequence[CacheSlot]: ...
@@ -31,6 +31,10 @@ class DecodeProgram(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+
+class DecodeProgram(Lowered, Protocol):
+    """A lowered decode program. `step` follows the deferred commit described in `Cache`."""
 
     def step(self, input_ids: Tensor, layout: Layout, head_rows: Tensor, cache: Cache) -> Tensor:
         """input_ids [B, T] int64, head_rows [N] int64 = row * T + slot -> logits [N, V]."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .module import graph_module
+from .module import bind, graph_module
 from .spec import Size, TensorSpec
 
 Json = Any
@@ -73,7 +73,7 @@ def graph_from_json(table: Json, tensors: Mapping[str, Tensor]) -> fx.GraphModul
             raise Unstorable(f"node '{name}' is a {op}")
         _check_words(op, name, target, kwargs)
         if op == "get_attr":
-            _bind(root, target, regions[target] if target in regions else tensors[target])
+            bind(root, target, regions[target] if target in regions else tensors[target])
         called = _target_from_json(target) if op == "call_function" else target
         node = graph.create_node(op, called, _from_json(args, known), _from_json(kwargs, known), name=name)
         if node.name != name or name in known:
@@ -99,21 +99,6 @@ def _attribute(module: nn.Module, name: str) -> Any:
     for part in name.split("."):
         value = getattr(value, part, None)
     return value
-
-
-def _bind(root: nn.Module, name: str, value: Tensor | nn.Module) -> None:
-    *path, last = name.split(".")
-    owner = root
-    for part in path:
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = owner.get_submodule(part)
-    if isinstance(value, nn.Module):
-        owner.add_module(last, value)
-    elif isinstance(value, nn.Parameter):
-        owner.register_parameter(last, value)
-    else:
-        owner.register_buffer(last, value)
 
 
 def _target_to_json(target: Any) -> str:

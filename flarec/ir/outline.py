@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from .effects import behind
-from .module import graph_module
+from .module import bind, graph_module
 
 UnitOf = Callable[[fx.Node], str | None]
 
@@ -138,16 +138,5 @@ def _root(tensors: dict[str, Any]) -> nn.Module:
     """A module that holds these under their names."""
     root = nn.Module()
     for name, value in tensors.items():
-        owner: nn.Module = root
-        path, _, leaf = name.rpartition(".")
-        for part in filter(None, path.split(".")):
-            if not hasattr(owner, part):
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        if isinstance(value, nn.Parameter):
-            owner.register_parameter(leaf, value)
-        elif isinstance(value, nn.Module):
-            owner.add_module(leaf, value)
-        else:
-            owner.register_buffer(leaf, value, persistent=False)
+        bind(root, name, value)
     return root
