@@ -301,6 +301,9 @@ def _find(path: str) -> tuple[str, Any, Mapping[str, Any]]:
     by_name = {full.rpartition(".")[2]: full for full in keys}
     last = path.rpartition(".")[2]
     aliases.check_not_refused(last)
+    inside = [full for full in keys if full.startswith(f"{path}.")]
+    if inside:
+        raise RecipeError(f"{path} is a section of a recipe, not a key; give one of its keys: {', '.join(inside)}")
     near = [f"{last}, without a section"] if last in aliases.NAMES else difflib.get_close_matches(path, keys, 1, 0.7)
     near = near or [by_name[name] for name in difflib.get_close_matches(last, by_name, 1)]
     hint = f"did you mean {near[0]}?" if near else "`flarec recipes NAME` lists the keys."
