@@ -19,6 +19,10 @@ _WHAT_ADAPTED = (
     "without it in the same forward pass (`ar-trust`: the text of `causal`, token for token, in fewer passes), or "
     "fills blocks by parallel denoising (`diffusion-trust`)."
 )
+_ELASTIC = (
+    " A head on the frozen weights says how many drafts are safe (`elastic`: they are taken as they are, so that the "
+    "text may differ from that of `causal`)."
+)
 _NOT_FOR_PEFT = (
     "`adapter/` has the layout of peft, and peft can open it, but **do not load or merge it with peft**: it was "
     "trained for the noisy rows of a block-diffusion program alone. peft applies an adapter to every row, which ruins "
@@ -60,7 +64,8 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None, chat: 
     sections = [
         _front_matter(manifest, multimodal=bool(carried)),
         f"# {name}",
-        _WHAT_ADAPTED.format(source.name, info.rank) if info is not None else _WHAT_CONVERTED.format(source.name),
+        (_WHAT_ADAPTED.format(source.name, info.rank) if info is not None else _WHAT_CONVERTED.format(source.name))
+        + (_ELASTIC if elastic else ""),
         "## Use",
         "```\n"
         f'flarec generate {model}{adapter} "{prompt}"{option} --mode ar-trust\n'

@@ -53,6 +53,7 @@ def made(place: Path) -> Path:
     result = flarec("train-head", place / "checkpoint", "--data", place / "data.jsonl", "--out", place / "out", *QUICK)
     assert result.exit_code == 0, result.stderr
     assert "of the places" in result.stderr and "checkpoint:" in result.stderr
+    assert "looks at nothing" not in result.stderr, "every place is alike, and the head says so"
     return place / "out"
 
 
@@ -79,6 +80,8 @@ def test_what_was_written(made: Path, place: Path) -> None:
     )
     assert after.format_version == before.format_version, "what reads the one reads the other"
     changed = {name for name in before.files if before.files[name] != after.files.get(name)}
+    cards = [(folder / "README.md").read_text(encoding="utf-8") for folder in (made, place / "checkpoint")]
+    assert [card.count("(`elastic`:") for card in cards] == [1, 0], "the card names the modes that the checkpoint has"
     assert changed <= {"README.md"} and set(after.files) - set(before.files) == {FILE}
     assert after.metrics["horizon"]["kl"] < 0.1 and after.data["horizon"]["places"] > 50
     assert {str(tensor.dtype) for tensor in load_file(made / FILE).values()} == {"torch.float32"}
@@ -92,8 +95,9 @@ def test_the_same_arguments_give_the_same_head(made: Path, place: Path, tmp_path
     assert (tmp_path / "again" / "model.safetensors").samefile(place / "checkpoint" / "model.safetensors")
     # a checkpoint with a head may get another one
     again = flarec("train-head", made, "--data", place / "data.jsonl", "--out", tmp_path / "other", "--seed", "1",
-                   *QUICK)
+                   *QUICK, "--steps", "1")
     assert again.exit_code == 0, again.stderr
+    assert "the head says less than one that looks at nothing" in " ".join(again.stderr.split())
     assert (tmp_path / "other" / FILE).read_bytes() != (made / FILE).read_bytes()
 
 

@@ -31,6 +31,8 @@ from .measure import Places, measure
 FEWEST = 16
 """Places to learn from, and to measure on: fewer say nothing."""
 LOOKAHEAD = 64
+MARGIN = 0.1
+"""Nats by which a head may be behind one that looks at nothing: where all places are alike, looking gains nothing."""
 
 
 def train_head(arguments: HeadArguments, reporter: Reporter) -> Path:
@@ -66,6 +68,11 @@ def train_head(arguments: HeadArguments, reporter: Reporter) -> Path:
         f"held out: KL {found['kl']:.3f} (looking at nothing {found['constant_kl']:.3f}), {found['drafts']:.2f} drafts "
         f"of {found['safe_drafts']:.2f} safe ones, too many at {found['too_many']:.1%} of the places"
     )
+    if found["kl"] > found["constant_kl"] + MARGIN:
+        reporter.warn(
+            "on held-out documents the head says less than one that looks at nothing, and mode elastic trusts it: "
+            "measure more rows, take more steps, or give texts of the model's own (flarec answers)"
+        )
     data = {
         "sources": {f"{number}: {Path(s.stats.source).name}": s.stats.documents for number, s in enumerate(sources, 1)},
         "rows": given.rows, "places": len(learned.safe), "held_out_documents": len(held), "steps": given.steps,
