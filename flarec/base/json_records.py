@@ -87,7 +87,7 @@ def json_records(path: Path, option: str = "") -> Iterator[Record]:
         record = parse(line)
         if isinstance(record, BadRecord) and not started and line.lstrip()[:1] == b"[":
             raise DataError(f"{option}{path}: begins as a JSON array; call the file .json, or write a record per line")
-        if isinstance(record, BadRecord) and not started and line.strip() == b"{":
+        if isinstance(record, BadRecord) and not started and line.strip() == b"{" and next(rest, None):
             raise DataError(f"{option}{path}: its first record takes several lines; write each on a line of its own")
         whole, started = False, True
         yield Where(f"{option}{path}", "line", number), record

@@ -79,5 +79,5 @@ def test_who_types_is_asked_and_sees_errors(
     done = chat("/mode fast", "Hello")
     assert done.exit_code == 0 and done.stdout == answers(model, "Hello")[0] + "\n"
     assert done.stderr.splitlines()[1:] == [
-        "> Error: unknown mode fast; choose causal, ar-trust, diffusion-trust", "> > ",
+        "> Error: unknown mode fast; choose causal, ar-trust, diffusion-trust, elastic", "> > ",
     ]

@@ -1,6 +1,6 @@
 """How long a process takes from a model in memory to steps at full speed: once with empty caches, once with full ones.
 
-    python -m flarec.bench.serving.first_token --shape tiny --device cpu --compile
+    python -m flarec.bench.serving.first_token --compile
 
 prints seconds from the model to the lowered program, to a prompt's first token and to the first replayed step, which a
 compiler has seen, each when it is reached. Weights are random; reading them from a disk is not in it.
@@ -28,7 +28,12 @@ LIMIT = 180.0
 
 
 def measured(session: ServingSession) -> dict[str, dict[str, float]]:
-    """Of processes like this session: "cold" with empty caches, "warm" with those of the first."""
+    """Of processes like this session: "cold" with empty caches, "warm" with those of the first.
+
+    Raises `NotMeasured` on a CPU, where no step is replayed.
+    """
+    if session.device.type != "cuda":
+        raise NotMeasured("steps are replayed on a CUDA device alone")
 
     def measure() -> dict[str, dict[str, float]]:
         command = [sys.executable, "-m", __name__, "--shape", session.shape, "--device", str(session.device),
@@ -76,6 +81,8 @@ def once(session: ServingSession) -> None:
         engine.step()
     say("first_token")
     while not engine.stats.replays:
+        if request.finished:
+            raise SystemExit(f"{len(request.tokens)} tokens were made and no step was replayed")
         engine.step()
     say("replayed")
 
