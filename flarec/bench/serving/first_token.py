@@ -28,7 +28,7 @@ LIMIT = 180.0
 
 
 def measured(session: ServingSession) -> dict[str, dict[str, float]]:
-    """Of processes like this session: "cold" with empty caches, "warm" with those of the first.
+    """Of processes that do what this one would: "cold" with empty caches, "warm" with those of the first.
 
     Raises `NotMeasured` on a CPU, where no step is replayed.
     """
