@@ -59,10 +59,7 @@ def memory_of(device: torch.device, root: Path = Path("/")) -> int | None:
     use. None where nothing says it. root: of /proc and /sys."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    limits = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = (root / "proc" / "meminfo").read_text().splitlines()
-        limits += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemTotal:")]
+    limits = [*_stated(root / "proc" / "meminfo", "MemTotal").values()]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # "max": no limit
             limits.append(int((root / "sys" / "fs" / "cgroup" / name).read_text()))
@@ -71,13 +68,8 @@ def memory_of(device: torch.device, root: Path = Path("/")) -> int | None:
 
 def resident(status: Path = Path("/proc/self/status")) -> tuple[int, int]:
     """Bytes of main memory that this process has now, and the most that it had; (0, 0) where nothing says it."""
-    found = {"VmRSS": 0, "VmHWM": 0}
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in status.read_text().splitlines():
-            name = line.partition(":")[0]
-            if name in found:
-                found[name] = 1024 * int(line.split()[1])
-    return found["VmRSS"], found["VmHWM"]
+    found = _stated(status, "VmRSS", "VmHWM")
+    return found.get("VmRSS", 0), found.get("VmHWM", 0)
 
 
 def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
@@ -86,10 +78,7 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
-    left = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = (root / "proc" / "meminfo").read_text().splitlines()
-        left += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    left = [*_stated(root / "proc" / "meminfo", "MemAvailable").values()]
     group = root / "sys" / "fs" / "cgroup"
     for limit, used, files in (
         ("memory.max", "memory.current", "inactive_file"),
@@ -101,3 +90,14 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
             given_way = [int(line.split()[1]) for line in lines if line.split()[:1] == [files]]
             left.append(max(0, most - now + sum(given_way)))  # files in the cache give way
     return min(left) if left else None
+
+
+def _stated(path: Path, *names: str) -> dict[str, int]:
+    """Bytes of the lines `NAME: 12 kB` of a file, by name; those that it does not have are left out."""
+    found = {}
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in path.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in names:
+                found[name] = 1024 * int(value.split()[0])
+    return found
