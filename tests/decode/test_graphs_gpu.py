@@ -5,17 +5,20 @@ from __future__ import annotations
 import random
 import warnings
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
 from flarec.decode import Engine
+from flarec.decode.horizon import HorizonProgram
 from flarec.ir.program import Program
 from flarec.passes import lower
 from tests.decode.helpers import random_options
 from tests.decode.test_scheduler import WAYS
 from tests.models import VOCABULARY, tiny_model
+from tests.passes.test_predict_horizon import SIZE, add_head, steps_with
 
 GRAPHED = ("qwen3_5_text", "lfm2", "bamba")
 
@@ -23,13 +26,23 @@ GRAPHED = ("qwen3_5_text", "lfm2", "bamba")
 def program_of(family: str) -> Program:
     from flarec.frontend.export import capture
 
-    return lower(capture(tiny_model(family).cuda()), "decode", kernels="triton")
+    return capture(tiny_model(family).cuda())
 
 
-def engine_of(program: Program, graphs: str, block: int = 3) -> Engine:
+def engine_of(captured: Program, graphs: str, block: int = SIZE) -> Engine:
+    """Of a captured program; elastic decoding is by a random head."""
+    program = lower(captured, "decode", kernels="triton")
+
+    @cache
+    def horizon() -> HorizonProgram:
+        elastic = captured.clone()
+        add_head(elastic, seed=0)
+        return HorizonProgram(lower(elastic, "decode", steps=steps_with(), kernels="triton"))
+
     return Engine(
         program, mask_token_id=VOCABULARY - 1, block_size=block, eos_ids=[2], max_positions=4096, graphs=graphs,
         suppress=[VOCABULARY - 1], readouts={"ar-trust": "causal", "diffusion-trust": "block_end"},
+        horizon=horizon,
     )
 
 
@@ -42,7 +55,7 @@ def test_graphs_on_equals_graphs_off_on_a_gpu(family: str) -> None:
     prompts = [[rng.randrange(3, VOCABULARY - 1) for _ in range(rng.randint(1, 40))] for _ in range(12)]
     each = [replace(random_options(rng), max_new_tokens=rng.randint(1, 60)) for _ in prompts]
     plain, graphed = engine_of(program, "off"), engine_of(program, "auto")
-    for way in WAYS:
+    for way in [*WAYS, {"mode": "elastic", "threshold": 0.0}]:  # a random head's drafts are never sure
         expected = [item.token_ids for item in plain.generate(prompts, each, batch=5, **way)]
         for _ in range(2):
             found = [item.token_ids for item in graphed.generate(prompts, each, batch=5, **way)]

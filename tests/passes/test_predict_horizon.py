@@ -31,15 +31,21 @@ def steps_with(step: PredictHorizon = STEP) -> list:
     return found
 
 
-def with_head(family: str, seed: int = 0) -> tuple[Program, Program, nn.Sequential]:
-    """(captured, lowered with a random head, the head) of a family."""
-    program = captured(family).clone()
+def add_head(program: Program, seed: int) -> nn.Sequential:
+    """A random head, which the captured program holds from now on."""
     features = int(program.config.get_text_config().hidden_size)
     generator = torch.Generator().manual_seed(seed)
     head = nn.Sequential(nn.Linear(features, WIDTH), nn.SiLU(), nn.Linear(WIDTH, SIZE + 1))
     for parameter in head.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator)
+        parameter.data = torch.randn(parameter.shape, generator=generator).to(program.device)
     program.extra |= {f"horizon.{name}": parameter for name, parameter in head.named_parameters()}
+    return head
+
+
+def with_head(family: str, seed: int = 0) -> tuple[Program, Program, nn.Sequential]:
+    """(captured, lowered with a random head, the head) of a family."""
+    program = captured(family).clone()
+    head = add_head(program, seed)
     return program, lower(program, "decode", steps=steps_with(), debug=True), head
 
 
