@@ -25,6 +25,8 @@ WARM = 2
 FORGET = 0.95
 LEARN = 0.1
 """Weight of a timing in the running mean, once there are more of them."""
+KEEP = 1.02
+"""What is used stays unless other blocks yield so much more per second: on a GPU every kind of step is recorded once."""
 PRIOR = 4.0
 """Accepted drafts, and as many rejected ones, that every depth is believed to have had at first."""
 
@@ -113,19 +115,20 @@ class DraftPolicy:
             if self.drafting != CAUSAL:
                 return self._try(CAUSAL, 1)
             return self._try(self._best(rows, [item for item in self.choices if item != CAUSAL]))
-        self.drafting = self._best(rows, self.choices)
+        self.drafting = self._best(rows, self.choices, self.drafting)
         return self.drafting
 
     def _try(self, drafting: Drafting, steps: int = TRIAL) -> Drafting:
         self.drafting, self._trial = drafting, steps - 1
         return drafting
 
-    def _best(self, rows: int, choices: Sequence[Drafting]) -> Drafting:
+    def _best(self, rows: int, choices: Sequence[Drafting], used: Drafting | None = None) -> Drafting:
         known, runs = {branches: self._known(rows, branches) for branches in (False, True)}, self._runs()
         totals = list(accumulate(runs))
         costs = {item: _between(known[item.branches], item.size) for item in choices}
         rates = {item: _expected(item, runs, totals) / cost for item, cost in costs.items() if cost}
-        return max(rates, key=lambda item: rates[item], default=CAUSAL)
+        best = max(rates, key=lambda item: rates[item], default=CAUSAL)
+        return used if used in rates and rates[best] < KEEP * rates[used] else best
 
 
 def _expected(drafting: Drafting, runs: Sequence[float], totals: Sequence[float]) -> float:
