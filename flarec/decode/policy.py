@@ -26,7 +26,7 @@ FORGET = 0.95
 LEARN = 0.1
 """Weight of a timing in the running mean, once there are more of them."""
 KEEP = 1.02
-"""What is used stays unless other blocks yield so much more per second: on a GPU every kind of step is recorded once."""
+"""What is used stays unless others yield so much more per second: on a GPU every kind of step is recorded once."""
 PRIOR = 4.0
 """Accepted drafts, and as many rejected ones, that every depth is believed to have had at first."""
 
