@@ -37,7 +37,7 @@ def engine_of(captured: Program, graphs: str, block: int = SIZE) -> Engine:
     def horizon() -> HorizonProgram:
         elastic = captured.clone()
         add_head(elastic, seed=0)
-        return HorizonProgram(lower(elastic, "decode", steps=steps_with(), kernels="triton"))
+        return HorizonProgram(lower(elastic, "decode", steps=steps_with(kernels="triton")))
 
     return Engine(
         program, mask_token_id=VOCABULARY - 1, block_size=block, eos_ids=[2], max_positions=4096, graphs=graphs,

@@ -24,9 +24,9 @@ SIZE, WIDTH, MASK = 3, 16, VOCABULARY - 1
 STEP = PredictHorizon(SIZE, WIDTH)
 
 
-def steps_with(step: PredictHorizon = STEP) -> list:
+def steps_with(step: PredictHorizon = STEP, kernels: str = "torch") -> list:
     found = []
-    for other in pipeline("decode"):
+    for other in pipeline("decode", kernels=kernels):
         found += [other, step] if isinstance(other, NarrowHead) else [other]
     return found
 
