@@ -195,6 +195,7 @@ LINEAR_ATTENTION = Mixer(
             reads=_tiles,
             refuses=_refuses,
             opaque=("step",),
+            in_place=("q", "k", "v", "g"),
             frozen=True,
         ),
     },

@@ -125,6 +125,7 @@ SOFTMAX_ATTENTION = Mixer(
             refuses=_refuses,
             omits=("window",),
             step_omits=(),
+            in_place=("q", "k", "v"),
             frozen=True,
         ),
     },
