@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.train_steps import CUDA, GIB, RECIPES, SHAPES, build, kernels_of, length, seconds_of, stream, union
+from flarec.device import resolve_compile
 from flarec.frontend.export import capture
 from flarec.passes import lower
 from flarec.recipe import load_recipe
@@ -37,12 +38,15 @@ def made(options: argparse.Namespace, ranks: Ranks) -> Trainer:
         *more, f"optimizer.batch_rows={options.rows}", f"optimizer.micro_rows={options.micro}",
         f"data.max_length={options.length}", "optimizer.lr=1e-5", "optimizer.warmup_steps=0",
         "optimizer.precision=bf16", "optimizer.steps=1000",
+        f"train.shard={options.shard}", f"train.memory={options.memory}",
     ])
+    compiles = resolve_compile(options.compile, torch.device(ranks.device))
     model = build(options.shape)
     captured, adapter = capture(model), adapter_of(recipe)
     start_adapter(captured, recipe, 0, print)
     program = lower(
-        captured, "train", mask_vector=adapter is not None, kernels="triton" if CUDA else "torch", adapter=adapter
+        captured, "train", mask_vector=adapter is not None, kernels="triton" if CUDA else "torch", adapter=adapter,
+        regions=compiles,
     )
     size = model.config.vocab_size
     mask = MaskToken("vector", size) if adapter else MaskToken("row", size - 1)
@@ -70,13 +74,16 @@ def measured(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     start = time.perf_counter()
     log = [trainer.advance().read(None) for _ in range(options.compared)]
     first = time.perf_counter() - start
-    sums = {name: float(value.detach().double().norm()) for name, value in trainer.parameters.items()}
+    with trainer.whole():
+        sums = {name: float(value.detach().double().norm()) for name, value in trainer.parameters.items()
+                if ranks.first or options.shard == "optimizer"}
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     times = sorted(seconds_of(trainer.advance, 2) for _ in range(options.repeats))
     seconds, clean = times[len(times) // 2], log[-1]["clean_tokens"]
     return {
         "part": options.part, "shape": options.shape, "rows": options.rows, "length": options.length,
+        "shard": options.shard, "memory": options.memory, "compile": options.compile,
         "micro_rows": trainer.feed.micro_rows, "ranks": ranks.size, "seconds": seconds, "spread": times[-1] - times[0],
         "tokens_per_second": clean / seconds, "first_steps_seconds": first,
         "peak_gib": torch.cuda.max_memory_allocated() / GIB if CUDA else None,
@@ -112,6 +119,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="of a step, on all ranks")
     parser.add_argument("--micro", type=int, default=4, help="rows of a pass")
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--shard", choices=("optimizer", "parameters"), default="optimizer", help="train.shard")
+    parser.add_argument("--memory", choices=("keep", "recompute"), default="keep", help="train.memory")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="off", help="by region")
     parser.add_argument("--compared", type=int, default=3, help="first steps whose numbers are kept")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--against", type=Path)
