@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 -m benchmarks.ranks --part flare --rows 16 --against one.json --out two.json
     torchrun --nproc-per-node 2 -m benchmarks.ranks --part flare --rows 8 --against one.json --out same.json
 
-Shapes, data and recipes are those of `train_steps.py`. `--rows` counts the rows of a step on all ranks: the second line
-has as many per rank as the first and compares speed and memory, the third has the same rows and compares losses,
+Shapes, data and recipes are those of `flarec bench train`. `--rows` counts the rows of a step on all ranks: the second
+line has as many per rank as the first and compares speed and memory, the third has the same rows and compares losses,
 gradient norms and weights. Without a GPU: `--shape tiny --length 64`, to see whether the script runs.
 """
 
@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.train_steps import CUDA, GIB, RECIPES, SHAPES, build, kernels_of, length, seconds_of, stream, union
+from flarec.bench.training.part import GIB, stream
+from flarec.bench.training.profile import kernels_of, length, seconds_of, union
+from flarec.bench.training.shapes import RECIPES, SHAPES, build
 from flarec.device import resolve_compile
 from flarec.frontend.export import capture
 from flarec.passes import lower
@@ -30,6 +32,8 @@ from flarec.train.adapter import adapter_of, start_adapter
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import MaskToken
 from flarec.train.ranks.group import Ranks, joined
+
+CUDA = torch.cuda.is_available()
 
 
 def made(options: argparse.Namespace, ranks: Ranks) -> Trainer:
@@ -41,7 +45,7 @@ def made(options: argparse.Namespace, ranks: Ranks) -> Trainer:
         f"train.shard={options.shard}", f"train.memory={options.memory}",
     ])
     compiles = resolve_compile(options.compile, torch.device(ranks.device))
-    model = build(options.shape)
+    model = build(options.shape, ranks.device)
     captured, adapter = capture(model), adapter_of(recipe)
     start_adapter(captured, recipe, 0, print)
     program = lower(
