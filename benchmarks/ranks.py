@@ -23,7 +23,7 @@ import torch
 
 from flarec.bench.training.part import GIB, stream
 from flarec.bench.training.profile import kernels_of, length, seconds_of, union
-from flarec.bench.training.shapes import RECIPES, SHAPES, build
+from flarec.bench.training.shapes import RECIPES, SHAPES, PartPlan, build
 from flarec.device import resolve_compile
 from flarec.frontend.export import capture
 from flarec.passes import lower
@@ -54,7 +54,8 @@ def made(options: argparse.Namespace, ranks: Ranks) -> Trainer:
     )
     size = model.config.vocab_size
     mask = MaskToken("vector", size) if adapter else MaskToken("row", size - 1)
-    return Trainer(program, recipe, mask, stream(options.rows, options.length, size), seed=0, ranks=ranks)
+    plan = PartPlan(options.part, options.shape, ranks.device, options.rows, options.length, (options.micro,))
+    return Trainer(program, recipe, mask, stream(plan, size), seed=0, ranks=ranks)
 
 
 def shares(step: Callable[[], object]) -> dict[str, float] | None:

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from flarec.bench.training import part as training_part
 from flarec.bench.training.profile import kernels_of, length, seconds_of, union, wait
-from flarec.bench.training.shapes import Plan
+from flarec.bench.training.shapes import PartPlan
 
 FACTOR = 1.25
 PARTS = ("errors", "decode", "flare", "draft")
@@ -170,10 +170,10 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def observing(rows: list[dict[str, Any]]) -> Callable[[Callable[[], object], Plan], dict[str, Any]]:
+def observing(rows: list[dict[str, Any]]) -> Callable[[Callable[[], object], PartPlan], dict[str, Any]]:
     """What measures a step in the place of that of `flarec bench train`, and notes it in `rows`."""
 
-    def measured(step: Callable[[], object], plan: Plan) -> dict[str, Any]:
+    def measured(step: Callable[[], object], plan: PartPlan) -> dict[str, Any]:
         start = time.perf_counter()
         seconds_of(step, 1)
         first = time.perf_counter() - start
@@ -189,7 +189,7 @@ def training(options: argparse.Namespace, part: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for compiled in options.compile:
         tokens = 2048 if options.shape == "2B" else 64
-        given = Plan(part, options.shape, options.device, 4, tokens, (4,), compile=compiled, quick=True)
+        given = PartPlan(part, options.shape, options.device, 4, tokens, (4,), compile=compiled, quick=True)
         rows: list[dict[str, Any]] = []
         with mock.patch.object(training_part, "measured", observing(rows)):
             training_part.ours(given, lambda result: None)

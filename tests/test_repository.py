@@ -32,6 +32,7 @@ LAYER_OF = {
     "flarec": "root",  # flarec/__init__.py: the version, no imports
     **{f"flarec.{name}": name for name in (*AT_THE_ROOT, *ROOMS)},
     "flarec.bench.serving": "serving",
+    "flarec.bench.training": "training",  # measures what the doctor predicts: nothing imports it but the command
     "flarec.evaluation.harness": "harness",  # imports lm-eval; nothing of the package imports it
     "flarec.ir.slots": "slots",  # all that the decoder knows of a program
     "flarec.recipes": "recipes",
@@ -44,7 +45,7 @@ LAYER_OF = {
 
 # What each layer may import, besides itself, flarec.errors and flarec/__init__.py. A kernel imports no other kernel.
 ALL_KERNELS = {"kernels", *(f"kernels.{name}" for name in KERNELS)}
-BELOW_CLI = set(LAYER_OF.values()) - {"cli", "plugin"}
+BELOW_CLI = set(LAYER_OF.values()) - {"cli", "plugin", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "root": set(),
     "errors": set(),
@@ -76,6 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspect": BELOW_CLI - {"train", "decode", "serve", "verify", "bench", "conformance", "doctor", "screen"},
     "bench": {*ALL_KERNELS, "ops", "layout", "base"},
     "serving": {*ALL_KERNELS, "bench", "base", "decode", "frontend", "ir", "passes"},
+    "training": {"bench", "device", "doctor", "frontend", "passes", "recipe", "train"},
     "checkpoint": {"frontend", "ir", "layout", "passes", "base"},
     "evaluation": {"decode", "base"},
     "harness": {"api", "base", "decode", "evaluation"},
@@ -83,11 +85,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "device", "collector", "threads", "base", "frontend", "passes", "ir", "decode", "checkpoint", "train",
         "evaluation",
     },
-    "cli": BELOW_CLI,
+    "cli": BELOW_CLI | {"training"},
 }
 
 # transformers enters in capture and leaves in checkpoint: what lies between knows a program and a layout.
-KNOWS_TRANSFORMERS = {"serving", "frontend", "checkpoint", "api", "verify", "conformance", "doctor", "cli"}
+KNOWS_TRANSFORMERS = {"serving", "training", "frontend", "checkpoint", "api", "verify", "conformance", "doctor", "cli"}
 # numpy: schedules are index arithmetic on the host.
 KERNEL_LIBRARIES = {"torch", "triton", "numpy"}
 

@@ -1,6 +1,6 @@
 """One part of the benchmark in a process of its own: `python -m flarec.bench.training.part PLAN [RESULT]`.
 
-PLAN is the JSON of a `Plan`; RESULT gets what was measured after every try, so that a process that runs out of time
+PLAN is the JSON of a `PartPlan`; RESULT gets what was measured after every try, so that a process that runs out of time
 leaves what it has.
 """
 
@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from .profile import kernels_of, seconds_of, shares, wait
-from .shapes import RECIPES, Plan, build, sizes
+from .shapes import RECIPES, PartPlan, build, sizes
 
 GIB = 2**30
 Keep = Callable[[dict[str, Any]], None]
 
 
-def measured(step: Callable[[], object], plan: Plan) -> dict[str, Any]:
+def measured(step: Callable[[], object], plan: PartPlan) -> dict[str, Any]:
     """Seconds of a step (median), its peak and profile; the first one apart."""
     cuda = plan.device.startswith("cuda")
     start = time.perf_counter()
@@ -39,7 +39,7 @@ def measured(step: Callable[[], object], plan: Plan) -> dict[str, Any]:
     return {**found, "shares": shares(kernels_of(step)) if cuda else {}}
 
 
-def tries(plan: Plan, measure: Callable[[int], dict[str, Any]], keep: Callable[[list[Any]], None]) -> None:
+def tries(plan: PartPlan, measure: Callable[[int], dict[str, Any]], keep: Callable[[list[Any]], None]) -> None:
     """One result per micro batch, until one fits or of all; what does not fit into memory says so."""
     found: list[dict[str, Any]] = []
     for rows in plan.micro:
@@ -65,7 +65,7 @@ def library() -> str | None:
     return version
 
 
-def stock(plan: Plan, keep: Keep) -> None:
+def stock(plan: PartPlan, keep: Keep) -> None:
     """Autoregressive fine-tuning of the transformers model; compiled: each decoder layer by torch.compile."""
     version = library() if plan.device.startswith("cuda") else None
     model = build(plan.shape, plan.device).train()
@@ -95,75 +95,75 @@ def stock(plan: Plan, keep: Keep) -> None:
     tries(plan, measure, lambda found: keep({"tries": found, **known}))
 
 
-def stream(rows: int, length: int, vocabulary: int) -> Any:
+def stream(plan: PartPlan, vocabulary: int) -> Any:
     """Rows of one document of random tokens, all but the first its response."""
     import numpy as np
 
     from flarec.train.data.packing import RowStream
     from flarec.train.data.sources import DataStats, TokenSource
 
+    rows, length = plan.rows, plan.length
     tokens = np.random.default_rng(0).integers(3, vocabulary - 8, size=rows * length).astype(np.int32)
     spans, index = np.array([[1, length]] * rows), np.arange(rows + 1)
     source = TokenSource(DataStats("random"), 1.0, tokens, index * length, spans, index, index[:-1])
     return RowStream([source], max_length=length, seed=0, lookahead=rows)
 
 
-def ours(plan: Plan, keep: Keep) -> None:
-    """A recipe of ours on the same rows."""
+def lowered(plan: PartPlan, model: Any, base: str, more: Sequence[str]) -> Any:
+    """The training program of a model, and its mask token."""
     from flarec.device import resolve_compile
     from flarec.frontend.export import capture
     from flarec.passes import lower
     from flarec.recipe import load_recipe
     from flarec.train.adapter import adapter_of, start_adapter
-    from flarec.train.loop import Trainer
     from flarec.train.mask_token import MaskToken
+
+    recipe, captured = load_recipe(base).override(more), capture(model)
+    adapter, vocabulary = adapter_of(recipe), model.config.vocab_size
+    start_adapter(captured, recipe, 0, lambda text: None)
+    program = lower(
+        captured, "train", mask_vector=adapter is not None, adapter=adapter,
+        kernels="triton" if plan.device.startswith("cuda") else "torch",
+        regions=resolve_compile(plan.compile, torch.device(plan.device)),
+    )
+    return program, MaskToken("vector", vocabulary) if adapter else MaskToken("row", vocabulary - 1)
+
+
+def ours(plan: PartPlan, keep: Keep) -> None:
+    """A recipe of ours on the same rows."""
+    from flarec.recipe import load_recipe
+    from flarec.train.loop import Trainer
     from flarec.train.memory import measure_row, state_bytes
 
-    cuda = plan.device.startswith("cuda")
-    model = build(plan.shape, plan.device)
+    model, first_only = build(plan.shape, plan.device), plan.part == "first-step"
     parameters, head = sizes(model)
-    base, more = RECIPES["flare" if plan.part == "first-step" else plan.part]
-    more = [*more, f"train.compile={plan.compile}"]
-    captured, adapter = capture(model), adapter_of(load_recipe(base).override(more))
-    compiles = resolve_compile(plan.compile, torch.device(plan.device))
-    start_adapter(captured, load_recipe(base).override(more), 0, lambda text: None)
-    program = lower(
-        captured, "train", mask_vector=adapter is not None, kernels="triton" if cuda else "torch", adapter=adapter,
-        regions=compiles,
-    )
-    vocabulary = model.config.vocab_size
-    mask = MaskToken("vector", vocabulary) if adapter else MaskToken("row", vocabulary - 1)
+    base, more = RECIPES["flare" if first_only else plan.part]
+    program, mask = lowered(plan, model, base, more)
     chosen = load_recipe(base).override([
         f"optimizer.batch_rows={plan.rows}", f"data.max_length={plan.length}", "optimizer.lr=1e-6",
         "optimizer.warmup_steps=0", "train.memory=keep", "optimizer.precision=bf16", "optimizer.steps=1000",
-    ]).override(more)
-
-    def predicted() -> Callable[[int], float]:
-        """What `train.memory = auto` expects of a step, in GiB."""
-        weights = torch.cuda.memory_allocated() if cuda else 0
-        fixed, row = weights + state_bytes(program, chosen, 1), measure_row(program, chosen, mask)
-        return lambda micro: (fixed + row.of(micro, recompute=chosen.train.memory == "recompute")) / GIB
-
-    expected = predicted() if plan.part != "first-step" else lambda micro: 0.0
+        f"train.compile={plan.compile}", *more,
+    ])
+    weights = torch.cuda.memory_allocated() if plan.device.startswith("cuda") else 0
+    fixed = weights + state_bytes(program, chosen, 1)
+    row = None if first_only else measure_row(program, chosen, mask)
 
     def measure(micro: int) -> dict[str, Any]:
-        recipe = chosen.override([f"optimizer.micro_rows={micro}"])
-        trainer = Trainer(program, recipe, mask, stream(plan.rows, plan.length, vocabulary), seed=0)
+        recipe, data = chosen.override([f"optimizer.micro_rows={micro}"]), stream(plan, model.config.vocab_size)
+        trainer = Trainer(program, recipe, mask, data, seed=0)
         last: list[Any] = []
 
         def step() -> None:
             last[:] = [trainer.advance()]
 
         try:
-            if plan.part == "first-step":
-                start = time.perf_counter()
-                seconds_of(step, 1)
-                return {"seconds": time.perf_counter() - start}
-            result = measured(step, plan)
-            done, given = last[0], trainer.feed.take(trainer.step)
-            heads = sum(len(batch.head_rows) for batch in given.batches)
+            if row is None:
+                return {"seconds": seconds_of(step, 1)}
+            result, done = measured(step, plan), last[0]
+            heads = sum(len(batch.head_rows) for batch in trainer.feed.take(trainer.step).batches)
+            expected = fixed + row.of(micro, recompute=recipe.train.memory == "recompute")
             return {**result, "processed": done.clean_tokens + done.noisy_tokens, "head_rows": heads,
-                    "loss": done.read(None)["loss"], "predicted_gib": expected(micro),
+                    "loss": done.read(None)["loss"], "predicted_gib": expected / GIB,
                     "pipeline": [record.step for record in program.history]}
         finally:
             for parameter in program.parameters().values():
@@ -172,7 +172,7 @@ def ours(plan: Plan, keep: Keep) -> None:
     tries(plan, measure, lambda found: keep({"tries": found, "parameters": parameters, "head": head}))
 
 
-def doctor(plan: Plan, keep: Keep) -> None:
+def doctor(plan: PartPlan, keep: Keep) -> None:
     """What `flarec doctor` predicts of a step of `flare`: seconds of all its micro batches, and the peak."""
     from flarec.doctor.rates import measure, seconds_of
     from flarec.doctor.steps import simulate_training
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str]) -> None:
         warm_stock(int(arguments[1]), int(arguments[2]), arguments[3])
         return
     given = json.loads(arguments[0])
-    plan = Plan(**{**given, "micro": tuple(given["micro"])})
+    plan = PartPlan(**{**given, "micro": tuple(given["micro"])})
 
     def keep(result: dict[str, Any]) -> None:
         if len(arguments) > 1:

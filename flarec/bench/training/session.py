@@ -19,7 +19,7 @@ from flarec.errors import UsageError
 
 from ..measure import NotMeasured
 from ..session import Session
-from .shapes import EVERY, MICRO, SHAPE_OF, SHAPES, Plan
+from .shapes import EVERY, MICRO, SHAPE_OF, SHAPES, PartPlan
 
 PART_LIMIT = 180.0
 """Seconds of one part."""
@@ -58,11 +58,11 @@ class TrainingSession(Session):
     def left(self) -> float:
         return self.limit - (time.monotonic() - self.started)
 
-    def plan(self, part: str, shape: str | None = None) -> Plan:
+    def plan(self, part: str, shape: str | None = None) -> PartPlan:
         chosen = shape or (SHAPE_OF.get(part, self.shape) if self.shape == "2B" else self.shape)
         micro = tuple(dict.fromkeys(min(rows, self.rows) for rows in self.micro or MICRO[part]))
         every = part in EVERY or bool(self.micro)
-        return Plan(part, chosen, str(self.device), self.rows, self.length, micro, self.compile, self.quick, every)
+        return PartPlan(part, chosen, str(self.device), self.rows, self.length, micro, self.compile, self.quick, every)
 
     def part(self, name: str) -> Result:
         """What a part measured, with "tries" of which at least one has "seconds".

@@ -56,7 +56,7 @@ EVERY = ("flare", "doctor")
 
 
 @dataclass(frozen=True)
-class Plan:
+class PartPlan:
     """What a process measures.
 
     part     a key of `MICRO`
