@@ -24,7 +24,7 @@ import torch
 from flarec.bench.training.part import GIB, stream
 from flarec.bench.training.profile import kernels_of, length, seconds_of, union
 from flarec.bench.training.shapes import RECIPES, SHAPES, PartPlan, build
-from flarec.device import resolve_compile
+from flarec.device import resolve_compile, torch_device
 from flarec.frontend.export import capture
 from flarec.passes import lower
 from flarec.recipe import load_recipe
@@ -44,8 +44,9 @@ def made(options: argparse.Namespace, ranks: Ranks) -> Trainer:
         "optimizer.precision=bf16", "optimizer.steps=1000",
         f"train.shard={options.shard}", f"train.memory={options.memory}",
     ])
-    compiles = resolve_compile(options.compile, torch.device(ranks.device))
-    model = build(options.shape, ranks.device)
+    device = torch_device(ranks.device)
+    compiles = resolve_compile(options.compile, device)
+    model = build(options.shape, device)
     captured, adapter = capture(model), adapter_of(recipe)
     start_adapter(captured, recipe, 0, print)
     program = lower(
@@ -54,7 +55,7 @@ def made(options: argparse.Namespace, ranks: Ranks) -> Trainer:
     )
     size = model.config.vocab_size
     mask = MaskToken("vector", size) if adapter else MaskToken("row", size - 1)
-    plan = PartPlan(options.part, options.shape, ranks.device, options.rows, options.length, (options.micro,))
+    plan = PartPlan(options.part, options.shape, str(device), options.rows, options.length, (options.micro,))
     return Trainer(program, recipe, mask, stream(plan, size), seed=0, ranks=ranks)
 
 
