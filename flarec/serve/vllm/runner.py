@@ -24,6 +24,18 @@ class MaskedModelRunner:
     def load_model(self, *args: Any, **options: Any) -> None:
         super().load_model(*args, **options)  # type: ignore[misc]
         hide_mask(self.model, self.drafter.proposal.mask)
+        if self.drafter.adapter is not None:
+            self.drafter.adapter.attach(self)
+
+    def set_active_loras(
+        self, input_batch: Any, num_scheduled_tokens: Any, num_sampled_tokens: Any = None, *kind: Any
+    ) -> None:
+        if self.drafter.adapter is not None:
+            self.drafter.adapter.choose(self, input_batch, num_scheduled_tokens, num_sampled_tokens)
+        else:
+            super().set_active_loras(  # type: ignore[misc]
+                input_batch, num_scheduled_tokens, num_sampled_tokens, *kind
+            )
 
     def _sample(self, logits: Tensor, spec_decode_metadata: Any) -> Any:
         self._best = logits.argmax(dim=-1)  # before sampling, which may change logits in place
