@@ -5,7 +5,7 @@
 JOB: {"model": path, "drafting": bool or speculative_config, "engine": {arguments of LLM}, "rounds": [[request, ...]]}.
 The requests of a round run together, and each round ends before the next begins. A request is {"prompt": token ids,
 ...SamplingParams}, or with "regex" what an answer must match.
-OUT: {"answers": [[{"tokens", "cached", "logprobs"}]], "counts": [{name: value}] after each round, "versions"}.
+OUT: {"answers": [[{"tokens", "cached", "finish", "logprobs"}]], "counts": [{name: value}] of each round, "versions"}.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         answers.append([{
             "tokens": [list(one.token_ids) for one in answer.outputs],
             "cached": answer.num_cached_tokens,
+            "finish": [one.finish_reason for one in answer.outputs],
             "logprobs": [[{str(token): value.logprob for token, value in place.items()} for place in one.logprobs]
                          for one in answer.outputs if one.logprobs is not None],
         } for answer in done])

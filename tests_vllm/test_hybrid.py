@@ -16,7 +16,12 @@ GAP = 0.1
 
 def run(folder: Any, drafting: bool) -> tuple[Answers, dict[str, Any]]:
     each = [{"prompt": prompt, "temperature": 0, "max_tokens": 96} for prompt in record("qwen3_5")["prompts"]]
-    rounds = {"alone": in_groups(each, 1), "eight": in_groups(each, 8)}
+    long = [token for request in each for token in request["prompt"]]
+    rounds = {
+        "alone": in_groups(each, 1), "eight": in_groups(each, 8),
+        "end": [[{"prompt": long[20:490], "temperature": 0, "max_tokens": 96, "ignore_eos": True}, each[0]]],
+        "grammar": [[each[0], {**each[1], "regex": "[a-z ]{5,40}"}]],
+    }
     return answers(folder, "qwen3_5", drafting, rounds, **ENGINE)
 
 
@@ -30,13 +35,13 @@ def drafted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Answers, dict[str
     return run(tmp_path_factory.mktemp("drafted"), True)
 
 
-def gaps(written: list[list[int]]) -> list[float]:
+def gaps(written: list[list[int]], prompts: list[list[int]] | None = None) -> list[float]:
     """By how much each token of some texts misses the largest logit of transformers in float32."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(MODELS / "qwen3_5", dtype=torch.float32).eval()
     mask, found = model.config.mask_token_id, []
-    for prompt, text in zip(record("qwen3_5")["prompts"], written, strict=True):
+    for prompt, text in zip(prompts or record("qwen3_5")["prompts"], written, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *text[:-1]]])).logits[0, len(prompt) - 1 :]
         logits[:, mask] = -torch.inf
@@ -64,3 +69,14 @@ def test_tokens_per_forward(drafted: tuple[Answers, dict[str, Any]], note: Calla
     theirs = sum(map(len, own["tokens"])) / sum(own["forwards"])
     note("qwen3_5, bfloat16", tokens_per_forward=ours, tokens_per_forward_flarec_single=theirs, ratio=ours / theirs)
     assert ours / theirs >= 0.95
+
+
+def test_nothing_is_written_where_vllm_would_be_wrong(drafted: tuple[Answers, dict[str, Any]]) -> None:
+    """Behind cut drafts its states are wrong on a CPU: the context ends 2 B + 1 tokens early, a grammar is an error."""
+    long = [token for prompt in record("qwen3_5")["prompts"] for token in prompt]
+    (near, mate), = drafted[0]["end"]
+    assert near["finish"] == ["length"] and len(near["tokens"][0]) == 512 - 1 - 8 - 470 + 1
+    assert max(gaps(near["tokens"], [long[20:490]])) <= GAP
+    (other, constrained), = drafted[0]["grammar"]
+    assert constrained["finish"] == ["error"]
+    assert mate["tokens"] == other["tokens"] == drafted[0]["alone"][0][0]["tokens"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,10 +22,11 @@ from tests.serve.vllm_checkpoints import written
 MASK = 500
 
 
-def config(path: Path, tokens: int = 8, worker: str = WORKER) -> Any:
+def config(path: Path, tokens: int = 8, worker: str = WORKER, device: str = "cpu") -> Any:
     return SimpleNamespace(
         speculative_config=SimpleNamespace(num_speculative_tokens=tokens),
         model_config=SimpleNamespace(model=str(path)), parallel_config=SimpleNamespace(worker_cls=worker),
+        device_config=SimpleNamespace(device_type=device),
     )
 
 
@@ -117,43 +120,89 @@ def test_only_what_is_wrong_is_repaired(
 
 
 class TheirScheduler:
-    """vLLM's numbers of a step: drafts of a request, and how many were accepted, in total and by position."""
+    """What vLLM's does in the methods that are overridden."""
 
-    def __init__(self, path: Path) -> None:
-        self.vllm_config = config(path)
+    def __init__(self, path: Path, device: str = "cpu") -> None:
+        self.vllm_config, self.max_model_len = config(path, device=device), 100
         self.stats = SimpleNamespace(num_drafts=0, num_draft_tokens=0, num_accepted_tokens=0,
                                      num_draft_tokens_per_pos=[0] * 8)
 
-    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        for name, accepted in model_runner_output.items():
-            count = len(scheduler_output.scheduled_spec_decode_tokens[name])
-            self.make_spec_decoding_stats(self.stats, count, accepted, None, request_id=name)  # type: ignore[attr-defined]
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        for request, tokens in model_runner_output:
+            count = len(scheduler_output.scheduled_spec_decode_tokens.get(request.request_id, ()))
+            if count:
+                self.make_spec_decoding_stats(
+                    self.stats, count, len(tokens) - 1, None, request_id=request.request_id
+                )
+            request.stopped = self._update_request_with_output(request, tokens, is_stale=False)[1]
         return self.stats
 
+    def make_spec_decoding_stats(
+        self, stats: Any, num_draft_tokens: int, num_accepted_tokens: int, invalid: Any, request_id: str
+    ) -> Any:
+        stats.num_drafts += 1
+        stats.num_draft_tokens += num_draft_tokens
+        stats.num_accepted_tokens += num_accepted_tokens
+        for position in range(num_draft_tokens):
+            stats.num_draft_tokens_per_pos[position] += 1
+        return stats
 
-def make_spec_decoding_stats(
-    self: Any, stats: Any, num_draft_tokens: int, num_accepted_tokens: int, invalid: Any, request_id: str
-) -> Any:
-    stats.num_drafts += 1
-    stats.num_draft_tokens += num_draft_tokens
-    stats.num_accepted_tokens += num_accepted_tokens
-    for position in range(num_draft_tokens):
-        stats.num_draft_tokens_per_pos[position] += 1
-    return stats
+    def _update_request_with_output(self, request: Any, tokens: list[int], is_stale: bool) -> tuple[list[int], bool]:
+        request.num_output_tokens += len(tokens)
+        request.num_tokens += len(tokens)
+        return tokens, False
 
 
-def test_masks_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = type("Scheduler", (TheirScheduler,), {"make_spec_decoding_stats": make_spec_decoding_stats})
-    stand_in(monkeypatch, "vllm.v1.core.sched.scheduler", Scheduler=base)
-    monkeypatch.delitem(sys.modules, "flarec.serve.vllm.scheduler", raising=False)
-    scheduler = importlib.import_module("flarec.serve.vllm.scheduler").CountingScheduler(written(tmp_path / "a"))
-    monkeypatch.delitem(sys.modules, "flarec.serve.vllm.scheduler")  # it holds the stand-in
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    stand_in(monkeypatch, "vllm.v1.core.sched.scheduler", Scheduler=TheirScheduler)
+    stand_in(monkeypatch, "vllm.v1.request", RequestStatus=SimpleNamespace(
+        FINISHED_ERROR="error", FINISHED_LENGTH_CAPPED="length"
+    ))
+    stand_in(monkeypatch, "vllm.logger", init_logger=logging.getLogger)
+    sys.modules.pop("flarec.serve.vllm.scheduler", None)
+    yield importlib.import_module("flarec.serve.vllm.scheduler").CountingScheduler
+    del sys.modules["flarec.serve.vllm.scheduler"]  # it holds the stand-ins
+
+
+def running(name: str, written: int = 5, prompt: int = 20) -> Any:
+    return SimpleNamespace(request_id=name, num_output_tokens=written, num_tokens=prompt + written, status="running")
+
+
+def step(scheduled: dict[str, list[int]], **rows: int) -> Any:
+    return SimpleNamespace(
+        scheduled_spec_decode_tokens=scheduled,
+        num_scheduled_tokens={name: len(drafts) + 1 for name, drafts in scheduled.items()} | rows,
+    )
+
+
+def test_masks_are_not_counted(tmp_path: Path, counting: Any) -> None:
+    scheduler = counting(written(tmp_path / "a"))
     scheduled = {"x": [1, 2, 3, 4, *[MASK] * 4], "y": [MASK] * 8, "z": [5, 6, *[MASK] * 6]}
     stats = scheduler.update_from_output(
-        SimpleNamespace(scheduled_spec_decode_tokens=scheduled), {"x": 3, "y": 0, "z": 2}
+        step(scheduled), [(running("x"), [1, 2, 3, 9]), (running("y"), [7]), (running("z"), [5, 6, 8])]
     )
     assert vars(stats) == {"num_drafts": 3, "num_draft_tokens": 6, "num_accepted_tokens": 5,
                            "num_draft_tokens_per_pos": [2, 2, 1, 1, 0, 0, 0, 0]}
+
+
+@pytest.mark.parametrize(("family", "device", "guarded"), [
+    ("qwen3_5_text", "cpu", True), ("qwen3_5_text", "cuda", False), ("llama", "cpu", False)
+])
+def test_states_on_a_cpu_see_one_number_of_drafts(
+    tmp_path: Path, counting: Any, family: str, device: str, guarded: bool
+) -> None:
+    scheduler = counting(written(tmp_path / "a", family), device)
+    whole, near, at_end = running("whole"), running("near", 65), running("end", 70)  # 91 = 100 - 1 - 8 tokens fit
+    cut, none, first, again = running("cut"), running("none"), running("first", 0), running("again")
+    scheduler.update_from_output(
+        step({"whole": [MASK] * 8, "near": [MASK] * 8, "end": [MASK] * 8, "cut": [3, 4]}, none=1, first=20, again=25),
+        [(whole, [1, 2]), (near, [1]), (at_end, [1, 2]), (cut, [3]), (none, [3]), (first, [3]), (again, [3])],
+    )
+    found = [request.status for request in (whole, near, at_end, cut, none, first, again)]
+    ended = ["running", "running", "length", "error", "error", "running", "running"]
+    assert found == (ended if guarded else ["running"] * 7)
+    assert [request.stopped for request in (whole, at_end, cut)] == [False, guarded, guarded]
 
 
 def test_a_worker_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
