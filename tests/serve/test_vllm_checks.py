@@ -86,7 +86,7 @@ def test_the_check_as_a_program(tmp_path: Path) -> None:
         "import sys\n"
         "from flarec.serve.vllm import checks, command, proposer, repair, runner\n"
         "checks.installed = lambda: '0.32.0'\n"
-        "heavy = ('transformers', 'flarec.frontend', 'flarec.passes', 'flarec.decode', 'click', 'fastapi')\n"
+        "heavy = ('transformers', 'flarec.frontend.export', 'flarec.passes', 'flarec.decode', 'click', 'fastapi')\n"
         "print(*map(checks.main, sys.argv[1:]), [name for name in heavy if name in sys.modules])"
     )
     good, bad = written(tmp_path / "good"), written(tmp_path / "bad", kind="vector")
