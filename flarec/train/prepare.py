@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..base.heap import give_back_large_blocks
 from ..checkpoint.carried import Carried
 from ..checkpoint.directory import Checkpoint, context_of, open_checkpoint
 from ..checkpoint.write import check_shard_size
@@ -131,6 +132,8 @@ def prepare(
     data = recipe.data
     rows = RowStream(sources, max_length=data.max_length, seed=options.seed, lookahead=data.lookahead)
     memory = _memory(train, recipe, mask, options, ranks, trains, reporter)
+    if memory.recompute and device.type == "cpu":
+        give_back_large_blocks()
     trainer = trainer_class(train, memory.apply(recipe), mask, rows, options.seed, exact, ranks)
     causal = partial(_causal, captured, decode, steps["decode"])
     held_out = HeldOut(held, train, decode, recipe, mask, ends, context, causal) if held else None
