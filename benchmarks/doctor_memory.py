@@ -43,9 +43,9 @@ SHAPES = {
 }
 CPU = torch.device("cpu")
 FAMILIES, RECIPES, LENGTHS = ("qwen3_5_text", "kimi_linear"), ("flare", "draft", "adapter"), (256, 1024)
-MEMORY = ("keep", "recompute")
-EVERY = [(f, r, str(n), m, "512") for m in MEMORY for n in LENGTHS for f in FAMILIES for r in RECIPES]
-EVERY += [("qwen3_5_text", "draft", "512", m, "1024") for m in MEMORY]
+MEMORY = ("recompute", "keep")
+EVERY = [("qwen3_5_text", "draft", "512", m, "1024") for m in MEMORY]
+EVERY += [(f, r, str(n), m, "512") for m in MEMORY for n in LENGTHS for f in FAMILIES for r in RECIPES]
 
 
 def chosen(recipe: str, memory: str) -> Recipe:

@@ -77,7 +77,7 @@ class ElasticMode:
         taken, *tokens = values
         request.count(taken)
         request.ready = taken
-        request.emit(tokens[: taken + 1])
+        request.emit(tokens[: taken + 1], ["clean", *["unverified"] * taken])
 
     def timed(self, shape: StepShape, seconds: float) -> None:
         pass
