@@ -4,9 +4,9 @@
 
 Small models of several families take two optimizer steps over full rows in a process of their own, which says the most
 that it had resident; the prediction is the report of the doctor for the same configuration, in another process. The
-target is 15 % either way. What is counted are tensors, within 5 % of what torch allocates (`tests/doctor`); what the C
-library keeps of memory that was freed is not, which is little where layers are computed again, because a conversion then
-lets it give large blocks back.
+target is 15 % either way. What is counted are tensors, within 5 % of what torch allocates (`tests/doctor`); what the
+C library keeps of memory that was freed is not, which is little where layers are computed again, because a conversion
+then lets it give large blocks back.
 """
 
 from __future__ import annotations
@@ -56,6 +56,16 @@ def chosen(recipe: str, memory: str) -> Recipe:
 
 def measured(family: str, recipe: str, length: int, memory: str, width: str) -> int:
     """Bytes that this process had at most, after two steps."""
+    trainer = trainer_of(family, recipe, length, memory, width)
+    if memory == "recompute":
+        give_back_large_blocks()  # as `flarec convert` does
+    for _ in range(2):
+        trainer.advance()
+    return resident()[1]
+
+
+def trainer_of(family: str, recipe: str, length: int, memory: str, width: str) -> Trainer:
+    """As `flarec convert` has it, both programs lowered."""
     options = chosen(recipe, memory)
     program, adapter = capture(build_tiny(family, **SHAPES[width])), adapter_of(options)
     start_adapter(program, options, 0, lambda text: None)
@@ -63,12 +73,7 @@ def measured(family: str, recipe: str, length: int, memory: str, width: str) -> 
     train = lower(program, "train", mask_vector=vector, adapter=adapter)
     lower(program, "decode", mask_vector=vector, adapter=adapter)
     mask = MaskToken("vector", train.vocab_size) if vector else MaskToken("row", train.vocab_size - 1)
-    trainer = Trainer(train, options, mask, full_rows(length, BATCH), seed=0)
-    if memory == "recompute":
-        give_back_large_blocks()  # as `flarec convert` does
-    for _ in range(2):
-        trainer.advance()
-    return resident()[1]
+    return Trainer(train, options, mask, full_rows(length, BATCH), seed=0)
 
 
 def predicted(family: str, recipe: str, length: int, memory: str, width: str) -> int:

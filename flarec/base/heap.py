@@ -15,10 +15,10 @@ memory (`benchmarks/NOTES.md`)."""
 def give_back_large_blocks() -> bool:
     """Let the C library give a freed block of `LARGE` bytes or more back to the system at once; whether it does.
 
-    glibc takes blocks of up to 32 MiB from its heap as soon as one of that size was freed, and keeps what is freed there:
-    small objects between freed tensors hold the place. A process in which layers are computed again then has up to a
-    third more than its tensors. Giving back costs the system's time for clearing pages. Nothing changes where the user
-    chose the threshold (MALLOC_MMAP_THRESHOLD_, GLIBC_TUNABLES), and with a C library that has no `mallopt`.
+    glibc takes blocks of up to 32 MiB from its heap as soon as one of that size was freed, and keeps what is freed
+    there: small objects between freed tensors hold the place. A process in which layers are computed again then has up
+    to a third more than its tensors. Giving back costs the system's time for clearing pages. Nothing changes where the
+    user chose the threshold (MALLOC_MMAP_THRESHOLD_, GLIBC_TUNABLES), and with a C library that has no `mallopt`.
     """
     if os.environ.get("MALLOC_MMAP_THRESHOLD_") or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", ""):
         return False

@@ -51,7 +51,7 @@ def command(
     be its directory; samples need the model: SOURCE --adapter DIR.
     """
     options = GenerationOptions(**keywords)
-    from flarec.report import read_evaluations, read_recorded, samples_of, sections, to_html, to_markdown
+    from flarec.report import chapters, read_evaluations, read_recorded, samples_of, to_html, to_markdown
 
     place = checkpoint if adapter is None else str(adapter)
     run = read_recorded(place)
@@ -70,7 +70,7 @@ def command(
         )
         say_unread(options, str(model.complete(options).mode))
         written = samples_of(model, prompts, options, chat=chat)
-    parts = sections(run, evaluations)
+    parts = chapters(run, evaluations)
     for path, render in ((out, to_html), (markdown, to_markdown)):
         if path is not None:
             write_file(path, render(run.name, parts, written), "--out" if path is out else "--markdown")

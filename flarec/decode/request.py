@@ -19,10 +19,10 @@ Prompts: TypeAlias = Sequence[Sequence[int]] | Sequence[Tensor] | Sequence[Array
 StopCheck = Callable[[Sequence[int]], int | None]
 OnTokens = Callable[[int, list[int]], None]
 Origin = Literal["clean", "accepted", "corrected", "unverified"]
-"""Where a new token comes from: "clean", the clean stream's own, where no draft was; "accepted", drafted, and what the clean
-stream chose too; "corrected", the clean stream's in the place of a rejected draft; "unverified", of a noisy row alone
-(elastic drafts that were taken, denoised positions). Of ar-trust and elastic each forward ends with one token that is
-neither accepted nor unverified."""
+"""Where a new token comes from: "clean", the clean stream's own, where no draft was; "accepted", drafted, and what the
+clean stream chose too; "corrected", the clean stream's in the place of a rejected draft; "unverified", of a noisy row
+alone (elastic drafts that were taken, denoised positions). Of causal, ar-trust and elastic each forward ends with one
+token that is clean or corrected."""
 MOST_LOGPROBS = 20
 """Alternatives per token of which a request may ask the log-probability."""
 

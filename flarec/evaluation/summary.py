@@ -11,7 +11,6 @@ from ..decode.request import Origin
 from .loops import loops
 from .statistics import interval, paired, pass_at
 
-
 LETTERS: dict[Origin, str] = {"clean": "c", "accepted": "a", "corrected": "x", "unverified": "u"}
 """Where a token comes from, in a record: a letter per token."""
 

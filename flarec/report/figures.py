@@ -20,7 +20,7 @@ MARKED = 40
 
 @dataclass(frozen=True)
 class Figure:
-    """Named series of points over one axis. Intervals: series -> (low, high) of each of its points. joined: by lines."""
+    """Named series of points. intervals: series -> (low, high) of each of its points; joined: by lines."""
 
     title: str
     x: str
@@ -34,7 +34,7 @@ class Figure:
         from matplotlib import rc_context
         from matplotlib.figure import Figure as Canvas
 
-        settings = {
+        settings: Any = {
             "svg.fonttype": "none", "svg.hashsalt": self.title, "font.family": "sans-serif", "font.size": 10,
             "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
             "grid.color": GRID, "text.parse_math": False,

@@ -1,14 +1,13 @@
-"""The sections and samples as one HTML page that needs nothing else, and as Markdown."""
+"""The chapters and samples as one HTML page that needs nothing else, and as Markdown."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any
 
+from .chapters import Chapter
 from .samples import Sample
-from .sections import Section
 
 ORIGINS = {
     "accepted": "drafted and accepted",
@@ -19,29 +18,24 @@ ORIGINS = {
 NO_SAMPLES = "No samples were asked for: give --prompts FILE."
 
 
-def to_html(name: str, parts: Sequence[Section], samples: Sequence[Sample]) -> str:
+def to_html(name: str, parts: Sequence[Chapter], samples: Sequence[Sample]) -> str:
     """The page. Everything that a model, a manifest or a record says is escaped."""
     from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_template("page.html"))
-
-    def svg(figure: Any) -> Markup:
-        return Markup(figure.svg())  # noqa: S704 - matplotlib escapes what stands in it
-
     return template.render(
-        name=name, sections=parts, samples=samples, origins=ORIGINS, no_samples=NO_SAMPLES, svg=svg,
+        name=name, chapters=parts, samples=samples, origins=ORIGINS, no_samples=NO_SAMPLES,
         summary=summary_of,
     )
 
 
-def to_markdown(name: str, parts: Sequence[Section], samples: Sequence[Sample]) -> str:
+def to_markdown(name: str, parts: Sequence[Chapter], samples: Sequence[Sample]) -> str:
     """The same without figures and colours: tables, texts and counts."""
     lines = [f"# {_inline(name)}"]
-    for section in parts:
-        lines += ["", f"## {section.title}"]
-        for part in section.parts:
+    for chapter in parts:
+        lines += ["", f"## {chapter.title}"]
+        for part in chapter.parts:
             lines += ["", f"### {part.title}"] if part.title else []
             lines += ["", part.note] if part.note else []
             if part.table is not None:

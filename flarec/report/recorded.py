@@ -55,7 +55,7 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationRecord:
     """A record of `flarec eval --out`. own: it is of this checkpoint."""
 
     file: str
@@ -118,11 +118,11 @@ def read_recorded(path: str | Path) -> Recorded:
     )
 
 
-def read_evaluations(paths: Sequence[Path], manifest: Manifest) -> list[Evaluation]:
+def read_evaluations(paths: Sequence[Path], manifest: Manifest) -> list[EvaluationRecord]:
     """Records, each with whether it is of the checkpoint with this manifest. Raises `UsageError`."""
     own = hashlib.sha256(manifest.to_json().encode()).hexdigest()
     tables = [(path, read_record(path, "--eval")) for path in paths]
-    return [Evaluation(path.name, table["model"].get("manifest") == own, table) for path, table in tables]
+    return [EvaluationRecord(path.name, table["model"].get("manifest") == own, table) for path, table in tables]
 
 
 def inside(value: Any, *keys: str | int) -> Any:

@@ -132,8 +132,6 @@ def prepare(
     data = recipe.data
     rows = RowStream(sources, max_length=data.max_length, seed=options.seed, lookahead=data.lookahead)
     memory = _memory(train, recipe, mask, options, ranks, trains, reporter)
-    if memory.recompute and device.type == "cpu":
-        give_back_large_blocks()
     trainer = trainer_class(train, memory.apply(recipe), mask, rows, options.seed, exact, ranks)
     causal = partial(_causal, captured, decode, steps["decode"])
     held_out = HeldOut(held, train, decode, recipe, mask, ends, context, causal) if held else None
@@ -177,6 +175,8 @@ def _memory(
         return choose(train, recipe, mask, ranks.size, rows=began)
 
     choice = ranks.from_first(chosen)
+    if choice.recompute and train.device.type == "cpu":
+        give_back_large_blocks()
     if trains:
         (reporter.note if choice.enough else reporter.warn)(choice.text)
     return choice

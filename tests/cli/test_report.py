@@ -35,8 +35,8 @@ def test_samples_and_a_record(checkpoint: Path, tmp_path: Path, monkeypatch: pyt
 
     page, text = tmp_path / "page.html", tmp_path / "page.md"
     result = flarec(
-        "report", checkpoint, "--out", page, "--markdown", text, "--prompts", tmp_path / "prompts.txt", "--samples", "2",
-        "--eval", record, *long,
+        "report", checkpoint, "--out", page, "--markdown", text, "--prompts", tmp_path / "prompts.txt",
+        "--samples", "2", "--eval", record, *long,
     )
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines() == [f"written: {page}", f"written: {text}"]

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from flarec.checkpoint.manifest import DecodeDefaults, Manifest, Source
+from flarec.decode.request import Origin
 from flarec.errors import UsageError
-from flarec.report import Evaluation, Recorded, Sample, sections, to_html, to_markdown
+from flarec.report import EvaluationRecord, Recorded, Sample, chapters, to_html, to_markdown
+from flarec.report.chapters import NO_EVALUATION, NO_RECORD, Panel
 from flarec.report.figures import MOST_POINTS, thinned
 from flarec.report.recorded import SPAN, read_evaluations, read_recorded
-from flarec.report.sections import NO_EVALUATION, NO_RECORD, Part
 from flarec.train.mask_token import MaskToken
 
 EVIL = '</pre><script>alert("x")</script><img src=http://x/y onerror=z> & `` ``` | $x$ [a](b)'
@@ -42,8 +43,10 @@ class Markup(HTMLParser):
 
 def run(steps: int = 5, **values: Any) -> Recorded:
     lines = [{"step": n, "ar_loss": 1 / n, "diffusion_loss": 2.5, **values} for n in range(1, steps + 1)]
-    held = {"ar_loss": 0.75, "all_masked_accuracy": [0.5, None, 0.125], "one_minus_tv": [0.25], "expected_accepted": None,
-            "tokens_per_forward": 1.875}
+    held = {
+        "ar_loss": 0.75, "all_masked_accuracy": [0.5, None, 0.125], "one_minus_tv": [0.25], "expected_accepted": None,
+        "tokens_per_forward": 1.875,
+    }
     return Recorded("mine", MANIFEST, lines, [{"step": 0, "evaluation": held}])
 
 
@@ -57,11 +60,11 @@ def record(mode: str = "ar-trust", **changes: Any) -> dict[str, Any]:
     }
 
 
-def part_of(run: Recorded, records: list[Evaluation], title: str, number: int = 0) -> Part:
-    return next(section for section in sections(run, records) if section.title == title).parts[number]
+def part_of(run: Recorded, records: list[EvaluationRecord], title: str, number: int = 0) -> Panel:
+    return next(chapter for chapter in chapters(run, records) if chapter.title == title).parts[number]
 
 
-def points(part: Part) -> dict[str, list[tuple[float, float]]]:
+def points(part: Panel) -> dict[str, list[tuple[float, float]]]:
     assert part.figure is not None and part.table is not None
     return {name: list(found) for name, found in part.figure.series.items()}
 
@@ -82,7 +85,7 @@ def test_the_least_even_expert_layer() -> None:
 
 
 def test_numbers_are_those_of_records() -> None:
-    records = [Evaluation("a.json", True, record()), Evaluation("a.json", False, record())]
+    records = [EvaluationRecord("a.json", True, record()), EvaluationRecord("a.json", False, record())]
     position, heat = (part_of(run(), records, "Tokens per forward", n) for n in (1, 2))
     # of 16 tokens 4 + 4 end a forward in the first answer, all in the second; then 8 of 16 in the first alone
     assert list(points(position)) == ["1: a.json", "2: a.json"]
@@ -92,7 +95,7 @@ def test_numbers_are_those_of_records() -> None:
     accuracy = part_of(run(), records[:1], "Accuracy against forwards")
     assert points(accuracy) == {"ar-trust, d.jsonl": [(10, 0.5)]}
     assert accuracy.table is not None and "25.0% to 87.5%" in accuracy.table.rows[0]
-    denoised = [Evaluation("a.json", True, record("diffusion-trust"))]
+    denoised = [EvaluationRecord("a.json", True, record("diffusion-trust"))]
     assert "in a mode of causal" in part_of(run(), denoised, "Tokens per forward", 1).note
 
 
@@ -101,20 +104,21 @@ def test_what_is_no_number_is_not_recorded(value: Any) -> None:
     broken = Recorded("mine", MANIFEST, [{"step": 1, "ar_loss": value, "diffusion_loss": value, "router": value}],
                       [{"step": 1, "evaluation": value}, {"step": 2, "evaluation": {"all_masked_accuracy": value}}])
     table = record(answers=value, result={"mode": value, "accuracy": value}, options={"temperature": value})
-    found = [part for section in sections(broken, [Evaluation("a", True, table)]) for part in section.parts]
+    found = [part for chapter in chapters(broken, [EvaluationRecord("a", True, table)]) for part in chapter.parts]
     assert all(part.figure is None and "Not recorded" in part.note for part in found[1:])
 
 
-def test_an_empty_run_is_said_in_every_section() -> None:
+def test_an_empty_run_is_said_in_every_chapter() -> None:
     empty = Recorded("mine", MANIFEST, [], [])
-    page = to_html("mine", sections(empty, []), [])
-    assert page.count("Not recorded") == len([part for section in sections(empty, []) for part in section.parts]) - 1
+    page = to_html("mine", chapters(empty, []), [])
+    assert page.count("Not recorded") == len([part for chapter in chapters(empty, []) for part in chapter.parts]) - 1
     assert "<svg" not in page and NO_RECORD in page and "No samples were asked for" in page
-    assert "Not recorded" in to_markdown("mine", sections(empty, []), [])
+    assert "Not recorded" in to_markdown("mine", chapters(empty, []), [])
 
 
 def sample(text: str = EVIL) -> Sample:
-    return Sample(EVIL, "ar-trust", 0.0, (("clean", text), ("accepted", text)), {"clean": 2, "accepted": 1}, 3, 2, "eos")
+    spans: tuple[tuple[Origin, str], ...] = (("clean", text), ("accepted", text))
+    return Sample(EVIL, "ar-trust", 0.0, spans, {"clean": 2, "accepted": 1}, 3, 2, "eos")
 
 
 def test_nothing_that_is_said_is_markup() -> None:
@@ -122,7 +126,7 @@ def test_nothing_that_is_said_is_markup() -> None:
                        data={"sources": {EVIL: {"documents": EVIL}}})
     evil = replace(run(), manifest=manifest, name=EVIL)
     table = record(model={"name": EVIL}, data={"name": EVIL})
-    page = to_html(EVIL, sections(evil, [Evaluation(EVIL, False, table)]), [sample()])
+    page = to_html(EVIL, chapters(evil, [EvaluationRecord(EVIL, False, table)]), [sample()])
     found = Markup(page)
     tags = {tag for tag, _ in found.tags}
     assert not tags & {"script", "img", "link", "iframe", "object"} and "svg" in tags
@@ -139,18 +143,18 @@ def test_markdown_shows_what_is_said_as_it_is() -> None:
     text = to_markdown("mine", [], [sample("a ```` b")])
     assert re.search(r"^`{5}text\na ```` ba ```` b\n`{5}$", text, re.MULTILINE)
     manifest = replace(MANIFEST, source=Source(EVIL))
-    cells = next(line for line in to_markdown("m", sections(replace(run(), manifest=manifest), []), []).splitlines()
+    cells = next(line for line in to_markdown("m", chapters(replace(run(), manifest=manifest), []), []).splitlines()
                  if line.startswith("| source"))
     assert len(re.findall(r"(?<!\\)\|", cells)) == 3 and "<script" not in cells.replace("\\<", "")
 
 
 def test_figures_of_a_page_share_no_ids() -> None:
-    page = to_html("mine", sections(run(), []), [])
+    page = to_html("mine", chapters(run(), []), [])
     ids = [attributes["id"] for _, attributes in Markup(page).tags if attributes.get("id")]
     used = {str(value).lstrip("#") for _, attributes in Markup(page).tags for name, value in attributes.items()
             if name.endswith("href")}
     assert used <= set(ids)
-    assert to_html("mine", sections(run(), []), []) == page, "the same bytes again"
+    assert to_html("mine", chapters(run(), []), []) == page, "the same bytes again"
     assert not re.search(r"#0[14]02?03|#040506|#0708", page), "every colour is the page's"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ def test_any_bytes(written: list[tuple[int, Origin]]) -> None:
     spans = coloured(decode_bytes, tokens, origins)
     assert "".join(text for _, text in spans) == decode_bytes(tokens)
     assert all(text for _, text in spans)
-    assert all(one != other for (one, _), (other, _) in zip(spans, spans[1:], strict=False)), "neighbours are joined"
+    assert all(one != other for (one, _), (other, _) in pairwise(spans)), "neighbours are joined"
 
 
 @settings(max_examples=30)

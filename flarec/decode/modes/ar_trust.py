@@ -104,8 +104,8 @@ class ARTrustMode:
         if self.policy is not None:
             self.policy.accepted(offered, accepted)
         request.count(accepted, offered)
-        last: Origin = "corrected" if accepted < offered else "clean"
-        request.emit(tokens[: accepted + 1], [*["accepted"] * accepted, last])
+        drafts: list[Origin] = ["accepted"] * accepted
+        request.emit(tokens[: accepted + 1], [*drafts, "corrected" if accepted < offered else "clean"])
 
     def timed(self, shape: StepShape, seconds: float) -> None:
         if self.policy is not None:

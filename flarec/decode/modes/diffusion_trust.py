@@ -112,7 +112,8 @@ class DiffusionTrustMode:
         request.ready = final == len(tokens)
         # earlier blocks are emitted in full, so the rest of the new tokens belong to this block
         place = len(request.tokens) % len(tokens)
-        origins: list[Origin] = ["clean", *["unverified"] * (len(tokens) - 1)]
+        origins: list[Origin] = ["unverified"] * len(tokens)
+        origins[0] = "clean"
         request.emit(tokens[place:final], origins[place:final], place)
 
     def timed(self, shape: StepShape, seconds: float) -> None:

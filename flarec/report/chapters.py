@@ -1,4 +1,4 @@
-"""The sections of the page: what is shown of a run and of evaluations, and what is said where nothing is recorded."""
+"""The chapters of the page: what is shown of a run and of evaluations, and what is said where nothing is recorded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from flarec.train.state import METRICS
 
 from .figures import Figure, Points
-from .recorded import ONE_PER_FORWARD, SPAN, Evaluation, Recorded, at, at_text, inside
+from .recorded import ONE_PER_FORWARD, SPAN, EvaluationRecord, Recorded, at, at_text, inside
 
 MOST_ROWS = 12
 """Of a table of points; the figure shows more of them."""
@@ -25,8 +25,8 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One idea of a section: a figure, a table of its numbers, or a line that says why there are none."""
+class Panel:
+    """One idea of a chapter: a figure, a table of its numbers, or a line that says why there are none."""
 
     title: str
     figure: Figure | None = None
@@ -35,20 +35,20 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Section:
+class Chapter:
     title: str
-    parts: Sequence[Part] = field(default_factory=tuple)
+    parts: Sequence[Panel] = field(default_factory=tuple)
 
 
-def sections(run: Recorded, records: Sequence[Evaluation]) -> list[Section]:
+def chapters(run: Recorded, records: Sequence[EvaluationRecord]) -> list[Chapter]:
     """All but the samples."""
     return [
-        Section("The run", (Part("", table=_facts(run)),)),
-        Section("Losses", tuple(_losses(run))),
-        Section("Held-out probes", tuple(_probes(run))),
-        Section("Tokens per forward", tuple(_speed(run, records))),
-        Section("Accuracy against forwards", (_accuracy(records),)),
-        Section("Router load", tuple(_router(run))),
+        Chapter("The run", (Panel("", table=_facts(run)),)),
+        Chapter("Losses", tuple(_losses(run))),
+        Chapter("Held-out probes", tuple(_probes(run))),
+        Chapter("Tokens per forward", tuple(_speed(run, records))),
+        Chapter("Accuracy against forwards", (_accuracy(records),)),
+        Chapter("Router load", tuple(_router(run))),
     ]
 
 
@@ -82,7 +82,7 @@ def _count(table: object, key: str, *, grouped: bool = True) -> str:
     return f"{value:,.0f}" if grouped else f"{value:.0f}"
 
 
-def _losses(run: Recorded) -> Iterable[Part]:
+def _losses(run: Recorded) -> Iterable[Panel]:
     missing = f"Not recorded: the checkpoint has no {METRICS} with steps in it."
     clean = {"step": run.curve("ar_loss"), "held out": run.curve("evaluation", "ar_loss", held_out=True)}
     yield _plot("AR loss, of the clean stream", "step", "nats per token", clean, missing)
@@ -90,7 +90,7 @@ def _losses(run: Recorded) -> Iterable[Part]:
     yield _plot("Diffusion loss, of the noisy stream", "step", "loss", noisy, missing)
 
 
-def _probes(run: Recorded) -> Iterable[Part]:
+def _probes(run: Recorded) -> Iterable[Panel]:
     for title, key, unit in (
         ("Accuracy of fully masked blocks, by position of the block", "all_masked_accuracy", "share that is right"),
         ("1 - total variation to the clean stream, by position of the block", "one_minus_tv", "1 - TV"),
@@ -101,7 +101,7 @@ def _probes(run: Recorded) -> Iterable[Part]:
     yield _plot("Drafts that are expected to be accepted", "step", "drafts per block", series, NO_EVALUATION)
 
 
-def _speed(run: Recorded, records: Sequence[Evaluation]) -> Iterable[Part]:
+def _speed(run: Recorded, records: Sequence[EvaluationRecord]) -> Iterable[Panel]:
     series = {"held-out": run.curve("evaluation", "tokens_per_forward", held_out=True)}
     yield _plot("In training, AR-Trust, greedy", "step", "tokens per forward", series, NO_EVALUATION)
     positions = {f"{number}: {record.file}": record.by_position() for number, record in enumerate(records, 1)}
@@ -110,7 +110,8 @@ def _speed(run: Recorded, records: Sequence[Evaluation]) -> Iterable[Part]:
         modes = ", ".join(ONE_PER_FORWARD)
         missing = f"Not recorded: no record has answers of {SPAN} tokens with the origin of each, in a mode of {modes}."
     part = _plot("By position in the answer", "tokens into the answer", "tokens per forward", positions, missing)
-    yield part if part.note else replace(part, note=f"Over {SPAN} tokens each, of the answers that are as long as that.")
+    over = f"Over {SPAN} tokens each, of the answers that are as long as that."
+    yield part if part.note else replace(part, note=over)
     heats: dict[str, list[tuple[float, float]]] = {}
     for record in records:
         heat, rate = record.number("options", "temperature"), record.number("result", "tokens_per_forward")
@@ -121,7 +122,7 @@ def _speed(run: Recorded, records: Sequence[Evaluation]) -> Iterable[Part]:
     yield _plot("By temperature", "temperature", "tokens per forward", sorted_heats, missing)
 
 
-def _accuracy(records: Sequence[Evaluation]) -> Part:
+def _accuracy(records: Sequence[EvaluationRecord]) -> Panel:
     series: dict[str, list[tuple[float, float]]] = {}
     intervals: dict[str, list[tuple[float, float]]] = {}
     rows = []
@@ -139,16 +140,16 @@ def _accuracy(records: Sequence[Evaluation]) -> Part:
             _count(record.table["result"], "answers"),
         ))
     if not rows:
-        return Part("", note="Not recorded: no record has answers that are graded." if records else NO_RECORD)
+        return Panel("", note="Not recorded: no record has answers that are graded." if records else NO_RECORD)
     figure = Figure("Accuracy against forwards", "forwards per answer", "accuracy", series, intervals, joined=False)
     head = ("record", "model", "mode", "temperature", "forwards per answer", "accuracy", "95 %", "graded answers")
-    return Part("", figure, Table(head, rows))
+    return Panel("", figure, Table(head, rows))
 
 
-def _router(run: Recorded) -> Iterable[Part]:
+def _router(run: Recorded) -> Iterable[Panel]:
     streams = ("clean", "noisy")
     if not any("router" in line for line in run.steps):
-        yield Part("", note="Not recorded: the model has no expert layers, or its run no steps.")
+        yield Panel("", note="Not recorded: the model has no expert layers, or its run no steps.")
         return
     for title, key, worst in (
         ("Load of the busiest expert over the mean, of the least even layer (1 is even)", "max_over_mean", max),
@@ -165,11 +166,11 @@ def _router(run: Recorded) -> Iterable[Part]:
         yield _plot(title, "step", key.replace("_", " "), series, "Not recorded: no step has counts.")
 
 
-def _plot(title: str, x: str, y: str, series: Mapping[str, Points], missing: str) -> Part:
+def _plot(title: str, x: str, y: str, series: Mapping[str, Points], missing: str) -> Panel:
     known = {name: points for name, points in series.items() if points}
     if not known:
-        return Part(title, note=missing)
-    return Part(title, Figure(title or y, x, y, known, {}), _points(x, known))
+        return Panel(title, note=missing)
+    return Panel(title, Figure(title or y, x, y, known, {}), _points(x, known))
 
 
 def _points(x: str, series: Mapping[str, Points]) -> Table:
