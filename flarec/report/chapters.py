@@ -25,7 +25,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Panel:
+class Topic:
     """One idea of a chapter: a figure, a table of its numbers, or a line that says why there are none."""
 
     title: str
@@ -37,13 +37,13 @@ class Panel:
 @dataclass(frozen=True)
 class Chapter:
     title: str
-    parts: Sequence[Panel] = field(default_factory=tuple)
+    parts: Sequence[Topic] = field(default_factory=tuple)
 
 
 def chapters(run: Recorded, records: Sequence[EvaluationRecord]) -> list[Chapter]:
     """All but the samples."""
     return [
-        Chapter("The run", (Panel("", table=_facts(run)),)),
+        Chapter("The run", (Topic("", table=_facts(run)),)),
         Chapter("Losses", tuple(_losses(run))),
         Chapter("Held-out probes", tuple(_probes(run))),
         Chapter("Tokens per forward", tuple(_speed(run, records))),
@@ -82,7 +82,7 @@ def _count(table: object, key: str, *, grouped: bool = True) -> str:
     return f"{value:,.0f}" if grouped else f"{value:.0f}"
 
 
-def _losses(run: Recorded) -> Iterable[Panel]:
+def _losses(run: Recorded) -> Iterable[Topic]:
     missing = f"Not recorded: the checkpoint has no {METRICS} with steps in it."
     clean = {"step": run.curve("ar_loss"), "held out": run.curve("evaluation", "ar_loss", held_out=True)}
     yield _plot("AR loss, of the clean stream", "step", "nats per token", clean, missing)
@@ -90,7 +90,7 @@ def _losses(run: Recorded) -> Iterable[Panel]:
     yield _plot("Diffusion loss, of the noisy stream", "step", "loss", noisy, missing)
 
 
-def _probes(run: Recorded) -> Iterable[Panel]:
+def _probes(run: Recorded) -> Iterable[Topic]:
     for title, key, unit in (
         ("Accuracy of fully masked blocks, by position of the block", "all_masked_accuracy", "share that is right"),
         ("1 - total variation to the clean stream, by position of the block", "one_minus_tv", "1 - TV"),
@@ -101,7 +101,7 @@ def _probes(run: Recorded) -> Iterable[Panel]:
     yield _plot("Drafts that are expected to be accepted", "step", "drafts per block", series, NO_EVALUATION)
 
 
-def _speed(run: Recorded, records: Sequence[EvaluationRecord]) -> Iterable[Panel]:
+def _speed(run: Recorded, records: Sequence[EvaluationRecord]) -> Iterable[Topic]:
     series = {"held-out": run.curve("evaluation", "tokens_per_forward", held_out=True)}
     yield _plot("In training, AR-Trust, greedy", "step", "tokens per forward", series, NO_EVALUATION)
     positions = {f"{number}: {record.file}": record.by_position() for number, record in enumerate(records, 1)}
@@ -122,7 +122,7 @@ def _speed(run: Recorded, records: Sequence[EvaluationRecord]) -> Iterable[Panel
     yield _plot("By temperature", "temperature", "tokens per forward", sorted_heats, missing)
 
 
-def _accuracy(records: Sequence[EvaluationRecord]) -> Panel:
+def _accuracy(records: Sequence[EvaluationRecord]) -> Topic:
     series: dict[str, list[tuple[float, float]]] = {}
     intervals: dict[str, list[tuple[float, float]]] = {}
     rows = []
@@ -140,16 +140,16 @@ def _accuracy(records: Sequence[EvaluationRecord]) -> Panel:
             _count(record.table["result"], "answers"),
         ))
     if not rows:
-        return Panel("", note="Not recorded: no record has answers that are graded." if records else NO_RECORD)
+        return Topic("", note="Not recorded: no record has answers that are graded." if records else NO_RECORD)
     figure = Figure("Accuracy against forwards", "forwards per answer", "accuracy", series, intervals, joined=False)
     head = ("record", "model", "mode", "temperature", "forwards per answer", "accuracy", "95 %", "graded answers")
-    return Panel("", figure, Table(head, rows))
+    return Topic("", figure, Table(head, rows))
 
 
-def _router(run: Recorded) -> Iterable[Panel]:
+def _router(run: Recorded) -> Iterable[Topic]:
     streams = ("clean", "noisy")
     if not any("router" in line for line in run.steps):
-        yield Panel("", note="Not recorded: the model has no expert layers, or its run no steps.")
+        yield Topic("", note="Not recorded: the model has no expert layers, or its run no steps.")
         return
     for title, key, worst in (
         ("Load of the busiest expert over the mean, of the least even layer (1 is even)", "max_over_mean", max),
@@ -166,11 +166,11 @@ def _router(run: Recorded) -> Iterable[Panel]:
         yield _plot(title, "step", key.replace("_", " "), series, "Not recorded: no step has counts.")
 
 
-def _plot(title: str, x: str, y: str, series: Mapping[str, Points], missing: str) -> Panel:
+def _plot(title: str, x: str, y: str, series: Mapping[str, Points], missing: str) -> Topic:
     known = {name: points for name, points in series.items() if points}
     if not known:
-        return Panel(title, note=missing)
-    return Panel(title, Figure(title or y, x, y, known, {}), _points(x, known))
+        return Topic(title, note=missing)
+    return Topic(title, Figure(title or y, x, y, known, {}), _points(x, known))
 
 
 def _points(x: str, series: Mapping[str, Points]) -> Table:

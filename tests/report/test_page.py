@@ -15,7 +15,7 @@ from flarec.checkpoint.manifest import DecodeDefaults, Manifest, Source
 from flarec.decode.request import Origin
 from flarec.errors import UsageError
 from flarec.report import EvaluationRecord, Recorded, Sample, chapters, to_html, to_markdown
-from flarec.report.chapters import NO_EVALUATION, NO_RECORD, Panel
+from flarec.report.chapters import NO_EVALUATION, NO_RECORD, Topic
 from flarec.report.figures import MOST_POINTS, thinned
 from flarec.report.recorded import SPAN, read_evaluations, read_recorded
 from flarec.train.mask_token import MaskToken
@@ -60,11 +60,11 @@ def record(mode: str = "ar-trust", **changes: Any) -> dict[str, Any]:
     }
 
 
-def part_of(run: Recorded, records: list[EvaluationRecord], title: str, number: int = 0) -> Panel:
+def part_of(run: Recorded, records: list[EvaluationRecord], title: str, number: int = 0) -> Topic:
     return next(chapter for chapter in chapters(run, records) if chapter.title == title).parts[number]
 
 
-def points(part: Panel) -> dict[str, list[tuple[float, float]]]:
+def points(part: Topic) -> dict[str, list[tuple[float, float]]]:
     assert part.figure is not None and part.table is not None
     return {name: list(found) for name, found in part.figure.series.items()}
 
