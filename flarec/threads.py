@@ -41,15 +41,18 @@ class ThreadChoice:
 
 
 _choice: ThreadChoice | None = None
+_added: frozenset[str] = frozenset()
 _settled: int | None = None
 
 
 def manage() -> None:
     """Let threads wait without a loop, and let `settle` choose their number from now on. To be called before torch is
     imported; later the policy cannot be changed any more, and `settle` takes fewer threads on a busy machine."""
-    global _choice
+    global _added, _choice
     if _choice is None:
+        before = frozenset(os.environ)
         _choice = choose(os.environ, loaded="torch" in sys.modules)
+        _added = frozenset(os.environ) - before
 
 
 def choose(environment: MutableMapping[str, str], *, loaded: bool) -> ThreadChoice:
@@ -58,6 +61,11 @@ def choose(environment: MutableMapping[str, str], *, loaded: bool) -> ThreadChoi
         environment.update(PASSIVE)
     own = next((name for name in NUMBERS if environment.get(name)), None)
     return ThreadChoice(own, environment.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE")
+
+
+def found_environment() -> dict[str, str]:
+    """The environment without what `manage` put there: for other programs that a command starts."""
+    return {name: value for name, value in os.environ.items() if name not in _added}
 
 
 def settle(parameters: int) -> None:

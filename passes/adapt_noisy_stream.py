@@ -36,6 +36,7 @@ class NoisyRows:
     """[rows, T, 1] bool: whether a token is noisy. What a token knows of itself, so any node may read it."""
 
     name: ClassVar[str] = "noisy_rows"
+    relative: ClassVar[bool] = True
 
     def build(self, layout: Layout, capacity: int | None) -> Tensor:
         slots = torch.arange(layout.length, device=layout.device)

@@ -9,6 +9,7 @@ The tokenizer has fewer tokens than the model has rows, so ids in `[TOKENS, VOCA
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import fx
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from flarec.frontend import families as adapters
+from flarec.frontend.cache import entry_of
 from flarec.frontend.export import capture
 from flarec.frontend.tiny import END_ID as END_ID
 from flarec.frontend.tiny import PAD_ID as PAD_ID
@@ -98,8 +100,15 @@ def shared_model(family: str) -> Any:
 
 @functools.cache
 def captured(family: str) -> Program:
-    """The captured program of `shared_model(family)`, once per session. Passes change what they get: clone first."""
-    return capture(shared_model(family))
+    """The captured program of `shared_model(family)`, once per process. Passes change what they get: clone first.
+
+    The graph is kept in the tests' program cache: commands that open a checkpoint of the family do not trace it again.
+    """
+    program = capture(shared_model(family))
+    entry = entry_of(shared_model(family), program.family)
+    if entry is not None:
+        entry.store(program.module, shared_model(family))
+    return program
 
 
 @functools.cache
@@ -108,15 +117,22 @@ def captured_float64(family: str) -> Program:
 
     The models cast to float32 inside (norms, gates, softmax); these casts are widened in the captured graph.
     """
-    program = capture(tiny_model(family).double())
-    for node in program.graph.nodes:
+    return widened(captured(family))
+
+
+def widened(captured: Program) -> Program:
+    """A program in float64 throughout: its parameters, and the casts to float32 that models have inside."""
+    clone = captured.clone()
+    clone.module = fx.GraphModule(copy.deepcopy(captured.module).double(), clone.graph)
+    clone.dtype = torch.float64
+    for node in clone.graph.nodes:
         node.args = fx.node.map_aggregate(node.args, _widen)
         node.kwargs = fx.node.map_aggregate(node.kwargs, _widen)
         spec = node.meta.get("val")
-        if spec is not None and spec.dtype == torch.float32:
+        if isinstance(spec, TensorSpec) and spec.dtype == torch.float32:
             node.meta["val"] = TensorSpec(spec.shape, torch.float64)
-    program.finish()
-    return program
+    clone.finish()
+    return clone
 
 
 def _widen(argument: Any) -> Any:

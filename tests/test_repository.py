@@ -32,6 +32,8 @@ LAYER_OF = {
     "flarec": "root",  # flarec/__init__.py: the version, no imports
     **{f"flarec.{name}": name for name in (*AT_THE_ROOT, *ROOMS)},
     "flarec.bench.serving": "serving",
+    "flarec.bench.training": "training",  # measures what the doctor predicts: nothing imports it but the command
+    "flarec.serve.vllm": "vllm",  # imported where vLLM runs, which has no need of the server's other parts
     "flarec.evaluation.harness": "harness",  # imports lm-eval; nothing of the package imports it
     "flarec.ir.slots": "slots",  # all that the decoder knows of a program
     "flarec.recipes": "recipes",
@@ -44,7 +46,7 @@ LAYER_OF = {
 
 # What each layer may import, besides itself, flarec.errors and flarec/__init__.py. A kernel imports no other kernel.
 ALL_KERNELS = {"kernels", *(f"kernels.{name}" for name in KERNELS)}
-BELOW_CLI = set(LAYER_OF.values()) - {"cli", "plugin"}
+BELOW_CLI = set(LAYER_OF.values()) - {"cli", "plugin", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "root": set(),
     "errors": set(),
@@ -69,13 +71,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         "base", "kernels.row_losses", "threads",
     },
     "serve": {"base", "decode"},  # of a model it knows what `flarec.serve.prompts.Served` says
-    "conformance": BELOW_CLI - {"doctor", "serve", "screen"},
-    "doctor": BELOW_CLI - {"conformance", "serve", "screen"},
-    "verify": BELOW_CLI - {"conformance", "doctor", "serve", "screen"},
+    "vllm": {"base", "checkpoint"},  # of the latter what reads JSON files: tests/serve/test_vllm_checks.py
+    "conformance": BELOW_CLI - {"doctor", "serve", "screen", "vllm"},
+    "doctor": BELOW_CLI - {"conformance", "serve", "screen", "vllm"},
+    "verify": BELOW_CLI - {"conformance", "doctor", "serve", "screen", "vllm"},
     "screen": {"api", "base", "checkpoint", "decode", "evaluation", "recipe", "train"},
-    "inspect": BELOW_CLI - {"train", "decode", "serve", "verify", "bench", "conformance", "doctor", "screen"},
+    "inspect": BELOW_CLI - {"train", "decode", "serve", "vllm", "verify", "bench", "conformance", "doctor", "screen"},
     "bench": {*ALL_KERNELS, "ops", "layout", "base"},
     "serving": {*ALL_KERNELS, "bench", "base", "decode", "frontend", "ir", "passes"},
+    "training": {"bench", "device", "doctor", "frontend", "passes", "recipe", "train"},
     "checkpoint": {"frontend", "ir", "layout", "passes", "base"},
     "evaluation": {"decode", "base"},
     "report": {"api", "base", "checkpoint", "decode", "evaluation", "train"},
@@ -84,11 +88,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "device", "collector", "threads", "base", "frontend", "passes", "ir", "decode", "checkpoint", "train",
         "evaluation",
     },
-    "cli": BELOW_CLI,
+    "cli": BELOW_CLI | {"training"},
 }
 
 # transformers enters in capture and leaves in checkpoint: what lies between knows a program and a layout.
-KNOWS_TRANSFORMERS = {"serving", "frontend", "checkpoint", "api", "verify", "conformance", "doctor", "cli"}
+KNOWS_TRANSFORMERS = {"serving", "training", "frontend", "checkpoint", "api", "verify", "conformance", "doctor", "cli"}
 # numpy: schedules are index arithmetic on the host.
 KERNEL_LIBRARIES = {"torch", "triton", "numpy"}
 
@@ -231,7 +235,7 @@ def test_a_class_name_means_one_class() -> None:
 
 def test_no_comment_speaks_to_a_formatter() -> None:
     """Lines are laid out by hand: tables stay tables. `ruff check` holds the width and the order of imports."""
-    files = python_files(*PYTHON_FOLDERS, "tests_fla", "tests_peft", "tests_lm_eval")
+    files = python_files(*PYTHON_FOLDERS, "tests_fla", "tests_peft", "tests_lm_eval", "tests_vllm")
     assert [str(path.relative_to(ROOT)) for path in files if re.search(r"#\s*(fmt|yapf):", path.read_text())] == []
 
 
@@ -292,7 +296,7 @@ def clock_uses(source: str) -> Iterator[tuple[int, str]]:
 
 
 def test_tests_read_no_clock() -> None:
-    files = python_files("tests", "tests_fla", "tests_peft", "tests_lm_eval")
+    files = python_files("tests", "tests_fla", "tests_peft", "tests_lm_eval", "tests_vllm")
     found = [f"{p.relative_to(ROOT)}:{line}: {name}" for p in files for line, name in clock_uses(p.read_text())]
     assert found == []
 

@@ -11,8 +11,7 @@ from torch.utils._pytree import tree_map
 
 from flarec import ops
 from flarec.frontend.export import capture
-from tests.conformance.shared import widened
-from tests.models import tiny_model
+from tests.models import tiny_model, widened
 
 from .tiny import NAMES
 

@@ -1,7 +1,8 @@
 """`flarec convert` on two ranks as users launch it, beside one process: `python -m tools.ranks_drill --device cuda`.
 
 Of each recipe: one process, two ranks, two ranks that stop half-way and go on as one, as two, and two of which one
-gets kill -9 and which go on. All of them in float32 with the bundled model, so that what differs is the order of sums.
+gets kill -9 and which go on; and two whose parameters are in parts (`train.shard`). All of them in float32 with the
+bundled model, so that what differs is the order of sums.
 Compared are losses (largest relative difference of a step) and weights (largest difference to the largest element).
 """
 
@@ -96,6 +97,9 @@ def drill(recipe: str, device: str, folder: Path) -> dict[str, Any]:
     one, two = folder / f"{recipe}-one", folder / f"{recipe}-two"
     found: dict[str, Any] = {"one": run(recipe, one, device, 1), "two": run(recipe, two, device, 2)}
     found["two_to_one"] = apart(one, two)
+    out = folder / f"{recipe}-cut"
+    found["parameters_in_parts"] = {"two": run(recipe, out, device, 2, "--set", "train.shard=parameters")}
+    found["parameters_in_parts"] |= apart(two, out)
     for name, ranks in (("two_then_one", 1), ("two_then_two", 2)):
         out = folder / f"{recipe}-{name}"
         stopped = run(recipe, out, device, 2, "--stop-after", str(HALF))

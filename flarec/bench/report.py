@@ -19,13 +19,16 @@ from .session import FAILED, MEASURED, Line
 
 
 def versions() -> dict[str, str | None]:
-    import triton
+    try:
+        import triton
+    except ImportError:  # of a CPU
+        triton = None
 
     return {
         "flarec": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": getattr(triton, "__version__", None),
         "cuda": torch.version.cuda,
         baselines.PACKAGE: baselines.version(),
     }

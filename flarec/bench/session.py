@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..errors import UsageError
 from .baselines import Baselines
 from .checks import Check, CheckFailed
 from .measure import Clock, NotMeasured, ceilings
@@ -139,6 +140,18 @@ class Session:
 
     def ceilings(self) -> dict[str, float]:
         return self.measured("ceilings", lambda: ceilings(self.clock))
+
+
+def named(rows: Sequence[Case], only: Sequence[str], where: str) -> list[Case]:
+    """The rows whose names are one of `only`, or begin so where no name is it. Raises `UsageError` for a name of no
+    row; where: what shows them."""
+    found: dict[Case, None] = {}
+    for name in only:
+        mine = [row for row in rows if row.name == name] or [row for row in rows if row.name.startswith(name)]
+        if not mine:
+            raise UsageError(f"no row is called {name}; {where}")
+        found |= dict.fromkeys(mine)
+    return list(found)
 
 
 def run_rows(

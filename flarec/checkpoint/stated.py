@@ -10,12 +10,12 @@ an engine could look up, and none that the model's own configuration has with an
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UsageError
+from ..frontend.cache import is_field
 from .manifest import DecodeDefaults, Manifest, MaskToken, Source
 from .schema import problem
 from .tables import CONFIG, read_table, write_table
@@ -34,7 +34,7 @@ def state(directory: Path, manifest: Manifest, config: Any) -> None:
     table = read_table(path)
     mask, block_size = manifest.mask, manifest.decode.block_size
     flat = {"mask_token_id": mask.token_id if mask.kind == "row" else None, "block_size": block_size}
-    own = [name for name in flat if _is_field(config, name)]
+    own = [name for name in flat if is_field(config, name)]
     whole = {"mask": mask.kind, "mask_token_id": mask.token_id, "block_size": block_size,
              "readouts": manifest.decode.readouts}
     for target in (table, table.get("text_config")):
@@ -45,12 +45,6 @@ def state(directory: Path, manifest: Manifest, config: Any) -> None:
             del target["mask_token_id"]  # also one that the source had: no row stands for a mask here
         target[TABLE] = whole
     write_table(path, table)
-
-
-def _is_field(config: Any, name: str) -> bool:
-    """Whether a class of configurations has a value of this name."""
-    kind = type(config)
-    return hasattr(kind, name) or name in inspect.signature(kind.__init__).parameters
 
 
 def stated(directory: Path, mask_token_id: int | None = None, block_size: int | None = None) -> Manifest | None:

@@ -1,4 +1,4 @@
-"""`flarec bench`: time kernels and decoding, put load on a server, and draw what was measured."""
+"""`flarec bench`: time kernels, decoding and training, put load on a server, and draw what was measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def _typed(name: str, key: str | None = None) -> str:
 
 @click.group("bench")
 def command() -> None:
-    """Measure Triton kernels against flash-linear-attention and torch, decoding against transformers, and servers."""
+    """Measure Triton kernels against flash-linear-attention and torch, decoding and training against transformers, and
+    servers."""
 
 
 @command.command()
@@ -106,6 +107,59 @@ def decode(
         command=_typed("decode"),
     )
     Console(width=160).print(table(lines, title=f"Decoding, {shape}, context {context}, blocks of {block_size}"))
+    if any(line.status == "failed" or line.verdict == "missed" for line in lines):
+        sys.exit(1)
+
+
+@command.command()
+@click.option("--shape", type=click.Choice(("2B", "4B", "9B", "tiny")), default="2B", show_default=True,
+              help="Of Qwen3.5.")
+@click.option("--out", type=FILE, metavar="FILE", help="Write the results as JSON.")
+@click.option("--only", multiple=True, metavar="NAME", help="Only this row, or rows that begin so (repeatable).")
+@click.option("--rows", type=click.IntRange(min=1), default=8, show_default=True, metavar="N", help="Of a step.")
+@click.option("--length", type=click.IntRange(min=16), default=2048, show_default=True, metavar="N", help="Of a row.")
+@click.option("--micro", multiple=True, type=click.IntRange(min=1), metavar="N",
+              help="Rows of a pass (repeatable). Default: some of each part, the fastest counts.")
+@click.option("--library", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="DIR",
+              help="A folder with flash-linear-attention, for the stock model alone.")
+@click.option("--quick", is_flag=True, help="Shorter timings.")
+@click.option("--ahead/--no-ahead", default=True, show_default=True, help="Compile kernels in parallel before.")
+@click.option("--time-limit", type=click.FloatRange(min=0), default=540, show_default=True, metavar="S",
+              help="Begin no part after S seconds, and stop the one that runs.")
+@click.option("--commit", metavar="ID", help="Commit of the tree, kept in the results.")
+@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1 ...")
+@compile_option
+@click.option("--list", "show", is_flag=True, help="List the rows and stop.")
+def train(
+    shape: str, out: Path | None, only: tuple[str, ...], rows: int, length: int, micro: tuple[int, ...],
+    library: Path | None, quick: bool, ahead: bool, time_limit: float, commit: str | None, device: str, compile: str,
+    show: bool,
+) -> None:
+    """Time optimizer steps with random weights, beside fine-tuning of stock transformers in the same run.
+
+    Every part runs in a process of its own; one that fails or has no time left is recorded and the others go on. Exit
+    code 1 if a row fails or misses its bar. On a CPU only the form of the results means something.
+    """
+    from flarec.bench.training.rows import EXTRA, select
+
+    chosen = select(only)
+    if show:
+        for row in (*chosen, *(() if only else EXTRA)):
+            click.echo(f"{row.name:<26}{row.title}")
+        return
+    from rich.console import Console
+
+    from flarec.bench.report import table
+    from flarec.bench.training.run import run_training
+    from flarec.bench.training.session import TrainingSession
+    from flarec.device import torch_device
+
+    session = TrainingSession(
+        torch_device(device), shape, rows=rows, length=length, micro=micro, compile=compile, library=library,
+        quick=quick, limit=time_limit,
+    )
+    lines = run_training(chosen, session, out=out, commit=commit, say=click.echo, ahead=ahead, command=_typed("train"))
+    Console(width=160).print(table(lines, title=f"Training, {shape}, {rows} rows of {length} clean tokens"))
     if any(line.status == "failed" or line.verdict == "missed" for line in lines):
         sys.exit(1)
 

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from flarec.ir.slots import CacheSlot
-from flarec.layout import READOUTS, Layout, StepLayout
+from flarec.layout import READOUTS, Layout, SharedDerivations, StepLayout
 
 from .cache import Cache
+
+FAR = 64
+"""Cached tokens from which on no token of a step reads what is before its document (a convolution reads 7)."""
 
 
 class Lowered(Protocol):
@@ -66,7 +69,10 @@ class StepShape:
 
 
 class StepPlan:
-    """Device tensors of a `StepShape`. head_rows [N] int64: clean rows with logits first, then those of the blocks."""
+    """Device tensors of a `StepShape`, and what programs derive from it once for all steps with the same anchors.
+
+    head_rows [N] int64: clean rows with logits first, then those of the blocks.
+    """
 
     def __init__(self, shape: StepShape, device: torch.device) -> None:
         self.shape = shape
@@ -82,10 +88,17 @@ class StepPlan:
         clean = first + self._slot[shape.clean - shape.heads :]
         heads = shape.clean + size * index[:, None] + self._offset[: shape.block_heads]
         self.head_rows = torch.cat([clean.reshape(-1), (first + heads.reshape(-1)).reshape(-1)])
+        self._behind = (index + 1).expand(rows, -1)
+        self._kept = SharedDerivations(self._layout(torch.full((rows,), FAR, device=device), self._behind))
 
-    def layout(self, cached: Tensor, anchors: Tensor) -> Layout:
+    def layout(self, cached: Tensor, anchors: Tensor | None) -> StepLayout:
         """The layout of a step. cached [rows] = clean tokens in the cache, anchors [rows, blocks] = of the blocks,
-        minus `cached`; int64."""
+        minus `cached`; int64. No anchors: block i stands behind clean row i, in every step of this shape."""
+        if anchors is None:
+            return self._layout(cached, self._behind).keeping(self._kept)
+        return self._layout(cached, anchors)
+
+    def _layout(self, cached: Tensor, anchors: Tensor) -> StepLayout:
         anchor = cached[:, None] + anchors
         return StepLayout(
             clean_document=self._clean_document,

@@ -46,8 +46,8 @@ class Mode(Protocol):
         """The next step's shape."""
         ...
 
-    def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor]:
-        """Its ids [rows, T] int64, and the anchors of its blocks minus the cached tokens [rows, blocks] int64."""
+    def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor | None]:
+        """Its ids [rows, T] int64, and the anchors of its blocks (`StepPlan.layout`) [rows, blocks] int64."""
         ...
 
     def read(self, rows: Rows, shape: StepShape, clean: Tensor, noisy: Tensor) -> Tensor:

@@ -47,7 +47,9 @@ def simulate_training(program: Program, recipe: Recipe, *, length: int, batch: i
     program: lowered for training, on the meta device. The gradients of earlier micro batches are there already, and
     the optimizer has its moments. Raises `CaptureError` for a program whose shapes depend on computed numbers.
     """
-    recipe = recipe.override([f"optimizer.batch_rows={batch}", f"optimizer.micro_rows={batch}"])
+    recipe = recipe.override([
+        f"optimizer.batch_rows={batch}", f"optimizer.micro_rows={batch}", "train.shard=optimizer",  # of one rank
+    ])
     vector = PARAMETER in program.extra
     mask = MaskToken("vector", program.vocab_size) if vector else MaskToken("row", program.vocab_size - 1)
     rows = full_rows(length, batch)

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import platform
@@ -59,6 +60,8 @@ _SCALARS = (bool, int, float, str, type(None))
 _NO_SETTINGS = ("training", "name_or_path", "_is_hf_initialized")
 """Attributes without a say: capture switches to eval mode, a copy elsewhere is the same model, and so is one whose
 weights were not read."""
+STATED = ("dual_mode", "mask_token_id", "block_size")
+"""What a conversion states in config.json for others (`flarec.checkpoint.stated`): no model reads it."""
 _UNSET = ("_use_kernels", "_weight_conversions")
 """Attributes that only reading weights sets: nothing and an empty value are the same."""
 
@@ -139,7 +142,9 @@ def key_of(model: nn.Module, family: str) -> str | None:
     if any(getattr(module, name) for module in modules.values() for name in _HOOKS):
         return None
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
-    config.pop("_name_or_path", None)
+    for name in ("_name_or_path", "architectures", *(name for name in STATED if not is_field(model.config, name))):
+        config.pop(name, None)
+    config["dtype"] = config.get("dtype") or _name(next(model.parameters()).dtype)
     settings = [[name, _class(module), _settings(module)] for name, module in modules.items()]
     if any(known is None for _, _, known in settings):
         return None
@@ -156,6 +161,12 @@ def key_of(model: nn.Module, family: str) -> str | None:
         "versions": versions(),
     }
     return sha256(json.dumps(table, sort_keys=True))
+
+
+def is_field(config: Any, name: str) -> bool:
+    """Whether a class of configurations has a value of this name (MiniMax has a `block_size` of its own)."""
+    kind = type(config)
+    return hasattr(kind, name) or name in inspect.signature(kind.__init__).parameters
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -182,6 +193,10 @@ def _moved(table: Any, old: str, new: str) -> Any:
     if isinstance(table, dict):
         return {"device": new} if table == {"device": old} else {name: _moved(v, old, new) for name, v in table.items()}
     return [_moved(value, old, new) for value in table] if isinstance(table, list) else table
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _class(module: nn.Module) -> str:

@@ -29,6 +29,7 @@ from . import cache as program_cache
 from .custom_backward import refuse_custom_functions
 from .families import check_exchangeable, family_of, hooked
 from .family import Family
+from .layers import SharedLayers
 from .loading import check_rotary as check_rotary
 from .loading import load_model as load_model
 from .loading import text_model_of
@@ -107,6 +108,17 @@ def _captured(program: Program, step: str, start: float) -> Program:
 
 
 def _export(model: nn.Module, family: Family) -> fx.GraphModule:
+    """The captured graph. Layers that repeat others are traced, too, if there is anything about them that is not."""
+    shared = next((SharedLayers(name, layers) for name, layers in _lists_of_layers(model)), None)
+    if shared is not None and shared.kinds:
+        try:
+            return _traced(model, family, shared)
+        except Exception:
+            pass  # a layer that cannot do without its index, or what is wrong with the model: said below
+    return _traced(model, family, None)
+
+
+def _traced(model: nn.Module, family: Family, shared: SharedLayers | None) -> fx.GraphModule:
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -123,6 +135,7 @@ def _export(model: nn.Module, family: Family) -> fx.GraphModule:
             modules_compiled_late(),
             traces_of_forwards(),
             _no_memory_of_fake_results(),
+            shared.tracing() if shared is not None else contextlib.nullcontext(),
         ):
             warnings.simplefilter("ignore")
             if family.positions and "position_ids" not in inspect.signature(model.forward).parameters:
@@ -150,6 +163,8 @@ def _export(model: nn.Module, family: Family) -> fx.GraphModule:
     assert isinstance(module, fx.GraphModule)
     _plain_signature(module)
     _plain_metadata(module)
+    if shared is not None:
+        shared.expand(module, model)
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
             ops.name_operands(part.graph)
@@ -244,8 +259,13 @@ def _check_layers(program: Program, model: nn.Module, family: Family) -> None:
 
 def layers_of(model: nn.Module) -> nn.ModuleList | None:
     """The list of decoder layers."""
-    lists = (m for name, m in model.named_modules() if name.rpartition(".")[2] in LAYER_LISTS)
-    return next((module for module in lists if isinstance(module, nn.ModuleList)), None)
+    return next((layers for _, layers in _lists_of_layers(model)), None)
+
+
+def _lists_of_layers(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in LAYER_LISTS and isinstance(module, nn.ModuleList):
+            yield name, module
 
 
 def _without_mixer(program: Program, layers: int, family: Family) -> list[int]:

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
 from ..errors import UsageError
-from ..layout import Layout
+from ..layout import Layout, StepLayout
 from .constants import Constants
 from .head import Head
 from .module import compile_now, graph_module
@@ -36,6 +36,8 @@ class Derivation(Protocol):
     """Something computed from the layout once per batch and shared by all layers (a mask, a schedule, ...).
 
     One whose sizes depend on the layout's numbers has `on_host = True`: it is made on the host and moved (`derive`).
+    One with `relative = True` is the same, in what a decode step reads of it, however many tokens are cached
+    (`flarec.layout.SharedDerivations`).
     """
 
     def build(self, layout: Layout, capacity: int | None) -> Any:
@@ -149,12 +151,21 @@ class Program:
         device = self.device
         moved = layout.to(device) if moved is None else moved
         bring: Callable[[Any], Any] = move or (lambda schedule: schedule.to(device))
-        return {
-            name: bring(item.build(layout, capacity))
-            if getattr(item, "on_host", False)
-            else item.build(moved, capacity)
-            for name, item in self.derivations.items()
-        }
+        kept = layout.kept if isinstance(layout, StepLayout) and capacity is not None else None
+
+        def build(item: Derivation, layout: Layout, moved: Layout) -> Any:
+            on_host = getattr(item, "on_host", False)
+            return bring(item.build(layout, capacity)) if on_host else item.build(moved, capacity)
+
+        found: dict[str, Any] = {}
+        for name, item in self.derivations.items():
+            if kept is None or not getattr(item, "relative", False):
+                found[name] = build(item, layout, moved)
+            elif item not in kept.built:
+                found[name] = kept.built[item] = build(item, kept.layout, kept.layout.to(device))
+            else:
+                found[name] = kept.built[item]
+        return found
 
     def __call__(
         self,

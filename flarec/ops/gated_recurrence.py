@@ -29,6 +29,7 @@ class RowScan:
     """`ScanSchedule` of whole rows: all states are kept, because they are the output."""
 
     operand: ClassVar[str] = "schedule"
+    relative: ClassVar[bool] = True
     name: ClassVar[str] = "row_schedule"
     on_host: ClassVar[bool] = True
 

@@ -30,6 +30,7 @@ class DeltaChunks:
 
     chunk_size: int = 16
     operand: ClassVar[str] = "schedule"
+    relative: ClassVar[bool] = True
     name: ClassVar[str] = "delta_schedule"
     on_host: ClassVar[bool] = True
 

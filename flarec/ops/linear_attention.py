@@ -42,6 +42,7 @@ class Chunks:
 
     chunk_size: int = 64
     operand: ClassVar[str] = "schedule"
+    relative: ClassVar[bool] = True
     name: ClassVar[str] = "state_schedule"
 
     def build(self, layout: Layout, capacity: int | None) -> StateSchedule:
@@ -59,6 +60,7 @@ class Tiles:
 
     chunk_size: int = 64
     operand: ClassVar[str] = "schedule"
+    relative: ClassVar[bool] = True
     on_host: ClassVar[bool] = True
 
     @property
@@ -85,6 +87,7 @@ class StepTiles:
 
     chunk_size: int = 64
     operand: ClassVar[str] = "schedule"
+    relative: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

@@ -31,6 +31,7 @@ class Scan:
 
     chunk_size: int = 32
     operand: ClassVar[str] = "schedule"
+    relative: ClassVar[bool] = True
     name: ClassVar[str] = "scan_schedule"
     on_host: ClassVar[bool] = True
 

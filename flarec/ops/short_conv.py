@@ -30,6 +30,7 @@ class ConvWindows:
 
     width: int
     operand: ClassVar[str] = "windows"
+    relative: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -50,6 +51,7 @@ class ConvOrder:
 
     width: int
     operand: ClassVar[str] = "schedule"
+    relative: ClassVar[bool] = True
     on_host: ClassVar[bool] = True
 
     @property

@@ -109,6 +109,12 @@ class Train(Section):
         "and the rest is computed again; auto: keep, with as many of the micro_rows as fit into the free memory, or "
         "recompute where not even one row does, and says so",
     )
+    shard: Literal["auto", "optimizer", "parameters"] = key(
+        "auto",
+        "what several ranks cut into parts: optimizer: masters, gradient sums and moments; parameters: those of "
+        "decoder layers as well, gathered while their layer runs; auto: parameters where what belongs to the weights "
+        "would take more than half of the free memory",
+    )
     compile: Literal["auto", "on", "off"] = key(
         "auto",
         "whether what lies between token mixers is compiled, region by region; the first steps take longer then; auto: "

@@ -5,6 +5,7 @@
     jobs      a generation that a client asked for, and the news about it
     worker    the thread that owns the engine
     exchanges one HTTP request's choices, on the event loop
+    calls     calls of functions in what the model writes
     replies   what is sent back, whole or as server-sent events
     refusals  errors with an HTTP status
     meter     what `/metrics` tells

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from flarec.base.generation import GenerationOptions
 
+from .calls import in_template
 from .exchanges import Exchange, Exchanges
 from .fields import ChatFields, CompletionFields, Sampling, parse
 from .jobs import Job, News
@@ -134,7 +135,8 @@ class Service:
             prompt = await asyncio.to_thread(chat_prompt, self.model, fields)
         jobs = self._jobs([prompt], options, fields, fields.wanted_logprobs)
         reply = ChatReply(
-            self.model, self.name, with_usage=fields.usage_in_stream, logprobs=fields.wanted_logprobs is not None
+            self.model, self.name, with_usage=fields.usage_in_stream, logprobs=fields.wanted_logprobs is not None,
+            functions=fields.functions if in_template(self.model.tokenizer.chat_template) else (),
         )
         return await self._answer(request, fields, jobs, reply)
 

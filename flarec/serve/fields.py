@@ -163,6 +163,15 @@ class ChatFields(Sampling):
     def wanted_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def offered(self) -> list[Tool]:
+        """Those that the model may use."""
+        return list(self.tools or ()) if self.tool_choice != "none" else []
+
+    @property
+    def functions(self) -> frozenset[str]:
+        return frozenset(tool.function.name for tool in self.offered)
+
     @field_validator("top_logprobs")
     @classmethod
     def _belong_to_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:

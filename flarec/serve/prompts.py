@@ -77,9 +77,7 @@ def chat_prompt(model: Served, fields: ChatFields) -> list[int]:
     if taken := sorted(RESERVED & options.keys()):
         name = f"chat_template_kwargs.{taken[0]}"
         raise HttpRefusal(400, f"the field '{name}' is the server's own; give variables of the template", param=name)
-    tools = None
-    if fields.tools and fields.tool_choice != "none":
-        tools = [tool.model_dump(exclude_none=True) for tool in fields.tools]
+    tools = [tool.model_dump(exclude_none=True) for tool in fields.offered] or None
     messages = [turn(message) for message in fields.messages]
     with about("messages"):
         return model.engine.read_prompt(encode_prompt(model.tokenizer, messages, tools=tools, options=options))

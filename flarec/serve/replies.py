@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from flarec.decode.request import TokenLogprob
 
+from .calls import CallReader
 from .jobs import Job, News
 from .prompts import Served
 
@@ -108,26 +109,59 @@ class _Reply:
 
 
 class ChatReply(_Reply):
+    """functions: those that the model may call (`flarec.serve.calls`)."""
+
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(
+        self, model: Served, name: str, *, with_usage: bool, logprobs: bool, functions: Collection[str] = ()
+    ) -> None:
+        super().__init__(model, name, with_usage=with_usage, logprobs=logprobs)
+        self.functions = functions
+        self._readers: dict[int, CallReader] = {}
 
     def whole(self, choices: Sequence[Transcript], usage: dict[str, int]) -> dict[str, Any]:
         return self._whole([
             {
-                "index": choice.index,
-                "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
+                "index": choice.index, **self._message("".join(choice.text), choice.finish),
                 "logprobs": self._logprobs(choice.chosen),
-                "finish_reason": choice.finish,
             }
             for choice in choices
         ], usage)
+
+    def _message(self, text: str, finish: str | None) -> dict[str, Any]:
+        reader = CallReader(self.functions)
+        shown, calls = reader.feed(text) if self.functions else (text, [])
+        content = shown + reader.close()
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message |= {"content": content or None, "tool_calls": calls}
+        return {"message": message, "finish_reason": _finish(finish, reader)}
 
     def opening(self, index: int) -> bytes:
         return self._chunk(index, '"delta":{"role":"assistant","content":""}', None, None)
 
     def piece(self, choice: Transcript, news: News) -> bytes:
+        if self.functions:
+            return self._piece_with_calls(choice, news)
         delta = f'{{"content":{encoded(news.text)}}}' if news.text or news.chosen else "{}"
         told = self._logprobs(news.chosen) if news.chosen else None
         return self._chunk(choice.index, f'"delta":{delta}', told, news.finish)
+
+    def _piece_with_calls(self, choice: Transcript, news: News) -> bytes:
+        """A call is told whole, once it ends: until then nobody knows that it is one."""
+        reader = self._readers.setdefault(choice.index, CallReader(self.functions))
+        number = reader.count
+        text, calls = reader.feed(news.text)
+        if news.finish is not None:
+            text += reader.close()
+        delta: dict[str, Any] = {"content": text} if text or news.chosen else {}
+        if calls:
+            delta["tool_calls"] = [{"index": number + place, **call} for place, call in enumerate(calls)]
+        if not delta and news.finish is None:
+            return b""
+        told = self._logprobs(news.chosen) if news.chosen else None
+        return self._chunk(choice.index, f'"delta":{encoded(delta)}', told, _finish(news.finish, reader))
 
     def _logprobs(self, chosen: Chosen) -> dict[str, Any] | None:
         if not self.logprobs:
@@ -184,6 +218,11 @@ class CompletionReply(_Reply):
             ],
             "text_offset": offsets,
         }
+
+
+def _finish(finish: str | None, reader: CallReader) -> str | None:
+    """Why a chat ended: by itself, with calls or without, or by its length."""
+    return "tool_calls" if finish == "stop" and reader.count else finish
 
 
 def _finite(logprob: float) -> float:

@@ -344,7 +344,8 @@ class _Conversion:
         if self.run.held_out is None or not self.evaluations:
             return None
         self.reporter.working("timing steps of decoding")
-        return self.run.held_out.pays(self.evaluations[max(self.evaluations)]["tokens_per_forward"])
+        with self.trainer.whole():
+            return self.run.held_out.pays(self.evaluations[max(self.evaluations)]["tokens_per_forward"])
 
     def _say_stopping(self) -> None:
         self.reporter.stopping("stopping: the running step ends and the state is saved; Ctrl-C again ends at once")
@@ -425,7 +426,8 @@ class _Conversion:
 
         start = time.perf_counter()
         try:
-            measured = held_out.measure(tick)
+            with self.trainer.whole():
+                measured = held_out.measure(tick)
         except _EvaluationStopped:
             return
         values = {**measured, "seconds": time.perf_counter() - start}

@@ -119,8 +119,17 @@ def check_identity(
         now = with_steps(now, steps_of(stored))
     if written_only:
         now |= {key: stored.get(key) for key in ("kernels", "precision")}
-    now["recipe"] = _known(now["recipe"], stored.get("recipe"), Recipe().to_dict())
+    now["recipe"] = _known(_with_shard_of(stored, now["recipe"]), stored.get("recipe"), Recipe().to_dict())
     directory.check_identity(now)
+
+
+def _with_shard_of(stored: Mapping[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with the record's `train.shard`: what each rank keeps changes no bit of what they compute."""
+    before = (stored.get("recipe") or {}).get("train")
+    if not isinstance(before, dict):
+        return recipe
+    train = {key: value for key, value in recipe["train"].items() if key != "shard"}
+    return {**recipe, "train": train | {key: before[key] for key in ("shard",) if key in before}}
 
 
 def _known(now: Any, stored: Any, default: Any) -> Any:

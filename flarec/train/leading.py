@@ -18,7 +18,7 @@ from .loop import Step, Trainer, out_of_memory
 from .prepare import Run
 from .saves import SavedState
 
-END, ADVANCE, STATE, LOAD, WIDEN = range(5)
+END, ADVANCE, STATE, LOAD, WIDEN, GATHER = range(6)
 
 
 class LeadingTrainer(Trainer):
@@ -35,6 +35,10 @@ class LeadingTrainer(Trainer):
     def load(self, state: SavedState | None) -> None:
         self.ranks.instruct(LOAD)
         super().load(state)
+
+    def gather(self) -> None:
+        self.ranks.instruct(GATHER)
+        super().gather()
 
     def widen(self) -> None:
         self.ranks.instruct(WIDEN)
@@ -57,6 +61,9 @@ def follow(trainer: Trainer) -> None:
                 trainer.state()
             elif told == LOAD:
                 trainer.load(None)
+            elif told == GATHER:
+                with trainer.whole():
+                    pass
             else:
                 assert told == WIDEN, told
                 trainer.widen()
@@ -103,7 +110,8 @@ def _sums(run: Run) -> dict[str, int]:
 def share_text(run: Run) -> str:
     """How a step is split, for the run's user."""
     ranks, rows = run.trainer.ranks, run.recipe.optimizer.batch_rows
+    parts = "parameters of decoder layers, " if run.memory.cut else ""
     return (
         f"{ranks.size} ranks: {rows // ranks.size} of the {rows} rows of a step on each, {run.trainer.feed.micro_rows} "
-        "at a time; masters, gradients and moments in parts; rank 0 evaluates and writes"
+        f"at a time; {parts}masters, gradients and moments in parts; rank 0 evaluates and writes"
     )

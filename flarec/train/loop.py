@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from .adapter import choose_trained
 from .data.document import PackedRow
 from .data.packing import RowStream
 from .feed import Feed, MicroBatch, moved
+from .gathering import PARAMETERS, GatheredWeights, by_layer, layers_of
 from .mask_token import MaskToken
 from .objective.batch import Batch
 from .objective.head_loss import losses_of
@@ -105,7 +107,8 @@ class Trainer:
 
     program: lowered with the "train" pipeline, in float32 or bfloat16; with `recipe.adapter` its model is frozen. With
     marked regions (`outline-regions`) these are compiled. recipe: with `train.memory` = recompute decoder layers are
-    computed again in the backward pass, else all is kept (`flarec.train.memory` decides what "auto" is). rows: an
+    computed again in the backward pass, else all is kept; with `train.shard` = parameters these are cut over the ranks
+    (`flarec.train.memory` decides what "auto" is). rows: an
     endless stream of packed rows. exact: float32 values of parameters that a bfloat16 program holds rounded, where they
     are known (`Weights`). ranks: those that share each step's micro batches, and call every method together; what a
     step returns is the whole step's on all of them.
@@ -122,9 +125,12 @@ class Trainer:
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = ranks or Ranks(str(program.device))
-        trained = choose_trained(program, recipe)
+        trained, layers, every = choose_trained(program, recipe), layers_of(program), program.parameters()
         codes = Codes() if OUTLINED in program.properties else None
-        if recipe.train.memory == "recompute":
+        again, cut = recipe.train.memory == "recompute", recipe.train.shard == PARAMETERS
+        if cut:
+            program = by_layer(program, again, codes)
+        elif again:
             program = recomputed(program, codes)
         elif codes is not None:
             program = compiled_by_region(program, codes)
@@ -134,8 +140,14 @@ class Trainer:
         self.rows = rows
         self.feed = Feed(program, recipe, mask.token_id, rows, seed, ranks=self.ranks)
         self.step = 0
-        alone = self.ranks.size == 1
-        self.weights = Weights(trained, exact) if alone else ShardedWeights(trained, exact, self.ranks)
+        self.weights: Weights
+        if cut:
+            assert isinstance(program.run, nn.Module)
+            self.weights = GatheredWeights(trained, exact, self.ranks, layers, every, program.run)
+        elif self.ranks.size > 1:
+            self.weights = ShardedWeights(trained, exact, self.ranks, layers)
+        else:
+            self.weights = Weights(trained, exact)
         options = recipe.optimizer
         self.optimizer = torch.optim.AdamW(
             self.weights.optimized,
@@ -154,8 +166,9 @@ class Trainer:
     @property
     def weight_bytes(self) -> int:
         """Of parameters, trained or not, masters, gradients and AdamW's two moments."""
-        frozen = [value for name, value in self.program.parameters().items() if name not in self.parameters]
-        return self.weights.bytes + sum(value.nbytes for value in frozen)
+        counted = {id(value) for value in (*self.parameters.values(), *self.weights.frozen.values())}
+        rest = [value for value in self.program.parameters().values() if id(value) not in counted]
+        return self.weights.bytes + sum(value.nbytes for value in rest)
 
     def advance(self) -> Step:
         """One optimizer step, without waiting for the device."""
@@ -204,6 +217,19 @@ class Trainer:
             experts = load if experts is None or load is None else experts + load
         assert metrics is not None, "a step without rows"
         return over_ranks(self.ranks, torch.stack(losses), metrics, experts)
+
+    def gather(self) -> None:
+        """Of several ranks all of them call before the first one reads parameters outside of a step (`whole`)."""
+        self.weights.gather()
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within the context all parameters of the program are whole (of several ranks on the first), to be read."""
+        self.gather()
+        try:
+            yield
+        finally:
+            self.weights.release()
 
     def widen(self) -> None:
         """Put the masters in the place of the program's parameters (of several ranks on the first), to be written."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ..recipe import Recipe
 from .adapter import choose_trained
 from .data.packing import full_rows
 from .feed import Feed, micro_rows_of
+from .gathering import OPTIMIZER, PARAMETERS, largest_pair, layers_of
 from .mask_token import MaskToken
 from .objective.head_loss import head_rows_at_once, losses_of
 from .recompute import Recomputed, recomputed
@@ -38,17 +39,20 @@ VECTORS, SCORES = 200, 4
 
 @dataclass(frozen=True)
 class MemoryChoice:
-    """How steps are computed: recompute, micro_rows, and one line that says so. enough: False if nothing fits."""
+    """How steps are computed: recompute, micro_rows, and one line that says so. enough: False if nothing fits. cut:
+    whether the parameters are cut over the ranks."""
 
     recompute: bool
     micro_rows: int
     text: str
     enough: bool = True
+    cut: bool = False
 
     def apply(self, recipe: Recipe) -> Recipe:
         """The recipe with the choice in it, for the trainer; that of the run stays what the user gave."""
         optimizer = replace(recipe.optimizer, micro_rows=self.micro_rows)
-        train = replace(recipe.train, memory=RECOMPUTE if self.recompute else KEEP)
+        memory: Literal["keep", "recompute"] = RECOMPUTE if self.recompute else KEEP
+        train = replace(recipe.train, memory=memory, shard=PARAMETERS if self.cut else OPTIMIZER)
         return replace(recipe, optimizer=optimizer, train=train)
 
 
@@ -91,14 +95,30 @@ def choose(
 
     rows: micro rows that are fixed, because the run began with them. free: bytes, instead of those that are free now.
     """
+    free = free_memory(program.device) if free is None else free
+    cut = cuts_parameters(program, recipe, ranks, free)
+    return replace(_chosen(program, recipe, mask, ranks, rows, free, cut), cut=cut)
+
+
+def cuts_parameters(program: Program, recipe: Recipe, ranks: int, free: int | None) -> bool:
+    """What `train.shard` means: whether the parameters are cut over the ranks; one alone has nobody to share with."""
+    if ranks == 1 or recipe.train.shard == OPTIMIZER:
+        return False
+    return recipe.train.shard == PARAMETERS or (
+        free is not None and state_bytes(program, recipe, ranks) > FAR * free
+    )
+
+
+def _chosen(
+    program: Program, recipe: Recipe, mask: MaskToken, ranks: int, rows: int | None, free: int | None, cut: bool
+) -> MemoryChoice:
     if recipe.train.memory != "auto":
         return as_given(recipe, ranks, rows)
     fixed, most = rows is not None, micro_rows_of(recipe, ranks) if rows is None else rows
-    free = free_memory(program.device) if free is None else free
     if free is None:
         text = f"memory: everything is kept, {_rows(most)} at a time (nothing says how much is free)"
         return MemoryChoice(False, most, text)
-    state = state_bytes(program, recipe, ranks)
+    state = state_bytes(program, recipe, ranks, cut=cut)
     if state + most * _bound(program, recipe, mask) < FAR * free:
         text = f"memory: everything is kept, {_rows(most)} at a time; that is far from the {_size(free)} that are free"
         return MemoryChoice(False, most, text)
@@ -204,13 +224,13 @@ class Kept:
     """Within the context: bytes that autograd keeps beside the program's parameters; a storage counts once."""
 
     def __init__(self, program: Program) -> None:
-        self.weights = {value.untyped_storage().data_ptr() for value in program.parameters().values()}
+        self.weights = {value.untyped_storage()._cdata for value in program.parameters().values()}
         self.storages: dict[int, int] = {}
         self._hooks = saved_tensors_hooks(self._note, lambda tensor: tensor)
 
     def _note(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.weights:
+        if storage._cdata not in self.weights:  # their memory may come and go
             self.storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -250,14 +270,22 @@ def watched(run: Program) -> Iterator[list[int]]:
             layer.look = None
 
 
-def state_bytes(program: Program, recipe: Recipe, ranks: int) -> int:
-    """Of masters, gradients and moments of one rank, which come to the program's weights."""
-    total = 0
-    for parameter in choose_trained(program, recipe).values():
+def state_bytes(program: Program, recipe: Recipe, ranks: int, *, cut: bool = False) -> int:
+    """Of masters, gradients and moments of one rank, which come to the program's weights. cut: less what becomes free
+    of these, where they are cut over the ranks; that may be more."""
+    total, trained = 0, choose_trained(program, recipe)
+    for parameter in trained.values():
         size = max(4, parameter.dtype.itemsize)
         copies = 4 if parameter.dtype.itemsize == 2 else 3
         total += copies * size * parameter.numel()
-    return total // ranks
+    if not cut:
+        return total // ranks
+    every, layers = program.parameters(), dict[int, dict[str, Tensor]]()
+    for name, layer in layers_of(program).items():
+        layers.setdefault(layer, {})[name] = every[name]
+    named = {name: value for values in layers.values() for name, value in values.items()}
+    frozen = sum(value.nbytes for name, value in named.items() if name not in trained)
+    return (total + frozen) // ranks - sum(value.nbytes for value in named.values()) + largest_pair(layers)
 
 
 def _bound(program: Program, recipe: Recipe, mask: MaskToken) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -107,6 +108,8 @@ class Weights:
 
         parameter.register_post_accumulate_grad_hook(arrived)
 
+    frozen: Mapping[str, nn.Parameter] = MappingProxyType({})
+    """Parameters that are not trained and are a part of `bytes`."""
     working = False
     """Whether a backward pass of these weights is going on."""
 
@@ -175,6 +178,12 @@ class Weights:
         if self._rounded:
             rounded, masters = zip(*self._rounded, strict=True)
             torch._foreach_copy_(rounded, masters)
+
+    def gather(self) -> None:
+        """Have all parameters of the program whole (of several ranks on the first), until `release`."""
+
+    def release(self) -> None:
+        """What was gathered is not read any more."""
 
     def widen(self) -> None:
         """Put the masters in the place of the program's parameters, to be written; the program is not run any more."""

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UsageError
 from ..ir.compiled import Codes
 from ..ir.effects import behind, is_write, memory_of, written
-from ..ir.outline import outline
+from ..ir.outline import UnitOf, outline
 from ..ir.program import Program, layer_of, locate
 from ..ir.regions import mark
 from ..passes.split_streams import operands_with_gradient
@@ -31,17 +31,20 @@ def recomputed(program: Program, codes: Codes | None = None) -> Program:
     projections, states), not what follows it. A forward pass without autograd runs once, as always.
     """
     copy = program.clone()
-    layers = units_of(copy)
-    module = outline(copy.module, layers.get)
-    for name in dict.fromkeys(layers.values()):
-        unit = module.get_submodule(name)
-        assert isinstance(unit, fx.GraphModule)
-        setattr(module, name, Recomputed(unit if codes is None else _compiled(unit, codes)))
-    copy.run = module if codes is None else _compiled(module, codes)
+    copy.run = rerun(copy.module, units_of(copy).get, codes)
     return copy
 
 
-def _compiled(module: fx.GraphModule, codes: Codes) -> fx.GraphModule:
+def rerun(module: fx.GraphModule, unit_of: UnitOf, codes: Codes | None) -> fx.GraphModule:
+    """The module with its units computed again in the backward pass."""
+    found = outline(module, unit_of)
+    for name, unit in list(found.named_children()):
+        if isinstance(unit, fx.GraphModule):
+            setattr(found, name, Recomputed(unit if codes is None else compiled(unit, codes)))
+    return found if codes is None else compiled(found, codes)
+
+
+def compiled(module: fx.GraphModule, codes: Codes) -> fx.GraphModule:
     """The module by regions of its own: those of the whole graph reach over the ends of layers."""
     mark(module.graph)
     return codes.by_region(module)

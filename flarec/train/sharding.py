@@ -1,12 +1,13 @@
 """Masters, gradients and moments of the trained parameters, a part of them on each rank (ZeRO, stage 2).
 
 Every rank holds all parameters, as its program computes with them. What training keeps beside them is cut in equal
-parts: the parameters of a dtype stand one behind the other, in buckets, of which each rank has its part. During a
-backward pass the gradients are added up over the ranks in float32, bucket by bucket, so that each gets the sum of its
-part, and are freed; the optimizer changes the part's masters, and all ranks gather the parameters that are rounded from
-them.
+parts: the parameters of a decoder layer that have one dtype stand one behind the other, in buckets, of which each rank
+has its part; so do those of no layer. During a backward pass the gradients are added up over the ranks in float32,
+bucket by bucket, so that each gets the sum of its part, and are freed; the optimizer changes the part's masters, and
+all ranks gather the parameters that are rounded from them.
 
 Elementwise nothing differs from one rank: AdamW does not see where a tensor is cut, and the norm is that of all.
+`flarec.train.gathering` cuts the parameters themselves, too, over the same buckets.
 """
 
 from __future__ import annotations
@@ -55,32 +56,64 @@ def cut(sizes: Mapping[str, int], start: int, stop: int) -> list[Span]:
     return found
 
 
-class Bucket:
-    """Parameters of one dtype at `start .. start + length`, padded to a multiple of the ranks.
+@dataclass(frozen=True)
+class Stretch:
+    """Parameters of one dtype and layer at `start .. start + length`, padded to a multiple of the ranks.
 
-    spans          where the parameters stand in the bucket
-    pieces         where they stand in this rank's part of it [length / size]
+    spans   where the parameters stand in it
+    pieces  where they stand in this rank's part of it [length / size]
+    layer   that of the parameters, None for those of no layer
+    """
+
+    dtype: torch.dtype
+    length: int
+    spans: list[Span]
+    pieces: list[Span]
+    layer: int | None
+
+    @staticmethod
+    def all_of(
+        parameters: Mapping[str, nn.Parameter], layers: Mapping[str, int], ranks: Ranks, elements: int
+    ) -> Iterator[Stretch]:
+        """Of all parameters, `elements` long where there are as many. layers: of the parameters that have one."""
+        groups: dict[tuple[int | None, torch.dtype], dict[str, int]] = {}
+        for name, value in parameters.items():
+            groups.setdefault((layers.get(name), value.dtype), {})[name] = value.numel()
+        for (layer, dtype), sizes in groups.items():
+            total = sum(sizes.values())
+            for start in range(0, total, elements):
+                end = min(start + elements, total)
+                part = -(-(end - start) // ranks.size)
+                first = start + ranks.rank * part
+                pieces = cut(sizes, first, min(first + part, end))
+                yield Stretch(dtype, part * ranks.size, cut(sizes, start, end), pieces, layer)
+
+    @torch.no_grad()
+    def fill(self, part: Tensor, values: Mapping[str, Tensor]) -> None:
+        """This rank's part from whole parameters."""
+        for span in self.pieces:
+            part[span.place].copy_(values[span.name].detach().reshape(-1)[span.start : span.stop])
+
+
+class Bucket:
+    """A stretch with what training keeps of it.
+
     master, grad   this rank's part: float32 for 16-bit parameters, else in their dtype
     tensors        by name what the optimizer changes: the pieces of `master`
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], start: int, length: int, ranks: Ranks) -> None:
-        sizes = {name: parameter.numel() for name, parameter in parameters.items()}
-        any_one = next(iter(parameters.values()))
-        self.dtype, device = any_one.dtype, any_one.device
+    def __init__(self, stretch: Stretch, ranks: Ranks, device: torch.device) -> None:
+        self.stretch = stretch
+        self.dtype, self.length, self.layer = stretch.dtype, stretch.length, stretch.layer
+        self.spans, self.pieces = stretch.spans, stretch.pieces
         self.wide = torch.float32 if self.dtype.itemsize == 2 else self.dtype
-        self.length = -(-length // ranks.size) * ranks.size
-        self.spans = cut(sizes, start, start + length)
         part = self.length // ranks.size
-        first = start + ranks.rank * part
-        self.pieces = cut(sizes, first, min(first + part, start + length))
         self.master, self.grad = (torch.zeros(part, dtype=self.wide, device=device) for _ in range(2))
         self.tensors = {span.name: nn.Parameter(self.master[span.place]) for span in self.pieces}
 
-    def fill(self, values: Mapping[str, Tensor]) -> None:
-        """The masters from whole parameters."""
-        for span in self.pieces:
-            self.master[span.place].copy_(values[span.name].detach().reshape(-1)[span.start : span.stop])
+    def rounded(self) -> Tensor:
+        """This rank's part of the parameters."""
+        return self.master.detach().to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -94,10 +127,14 @@ class _Running:
 
 
 class ShardedWeights(Weights):
-    """As `Weights`, over several ranks. Every method is called by all of them, in the same order."""
+    """As `Weights`, over several ranks. Every method is called by all of them, in the same order.
+
+    layers: by name the decoder layer of the parameters that have one.
+    """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], exact: Mapping[str, Tensor] | None, ranks: Ranks
+        self, parameters: Mapping[str, nn.Parameter], exact: Mapping[str, Tensor] | None, ranks: Ranks,
+        layers: Mapping[str, int] | None = None,
     ) -> None:
         self.ranks = ranks
         self.parameters = dict(parameters)
@@ -108,26 +145,27 @@ class ShardedWeights(Weights):
         """By name how many steps the optimizer has taken with it."""
         self._learns: set[str] = set()
         place = {name: number for number, name in enumerate(self.parameters)}
-        self.buckets = sorted(self._cut(BUCKET_ELEMENTS), key=lambda bucket: place[bucket.spans[0].name])
+        stretches = Stretch.all_of(self.parameters, layers or {}, ranks, BUCKET_ELEMENTS)
+        self._device = next(iter(self.parameters.values())).device
+        self.buckets = [
+            Bucket(stretch, ranks, self._device)
+            for stretch in sorted(stretches, key=lambda stretch: place[stretch.spans[0].name])
+        ]
         values = {name: (exact or {}).get(name, parameter) for name, parameter in self.parameters.items()}
         for bucket in self.buckets:
-            bucket.fill(values)
-        self._device = self.buckets[0].master.device
+            bucket.stretch.fill(bucket.master, values)
         most = max(bucket.length * bucket.wide.itemsize for bucket in self.buckets)
         self._spaces = deque(torch.empty(most, dtype=torch.uint8, device=self._device) for _ in range(AT_ONCE))
         self._running: deque[_Running] = deque()
-        self._left = [*self.buckets]
+        self._left = self._in_order()
         self._arrived: set[str] = set()
         for name, parameter in self.parameters.items():
             self.hook(name, parameter)
         self.round()
 
-    def _cut(self, elements: int) -> Iterator[Bucket]:
-        for dtype in dict.fromkeys(parameter.dtype for parameter in self.parameters.values()):
-            group = {name: value for name, value in self.parameters.items() if value.dtype == dtype}
-            total = sum(value.numel() for value in group.values())
-            for start in range(0, total, elements):
-                yield Bucket(group, start, min(elements, total - start), self.ranks)
+    def _in_order(self) -> list[Bucket]:
+        """The buckets, the one that is added up first at the end: a backward pass ends where the parameters begin."""
+        return [*self.buckets]
 
     @property
     def optimized(self) -> list[nn.Parameter]:
@@ -153,12 +191,11 @@ class ShardedWeights(Weights):
             self._reduce(self._left.pop())
         while self._running:
             self._finish()
-        self._left = [*self.buckets]
+        self._left = self._in_order()
 
     @torch.no_grad()
     def _reduce(self, bucket: Bucket) -> None:
-        """Start to add up a bucket. All ranks take them in one order, the last one first: a backward pass ends where
-        the parameters begin."""
+        """Start to add up a bucket. All ranks take them in one order (`_in_order`)."""
         if not self._spaces:
             self._finish()
         space = self._spaces.popleft()
@@ -211,10 +248,14 @@ class ShardedWeights(Weights):
     @torch.no_grad()
     def round(self) -> None:
         for bucket in self.buckets:
-            whole = self._whole(bucket, bucket.dtype)
-            self.ranks.all_gather(whole, bucket.master.to(bucket.dtype))
-            for span in bucket.spans:
-                self.parameters[span.name].view(-1)[span.start : span.stop].copy_(whole[span.place])
+            self._spread(bucket)
+
+    def _spread(self, bucket: Bucket) -> None:
+        """The parameters of a bucket on every rank, from the masters of all."""
+        whole = self._whole(bucket, bucket.dtype)
+        self.ranks.all_gather(whole, bucket.rounded())
+        for span in bucket.spans:
+            self.parameters[span.name].view(-1)[span.start : span.stop].copy_(whole[span.place])
 
     @torch.no_grad()
     def widen(self) -> None:

@@ -5,28 +5,23 @@ Tests are parametrised by `EVERY`; under `--dist loadgroup` all tests of a famil
 
 from __future__ import annotations
 
-import copy
 import functools
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import fx
 
 from flarec.api import Model, load
-from flarec.frontend.cache import entry_of
-from flarec.ir.program import Program
-from flarec.ir.spec import TensorSpec
 from flarec.passes import lower
 from flarec.train.convert import convert
 from flarec.train.metrics import read_metrics
 from flarec.train.prepare import Run, prepare
 from flarec.verify import Subject
 from tests.cli.conversions import write_data
-from tests.models import ALL_FAMILIES, PLAIN_FAMILIES, captured, shared_model, tiny_checkpoint
+from tests.models import ALL_FAMILIES, PLAIN_FAMILIES, captured, captured_float64, shared_model, tiny_checkpoint
 
 AGAIN = ("mamba", "falcon_mamba")
 """Families whose mixers are those of jamba, without what is between them: `flarec families --run` has their stages."""
@@ -56,42 +51,11 @@ def model(family: str) -> Any:
 
 
 @functools.cache
-def program(family: str) -> Program:
-    """Its capture, the one of all tests of the process: passes change what they get, `lower` clones. The graph is
-    kept for later captures of the family."""
-    found = captured(family)
-    entry = entry_of(model(family), found.family)
-    if entry is not None:
-        entry.store(found.module, model(family))
-    return found
-
-
-@functools.cache
 def subject(family: str, *, float64: bool = False) -> Subject:
     """Lowered with every property checked after every pass."""
-    captured = widened(program(family)) if float64 else program(family)
-    train, decode = (lower(captured, target, debug=True) for target in ("train", "decode"))
+    program = captured_float64(family) if float64 else captured(family)
+    train, decode = (lower(program, target, debug=True) for target in ("train", "decode"))
     return Subject(train, decode, model(family), MASK_ID, block_size=BLOCK_SIZE, suppress=(MASK_ID,))
-
-
-def widened(captured: Program) -> Program:
-    """In float64 throughout: parameters, and the casts to float32 that models have inside. Differences that are left
-    are errors, not rounding."""
-    clone = captured.clone()
-    clone.module = fx.GraphModule(copy.deepcopy(captured.module).double(), clone.graph)
-    clone.dtype = torch.float64
-    for node in clone.graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, _widen)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, _widen)
-        spec = node.meta.get("val")
-        if isinstance(spec, TensorSpec) and spec.dtype == torch.float32:
-            node.meta["val"] = replace(spec, dtype=torch.float64)
-    clone.finish()
-    return clone
-
-
-def _widen(argument: Any) -> Any:
-    return torch.float64 if argument is torch.float32 else argument
 
 
 @dataclass(frozen=True)

@@ -21,28 +21,29 @@ from flarec.inspect.summary import summarize
 from flarec.inspect.text import as_text
 from flarec.ir.program import Program, layer_of
 from flarec.passes import lower
+from tests.models import captured
 
-from .shared import EVERY, program, subject
+from .shared import EVERY, subject
 
 SVG = "{http://www.w3.org/2000/svg}"
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def mixers(captured: Program) -> list[fx.Node]:
-    return [node for node, _ in ops.sites(captured.graph)]
+def mixers(program: Program) -> list[fx.Node]:
+    return [node for node, _ in ops.sites(program.graph)]
 
 
 @pytest.mark.parametrize("family", EVERY)
 def test_every_mixer_is_shown_in_its_layer(family: str) -> None:
     """The witness is the captured graph: as many mixers as it has ops, at every stage."""
-    captured, its_subject = program(family), subject(family)
-    for shown in (captured, lower(captured, "train", kernels="reference"), its_subject.train, its_subject.decode):
+    program, its_subject = captured(family), subject(family)
+    for shown in (program, lower(program, "train", kernels="reference"), its_subject.train, its_subject.decode):
         summary = summarize(shown)
         layers = sorted(layer for group in summary.groups for layer in group.layers)
-        assert layers == list(range(summary.layers)) == list(range(captured.config.num_hidden_layers))
+        assert layers == list(range(summary.layers)) == list(range(program.config.num_hidden_layers))
         for layer in layers:
             (group,) = (group for group in summary.groups if layer in group.layers)
-            assert len(group.mixers) == sum(layer_of(node) == layer for node in mixers(captured))
+            assert len(group.mixers) == sum(layer_of(node) == layer for node in mixers(program))
         assert sum(slot[3] for slot in summary.caches) == len(shown.cache_slots)
         text = as_text(summary, shown, diff=Recorder(), ops=True)
         for group in summary.groups:

@@ -19,9 +19,9 @@ from flarec.passes import lower
 from flarec.passes.embed_mask import PARAMETER
 from flarec.verify import INVARIANTS, Subject, ar_trust_is_causal, clean_logits, split_is_whole
 from flarec.verify.inputs import all_logits, random_ids, random_layout
-from tests.models import VOCABULARY, tiny_model
+from tests.models import VOCABULARY, captured, tiny_model
 
-from .shared import BLOCK_SIZE, EVERY, MASK_ID, eager, model, program, subject
+from .shared import BLOCK_SIZE, EVERY, MASK_ID, eager, model, subject
 
 CASES = {1: 4, 2: 2, 3: 2, 5: 2, 6: 2, 7: 1}
 IN_FLOAT64 = (2, 3, 5, 7)
@@ -48,10 +48,10 @@ def test_ar_trust_is_causal(family: str) -> None:
 
 @pytest.mark.parametrize("family", EVERY)
 def test_a_mask_vector_does_what_a_spare_row_does(family: str) -> None:
-    captured = program(family).clone()
+    program = captured(family).clone()
     row = model(family).get_input_embeddings().weight[MASK_ID]
-    captured.extra[PARAMETER] = nn.Parameter(row.detach().clone())
-    lowered = lower(captured, "train", mask_vector=True, debug=True)
+    program.extra[PARAMETER] = nn.Parameter(row.detach().clone())
+    lowered = lower(program, "train", mask_vector=True, debug=True)
     rng = random.Random(0)
     layout = random_layout(rng, readouts=("block_end", "causal"))
     ids = random_ids(rng, subject(family), layout)
@@ -59,7 +59,7 @@ def test_a_mask_vector_does_what_a_spare_row_does(family: str) -> None:
     found = all_logits(lowered, ids.masked_fill(ids == MASK_ID, VOCABULARY), layout)
     torch.testing.assert_close(found, expected)
     noisy = found[:, layout.clean_length :].square().sum()
-    (gradient,) = torch.autograd.grad(noisy, captured.extra[PARAMETER])
+    (gradient,) = torch.autograd.grad(noisy, program.extra[PARAMETER])
     assert bool(torch.isfinite(gradient).all()) and bool((gradient != 0).any())
 
 

@@ -213,6 +213,19 @@ def test_a_whole_hit_needs_no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 5 == engine.stats.prefills
 
 
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_one_token_that_is_left(way: dict[str, Any]) -> None:
+    """A prompt that is a known one and a token more: a forward with a single row, like a step, and yet a prompt's."""
+    model = FakeModel(agreement=0.7)
+    engine, plain = with_cache(make_engine(model, 3)[0], 10**6), make_engine(model, 3)[0]
+    prompt = list(range(3, 14))
+    engine.generate([prompt], **way, max_new_tokens=1)
+    known = engine.stats.known_tokens
+    found, expected = (one.generate([[*prompt, 5]], **way, max_new_tokens=12)[0] for one in (engine, plain))
+    assert engine.stats.known_tokens - known == len(prompt)
+    assert told_alike(found, expected) and found.accepted == expected.accepted
+
+
 def told_alike(one: Any, other: Any) -> bool:
     return bool((one.token_ids, one.forwards) == (other.token_ids, other.forwards))
 

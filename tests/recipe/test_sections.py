@@ -120,7 +120,7 @@ def test_overrides_survive_toml(values: dict[str, object]) -> None:
         ("warmup_step=1", ["did you mean optimizer.warmup_steps?"]),
         ("lr=1", ["did you mean optimizer.lr?"]),
         ("diffusion=4", ["diffusion is a section of a recipe, not a key", "diffusion.block_size"]),
-        ("train=1", ["train is a section of a recipe, not a key", "train.memory, train.compile"]),
+        ("train=1", ["train is a section of a recipe, not a key", "train.memory, train.shard, train.compile"]),
         ("diffusion.second=1", ["diffusion.second is a section", "diffusion.second.mask"]),
         ("diffusion.block_size", ["write key=value"]),
         ("diffusion.block_size=0", ["diffusion.block_size = 0", "at least 1"]),

@@ -74,11 +74,10 @@ class Small:
     def trainer(
         self, chosen: Recipe, *, seed: int = 0, data: TokenSource | None = None, ranks: Ranks | None = None
     ) -> Trainer:
-        """A fresh trainer; the parameters start again."""
-        with torch.no_grad():
-            for name, value in self.program.parameters().items():
-                value.copy_(self.start[name])
-                value.grad = None
+        """A fresh trainer; the parameters start again, in memory of their own (another trainer may have cut them)."""
+        for name, value in self.program.parameters().items():
+            value.data = self.start[name].clone()
+            value.grad = None
         rows = RowStream([data or source()], max_length=chosen.data.max_length, seed=seed, lookahead=4)
         return Trainer(self.program, chosen, self.mask, rows, seed, ranks=ranks)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ...base.generation import Mode
-from ...errors import UsageError
 from ..measure import NotMeasured
-from ..session import Case, Measured, Session
+from ..session import Case, Measured, Session, named
 from . import first_token, ours, stock
 from .models import ServingSession
 
@@ -145,13 +144,4 @@ ROWS: tuple[Case, ...] = (
 def select(only: Sequence[str]) -> list[Case]:
     """The rows whose names begin with one of `only`, in that order, or all. Raises `UsageError` for a name of no row.
     """
-    unknown = [name for name in only if not any(row.name.startswith(name) for row in ROWS)]
-    if unknown:
-        raise UsageError(f"no row is called {unknown[0]}; flarec bench decode --list shows them")
-    named = dict.fromkeys(row for name in only for row in _named(name))
-    return list(named) if only else list(ROWS)
-
-
-def _named(name: str) -> list[Case]:
-    """The row of that name, or those whose names begin so."""
-    return [row for row in ROWS if row.name == name] or [row for row in ROWS if row.name.startswith(name)]
+    return named(ROWS, only, "flarec bench decode --list shows them") if only else list(ROWS)

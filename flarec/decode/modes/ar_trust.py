@@ -52,14 +52,14 @@ class ARTrustMode:
         blocks = (clean if branches else 1) if size else 0
         return StepShape(rows.width, clean, clean, blocks, max(size, 1), size, self.blocks.readout)
 
-    def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor]:
+    def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor | None]:
         state, noisy = rows.state, shape.length - shape.clean
         masked = torch.full((shape.rows, noisy), self.blocks.mask_token_id, device=rows.device)
         ids = torch.cat([state["pending"][:, None], state["drafts"][:, : shape.clean - 1], masked], dim=1)
         if shape.blocks == 1 < shape.clean:
             # a slot that nobody is in may believe to have drafts when the step has no rows for any
             return ids, state["have"].clamp_max(shape.clean - 1)[:, None] + 1
-        return ids, torch.arange(1, shape.blocks + 1, device=rows.device).expand(shape.rows, -1)
+        return ids, None
 
     def read(self, rows: Rows, shape: StepShape, clean: Tensor, noisy: Tensor) -> Tensor:
         drafts, have, count = rows.state["drafts"], rows.state["have"], shape.clean - 1

@@ -26,9 +26,8 @@ class CausalMode:
     def shape(self, rows: Rows) -> StepShape:
         return StepShape(rows.width, clean=1, heads=1)
 
-    def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor]:
-        token = rows.state["token"]
-        return token[:, None], token.new_empty(shape.rows, 0)
+    def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor | None]:
+        return rows.state["token"][:, None], None
 
     def read(self, rows: Rows, shape: StepShape, clean: Tensor, noisy: Tensor) -> Tensor:
         rows.accept(torch.ones_like(rows.cache.length))

@@ -1,4 +1,5 @@
-"""A conversion by two ranks that is killed, resumed, interrupted and resumed again, beside one by one process:
+"""A conversion by two ranks that is killed, resumed, interrupted and resumed again, beside one by one process, where
+two ranks have their parameters in parts at the beginning and at the end:
 `python -m tests.train.ranks.conversions FOLDER`."""
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ CHOSEN = [
 ]
 
 
-def conversion(folder: Path, out: str, *, resume: bool = False) -> Path:
+def conversion(folder: Path, out: str, *, resume: bool = False, shard: str = "auto") -> Path:
     return convert(
-        folder / "qwen3_5_text", folder / "data.jsonl", recipe="dual", out=folder / out, overrides=CHOSEN, steps=STEPS,
-        max_length=96, device="cpu", resume=resume,
+        folder / "qwen3_5_text", folder / "data.jsonl", recipe="dual", out=folder / out, steps=STEPS, max_length=96,
+        overrides=[*CHOSEN, f"train.shard={shard}"], device="cpu", resume=resume,
     )
 
 
@@ -47,13 +48,15 @@ def at_step(step: int, work: Callable[[int], object]) -> AbstractContextManager[
     return mock.patch.object(Trainer, "advance", watched)
 
 
-def pair(folder: Path, name: str, step: int, work: Callable[[int], object], *, resume: bool) -> None:
+def pair(
+    folder: Path, name: str, step: int, work: Callable[[int], object], *, resume: bool, shard: str = "parameters"
+) -> None:
     """Two ranks with `work` at a step; what they leave is noted, and what they raise."""
 
     def convert_on(rank: int) -> None:
         try:
             with at_step(step, work):
-                found: object = str(conversion(folder, "two", resume=resume))
+                found: object = str(conversion(folder, "two", resume=resume, shard=shard))
         except FlarecError as error:
             found = (type(error).__name__, str(error))
         except Interrupted as error:
@@ -76,7 +79,7 @@ def main(folder: Path) -> None:
     write_data(folder / "data.jsonl")
     conversion(folder, "one")
     pair(folder, "killed", 3, kill_second, resume=False)
-    pair(folder, "interrupted", 2, lambda rank: os.kill(os.getpid(), signal.SIGTERM), resume=True)
+    pair(folder, "interrupted", 2, lambda rank: os.kill(os.getpid(), signal.SIGTERM), resume=True, shard="optimizer")
     pair(folder, "finished", STEPS, lambda rank: None, resume=True)
 
 

@@ -19,8 +19,10 @@ from flarec.errors import DataError, FlarecError
 from flarec.passes import lower
 from flarec.recipe import Recipe
 from flarec.train import sharding
+from flarec.train.gathering import GatheredWeights
 from flarec.train.loop import Trainer
 from flarec.train.ranks.group import Ranks, joined
+from flarec.train.sharding import ShardedWeights
 from flarec.train.state import StateDirectory
 from tests.models import tiny_tokenizer
 from tests.train.ranks.processes import on_ranks
@@ -35,6 +37,14 @@ CASES = {
 }
 
 RESUMED = ("flare", "adapter")
+SHARD = "train.shard=parameters"
+CUT = {
+    "flare-cut": ("flare", CASES["flare"].override([SHARD])),
+    "adapter-cut": ("adapter", CASES["adapter"].override([SHARD])),
+    "dense": ("dense", recipe("draft", *FOUR, "optimizer.micro_rows=2")),
+    "dense-cut": ("dense", recipe("draft", *FOUR, "optimizer.micro_rows=2", SHARD)),
+}
+"""On two ranks alone: the set-up, and its recipe with parameters that are cut as well (of `dense` without, too)."""
 
 
 def set_ups() -> dict[str, Small]:
@@ -42,14 +52,36 @@ def set_ups() -> dict[str, Small]:
     adapter = Small("qwen3_5_moe_text", "vector", torch.float64, CASES["adapter"])
     whole = copy.copy(adapter)
     whole.program = lower(adapter.captured, "train", mask_vector=True)
-    return {"flare": whole, "draft": whole, "adapter": adapter}
+    return {"flare": whole, "draft": whole, "adapter": adapter, "dense": Small("qwen3_5_text", dtype=torch.bfloat16)}
 
 
 def results(trainer: Trainer, log: list[dict[str, Any]]) -> dict[str, Any]:
-    """All that training has made, whole tensors on the first rank."""
-    state = trainer.state()
-    computed = {name: value.detach().clone() for name, value in trainer.parameters.items()}
-    return {"log": log, "model": state.model, "optimizer": state.optimizer, "computed": computed}
+    """All that training has made, whole tensors on the first rank; "bytes": what this rank holds between two steps."""
+    state, every = trainer.state(), trainer.program.parameters()
+    held = bytes_of(trainer) if trainer.ranks.size > 1 else {}
+    with trainer.whole():
+        there = trainer.parameters if trainer.ranks.first or not isinstance(trainer.weights, GatheredWeights) else {}
+        computed = {name: value.detach().clone() for name, value in there.items()}
+        assert all(value.untyped_storage().nbytes() for value in every.values()) or not there
+    return {"log": log, "model": state.model, "optimizer": state.optimizer, "computed": computed, "bytes": held}
+
+
+def bytes_of(trainer: Trainer) -> dict[str, int]:
+    """whole: of all parameters, as their shapes say; there: in memory; frozen: parts of those that are not trained;
+    beside: masters, gradients, moments and what sums and gathering need; stated: what the trainer says of all."""
+    every, weights = trainer.program.parameters().values(), trainer.weights
+    assert isinstance(weights, ShardedWeights)
+    moments = [value for state in trainer.optimizer.state.values() for value in state.values() if value.dim()]
+    own = [tensor for bucket in weights.buckets for tensor in (bucket.master, bucket.grad)]
+    parts = [part for _, part in weights.parts] if isinstance(weights, GatheredWeights) else []
+    spaces = [*weights._spaces, *([weights.space] if isinstance(weights, GatheredWeights) else [])]
+    return {
+        "whole": sum(value.nbytes for value in every),
+        "there": sum(value.untyped_storage().nbytes() for value in every),
+        "frozen": sum(part.nbytes for part in parts),
+        "beside": sum(value.nbytes for value in (*moments, *own, *spaces)),
+        "stated": trainer.weight_bytes,
+    }
 
 
 def train(trainer: Trainer, steps: int) -> list[dict[str, Any]]:
@@ -95,6 +127,13 @@ def first_pair(made: Mapping[str, Small], folder: Path) -> None:
             if name in RESUMED:
                 trainer, log = continued(made[name], chosen, ranks, folder / f"{name}-two", STEPS - SAVED)
                 store(folder, f"{name}-again-{ranks.rank}", results(trainer, log))
+        for name, (base, chosen) in CUT.items():
+            store(folder, f"{name}-two-{ranks.rank}", whole(made[base], chosen, ranks, folder / f"{name}-two"))
+            if base in RESUMED:  # from the save of the other way, there and back
+                other = {f"{base}-two": chosen, f"{name}-two": CASES[base]}
+                for place, then in other.items():
+                    trainer, log = continued(made[base], then, ranks, folder / place, STEPS - SAVED)
+                    store(folder, f"{place}-other-{ranks.rank}", results(trainer, log))
 
 
 def second_pair(made: Mapping[str, Small], folder: Path) -> None:
@@ -111,7 +150,7 @@ def failing(made: Mapping[str, Small], folder: Path, name: str) -> Sequence[int]
     def work(rank: int) -> None:
         try:
             with joined("cpu") as ranks:
-                chosen = CASES["draft"]
+                chosen = CASES["draft"].override([SHARD] if name in WITH_CUT else [])
                 trainer = made["draft"].trainer(chosen, ranks=ranks)
                 train(trainer, 1)
                 FAILURES[name](trainer)
@@ -148,6 +187,8 @@ FAILURES: dict[str, Callable[[Trainer], None]] = {
     "killed": kill(1),
     "first-killed": kill(0),
 }
+WITH_CUT = ("broken", "killed")
+"""Failures of ranks that have their parameters in parts."""
 
 
 def store(folder: Path, name: str, values: object) -> None:

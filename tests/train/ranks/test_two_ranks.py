@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.test_repository import ROOT
-from tests.train.ranks.scenarios import CASES, RESUMED, STEPS
+from tests.train.ranks.scenarios import CASES, CUT, RESUMED, STEPS
 
 pytestmark = pytest.mark.xdist_group("ranks")
 BOUNDS = {"flare": 1e-13, "draft": 1e-5, "adapter": 1e-13}
@@ -96,6 +96,37 @@ def test_a_save_goes_from_two_ranks_to_one_and_back(name: str, folder: Path) -> 
     whole, mixed = stored(folder, f"{name}-two-0"), stored(folder, f"{name}-mixed-0")
     assert [line["step"] for line in mixed["log"]] == [STEPS]
     assert furthest(whole, mixed) < BOUNDS[name]
+
+
+@pytest.mark.parametrize("name", [name for name in CUT if name.endswith("-cut")])
+def test_parameters_in_parts_change_no_bit(name: str, folder: Path) -> None:
+    """Losses, norms, masters, moments, and what a program that reads all parameters finds."""
+    whole, cut = (stored(folder, f"{which}-two-0") for which in (CUT[name][0], name))
+    assert cut["log"] == whole["log"] and furthest(whole, cut) == 0
+    assert stored(folder, f"{name}-two-1")["computed"] == {}, "the first rank alone reads"
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_save_goes_from_whole_parameters_to_parts_and_back(name: str, folder: Path) -> None:
+    expected = stored(folder, f"{name}-two-0")
+    for place in (f"{name}-two", f"{name}-cut-two"):
+        found = stored(folder, f"{place}-other-0")
+        assert found["log"] == expected["log"][-len(found["log"]) :] and furthest(expected, found) == 0
+
+
+@pytest.mark.parametrize("name", ["flare-cut", "adapter-cut", "dense-cut"])
+def test_between_steps_a_rank_has_its_part(name: str, folder: Path) -> None:
+    """Whole are embedding, head and last norm. What the trainer states has two layers more, those of a moment."""
+    for rank in range(2):
+        whole, cut = (stored(folder, f"{which}-two-{rank}")["bytes"] for which in (CUT[name][0], name))
+        assert whole["there"] == whole["whole"] == cut["whole"] and not whole["frozen"]
+        layers = cut["whole"] - cut["there"]
+        assert layers > cut["whole"] / 5
+        assert cut["frozen"] == (pytest.approx(layers / 2, rel=0.2) if name == "adapter-cut" else 0)
+        moments_of_those_without_a_gradient = whole["stated"] - whole["there"] - whole["beside"]
+        assert 0 <= moments_of_those_without_a_gradient < 0.1 * whole["stated"]
+        held = cut["there"] + cut["frozen"] + cut["beside"] + moments_of_those_without_a_gradient
+        assert 0 < cut["stated"] - held <= layers
 
 
 def test_an_error_of_one_rank_ends_both_and_is_told_once(folder: Path) -> None:

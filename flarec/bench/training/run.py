@@ -1,0 +1,34 @@
+"""`flarec bench train` as a function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..run import run_session
+from ..session import Case, Line
+from .rows import parts_of
+from .session import TrainingSession
+
+
+def run_training(
+    rows: Sequence[Case],
+    session: TrainingSession,
+    *,
+    out: Path | None = None,
+    commit: str | None = None,
+    command: str = "flarec bench train",
+    say: Callable[[str], None] = print,
+    ahead: bool = True,
+) -> list[Line]:
+    """Measure some rows and write `out` after each of them. ahead: compile kernels in parallel before, on a GPU.
+
+    Parts end with the session's limit; rows that need no further part are computed behind it.
+    """
+    if ahead and session.on_gpu:
+        ended = session.compile_ahead(parts_of(rows))
+        say(f"compiled ahead: {', '.join(f'{name}: {how}' for name, how in ended.items())}")
+    return run_session(
+        rows, session, out=out, commit=commit, command=command, time_limit=math.inf, say=say, warm_up=False
+    )
