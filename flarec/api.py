@@ -25,7 +25,7 @@ from .checkpoint.manifest import Manifest
 from .collector import collector_paused
 from .decode import DecodeProgram, Engine, Generation, TextStream
 from .decode.horizon import HorizonProgram
-from .decode.request import OnTokens, Prompts
+from .decode.request import OnTokens, Origin, Prompts
 from .decode.stores import Static
 from .decode.text import cut
 from .decode.tokenizing import ByteFallback, Prompt, decode_tokens, encode_prompt, is_list
@@ -60,6 +60,8 @@ class Output:
                        took n drafts (elastic)
     seconds            wall time until this prompt's last token
     stop_reason        "eos", "stop" (a stop string) or "length"
+    origins            where each new token comes from: "clean", "accepted", "corrected" or "unverified"
+                       (`flarec.decode.request.Origin`)
     """
 
     text: str
@@ -71,6 +73,7 @@ class Output:
     accepted: list[int]
     seconds: float
     stop_reason: str
+    origins: list[Origin]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `flarec generate --json` prints them."""
@@ -334,6 +337,7 @@ class Model:
             accepted=generation.accepted,
             seconds=generation.seconds,
             stop_reason=generation.stop_reason,
+            origins=generation.origins,
         )
 
 

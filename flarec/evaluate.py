@@ -168,6 +168,7 @@ def _attempts(
         attempts.append(Attempt(
             index, sample, options.seed + sample, output.text, tuple(output.token_ids), output.forwards,
             output.stop_reason, output.seconds, question.grade(output.text) if graded and question else None,
+            tuple(output.origins),
         ))
     return attempts
 

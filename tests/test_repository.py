@@ -26,7 +26,7 @@ API = ("api", "hf_generate", "evaluate")
 KERNELS = tuple(sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")))
 ROOMS = (
     "base", "recipe", "ir", "ops", "frontend", "passes", "checkpoint", "train", "decode", "serve", "verify", "inspect",
-    "bench", "conformance", "doctor", "evaluation", "screen", "cli",
+    "bench", "conformance", "doctor", "evaluation", "report", "screen", "cli",
 )
 LAYER_OF = {
     "flarec": "root",  # flarec/__init__.py: the version, no imports
@@ -82,6 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"bench", "device", "doctor", "frontend", "passes", "recipe", "train"},
     "checkpoint": {"frontend", "ir", "layout", "passes", "base"},
     "evaluation": {"decode", "base"},
+    "report": {"api", "base", "checkpoint", "decode", "evaluation", "train"},
     "harness": {"api", "base", "decode", "evaluation"},
     "api": {
         "device", "collector", "threads", "base", "frontend", "passes", "ir", "decode", "checkpoint", "train",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from torch import Tensor
@@ -18,6 +18,11 @@ Prompts: TypeAlias = Sequence[Sequence[int]] | Sequence[Tensor] | Sequence[Array
 """Token ids of several prompts."""
 StopCheck = Callable[[Sequence[int]], int | None]
 OnTokens = Callable[[int, list[int]], None]
+Origin = Literal["clean", "accepted", "corrected", "unverified"]
+"""Where a new token comes from: "clean", the clean stream's own, where no draft was; "accepted", drafted, and what the
+clean stream chose too; "corrected", the clean stream's in the place of a rejected draft; "unverified", of a noisy row
+alone (elastic drafts that were taken, denoised positions). Of causal, ar-trust and elastic each forward ends with one
+token that is clean or corrected."""
 MOST_LOGPROBS = 20
 """Alternatives per token of which a request may ask the log-probability."""
 
@@ -54,6 +59,7 @@ class Generation:
                  accepted[a] = steps, the prefill among them, that took a drafts; causal: empty
     seconds      wall time from when the request was given to its last token
     stop_reason  "eos", "stop" (the stop check), "length" or "cancelled"
+    origins      where each of the new tokens comes from (`Origin`)
     """
 
     token_ids: list[int]
@@ -62,6 +68,7 @@ class Generation:
     accepted: list[int]
     seconds: float
     stop_reason: str
+    origins: list[Origin]
 
     @property
     def new_tokens(self) -> int:
@@ -96,6 +103,7 @@ class Request:
     ready    a note of its mode: how many drafts it has, or whether its block is full
     notes    log-probabilities of what the last step chose (`Rows.note`), until it emits
     chosen   those of `tokens`; empty unless they are wanted
+    origins  of `tokens`
     offered  drafts that a step verified -> how many steps
     failure  what ended it if an error did
     """
@@ -112,6 +120,7 @@ class Request:
     offered: dict[int, int] = field(default_factory=dict)
     failure: Exception | None = None
     tokens: list[int] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
     forwards: int = 0
     histogram: dict[int, int] = field(default_factory=dict)
     stop_reason: str | None = None
@@ -149,14 +158,15 @@ class Request:
                 "infinity), so that no token can be chosen; check the weights, or compute in float32"
             )
 
-    def emit(self, tokens: Sequence[int], place: int = 0) -> None:
-        """Append final tokens up to the first reason to stop; what follows it is dropped. place: of the first of them
-        among the step's notes."""
+    def emit(self, tokens: Sequence[int], origins: Sequence[Origin], place: int = 0) -> None:
+        """Append final tokens up to the first reason to stop; what follows it is dropped. origins: of each of them;
+        place: of the first of them among the step's notes."""
         assert self.stop_reason is None
         start = len(self.tokens)
-        for index, token in enumerate(tokens, start=place):
+        for index, (token, origin) in enumerate(zip(tokens, origins, strict=True), start=place):
             self.check(token)
             self.tokens.append(token)
+            self.origins.append(origin)
             if self.logprobs is not None:
                 self.chosen.append(TokenLogprob.read(self.notes[index]))
             reason = self._reason()
@@ -177,7 +187,7 @@ class Request:
                     raise GenerationError(
                         f"the stop check asked to keep {keep} of {len(self.tokens)} tokens; return a number up to that"
                     )
-                del self.tokens[keep:], self.chosen[keep:]
+                del self.tokens[keep:], self.chosen[keep:], self.origins[keep:]
                 return "stop"
         return "length" if len(self.tokens) >= self.limit else None
 
@@ -188,5 +198,6 @@ class Request:
         assert self.stop_reason is not None and self.options.mode is not None, "the request has not ended"
         accepted = [self.histogram.get(tokens, 0) for tokens in range(max(self.histogram, default=-1) + 1)]
         return Generation(
-            list(self.tokens), self.options.mode, self.forwards, accepted, self.seconds, self.stop_reason
+            list(self.tokens), self.options.mode, self.forwards, accepted, self.seconds, self.stop_reason,
+            list(self.origins),
         )

@@ -45,23 +45,23 @@ def to_record(
     }
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path, option: str = "--repeat") -> dict[str, Any]:
     """A record that was written before. Raises `UsageError` for a file that is none."""
     if problem := why_no_file(path):
-        raise UsageError(f"--repeat {path} {problem}; give a file that `flarec eval --out` wrote")
+        raise UsageError(f"{option} {path} {problem}; give a file that `flarec eval --out` wrote")
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"--repeat {path} is not JSON ({error}); give a file that `flarec eval --out` wrote") from None
+        raise UsageError(f"{option} {path} is not JSON ({error}); give a file that `flarec eval --out` wrote") from None
     if not isinstance(table, dict) or table.get("record") != KIND:
-        raise UsageError(f"--repeat {path} is no record of an evaluation; give a file that `flarec eval --out` wrote")
+        raise UsageError(f"{option} {path} is no record of an evaluation; give a file that `flarec eval --out` wrote")
     if table.get("format_version") != FORMAT_VERSION:
         raise UsageError(
-            f"--repeat {path} has format version {table.get('format_version')!r}; this flarec reads {FORMAT_VERSION}"
+            f"{option} {path} has format version {table.get('format_version')!r}; this flarec reads {FORMAT_VERSION}"
         )
     for name in ("model", "data", "options", "settings", "result"):
         if not isinstance(table.get(name), dict):
-            raise UsageError(f"--repeat {path} has no table {name}; copy the file again")
+            raise UsageError(f"{option} {path} has no table {name}; copy the file again")
     return table
 
 

@@ -7,8 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..decode.request import Origin
 from .loops import loops
 from .statistics import interval, paired, pass_at
+
+LETTERS: dict[Origin, str] = {"clean": "c", "accepted": "a", "corrected": "x", "unverified": "u"}
+"""Where a token comes from, in a record: a letter per token."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,14 @@ class Attempt:
     stop_reason: str
     seconds: float
     correct: bool | None
+    origins: tuple[Origin, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Without text and ids."""
         return {
             "index": self.index, "sample": self.sample, "seed": self.seed, "new_tokens": len(self.token_ids),
             "forwards": self.forwards, "stop_reason": self.stop_reason, "correct": self.correct,
-            "loops": loops(self.token_ids),
+            "loops": loops(self.token_ids), "origins": "".join(LETTERS[origin] for origin in self.origins),
         }
 
 

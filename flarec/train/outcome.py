@@ -152,6 +152,7 @@ class Trained:
         words = [str(options.source), "--adapter", str(out)] if options.adapter_only else [str(out)]
         chat = " --chat" if getattr(self.run.tokenizer, "chat_template", None) else ""
         note(f'try it: flarec generate {shlex.join(words)} "..."{chat} --mode ar-trust')
+        note(f"a page about it: flarec report {shlex.quote(str(out))}")
 
 
 def adapter_info(options: Options, pipelines: Mapping[str, str]) -> AdapterInfo | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..base.heap import give_back_large_blocks
 from ..checkpoint.carried import Carried
 from ..checkpoint.directory import Checkpoint, context_of, open_checkpoint
 from ..checkpoint.write import check_shard_size
@@ -174,6 +175,8 @@ def _memory(
         return choose(train, recipe, mask, ranks.size, rows=began)
 
     choice = ranks.from_first(chosen)
+    if choice.recompute and train.device.type == "cpu":
+        give_back_large_blocks()
     if trains:
         (reporter.note if choice.enough else reporter.warn)(choice.text)
     return choice

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flarec.train import memory
+from flarec.train import memory, prepare
 from flarec.train.state import MICRO_ROWS, StateDirectory
 from tests.cli.conversions import QUICK, flarec, place_of_conversions
 
@@ -17,6 +17,8 @@ def test_a_run_that_began_with_too_little_memory(tmp_path: Path, monkeypatch: py
     """Begun with fewer rows at a time and layers computed again, continued with all kept: the bits of a run with so few
     rows from its start. Where the recipe asks for more rows than a step has, that is said."""
     place, rows = place_of_conversions(tmp_path, monkeypatch), ["--set", "optimizer.micro_rows=4"]
+    given_back: list[bool] = []  # of the whole process, which runs other tests too
+    monkeypatch.setattr(prepare, "give_back_large_blocks", lambda: given_back.append(True))
     monkeypatch.setattr(memory, "free_memory", lambda device: 10**6)
     begun = flarec(*COMMAND, *rows, "--out", "out", "--stop-after", "1")
     assert begun.exit_code == 0, begun.output
@@ -24,6 +26,7 @@ def test_a_run_that_began_with_too_little_memory(tmp_path: Path, monkeypatch: py
     assert "layers computed again, and only 1.0 MB are free" in begun.stderr
     assert StateDirectory(place / "out.partial").identity[MICRO_ROWS] == 1
     assert StateDirectory(place / "out.partial").identity["recipe"]["train"]["memory"] == "auto"
+    assert given_back == [True], "layers are computed again on a CPU"
 
     monkeypatch.setattr(memory, "free_memory", lambda device: 10**12)
     done = flarec(*COMMAND, *rows, "--out", "out", "--resume")
@@ -33,10 +36,12 @@ def test_a_run_that_began_with_too_little_memory(tmp_path: Path, monkeypatch: py
     assert flarec(*COMMAND, *few, "--out", "few").exit_code == 0
     ours, theirs = (sorted((place / name).glob("*.safetensors")) for name in ("out", "few"))
     assert ours and [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
+    assert given_back == [True], "of runs that keep everything nothing is changed"
 
 
 def test_a_dry_run_says_what_would_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place_of_conversions(tmp_path, monkeypatch)
+    monkeypatch.setattr(prepare, "give_back_large_blocks", lambda: True)
     done = flarec(*COMMAND, "--set", "gradient_checkpointing=true", "--out", "out", "--dry-run")
     assert done.exit_code == 0, done.output
     assert "layers are computed again, 1 row at a time (train.memory = recompute)" in done.stdout

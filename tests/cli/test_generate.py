@@ -23,6 +23,7 @@ from tests.models import tiny_checkpoint
 
 KEYS = [
     "text", "token_ids", "mode", "forwards", "new_tokens", "tokens_per_forward", "accepted", "seconds", "stop_reason",
+    "origins",
 ]
 
 

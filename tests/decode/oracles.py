@@ -69,12 +69,17 @@ def pick(
 
 @dataclass
 class Oracle:
-    """What a decoder must return."""
+    """What a decoder must return. written: where tokens come from, of those too that an end drops."""
 
     tokens: list[int]
     reason: str
     forwards: int
     histogram: Counter[int]
+    written: list[str]
+
+    @property
+    def origins(self) -> list[str]:
+        return self.written[: len(self.tokens)]
 
     def accepted(self) -> list[int]:
         return [self.histogram[i] for i in range(max(self.histogram, default=-1) + 1)]
@@ -99,7 +104,7 @@ def causal(
         tokens.append(pick(model.clean(sequence), params, len(sequence), [model.mask])[0])
         done = end(tokens, eos, limit)
         if done is not None:
-            return Oracle(*done, len(tokens), Counter())
+            return Oracle(*done, len(tokens), Counter(), ["clean"] * len(tokens))
 
 
 def ar_trust(
@@ -118,11 +123,11 @@ def ar_trust(
         stream.append(pick(model.clean(stream), params, len(stream), [model.mask])[0])
     known = len(prompt) + 1  # prompt and emitted tokens; the last one is pending
     anchor: int | None = len(prompt)
-    forwards, histogram = 1, Counter[int]()
+    forwards, histogram, origins = 1, Counter[int](), ["clean"]
     while True:
         done = end(stream[len(prompt) : known], eos, limit)
         if done is not None:
-            return Oracle(*done, forwards, histogram)
+            return Oracle(*done, forwards, histogram, origins)
         accepted, drafts = 0, 0
         if anchor is not None:
             assert anchor == known - 1
@@ -136,6 +141,7 @@ def ar_trust(
                 accepted += 1
         forwards += 1
         histogram[accepted] += 1
+        origins += ["accepted"] * accepted + ["corrected" if accepted < drafts else "clean"]
         known += accepted + 1
         anchor = known - 1 if branches or accepted == drafts else None
 
@@ -151,7 +157,7 @@ def elastic(
 ) -> Oracle:
     """A step reads everything before it anew: the clean row's token, then drafts as far as horizon and threshold go."""
     tokens: list[int] = []
-    forwards, histogram = 0, Counter[int]()
+    forwards, histogram, origins = 0, Counter[int](), list[str]()
     while True:
         prefix, suppress = prompt + tokens, [model.mask]
         tokens = [*tokens, pick(model.clean(prefix), params, len(prefix), suppress)[0]]
@@ -165,9 +171,10 @@ def elastic(
             taken += 1
         forwards += 1
         histogram[taken] += 1
+        origins += ["clean"] + ["unverified"] * taken
         done = end(tokens, eos, limit)
         if done is not None:
-            return Oracle(*done, forwards, histogram)
+            return Oracle(*done, forwards, histogram, origins)
 
 
 def diffusion_trust(
@@ -214,7 +221,8 @@ def diffusion_trust(
             if rows is not None and (done is not None or not hidden):
                 rows += [chose[offset] for offset in range(final)]
             if done is not None:
-                return Oracle(*done, forwards, histogram)
+                whole = ["clean" if place % size == 0 else "unverified" for place in range(len(done[0]))]
+                return Oracle(*done, forwards, histogram, whole)
             if not hidden:
                 break
         tokens += block

@@ -61,6 +61,7 @@ def test_stop_check(mode: str, options: dict, dropped: int) -> None:
 
         result = engine.generate([[1, 2]], PARAMS, mode=mode, max_new_tokens=60, stop_check=check, **options)[0]
         assert result.stop_reason == "stop" and result.token_ids == whole[: first - dropped]
+        assert len(result.origins) == result.new_tokens
 
 
 @pytest.mark.parametrize(("mode", "options"), MODE_OPTIONS)

@@ -24,6 +24,7 @@ def same(result: Generation, oracle: oracles.Oracle) -> None:
     assert result.stop_reason == oracle.reason
     assert result.forwards == oracle.forwards
     assert result.accepted == oracle.accepted()
+    assert result.origins == oracle.origins
     assert result.new_tokens == len(oracle.tokens)
     assert result.tokens_per_forward == len(oracle.tokens) / oracle.forwards
     assert result.seconds > 0
@@ -69,6 +70,10 @@ def test_ar_trust_equals_causal_and_takes_the_forwards_of_the_oracle(size: int, 
             assert sum(result.accepted) == result.forwards - 1
             emitted = 1 + sum((a + 1) * steps for a, steps in enumerate(result.accepted))
             assert result.new_tokens <= emitted <= result.new_tokens + size
+            dropped = emitted - result.new_tokens  # behind the end: first the last step's own token, then its drafts
+            counted = sum(a * steps for a, steps in enumerate(result.accepted))
+            assert result.origins.count("accepted") == counted - max(0, dropped - 1)
+            assert result.new_tokens - result.origins.count("accepted") == result.forwards - min(dropped, 1)
 
 
 @pytest.mark.parametrize("readout", ["causal", "block_end"])

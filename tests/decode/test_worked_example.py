@@ -30,6 +30,8 @@ def test_branches() -> None:
     ]
     assert [len(tokens) for tokens in emitted] == [1, 3, 4]  # x5; x6 x7 and x8 by row 7; x9 x10 x11 and the bonus x12
     assert result.forwards == 3 and result.accepted == [0, 0, 1, 1]
+    own, right, wrong = "clean", "accepted", "corrected"
+    assert result.origins == [own, right, right, wrong, right, right, right, own]
     assert [call.heads for call in program.calls] == [1 + 3, 4 + 12, 4 + 12]
 
 
@@ -48,6 +50,8 @@ def test_single_branch_with_a_cold_step() -> None:
     assert [call.blocks[0] for call in program.calls] == [masked_blocks(model, anchor) for anchor in (5, 9, 9, 13)]
     assert [len(tokens) for tokens in emitted] == [1, 3, 1, 4]
     assert result.forwards == 4 and result.accepted == [1, 0, 1, 1]
+    own, right, wrong = "clean", "accepted", "corrected"
+    assert result.origins == [own, right, right, wrong, own, right, right, right, own]  # a cold step rejects nothing
 
 
 def always(anchor: int, offset: int) -> bool:

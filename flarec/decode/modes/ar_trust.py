@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from ..plan import StepShape
 from ..policy import Drafting, DraftPolicy
-from ..request import Request
+from ..request import Origin, Request
 from ..rows import Rows
 from ..stepper import BlockSpec
 
@@ -98,13 +98,14 @@ class ARTrustMode:
         accepted, have, *tokens = values
         held, request.ready = request.ready, have
         if accepted < 0:  # the start
-            request.emit(tokens)
+            request.emit(tokens, ["clean"])
             return
         offered = min(held, self.verified)
         if self.policy is not None:
             self.policy.accepted(offered, accepted)
         request.count(accepted, offered)
-        request.emit(tokens[: accepted + 1])
+        drafts: list[Origin] = ["accepted"] * accepted
+        request.emit(tokens[: accepted + 1], [*drafts, "corrected" if accepted < offered else "clean"])
 
     def timed(self, shape: StepShape, seconds: float) -> None:
         if self.policy is not None:

@@ -34,7 +34,7 @@ class CausalMode:
         return self.start(rows, clean, noisy)
 
     def report(self, request: Request, values: list[int]) -> None:
-        request.emit(values)
+        request.emit(values, ["clean"])
 
     def timed(self, shape: StepShape, seconds: float) -> None:
         pass

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..plan import StepShape
-from ..request import Request
+from ..request import Origin, Request
 from ..rows import Rows
 from ..sampling import UNCHOSEN
 from ..stepper import BlockSpec
@@ -112,7 +112,9 @@ class DiffusionTrustMode:
         request.ready = final == len(tokens)
         # earlier blocks are emitted in full, so the rest of the new tokens belong to this block
         place = len(request.tokens) % len(tokens)
-        request.emit(tokens[place:final], place)
+        origins: list[Origin] = ["unverified"] * len(tokens)
+        origins[0] = "clean"
+        request.emit(tokens[place:final], origins[place:final], place)
 
     def timed(self, shape: StepShape, seconds: float) -> None:
         pass

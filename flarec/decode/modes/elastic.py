@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..plan import StepShape
-from ..request import Request
+from ..request import Origin, Request
 from ..rows import Rows
 from ..stepper import BlockSpec
 
@@ -77,7 +77,8 @@ class ElasticMode:
         taken, *tokens = values
         request.count(taken)
         request.ready = taken
-        request.emit(tokens[: taken + 1])
+        drafts: list[Origin] = ["unverified"] * taken
+        request.emit(tokens[: taken + 1], ["clean", *drafts])
 
     def timed(self, shape: StepShape, seconds: float) -> None:
         pass

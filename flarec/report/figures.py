@@ -1,0 +1,82 @@
+"""Plots as SVG that stands in a page: its text and lines have the page's colours, light or dark."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+Points = Sequence[tuple[float, float]]
+INK, GRID = "#010203", "#040506"
+"""Colours that stand for those of the page, `currentColor` and `--grid`."""
+SERIES = tuple(f"#0708{number:02x}" for number in range(8))
+"""Stand for `--series-0` to `--series-7`."""
+MOST_POINTS = 600
+MARKED = 40
+"""Curves of up to so many points show each of them."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Named series of points. intervals: series -> (low, high) of each of its points; joined: by lines."""
+
+    title: str
+    x: str
+    y: str
+    series: Mapping[str, Points]
+    intervals: Mapping[str, Sequence[tuple[float, float]]]
+    joined: bool = True
+
+    def svg(self) -> str:
+        """An `<svg>` element without ids that another figure could have, styles, scripts and addresses."""
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure as Canvas
+
+        settings: Any = {
+            "svg.fonttype": "none", "svg.hashsalt": self.title, "font.family": "sans-serif", "font.size": 10,
+            "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+            "grid.color": GRID, "text.parse_math": False,
+        }
+        with rc_context(settings):
+            canvas = Canvas(figsize=(6.4, 3.2))
+            canvas.subplots_adjust(left=0.11, right=0.98, bottom=0.16, top=0.96)
+            axes = canvas.add_subplot()
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(True, linewidth=0.6)
+            axes.set_xlabel(self.x)
+            axes.set_ylabel(self.y)
+            for number, (name, points) in enumerate(self.series.items()):
+                self._draw(axes, name, thinned(points), SERIES[number % len(SERIES)])
+            if len(self.series) > 1:
+                axes.legend(frameon=False, fontsize=9)
+            out = StringIO()
+            canvas.savefig(out, format="svg", transparent=True)
+        return _in_a_page(out.getvalue(), self.title)
+
+    def _draw(self, axes: Any, name: str, points: Points, colour: str) -> None:
+        x, y = [point[0] for point in points], [point[1] for point in points]
+        marker = "o" if len(points) <= MARKED or not self.joined else ""
+        line = "-" if self.joined else "none"
+        axes.plot(x, y, linestyle=line, marker=marker, markersize=4, linewidth=1.4, color=colour, label=name)
+        for place, (low, high) in zip(x, self.intervals.get(name, ()), strict=False):
+            axes.plot([place, place], [low, high], linewidth=1.2, color=colour)
+
+
+def thinned(points: Points, most: int = MOST_POINTS) -> Points:
+    """Every n-th point so that at most `most` are left, and the last one."""
+    stride = -(-len(points) // most)
+    return points if stride <= 1 else [*points[: -1 : stride], points[-1]]
+
+
+def _in_a_page(svg: str, title: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="[A-Za-z0-9.]+_[0-9]+"', "", svg)  # names that every figure has; the others are hashes
+    svg = re.sub(r' width="[0-9.]+pt"| height="[0-9.]+pt"', "", svg, count=2)
+    svg = svg.replace(INK, "currentColor").replace(GRID, "var(--grid)")
+    for number, colour in enumerate(SERIES):
+        svg = svg.replace(colour, f"var(--series-{number})")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)

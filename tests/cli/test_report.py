@@ -1,0 +1,89 @@
+"""`flarec report`: a page of a checkpoint, and its errors before anything slow."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from flarec import api
+from tests.checkpoints import converted
+from tests.cli.conversions import flarec
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = converted(tmp_path_factory.mktemp("report"), "llama")[1]
+    (path / "metrics.jsonl").write_text(json.dumps({"step": 1, "ar_loss": 0.5, "diffusion_loss": 1.5}) + "\n{")
+    return path
+
+
+def test_samples_and_a_record(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = api.load(checkpoint)
+    monkeypatch.setattr(api, "load", lambda *_, **__: model)
+    (tmp_path / "prompts.txt").write_text("Hello <b>\nthere\nnever asked\n")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "Hello", "response": " there"}))
+    record = tmp_path / "record.json"
+    long = ["--max-new-tokens", "24"]
+    evaluated = flarec("eval", checkpoint, "--data", tmp_path / "data.jsonl", "--out", record, *long)
+    assert evaluated.exit_code == 0, evaluated.output
+    answer = json.loads(record.read_text())["answers"][0]
+    assert len(answer["origins"]) == answer["new_tokens"] and answer["origins"][0] == "c"
+
+    page, text = tmp_path / "page.html", tmp_path / "page.md"
+    result = flarec(
+        "report", checkpoint, "--out", page, "--markdown", text, "--prompts", tmp_path / "prompts.txt",
+        "--samples", "2", "--eval", record, *long,
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [f"written: {page}", f"written: {text}"]
+    shown = page.read_text()
+    assert "Hello &lt;b&gt;" in shown and "never asked" not in shown
+    outputs = model.generate(["Hello <b>", "there"], max_new_tokens=24)
+    for found, output in zip(re.findall(r'<pre class="text">\n(.*?)</pre>', shown, re.DOTALL), outputs, strict=True):
+        assert html.unescape(re.sub(r'<span class="\w+">|</span>', "", found)) == output.text
+        counts = {origin: output.origins.count(origin) for origin in output.origins}
+        assert ", ".join(f"{count} {origin}" for origin, count in counts.items()) in shown
+    assert "this checkpoint" not in text.read_text(), "no answer is graded"
+    assert "0.5" in text.read_text() and "1: record.json" in text.read_text()
+
+
+def test_alone(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(api, "load", None)
+    result = flarec("report", checkpoint)
+    assert result.stdout == f"written: {checkpoint.name}-report.html\n"
+    assert "No samples were asked for" in (tmp_path / f"{checkpoint.name}-report.html").read_text()
+    assert flarec("report", checkpoint, "--markdown", "m.md").stdout == "written: m.md\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "no/page.html"], "there is no directory no"),
+        (["--out", "."], "has no name"),
+        (["--out", "a.html", "--markdown", "a.html"], "are both a.html"),
+        (["--out", "{checkpoint}/page.html"], "which is read"),
+        (["--out", "a.html", "--eval", "none.json"], "none.json"),
+        (["--out", "a.html", "--prompts", "none.txt"], "none.txt"),
+        (["--out", "a.html", "--prompts", "empty.txt"], "no prompts"),
+        (["--out", "empty.txt", "--prompts", "empty.txt"], "is the output empty.txt"),
+    ],
+)
+def test_errors(
+    arguments: list[str], message: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(api, "load", None)
+    Path("empty.txt").write_text("")
+    result = flarec("report", checkpoint, *(argument.format(checkpoint=checkpoint) for argument in arguments))
+    assert result.exit_code != 0 and message in result.stderr and "Traceback" not in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"] and Path("empty.txt").read_text() == ""
+
+
+def test_a_source_is_none(checkpoint: Path) -> None:
+    result = flarec("report", checkpoint.parent / "source")
+    assert result.exit_code == 2 and ("was not converted" in result.stderr or "does not exist" in result.stderr)
