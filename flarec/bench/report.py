@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": getattr(triton, "__version__", None),
+        "transformers": metadata.version("transformers"),
         "cuda": torch.version.cuda,
         baselines.PACKAGE: baselines.version(),
     }

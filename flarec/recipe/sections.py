@@ -112,7 +112,7 @@ class Train(Section):
     shard: Literal["auto", "optimizer", "parameters"] = key(
         "auto",
         "what several ranks cut into parts: optimizer: masters, gradient sums and moments; parameters: those of "
-        "decoder layers as well, gathered while their layer runs; auto: parameters where what belongs to the weights "
+        "decoder layers as well, gathered while their layer runs; auto: parameters where what a rank has of the others "
         "would take more than half of the free memory",
     )
     compile: Literal["auto", "on", "off"] = key(

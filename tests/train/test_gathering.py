@@ -146,7 +146,7 @@ def test_parameters_of_several_layers_or_none_stay_whole() -> None:
 
 
 def test_auto_cuts_them_where_whole_ones_would_take_half_of_the_memory() -> None:
-    run = small("qwen3_5_text")
+    run = small("qwen3_5_text", "auto", torch.bfloat16)
     state = state_bytes(run.program, recipe("flare"), 2)
     for shard, free, ranks, expected in (
         ("auto", 3 * state, 2, False), ("auto", int(1.9 * state), 2, True), ("auto", None, 2, False),
@@ -165,7 +165,7 @@ def test_memory_counts_parts(name: str) -> None:
     """With parts a rank has less by a half of its layers, and two layers of a moment more."""
     adapter = name == "adapter"
     chosen = adapter_recipe() if adapter else recipe("flare")
-    run = small("kimi_linear", "vector", chosen=chosen) if adapter else small("qwen3_5_text")
+    run = small("kimi_linear", "vector", chosen=chosen) if adapter else small("qwen3_5_text", "auto", torch.bfloat16)
     every, layers = run.program.parameters(), layers_of(run.program)
     by_layer: dict[int, int] = {}
     for layer_name, layer in layers.items():

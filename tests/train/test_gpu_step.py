@@ -66,6 +66,24 @@ def test_layers_that_are_computed_again_on_the_gpu(family: str) -> None:
         assert float((gradients[name] - wanted).norm()) <= 1e-5 * float(wanted.norm()) + 1e-8, name
 
 
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+def test_parameters_that_come_and_go_beside_the_computation(memory: str) -> None:
+    """Layers are gathered on a stream of their own; what a step computes is what it computes with all of them there."""
+    runs = [trainer("qwen3_5_text", "cuda", "triton", f"train.memory={memory}", f"train.shard={shard}")
+            for shard in ("parameters", "optimizer")]
+    for number in range(3):
+        got, wanted = (run.advance().read(tiny_tokenizer()) for run in runs)
+        assert got["loss"] == pytest.approx(wanted["loss"], rel=0 if number == 0 else 1e-4)
+        assert got["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-3)
+    cut, whole = runs
+    assert sum(value.untyped_storage().nbytes() for value in cut.parameters.values()) < sum(
+        value.nbytes for value in whole.parameters.values()
+    )
+    with cut.whole():
+        for name, value in whole.parameters.items():
+            torch.testing.assert_close(cut.parameters[name], value, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps_stay_together(family: str) -> None:
     """Three optimizer steps: losses and gradient norms on both devices."""

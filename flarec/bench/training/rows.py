@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..baselines import PACKAGE
 from ..measure import NotMeasured
 from ..session import Case, Measured, Session, named
 from .session import TrainingSession, chosen, fitting
@@ -34,9 +35,13 @@ def values_of(one: dict[str, Any]) -> dict[str, float | None]:
 
 def _step(part: str) -> Measure:
     def measure(session: TrainingSession) -> Measured:
-        one = best(session, part)
-        told = session.results[part].get("error")
-        return Measured(1e6 * one["seconds"] / session.tokens, values_of(one), (told,) if told else ())
+        one, notes = best(session, part), []
+        result = session.results[part]
+        if "library" in result:
+            notes.append(f"{PACKAGE} {result['library']}" if result["library"] else f"without {PACKAGE}")
+        if "error" in result:
+            notes.append(result["error"])
+        return Measured(1e6 * one["seconds"] / session.tokens, values_of(one), tuple(notes))
 
     return measure
 
