@@ -23,6 +23,7 @@ import hypothesis
 import pytest
 import torch
 
+from tests.cpu_time import CpuTime
 from tests.interpreter import replace_language_once
 
 torch.set_num_threads(1)
@@ -54,6 +55,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--exact-cases", type=int, metavar="N",
         help="cases of tests/decode/test_exact.py, over all families; tests/test_rows.py then takes all of them, too",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(CpuTime())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
