@@ -93,7 +93,7 @@ def convert(folder: Path, threads: int, root: Path) -> Path:
     `root`: the checkout that converts. The older one of two: what it writes, both of them read.
     """
     out = folder / "checkpoint"
-    tiny = ROOT / "examples" / "tiny"
+    tiny = root / "examples" / "tiny"
     command = [
         str(root / ".venv" / "bin" / "flarec"), "convert", str(tiny / "model"),
         "--data", str(tiny / "data/train.jsonl"),

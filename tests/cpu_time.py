@@ -7,7 +7,7 @@ workers of pytest-xdist. What a file's tests share with others (captures) is cou
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Generator
 from typing import Any
 
@@ -26,7 +26,7 @@ def cpu_seconds() -> float:
 class CpuTime:
     def __init__(self) -> None:
         self.start = cpu_seconds()
-        self.files: Counter[str] = Counter()
+        self.files: dict[str, float] = defaultdict(float)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self) -> Generator[None, Any, Any]:
@@ -42,12 +42,14 @@ class CpuTime:
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.files[report.nodeid.partition("::")[0]] += sum(v for name, v in report.user_properties if name == PROPERTY)
+        for name, seconds in report.user_properties:
+            if name == PROPERTY and isinstance(seconds, float):
+                self.files[report.nodeid.partition("::")[0]] += seconds
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        total = self.files.total()
+        total = sum(self.files.values())
         if total < LONG:
             return
         terminalreporter.section(f"{total:.0f} CPU seconds in {len(self.files)} files, most of them in")
-        for name, seconds in self.files.most_common(SHOWN):
+        for name, seconds in sorted(self.files.items(), key=lambda item: -item[1])[:SHOWN]:
             terminalreporter.write_line(f"{seconds:7.1f}  {name}")
