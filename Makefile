@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast test-search test-exact test-matrix test-fla test-peft test-serve test-vllm test-lm-eval pytest lint typecheck demo bench-cpu clean
+.PHONY: help install test test-fast test-search test-exact test-families test-matrix test-fla test-peft test-serve test-vllm test-lm-eval pytest lint typecheck demo bench-cpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -48,6 +48,9 @@ test-exact: $(VENV)/.installed-test  ## AR-Trust against causal decoding, rows a
 # These two share .venv's packages and hold a few of their own: see tools/environment.py.
 test-matrix: $(VENV)/.installed-test  ## the tests of the families with other versions of transformers: MATRIX="5.17.0 newest"
 	$(BIN)/python tools/matrix.py --workers $(WORKERS) $(MATRIX)
+
+test-families: $(VENV)/.installed-test  ## conversion and decoding of every family, not only of those that cover all mixers
+	FLAREC_EVERY_FAMILY=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup tests/conformance
 
 test-fla: $(VENV)/.installed-test  ## the models of flash-linear-attention, which is never installed in .venv
 	$(BIN)/python tools/environment.py .venv-fla -c constraints-fla.txt torch==2.13.0 flash-linear-attention

@@ -87,12 +87,15 @@ def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
-def convert(folder: Path, threads: int) -> Path:
-    """The tiny model after one step of training: what a decode starts from, not what it says, is measured here."""
+def convert(folder: Path, threads: int, root: Path) -> Path:
+    """The tiny model after one step of training: what a decode starts from, not what it says, is measured here.
+
+    `root`: the checkout that converts. The older one of two: what it writes, both of them read.
+    """
     out = folder / "checkpoint"
-    tiny = ROOT / "examples" / "tiny"
+    tiny = root / "examples" / "tiny"
     command = [
-        str(ROOT / ".venv" / "bin" / "flarec"), "convert", str(tiny / "model"),
+        str(root / ".venv" / "bin" / "flarec"), "convert", str(tiny / "model"),
         "--data", str(tiny / "data/train.jsonl"),
         "--recipe", str(tiny / "recipe.toml"), "--steps", "1", "--out", str(out),
     ]
@@ -129,7 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="flarec-startup-") as folder:
         work = Path(folder)
-        checkpoint = (options.checkpoint or convert(work, options.threads)).resolve()
+        checkpoint = (options.checkpoint or convert(work, options.threads, options.against or ROOT)).resolve()
         roots = {"this": ROOT} | ({"other": options.against.resolve()} if options.against else {})
         trees = {}
         for name, root in roots.items():

@@ -65,7 +65,7 @@ def adapted(directory: Path, family: str = "bamba", alone: bool = False, **optio
     """(source, checkpoint with an adapter that changes noisy rows); `options` go to `write_adapter_checkpoint`."""
     source = tiny_checkpoint(directory / "source", family)
     adapter = AdaptNoisyStream(rank=4, alpha=8.0)
-    program = capture(open_checkpoint(source).load_model(torch.float32))
+    program = capture(open_checkpoint(source).load_model(torch.float32), cache=True)
     extra = new_adapter(program, adapter, seed=3)
     generator = torch.Generator().manual_seed(4)
     for name, parameter in extra.items():

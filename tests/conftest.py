@@ -6,12 +6,14 @@ Shared test code is imported from the repository root: `from tests.oracles.layou
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import tempfile
 
 # Before torch and huggingface_hub are imported: both read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its pool imports torch in every process
 # Not the user's own program cache: one for this run, shared by its workers and the processes that tests start.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="flarec-tests-")
@@ -21,9 +23,14 @@ import hypothesis
 import pytest
 import torch
 
+from tests.cpu_time import CpuTime
+from tests.interpreter import replace_language_once
+
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before any test module is imported
+    if importlib.util.find_spec("triton") is not None:
+        replace_language_once()
 
 # Times vary with the load of the machine, so neither a slow example nor slowly drawn data is a failure; an example that
 # fails prints how to replay it. The default profile draws the same examples each time, so a run can be repeated;
@@ -48,6 +55,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--exact-cases", type=int, metavar="N",
         help="cases of tests/decode/test_exact.py, over all families; tests/test_rows.py then takes all of them, too",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(CpuTime())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -54,5 +55,6 @@ def register() -> None:
         setattr(transformers, config, getattr(fla.models, f"{stem}Config"))
         setattr(transformers, model, getattr(fla.models, f"{stem}ForCausalLM"))
         tiny.TINY[name] = TinyModel(config, model, _BASE | values)
+    os.environ["FLAREC_EVERY_FAMILY"] = "1"  # these are none of those that cover the mixers of transformers' families
     models.ALL_FAMILIES = NAMES  # type: ignore[attr-defined]
     models.PLAIN_FAMILIES = ()  # type: ignore[attr-defined]

@@ -65,7 +65,8 @@ def run(version: str, workers: str, tests: list[str]) -> Result:
         # the tests of one family share a process, and with it what they capture
         spread = ["-n", workers, "--dist", "loadgroup", f"--junitxml={report}"]
         command = [python, "-m", "pytest", "-q", *spread, *(tests or TESTS)]
-        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        every = os.environ | {"FLAREC_EVERY_FAMILY": "1"}
+        code = subprocess.run(command, cwd=ROOT, check=False, env=every).returncode
         cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
     bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     seconds = sum(float(case.get("time", "0")) for case in cases)

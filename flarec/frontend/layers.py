@@ -11,25 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import enum
-import functools
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..ir.module import bind
-from .hooks.interfaces import Causal
+from .alike import PLAIN, alike, equal
 from .index import Index
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum, Causal)
-CODE = (FunctionType, BuiltinFunctionType, type)
 ENTER, LEAVE, AGAIN = range(3)
 
 
@@ -102,7 +97,7 @@ class SharedLayers:
             if not isinstance(hidden, Tensor) or not _constant(arguments) or _has_hooks(layer):
                 return own(*args, **kwargs)
             for traced in self.traced[kind.first]:
-                if _equal(traced.arguments, arguments):
+                if equal(traced.arguments, arguments):
                     self.repeats[index] = traced.layer
                     return traced.pack(boundary(hidden, index, AGAIN))
             entered = boundary(hidden, index, ENTER)
@@ -139,9 +134,10 @@ class SharedLayers:
                 raise NotShared
             bodies[layer] = nodes[position[enter] + 1 : position[leave]]
             self._check_own(graph, bodies[layer], layer, leave)
+        reads = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
         for index, layer in self.repeats.items():
             again, enter, leave = places[index, AGAIN], places[layer, ENTER], places[layer, LEAVE]
-            copied = _Copy(module, model, f"{self.prefix}.{layer}", f"{self.prefix}.{index}", again)
+            copied = _Copy(module, model, f"{self.prefix}.{layer}", f"{self.prefix}.{index}", again, reads)
             copied.nodes[enter] = again.args[0]
             result = copied.body(bodies[layer], leave.args[0])
             again.replace_all_uses_with(result)
@@ -163,10 +159,13 @@ class SharedLayers:
 
 
 class _Copy:
-    """Copies nodes from one layer to another, before the node `place`."""
+    """Copies nodes from one layer to another, before the node `place`; `reads` are the nodes that read a tensor."""
 
-    def __init__(self, module: fx.GraphModule, model: nn.Module, source: str, target: str, place: fx.Node) -> None:
-        self.module, self.model = module, model
+    def __init__(
+        self, module: fx.GraphModule, model: nn.Module, source: str, target: str, place: fx.Node,
+        reads: dict[str, fx.Node],
+    ) -> None:
+        self.module, self.model, self.reads = module, model, reads
         self.source, self.target = source, target
         self.place = place
         self.nodes: dict[fx.Node, Any] = {}
@@ -201,9 +200,11 @@ class _Copy:
             self.module.add_module(new, self._region(region))
         elif (new := self._renamed(name)) == name:
             return node
+        elif new in self.reads:
+            return self.reads[new]
         elif not _has(self.module, new):
             bind(self.module, new, _tensor(self.model, new))
-        read = self.module.graph.get_attr(new)
+        read = self.reads[new] = self.module.graph.get_attr(new)
         read.meta = dict(node.meta)
         return read
 
@@ -238,63 +239,6 @@ def _kinds(layers: nn.ModuleList) -> list[Kind]:
     return [kind for kind in kinds if len(kind.members) > 1]
 
 
-def alike(one: nn.Module, other: nn.Module, number: int, another: int) -> set[tuple[str, str]] | None:
-    """The attributes (module, name) that differ as the layers' indices do; None if anything else differs."""
-    ones, others = list(one.named_modules()), list(other.named_modules())
-    if [(name, type(module)) for name, module in ones] != [(name, type(module)) for name, module in others]:
-        return None
-    twins = {id(a): b for (_, a), (_, b) in zip(ones, others, strict=True)}
-    indices = set()
-    for (name, a), (_, b) in zip(ones, others, strict=True):
-        if _tensors(a) != _tensors(b) or (mine := _own(a)).keys() != (theirs := _own(b)).keys():
-            return None
-        for key, value in mine.items():
-            if _equal(value, theirs[key], twins):
-                continue
-            if not (type(value) is type(theirs[key]) is int and theirs[key] - value == another - number):
-                return None
-            indices.add((name, key))
-    return indices
-
-
-def _own(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes but for its tensors and modules; `training` is set for the trace."""
-    return {name: value for name, value in vars(module).items() if name not in ("_parameters", "_buffers", "_modules")}
-
-
-def _tensors(module: nn.Module) -> list[object]:
-    """What a trace sees of a module's own tensors, by their names."""
-    return [
-        (name, t if t is None else (type(t), t.shape, t.dtype, t.device, t.requires_grad))
-        for name, t in (*module._parameters.items(), *module._buffers.items())
-    ]
-
-
-def _equal(a: Any, b: Any, twins: Mapping[int, nn.Module] = MappingProxyType({})) -> bool:
-    """Whether two values are the same to a forward; `twins` are the other layer's modules by the id of this one's."""
-    from transformers import PretrainedConfig
-
-    if type(a) is not type(b):
-        return False
-    if a is b and isinstance(a, (*PLAIN, *CODE, Tensor, PretrainedConfig)):
-        return True
-    if a is b and not isinstance(a, (tuple, frozenset)):
-        return False  # one layer may write into it what another reads
-    if isinstance(a, PLAIN):
-        return bool(a == b)
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(_equal(x, y, twins) for x, y in zip(a, b, strict=True))
-    if isinstance(a, (set, frozenset)):
-        return bool(a == b) and all(isinstance(x, PLAIN) for x in a)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(_equal(x, b[key], twins) for key, x in a.items())
-    if isinstance(a, functools.partial):
-        return all(_equal(x, y, twins) for x, y in zip(a.__reduce__()[2], b.__reduce__()[2], strict=True))
-    if isinstance(a, MethodType):
-        return a.__func__ is b.__func__ and twins.get(id(a.__self__)) is b.__self__
-    return False
-
-
 def _constant(value: Any) -> bool:
     """Whether an argument holds nothing that a layer could write into."""
     if isinstance(value, tuple):
@@ -307,7 +251,8 @@ def _state(hidden: Any) -> tuple[Any, ...]:
     if not isinstance(hidden, Tensor):
         return ()
     sizes = tuple(str(size) for size in (*hidden.shape, *hidden.stride()))
-    modes = (torch.is_grad_enabled(), torch.is_autocast_enabled(hidden.device.type))
+    kind = hidden.device.type
+    modes = (torch.is_grad_enabled(), torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
     return (sizes, str(hidden.dtype), str(hidden.device), hidden.requires_grad, *modes)
 
 

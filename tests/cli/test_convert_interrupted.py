@@ -15,7 +15,7 @@ from flarec.train.metrics import read_metrics
 from tests.cli.conversions import QUICK, flarec, write_data
 from tests.models import tiny_checkpoint
 
-STEPS = 24
+STEPS = 12
 WATCHED = """
 import os, signal
 from flarec.cli import main
@@ -43,7 +43,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def arguments(out: str, precision: str, rank: int) -> list[str]:
     trained = ["--set", f"adapter.rank={rank}", "--set", "objective.ar_weight=0"] if rank else []
     return ["convert", "qwen3_5_text", "--data", "data.jsonl", "--recipe", "dual", "--out", out, *QUICK,
-            "--steps", str(STEPS), "--set", "save.every=1", "--set", "evaluation.every=12",
+            "--steps", str(STEPS), "--set", "save.every=1", "--set", "evaluation.every=6",
             "--set", f"optimizer.precision={precision}", *trained]
 
 
@@ -55,9 +55,9 @@ def saved_step(place: Path) -> int:
 
 
 def stop_after(place: Path, command: list[str], step: int, signal_number: signal.Signals) -> tuple[int, str]:
-    """Start a process, send it a signal once `step` is saved, at most 8 steps later; its exit code and stderr."""
+    """Start a process, send it a signal once `step` is saved, at most 3 steps later; its exit code and stderr."""
     reads, writes = os.pipe()
-    environment = {**os.environ, "TELL_AT": str(step), "WAIT_AT": str(step + 8), "TELL_TO": str(writes)}
+    environment = {**os.environ, "TELL_AT": str(step), "WAIT_AT": str(step + 3), "TELL_TO": str(writes)}
     # in a session of its own, so that a signal for the test's process group does not reach it
     process = subprocess.Popen(
         [sys.executable, "-c", WATCHED, *command], cwd=place, stderr=subprocess.PIPE, text=True,
@@ -81,20 +81,20 @@ def test_interrupted_twice_and_resumed_equals_uninterrupted(place: Path, precisi
     whole = flarec(*arguments("whole", precision, rank))
     assert whole.exit_code == 0, whole.output
 
-    code, errors = stop_after(place, arguments("out", precision, rank), 3, signal.SIGINT)
+    code, errors = stop_after(place, arguments("out", precision, rank), 2, signal.SIGINT)
     assert code == 130, errors
     assert "Traceback" not in errors
     interrupted_at = saved_step(place)
-    assert 3 <= interrupted_at < STEPS
+    assert 2 <= interrupted_at < STEPS
     assert f"step {interrupted_at} is saved" in errors
     command = shlex.split(errors.strip().splitlines()[-1])
     assert command[:2] == ["flarec", "convert"]
     assert "--resume" in command
 
-    code, errors = stop_after(place, command[1:], interrupted_at + 4, signal.SIGKILL)
+    code, errors = stop_after(place, command[1:], interrupted_at + 2, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert f"continuing after step {interrupted_at} of {STEPS}" in errors
-    assert interrupted_at + 4 <= saved_step(place) < STEPS
+    assert interrupted_at + 2 <= saved_step(place) < STEPS
     assert not (place / "out").exists()
 
     resumed = flarec(*command[1:])

@@ -6,6 +6,7 @@ Tests are parametrised by `EVERY`; under `--dist loadgroup` all tests of a famil
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,10 @@ AGAIN = ("mamba", "falcon_mamba")
 """Families whose mixers are those of jamba, without what is between them: `flarec families --run` has their stages."""
 NAMES = tuple(name for name in (*ALL_FAMILIES, *PLAIN_FAMILIES) if name not in AGAIN)
 EVERY = [pytest.param(name, marks=pytest.mark.xdist_group(name), id=name) for name in NAMES]
+COVER = ("qwen3_5_text", "kimi_linear", "minimax", "falcon_h1", "jamba", "zaya", "lfm3", "recurrent_gemma", "gemma2")
+"""Families that between them have every mixer, experts and soft caps."""
+COVERING = EVERY if os.environ.get("FLAREC_EVERY_FAMILY") else [param for param in EVERY if param.id in COVER]
+"""For what the invariants, through which all families go, say piece by piece. `make test-families` takes them all."""
 BLOCK_SIZE = 3
 MASK_ID = 400
 SETTINGS = [

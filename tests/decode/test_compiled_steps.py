@@ -57,13 +57,12 @@ def check(family: str, backend: str, prompts: int) -> None:
 
 
 def test_compiled_ar_trust_gives_the_tokens_of_causal_decoding() -> None:
-    check("qwen3_5_text", "eager", 2)
+    check("bamba", "eager", 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_5_text", "bamba"])
-def test_inductor_gives_the_tokens_of_causal_decoding(family: str) -> None:
-    check(family, "inductor", 3)
+def test_inductor_gives_the_tokens_of_causal_decoding() -> None:
+    check("qwen3_5_text", "inductor", 3)
 
 
 class Counting:

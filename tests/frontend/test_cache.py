@@ -18,11 +18,12 @@ import flarec as package
 from flarec.decode import Engine
 from flarec.frontend import cache as program_cache
 from flarec.frontend.cache import Entry, cache_directory, entry_of, key_of
-from flarec.frontend.export import capture
+from flarec.frontend.export import capture, load_model
 from flarec.ir.json import Unstorable, graph_from_json, graph_to_json
 from flarec.ir.program import Program
 from flarec.layout import Block, build_layout
 from flarec.passes import lower
+from tests.checkpoints import converted
 from tests.models import FAMILIES, captured, shared_model, tiny_checkpoint, tiny_model
 
 CACHED = "capture(cached=True)"
@@ -325,6 +326,14 @@ def test_what_decides_a_capture_decides_the_key(monkeypatch: pytest.MonkeyPatch)
     keys.add(key_of(tiny_model("bamba"), "bamba"))
     assert len(keys) == 7 + len(versions)
     assert None not in keys
+
+
+def test_what_a_conversion_states_does_not(tmp_path: Path) -> None:
+    """A checkpoint finds the graph of its source; a setting of the model under the same name still decides."""
+    own = key_of(tiny_model("lfm2"), "lfm2")
+    for path in converted(tmp_path, "lfm2"):
+        assert key_of(load_model(path, torch.float32, "cpu"), "lfm2") == own
+    assert len({key_of(tiny_model("minimax", block_size=size), "minimax") for size in (16, 32)}) == 2
 
 
 def test_the_versions_name_what_they_should() -> None:

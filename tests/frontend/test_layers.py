@@ -54,8 +54,9 @@ def test_the_graph_is_that_of_tracing_every_layer(family: str, repeats: dict[int
             assert module.get_parameter(node.target) is theirs[node.target]
 
 
-def test_many_layers_are_traced_once() -> None:
-    model = tiny_model("llama", num_hidden_layers=6)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_many_layers_are_traced_once(device: str) -> None:
+    model = tiny_model("llama", num_hidden_layers=6).to(device)
     shared = shared_layers(model)
     traced(model, shared)
     assert shared.repeats == dict.fromkeys(range(1, 6), 0)

@@ -21,9 +21,7 @@ from tests.models import captured_float64, tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES = {
-    "qwen3": {"softmax_attention"},
-    "lfm2": {"short_conv"},
-    "qwen3_5_text": {"linear_attention"},  # delta rule, a gate per head
+    "qwen3_5_text": {"softmax_attention", "short_conv", "linear_attention"},  # delta rule, a gate per head
     "kimi_linear": {"linear_attention", "moe_experts"},  # a gate per channel
     "bamba": {"linear_attention"},  # no delta rule
     "jamba": {"selective_scan", "moe_experts"},
@@ -66,7 +64,7 @@ def test_a_training_step_is_one_graph(family: str) -> None:
     assert_equal(trained(fast, program.module, ids, given), trained(program, program.module, ids, given))
 
 
-@pytest.mark.parametrize("family", ["lfm2", "kimi_linear", "jamba"])
+@pytest.mark.parametrize("family", ["kimi_linear", "jamba"])
 def test_a_decode_step_is_one_graph(family: str) -> None:
     program = lower(captured_float64(family), "decode")
     torch._dynamo.reset()
@@ -87,7 +85,7 @@ def test_a_decode_step_is_one_graph(family: str) -> None:
 
 def test_a_decode_step_with_triton_kernels_is_one_graph() -> None:
     """No launcher breaks it: each is one op, and none of its results is copied that is a tensor of its own."""
-    program = lower(capture(tiny_model("qwen3_5_text").to(DEVICE)), "decode", kernels="triton")
+    program = lower(capture(tiny_model("qwen3_5_text").to(DEVICE), cache=True), "decode", kernels="triton")
     cache = Cache.allocate(program.cache_slots, 1, 64, DEVICE)
     prefill = build_layout([[5]], [[]], device=DEVICE)
     ids, given = arguments(program, prefill)

@@ -26,7 +26,7 @@ from tests.passes.snippets import count
 
 def fresh(family: str, dtype: torch.dtype = torch.float32) -> Program:
     """A capture whose parameters no other test reads: the passes move them."""
-    return capture(tiny_model(family).to(dtype))
+    return capture(tiny_model(family).to(dtype), cache=True)
 
 
 def steps(program: Program, seed: int = 0) -> list[Tensor]:

@@ -61,7 +61,7 @@ class Small:
         self.model = tiny_model(family, **overrides)
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(dtype)
-        self.captured = capture(self.model)
+        self.captured = capture(self.model, cache=True)
         self.mask: MaskToken = choose_mask_token(choice, self.model.config, tiny_tokenizer())
         initialise_mask_token(self.mask, self.model, self.captured, tiny_tokenizer())
         adapter = adapter_of(chosen) if chosen is not None else None

@@ -137,7 +137,7 @@ def test_what_is_widened_anyway_stays_float32(family: str, kept: set[str]) -> No
     exact = {name: value.detach().clone() for name, value in model.named_parameters()}
     for parameter in model.parameters():
         parameter.data = parameter.data.to(BF16)
-    captured = capture(model)
+    captured = capture(model, cache=True)
     names = keep_float32(captured, {n: v for n, v in exact.items() if not n.startswith("lm_head")})
     assert {name.rpartition(".")[2] for name in names} == kept
     assert all("norm" in name for name in names if name.endswith(".weight"))

@@ -40,7 +40,7 @@ def cancelling() -> Subject:
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.bias += direction
         model.model.layers[0].mlp.down_proj.bias -= direction
-    program = capture(model)
+    program = capture(model, cache=True)
     train, decode = (lower(program, target) for target in ("train", "decode"))
     return Subject(train, decode, copy.deepcopy(model), mask_token_id=400, block_size=3, suppress=(400,))
 

@@ -4,7 +4,6 @@ rounding of the reference; equal channels against the kernels for one decay per 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -141,15 +140,18 @@ MIXED = build_layout(
 
 @pytest.mark.parametrize(
     "case",
-    [Case(*x, seed=7) for x in itertools.product((True, False), (True, False), (1, 2))],
+    [Case(*x, seed=7) for x in ((True, True, 1), (True, False, 2), (False, True, 2), (False, False, 1))],
     ids=lambda c: f"delta={c.delta}-l2norm={c.l2norm}-group={c.group}",
 )
 def test_every_kind_on_a_mixed_layout(case: Case) -> None:
-    """Rows, documents and views, straddling blocks, both readouts, a block of a whole tile, anchors at all borders."""
+    """Rows, documents and views, straddling blocks, both readouts, a block of a whole tile, anchors at all borders.
+
+    Every two options in all their combinations; the test below draws all three.
+    """
     assert_equal_to_reference(case, MIXED)
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     layout=layouts(max_clean=18, max_block=9),
     delta=st.booleans(),
@@ -162,7 +164,7 @@ def test_equals_reference(layout: Layout, delta: bool, l2norm: bool, group: int,
     assert_equal_to_reference(Case(delta, l2norm, group, decay, seed), layout)
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65])
+@pytest.mark.parametrize("length", [1, 64, 65])
 def test_lengths_at_chunk_borders(length: int) -> None:
     """Whole tiles of 64 rows, head dims that are no powers of two, a block as long as a tile; anchors up to the end."""
     blocks = [Block(0, a, 5, 0) for a in range(0, length, 5)]
@@ -197,8 +199,9 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[int], set[int]]]:
     return seen
 
 
-@pytest.mark.parametrize("where", ["in blocks", "in a chunk", "in a channel of a head"])
-@pytest.mark.parametrize("l2norm", [True, False])
+@pytest.mark.parametrize(
+    ("where", "l2norm"), [("in blocks", True), ("in a chunk", False), ("in a channel of a head", True)]
+)
 def test_one_product_for_some(where: str, l2norm: bool, direct: list[tuple[set[int], set[int]]]) -> None:
     """Chunks and tiles that decay too much for one product of their pairs, beside others that do not."""
     case = Case(l2norm=l2norm, group=2, decay=0.2, seed=6)
@@ -229,7 +232,7 @@ def test_total_decay() -> None:
 
 
 def test_equal_channels_equal_one_decay_per_head() -> None:
-    case = Case(group=2, key_heads=2, seed=5)
+    case = Case(group=2, seed=5)
     layout = MIXED.to(DEVICE)
     inputs = case.inputs(layout)
     assert inputs["g"] is not None
