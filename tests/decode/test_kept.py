@@ -31,6 +31,8 @@ def relative() -> list[Any]:
     made = []
     for kind in sorted(kinds, key=lambda kind: kind.__name__):
         made += [kind(width) for width in (2, 3, 4, 8)] if kind.__name__.startswith("Conv") else [kind()]
+        if "narrow" in getattr(kind, "__dataclass_fields__", {}):
+            made.append(kind(narrow=True))
     return made
 
 

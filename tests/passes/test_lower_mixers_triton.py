@@ -18,6 +18,9 @@ from flarec.decode import Engine
 from flarec.errors import PassError
 from flarec.ir.pipeline import run_pipeline
 from flarec.ir.program import Program, target_name
+from flarec.kernels.linear_attention.step.schedule import StepSchedule
+from flarec.kernels.linear_attention.tiles.schedule import TileSchedule
+from flarec.layout import build_layout
 from flarec.ops.linear_attention import StepTiles, Tiles
 from flarec.ops.short_conv import ConvOrder
 from flarec.ops.softmax_attention import AttentionIntervals
@@ -199,3 +202,20 @@ except PassError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert message in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("dtype", "channels", "narrow"), [
+    (torch.bfloat16, 32, True), (torch.float16, 16, True), (torch.bfloat16, 64, False), (torch.float32, 32, False),
+])
+def test_steps_of_narrow_heads_are_prefills(dtype: torch.dtype, channels: int, narrow: bool) -> None:
+    """More than 16 slots of 16-bit heads under 128 bytes do not run in the step kernel."""
+    q = torch.empty(1, 4, 2, channels, dtype=dtype, device="meta")
+    g = torch.empty(1, 4, 2, device="meta")
+    site = ops.Site({"q": q, "k": q, "v": q, "g": g, "beta": g, "scale": 1.0, "delta": True, "l2norm": True}, step=True)
+    form = ops.LINEAR_ATTENTION.forms["triton"]
+    assert form.reads is not None
+    derivation = form.reads(site)
+    assert derivation == StepTiles(64, narrow=narrow)
+    for rows, prefill in ((16, False), (17, narrow), (64, narrow), (65, True)):
+        schedule = derivation.build(build_layout([[rows]], [[]]), 128)
+        assert isinstance(schedule, TileSchedule if prefill else StepSchedule)
