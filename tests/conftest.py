@@ -14,10 +14,12 @@ import tempfile
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # its pool imports torch in every process
-# Not the user's own program cache: one for this run, shared by its workers and the processes that tests start.
+# Not the user's own program cache, nor inductor's: one for this run, shared by its workers and the processes that tests
+# start.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="flarec-tests-")
-    os.environ["FLAREC_CACHE_DIR"] = _CACHE.name
+    os.environ["FLAREC_CACHE_DIR"] = os.path.join(_CACHE.name, "programs")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(_CACHE.name, "inductor"))
 
 import hypothesis
 import pytest
