@@ -11,7 +11,7 @@ from .figures import Figure, Points
 from .recorded import ONE_PER_FORWARD, SPAN, EvaluationRecord, Recorded, at, at_text, inside
 
 MOST_ROWS = 12
-"""Of a table of points; the figure shows more of them."""
+"""Of each series in a table of points; the figure shows more of them."""
 NO_EVALUATION = "Not recorded: the run made no held-out evaluation (evaluation.every)."
 NO_RECORD = "Not recorded: give records of `flarec eval CKPT --data FILE --out RECORD.json` with --eval."
 
@@ -84,9 +84,9 @@ def _count(table: object, key: str, *, grouped: bool = True) -> str:
 
 def _losses(run: Recorded) -> Iterable[Topic]:
     missing = f"Not recorded: the checkpoint has no {METRICS} with steps in it."
-    clean = {"step": run.curve("ar_loss"), "held out": run.curve("evaluation", "ar_loss", held_out=True)}
+    clean = {"training": run.curve("ar_loss"), "held out": run.curve("evaluation", "ar_loss", held_out=True)}
     yield _plot("AR loss, of the clean stream", "step", "nats per token", clean, missing)
-    noisy = {"step": run.curve("diffusion_loss")}
+    noisy = {"training": run.curve("diffusion_loss")}
     yield _plot("Diffusion loss, of the noisy stream", "step", "loss", noisy, missing)
 
 
@@ -174,14 +174,17 @@ def _plot(title: str, x: str, y: str, series: Mapping[str, Points], missing: str
 
 
 def _points(x: str, series: Mapping[str, Points]) -> Table:
-    """A row per place on the axis, as many as are looked at; a place that a series lacks is empty."""
+    """A row per place on the axis, as many as are looked at, of every series; a place that a series lacks is empty."""
     values = {name: dict(points) for name, points in series.items()}
-    places = sorted({place for points in values.values() for place in points})
-    if len(places) > MOST_ROWS:
-        last = len(places) - 1
-        places = [places[round(row * last / (MOST_ROWS - 1))] for row in range(MOST_ROWS)]
+    places = sorted({place for points in values.values() for place in _spread(sorted(points))})
     rows = [[_text(place), *(_text(found.get(place)) for found in values.values())] for place in places]
     return Table((x, *values), rows)
+
+
+def _spread(places: Sequence[float]) -> Sequence[float]:
+    """`MOST_ROWS` of them with both ends, or all."""
+    last = len(places) - 1
+    return places if last < MOST_ROWS else [places[round(row * last / (MOST_ROWS - 1))] for row in range(MOST_ROWS)]
 
 
 def _text(value: float | None) -> str:

@@ -73,15 +73,16 @@ class CallReader:
     def _call(self, text: str) -> dict[str, Any] | None:
         try:
             table = json.loads(text, parse_constant=_no_number)
+            if not isinstance(table, dict) or table.keys() != {"name", "arguments"}:
+                return None
+            name, arguments = table["name"], table["arguments"]
+            if not isinstance(name, str) or name not in self.names or not isinstance(arguments, dict):
+                return None
+            written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)  # 1e999 is read as infinity
+            written.encode()  # half of a surrogate pair is no text that can be sent
         except (ValueError, RecursionError):
             return None
-        if not isinstance(table, dict) or table.keys() != {"name", "arguments"}:
-            return None
-        name, arguments = table["name"], table["arguments"]
-        if not isinstance(name, str) or name not in self.names or not isinstance(arguments, dict):
-            return None
         self.count += 1
-        written = json.dumps(arguments, ensure_ascii=False)
         return {"id": f"call_{secrets.token_hex(12)}", "type": "function",
                 "function": {"name": name, "arguments": written}}
 

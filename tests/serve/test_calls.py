@@ -41,6 +41,10 @@ CASES: list[tuple[str, str, list[tuple[str, dict[str, Any]]]]] = [
      f"{OPEN}{{\"name\": \"time\", \"arguments\": \"{{}}\"}}{CLOSE}", []),
     (f"{OPEN}{{\"name\": \"time\", \"arguments\": {{\"x\": NaN}}}}{CLOSE}",
      f"{OPEN}{{\"name\": \"time\", \"arguments\": {{\"x\": NaN}}}}{CLOSE}", []),
+    *[(f"{OPEN}{text}{CLOSE}", f"{OPEN}{text}{CLOSE}", []) for text in (  # no JSON, or none that can be sent
+        '{"name": "time", "arguments": {"x": 1e999}}', '{"name": "time", "arguments": {"x": "\\ud800"}}',
+        f'{{"name": "time", "arguments": {{"x": {"9" * 5000}}}}}', '{"name": "time", "arguments": {"x": "a\nb"}}',
+    )],
     (f"say {OPEN} like this: {written('time')}", f"say {OPEN} like this:", [("time", {})]),
     (f"{OPEN}{'[' * 100_000}{CLOSE}", f"{OPEN}{'[' * 100_000}{CLOSE}", []),
     ("<tool_cal <", "<tool_cal <", []),
