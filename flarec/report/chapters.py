@@ -112,14 +112,24 @@ def _speed(run: Recorded, records: Sequence[EvaluationRecord]) -> Iterable[Topic
     part = _plot("By position in the answer", "tokens into the answer", "tokens per forward", positions, missing)
     over = f"Over {SPAN} tokens each, of the answers that are as long as that."
     yield part if part.note else replace(part, note=over)
-    heats: dict[str, list[tuple[float, float]]] = {}
-    for record in records:
+    yield _temperatures(records)
+
+
+def _temperatures(records: Sequence[EvaluationRecord]) -> Topic:
+    """A row per record: several may have one label and one temperature, and other options that differ."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    rows = []
+    for number, record in enumerate(records, 1):
         heat, rate = record.number("options", "temperature"), record.number("result", "tokens_per_forward")
         if heat is not None and rate is not None:
-            heats.setdefault(record.label, []).append((heat, rate))
-    sorted_heats = {name: sorted(points) for name, points in heats.items()}
-    missing = "Not recorded: no record has a temperature and tokens per forward." if records else NO_RECORD
-    yield _plot("By temperature", "temperature", "tokens per forward", sorted_heats, missing)
+            series.setdefault(record.label, []).append((heat, rate))
+            rows.append((f"{number}: {record.file}", record.model, record.mode, _text(heat), _text(rate)))
+    title, missing = "By temperature", "Not recorded: no record has a temperature and tokens per forward."
+    if not rows:
+        return Topic(title, note=missing if records else NO_RECORD)
+    known = {name: sorted(points) for name, points in series.items()}
+    table = Table(("record", "model", "mode", "temperature", "tokens per forward"), rows)
+    return Topic(title, Figure(title, "temperature", "tokens per forward", known, {}), table)
 
 
 def _accuracy(records: Sequence[EvaluationRecord]) -> Topic:

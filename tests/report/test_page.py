@@ -120,6 +120,10 @@ def test_numbers_are_those_of_records() -> None:
     assert points(position)["1: a.json"] == [(8, 32 / (8 + 16)), (24, 2)]
     expected = [(0.5, 1.625)]
     assert points(heat) == {"ar-trust, d.jsonl": expected, "other, ar-trust, d.jsonl": expected}
+    faster = EvaluationRecord("b.json", True, record(result={"mode": "ar-trust", "tokens_per_forward": 2.5}))
+    table = part_of(run(), [records[0], faster], "Tokens per forward", 2).table
+    assert table is not None
+    assert [(row[0], row[-1]) for row in table.rows] == [("1: a.json", "1.625"), ("2: b.json", "2.5")]
     accuracy = part_of(run(), records[:1], "Accuracy against forwards")
     assert points(accuracy) == {"ar-trust, d.jsonl": [(10, 0.5)]}
     assert accuracy.table is not None and "25.0% to 87.5%" in accuracy.table.rows[0]
