@@ -48,7 +48,8 @@ def test_samples_and_a_record(checkpoint: Path, tmp_path: Path, monkeypatch: pyt
         assert html.unescape(re.sub(r'<span class="\w+">|</span>', "", found)) == output.text
         counts = {origin: output.origins.count(origin) for origin in output.origins}
         assert ", ".join(f"{count} {origin}" for origin, count in counts.items()) in shown
-    assert "this checkpoint" not in text.read_text(), "no answer is graded"
+    graded = text.read_text().partition("## Accuracy against forwards")[2]
+    assert graded and "this checkpoint" not in graded, "no answer is graded"
     assert "0.5" in text.read_text() and "1: record.json" in text.read_text()
 
 
@@ -101,7 +102,7 @@ def test_an_unfinished_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     state = StateDirectory(Path("out/mine.partial"))
     Path("out").mkdir()
     state.create({"recipe": {}})
-    for name in ("out/mine", "out/mine.partial"):
+    for name in ("out/mine", "out/mine.partial", "out/mine.partial/"):
         result = flarec("report", name)
         assert result.exit_code == 2 and "flarec finish out/mine.partial" in result.stderr, result.output
         assert result.stderr.count("\n") == 1

@@ -33,6 +33,8 @@ CASES: list[tuple[str, str, list[tuple[str, dict[str, Any]]]]] = [
     (f"I look.\n\n{written(city='Ulm')}\n{written('time')}\n", "I look.", [("weather", {"city": "Ulm"}), ("time", {})]),
     (f"{written(text=CLOSE[:-1], n=[1, None, {'ä': 2.5}])} and more ", "and more ",
      [("weather", {"text": CLOSE[:-1], "n": [1, None, {"ä": 2.5}]})]),
+    (f" I look.\n{written('time')} \n{written('time')}It is ", " I look.\n \nIt is ", [("time", {})] * 2),
+    (f"\n{written('time')}\nIt is {written('other')}", f"It is {written('other')}", [("time", {})]),
     ("no call at all \n", "no call at all \n", []),
     (f"{OPEN}\n{{\"name\": \"weather\", \"argu", f"{OPEN}\n{{\"name\": \"weather\", \"argu", []),  # cut by its length
     (written("other"), written("other"), []),
