@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..base.files import write_file
+from ..base.files import check_name, write_file
 from ..errors import UsageError
 from . import baselines
 from .checks import Check
@@ -66,12 +67,20 @@ def record(
     }
 
 
-def write(path: Path, values: Mapping[str, Any]) -> None:
-    """In one piece: a run that is stopped leaves what it had measured. Raises `UsageError` if it cannot be written."""
+def make_place(path: Path, option: str = "--out") -> None:
+    """The folder of a file of results, before anything is measured. Raises `UsageError` if the file has no place."""
+    check_name(path, option)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{path.parent} cannot be made: {error.strerror}; choose another --out") from error
+        raise UsageError(f"{path.parent} cannot be made: {error.strerror}; choose another {option}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path} cannot be written; choose another {option}")
+
+
+def write(path: Path, values: Mapping[str, Any]) -> None:
+    """In one piece: a run that is stopped leaves what it had measured. Raises `UsageError` if it cannot be written."""
+    make_place(path)
     write_file(path, json.dumps(values, indent=1) + "\n")
 
 

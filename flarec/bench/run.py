@@ -58,6 +58,8 @@ def run_session(
     warm_up: bool,
 ) -> list[Line]:
     """As `run_kernels`, in a session on any device. warm_up: compile the baselines' kernels in other processes."""
+    if out is not None:
+        report.make_place(out)
     started = time.monotonic()
     names = sorted({name for row in rows for name in row.baselines})
     compiling = warm.start(names) if warm_up and names and baselines.version() is not None else []

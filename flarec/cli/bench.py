@@ -195,12 +195,16 @@ def serve(
 
     from flarec.base.files import check_apart, write_file
     from flarec.base.prompts import read_prompts
+    from flarec.bench.report import make_place
     from flarec.bench.serve.client import Server
     from flarec.bench.serve.picture import draw_loads
     from flarec.bench.serve.results import LoadResult, record
     from flarec.bench.serve.session import LoadPlan, run_loads
 
-    check_apart([path for path in (out, picture) if path is not None], [prompts])
+    for path, option in ((out, "--out"), (picture, "--plot")):
+        if path is not None:
+            check_apart([path], [prompts], option)
+            make_place(path, option)
     server = Server.at(url, api_key)
     plan = LoadPlan(
         [prompt for _, prompt in read_prompts(prompts)], modes or ("",), clients or (() if rates else LoadPlan.clients),

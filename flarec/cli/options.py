@@ -11,6 +11,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 import click
+from click.core import ParameterSource
 
 from flarec.base.fields import TEXTS, field_types, option_name
 from flarec.base.generation import GenerationOptions
@@ -45,6 +46,12 @@ def _option(item: Field[Any], hint: Any) -> Callable[[Callable[..., Any]], Calla
     return click.option(
         option_name(item), item.name, type=kind, default=item.default, show_default=item.default is not None, **shown
     )
+
+
+def given(ctx: click.Context) -> list[click.Parameter]:
+    """Parameters of a command about which the user said something, with the default's value or another."""
+    said = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    return [one for one in ctx.command.params if ctx.get_parameter_source(str(one.name)) in said]
 
 
 def resume_command(name: str, arguments: Any, options: Iterable[Field[Any]]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ from flarec.base.prompts import read_prompts
 from flarec.errors import UsageError
 
 from .loading import open_model, say_unread
-from .options import adapter_option, generation_options, runtime_options
+from .options import adapter_option, generation_options, given, runtime_options
 
 FILE: Any = click.Path(path_type=Path)
 OPTIONS = ("mode", "max_new_tokens", "temperature", "seed")
+WITHOUT_SAMPLES = ("checkpoint", "out", "markdown", "records", "adapter", "debug")
+"""Parameters that mean something without prompts to be answered."""
 
 
 @click.command("report")
@@ -39,10 +43,11 @@ OPTIONS = ("mode", "max_new_tokens", "temperature", "seed")
 )
 @runtime_options
 @adapter_option
+@click.pass_context
 def command(
-    checkpoint: str, out: Path | None, markdown: Path | None, prompts_file: Path | None, samples: int, chat: bool,
-    records: tuple[Path, ...], device: str, dtype: str | None, kernels: str, graphs: str, compile: str,
-    adapter: Path | None, **keywords: Any,
+    ctx: click.Context, /, checkpoint: str, out: Path | None, markdown: Path | None, prompts_file: Path | None,
+    samples: int, chat: bool, records: tuple[Path, ...], device: str, dtype: str | None, kernels: str, graphs: str,
+    compile: str, adapter: Path | None, **keywords: Any,
 ) -> None:
     """Write one page about the converted CKPT: losses, probes, tokens per forward, accuracy, router load, and samples
     with drafted, accepted and corrected tokens coloured.
@@ -51,14 +56,18 @@ def command(
     be its directory; samples need the model: SOURCE --adapter DIR.
     """
     options = GenerationOptions(**keywords)
+    said = [parameter for parameter in given(ctx) if parameter.name not in WITHOUT_SAMPLES]
+    if prompts_file is None and said:
+        raise UsageError(f"{said[0].opts[0]} is for --prompts FILE, whose answers it is about; leave it out")
     from flarec.report import chapters, read_evaluations, read_recorded, samples_of, to_html, to_markdown
 
     place = checkpoint if adapter is None else str(adapter)
     run = read_recorded(place)
     if out is None and markdown is None:
         out = Path(f"{run.name}-report.html")
-    outputs = [path for path in (out, markdown) if path is not None]
-    _check(outputs, [Path(checkpoint), Path(place), *records, *([prompts_file] if prompts_file else [])])
+    outputs = {"--out": out, "--markdown": markdown}
+    inputs = [Path(checkpoint), Path(place), *records, *([prompts_file] if prompts_file else [])]
+    _check({option: path for option, path in outputs.items() if path is not None}, inputs)
     evaluations = read_evaluations(records, run.manifest)
     written = []
     if prompts_file is not None:
@@ -71,20 +80,24 @@ def command(
         say_unread(options, str(model.complete(options).mode))
         written = samples_of(model, prompts, options, chat=chat)
     parts = chapters(run, evaluations)
-    for path, render in ((out, to_html), (markdown, to_markdown)):
-        if path is not None:
-            write_file(path, render(run.name, parts, written), "--out" if path is out else "--markdown")
-            click.echo(f"written: {path}")
+    texts = [
+        (option, path, render(run.name, parts, written))
+        for (option, path), render in zip(outputs.items(), (to_html, to_markdown), strict=True)
+        if path is not None
+    ]
+    for option, path, text in texts:
+        write_file(path, text, option)
+        click.echo(f"written: {path}")
 
 
-def _check(outputs: list[Path], inputs: list[Path]) -> None:
-    """Raise `UsageError` for outputs that are no place for a file, before anything slow."""
-    for path, option in zip(outputs, ("--out", "--markdown"), strict=False):
+def _check(outputs: Mapping[str, Path], inputs: Sequence[Path]) -> None:
+    """Raise `UsageError` for outputs that are no place for a file, before anything slow. outputs: option -> path."""
+    for option, path in outputs.items():
         check_name(path, option)
         if not path.absolute().parent.is_dir():
             raise UsageError(f"{path}: there is no directory {path.parent}; make it first")
         if path.is_dir():
             raise UsageError(f"{path} is a directory; give the name of a file")
-    if len(outputs) == 2 and outputs[0].absolute() == outputs[1].absolute():
-        raise UsageError(f"--out and --markdown are both {outputs[0]}; give two names")
-    check_apart(outputs, inputs)
+        check_apart([path], inputs, option)
+    if len(outputs) > len({os.path.realpath(path) for path in outputs.values()}):
+        raise UsageError(f"--out and --markdown are both {outputs['--out']}; give two names")

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from flarec.errors import UsageError
 from flarec.threads import found_environment
 
 from .loading import open_model
-from .options import adapter_option, foreign_options, plugin_options, prefix_option, runtime_options
+from .options import adapter_option, foreign_options, given, plugin_options, prefix_option, runtime_options
 
 BOTH = ("checkpoint", "engine", "engine_args", "host", "port", "name", "api_key", "dtype", "debug")
 """Parameters that mean the same to both engines."""
@@ -64,23 +63,17 @@ def command(
     if api_key is not None and not api_key.isascii():
         raise UsageError("the API key has other characters than ASCII, which HTTP does not carry; choose another one")
     known = name or (Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint)
-    given = [parameter for parameter in ctx.command.params if _is_given(ctx, parameter)]
+    said = given(ctx)
     if engine == "vllm":
-        if strange := [parameter for parameter in given if parameter.name not in (*BOTH, *VLLM_ONLY)]:
+        if strange := [parameter for parameter in said if parameter.name not in (*BOTH, *VLLM_ONLY)]:
             raise UsageError(f"{strange[0].opts[0]} is for flarec's own engine; leave it out with --engine vllm")
         _run_vllm(checkpoint, engine_args, known, host, port, api_key, options)
         return
     if engine_args:
         raise UsageError(f"{engine_args[0]} behind the checkpoint is for --engine vllm; leave it out, or give that too")
-    if strange := [parameter for parameter in given if parameter.name in VLLM_ONLY]:
+    if strange := [parameter for parameter in said if parameter.name in VLLM_ONLY]:
         raise UsageError(f"{strange[0].opts[0]} is for --engine vllm; leave it out, or give that too")
     _run_own(checkpoint, known, host, port, api_key, **options)
-
-
-def _is_given(ctx: click.Context, parameter: click.Parameter) -> bool:
-    """Whether the user said something, with the default's value or another."""
-    source = ctx.get_parameter_source(str(parameter.name))
-    return source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 
 
 def _run_vllm(
@@ -100,6 +93,8 @@ def _run_vllm(
         check_environment(python, directory)
     click.echo(shlex.join(words), err=not options["dry_run"])
     if options["dry_run"]:
+        if api_key is not None:
+            click.echo("Note: the API key is not among these words; give it to vLLM as VLLM_API_KEY", err=True)
         return
     sys.stdout.flush()
     key = {"VLLM_API_KEY": api_key} if api_key is not None else {}

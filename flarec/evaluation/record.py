@@ -51,6 +51,10 @@ def read_record(path: Path, option: str = "--repeat") -> dict[str, Any]:
         raise UsageError(f"{option} {path} {problem}; give a file that `flarec eval --out` wrote")
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"{option} {path} cannot be read ({error.strerror}); give a file that `flarec eval --out` wrote"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{option} {path} is not JSON ({error}); give a file that `flarec eval --out` wrote") from None
     if not isinstance(table, dict) or table.get("record") != KIND:

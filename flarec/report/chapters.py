@@ -11,7 +11,7 @@ from .figures import Figure, Points
 from .recorded import ONE_PER_FORWARD, SPAN, EvaluationRecord, Recorded, at, at_text, inside
 
 MOST_ROWS = 12
-"""Of a table of points; the figure shows more of them."""
+"""Of each series in a table of points; the figure shows more of them."""
 NO_EVALUATION = "Not recorded: the run made no held-out evaluation (evaluation.every)."
 NO_RECORD = "Not recorded: give records of `flarec eval CKPT --data FILE --out RECORD.json` with --eval."
 
@@ -84,9 +84,9 @@ def _count(table: object, key: str, *, grouped: bool = True) -> str:
 
 def _losses(run: Recorded) -> Iterable[Topic]:
     missing = f"Not recorded: the checkpoint has no {METRICS} with steps in it."
-    clean = {"step": run.curve("ar_loss"), "held out": run.curve("evaluation", "ar_loss", held_out=True)}
+    clean = {"training": run.curve("ar_loss"), "held out": run.curve("evaluation", "ar_loss", held_out=True)}
     yield _plot("AR loss, of the clean stream", "step", "nats per token", clean, missing)
-    noisy = {"step": run.curve("diffusion_loss")}
+    noisy = {"training": run.curve("diffusion_loss")}
     yield _plot("Diffusion loss, of the noisy stream", "step", "loss", noisy, missing)
 
 
@@ -112,14 +112,24 @@ def _speed(run: Recorded, records: Sequence[EvaluationRecord]) -> Iterable[Topic
     part = _plot("By position in the answer", "tokens into the answer", "tokens per forward", positions, missing)
     over = f"Over {SPAN} tokens each, of the answers that are as long as that."
     yield part if part.note else replace(part, note=over)
-    heats: dict[str, list[tuple[float, float]]] = {}
-    for record in records:
+    yield _temperatures(records)
+
+
+def _temperatures(records: Sequence[EvaluationRecord]) -> Topic:
+    """A row per record: several may have one label and one temperature, and other options that differ."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    rows = []
+    for number, record in enumerate(records, 1):
         heat, rate = record.number("options", "temperature"), record.number("result", "tokens_per_forward")
         if heat is not None and rate is not None:
-            heats.setdefault(record.label, []).append((heat, rate))
-    sorted_heats = {name: sorted(points) for name, points in heats.items()}
-    missing = "Not recorded: no record has a temperature and tokens per forward." if records else NO_RECORD
-    yield _plot("By temperature", "temperature", "tokens per forward", sorted_heats, missing)
+            series.setdefault(record.label, []).append((heat, rate))
+            rows.append((f"{number}: {record.file}", record.model, record.mode, _text(heat), _text(rate)))
+    title, missing = "By temperature", "Not recorded: no record has a temperature and tokens per forward."
+    if not rows:
+        return Topic(title, note=missing if records else NO_RECORD)
+    known = {name: sorted(points) for name, points in series.items()}
+    table = Table(("record", "model", "mode", "temperature", "tokens per forward"), rows)
+    return Topic(title, Figure(title, "temperature", "tokens per forward", known, {}), table)
 
 
 def _accuracy(records: Sequence[EvaluationRecord]) -> Topic:
@@ -174,14 +184,17 @@ def _plot(title: str, x: str, y: str, series: Mapping[str, Points], missing: str
 
 
 def _points(x: str, series: Mapping[str, Points]) -> Table:
-    """A row per place on the axis, as many as are looked at; a place that a series lacks is empty."""
+    """A row per place on the axis, as many as are looked at, of every series; a place that a series lacks is empty."""
     values = {name: dict(points) for name, points in series.items()}
-    places = sorted({place for points in values.values() for place in points})
-    if len(places) > MOST_ROWS:
-        last = len(places) - 1
-        places = [places[round(row * last / (MOST_ROWS - 1))] for row in range(MOST_ROWS)]
+    places = sorted({place for points in values.values() for place in _spread(sorted(points))})
     rows = [[_text(place), *(_text(found.get(place)) for found in values.values())] for place in places]
     return Table((x, *values), rows)
+
+
+def _spread(places: Sequence[float]) -> Sequence[float]:
+    """`MOST_ROWS` of them with both ends, or all."""
+    last = len(places) - 1
+    return places if last < MOST_ROWS else [places[round(row * last / (MOST_ROWS - 1))] for row in range(MOST_ROWS)]
 
 
 def _text(value: float | None) -> str:

@@ -13,9 +13,15 @@ INK, GRID = "#010203", "#040506"
 """Colours that stand for those of the page, `currentColor` and `--grid`."""
 SERIES = tuple(f"#0708{number:02x}" for number in range(8))
 """Stand for `--series-0` to `--series-7`."""
+STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+"""Line and marker of the first eight series, of the next eight, and so on: colours are used again."""
 MOST_POINTS = 600
 MARKED = 40
 """Curves of up to so many points show each of them."""
+WIDTH, HEIGHT, ROW = 6.4, 3.2, 0.17
+"""Inches: of a figure, and of a row of its legend, which stands below."""
+LONGEST = 80
+"""Letters of a name in a legend; the table of numbers has all."""
 
 
 @dataclass(frozen=True)
@@ -40,33 +46,53 @@ class Figure:
             "grid.color": GRID, "text.parse_math": False,
         }
         with rc_context(settings):
-            canvas = Canvas(figsize=(6.4, 3.2))
-            canvas.subplots_adjust(left=0.11, right=0.98, bottom=0.16, top=0.96)
+            names = [_shown(name) for name in self.series] if len(self.series) > 1 else []
+            # a letter takes 0.08 inches at most times, its line 0.6
+            columns = max(1, int(0.9 * WIDTH / (0.6 + 0.08 * max(map(len, names), default=0))))
+            legend = ROW * -(-len(names) // columns)
+            height = HEIGHT + legend
+            canvas = Canvas(figsize=(WIDTH, height))
+            canvas.subplots_adjust(left=0.11, right=0.98, bottom=(0.5 + legend) / height, top=1 - 0.13 / height)
             axes = canvas.add_subplot()
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(True, linewidth=0.6)
             axes.set_xlabel(self.x)
             axes.set_ylabel(self.y)
-            for number, (name, points) in enumerate(self.series.items()):
-                self._draw(axes, name, thinned(points), SERIES[number % len(SERIES)])
-            if len(self.series) > 1:
-                axes.legend(frameon=False, fontsize=9)
+            curves = [
+                self._draw(axes, name, thinned(points), number)
+                for number, (name, points) in enumerate(self.series.items())
+            ]
+            if names:
+                canvas.legend(
+                    curves, names, loc="lower left", bbox_to_anchor=(0.09, 0), ncols=columns, frameon=False, fontsize=9,
+                    borderaxespad=0, labelspacing=0.3, handlelength=2.5,
+                )
             out = StringIO()
             canvas.savefig(out, format="svg", transparent=True)
         return _in_a_page(out.getvalue(), self.title)
 
-    def _draw(self, axes: Any, name: str, points: Points, colour: str) -> None:
+    def _draw(self, axes: Any, name: str, points: Points, number: int) -> Any:
+        """The curve of series `number`, for the legend."""
         x, y = [point[0] for point in points], [point[1] for point in points]
-        marker = "o" if len(points) <= MARKED or not self.joined else ""
-        line = "-" if self.joined else "none"
-        axes.plot(x, y, linestyle=line, marker=marker, markersize=4, linewidth=1.4, color=colour, label=name)
+        colour, (style, mark) = SERIES[number % len(SERIES)], STYLES[number // len(SERIES) % len(STYLES)]
+        (curve,) = axes.plot(
+            x, y, linestyle=style if self.joined else "none",
+            marker=mark if len(points) <= MARKED or not self.joined else "", markersize=4, linewidth=1.4, color=colour,
+        )
         for place, (low, high) in zip(x, self.intervals.get(name, ()), strict=False):
             axes.plot([place, place], [low, high], linewidth=1.2, color=colour)
+        return curve
+
+
+def _shown(name: str) -> str:
+    """As it stands in a legend: matplotlib leaves out what begins with a line."""
+    short = name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..."
+    return f" {short}" if short.startswith("_") else short
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:
-    """Every n-th point so that at most `most` are left, and the last one."""
-    stride = -(-len(points) // most)
+    """Every n-th point so that at most `most` are left, the last one among them."""
+    stride = -(-(len(points) - 1) // (most - 1))
     return points if stride <= 1 else [*points[: -1 : stride], points[-1]]
 
 

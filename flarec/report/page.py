@@ -24,10 +24,10 @@ def to_html(name: str, parts: Sequence[Chapter], samples: Sequence[Sample]) -> s
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_template("page.html"))
-    return template.render(
+    return _writable(template.render(
         name=name, chapters=parts, samples=samples, origins=ORIGINS, no_samples=NO_SAMPLES,
         summary=summary_of,
-    )
+    ))
 
 
 def to_markdown(name: str, parts: Sequence[Chapter], samples: Sequence[Sample]) -> str:
@@ -47,7 +47,12 @@ def to_markdown(name: str, parts: Sequence[Chapter], samples: Sequence[Sample]) 
     for number, sample in enumerate(samples, 1):
         lines += ["", f"### Sample {number}", "", summary_of(sample), "", *_fenced(sample.prompt)]
         lines += ["", *_fenced(sample.text)]
-    return "\n".join(lines) + "\n"
+    return _writable("\n".join(lines) + "\n")
+
+
+def _writable(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON and names of files may hold and UTF-8 does not."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def summary_of(sample: Sample) -> str:

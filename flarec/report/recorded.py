@@ -4,7 +4,6 @@ number counts as not recorded."""
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,10 @@ SPAN = 16
 """Positions of an answer that are counted together."""
 ONE_PER_FORWARD = ("causal", "ar-trust", "elastic")
 """Modes in which a forward ends with one token of the clean stream, so that these count the forwards."""
+ENDS = (LETTERS["clean"], LETTERS["corrected"])
+"""Letters of the tokens that end a forward there."""
+LARGEST = 1e15
+"""Of a number that is shown; nothing that a run counts or measures is larger."""
 
 
 @dataclass(frozen=True)
@@ -82,20 +85,23 @@ class EvaluationRecord:
     @property
     def forwards_per_answer(self) -> float | None:
         forwards, answers = self.number("result", "forwards"), self.number("result", "generated")
-        return forwards / answers if forwards is not None and answers else None
+        return forwards / answers if forwards is not None and answers is not None and answers >= 1 else None
 
     def by_position(self) -> Points:
-        """(position in the answer, tokens per forward) over spans of `SPAN` tokens that are whole in some answer."""
+        """(position in the answer, tokens per forward) over spans of `SPAN` tokens that are whole in some answer. A
+        forward counts where it ends; the last one of an answer may have been cut behind an accepted draft."""
         if self.mode not in ONE_PER_FORWARD:
             return []
         answers = self.table.get("answers")
         texts = [at_text(answer, "origins") for answer in answers] if isinstance(answers, list) else []
         points: Points = []
         for start in range(0, max(map(len, texts), default=0) - SPAN + 1, SPAN):
-            parts = [part for text in texts if len(part := text[start : start + SPAN]) == SPAN]
-            forwards = sum(part.count(LETTERS["clean"]) + part.count(LETTERS["corrected"]) for part in parts)
+            end = start + SPAN
+            whole = [text for text in texts if len(text) >= end]
+            ends = sum(text.count(letter, start, end) for text in whole for letter in ENDS)
+            forwards = ends + sum(len(text) == end and text[-1] not in ENDS for text in whole)
             if forwards:
-                points.append((start + SPAN / 2, SPAN * len(parts) / forwards))
+                points.append((start + SPAN / 2, SPAN * len(whole) / forwards))
         return points
 
 
@@ -109,7 +115,8 @@ def read_recorded(path: str | Path) -> Recorded:
     metrics = directory / METRICS
     if problem := why_no_file(metrics):
         raise UsageError(f"{metrics} {problem}; copy the checkpoint again")
-    lines = list(read_metrics(metrics)) if metrics.is_file() else []
+    read = read_metrics(metrics) if metrics.is_file() else ()
+    lines = [line for line in read if at(line, "step") is not None]
     return Recorded(
         directory.resolve().name,
         manifest,
@@ -138,9 +145,9 @@ def inside(value: Any, *keys: str | int) -> Any:
 
 
 def at(value: Any, *keys: str | int) -> float | None:
-    """The same for a finite number."""
+    """The same for a number, finite and of a size that is met."""
     found = inside(value, *keys)
-    known = isinstance(found, (int, float)) and not isinstance(found, bool) and math.isfinite(found)
+    known = isinstance(found, (int, float)) and not isinstance(found, bool) and abs(found) <= LARGEST  # NaN is not
     return float(found) if known else None
 
 

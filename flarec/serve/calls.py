@@ -36,16 +36,18 @@ class CallReader:
     count: int = 0
     _held: str = field(default="", init=False)
     _behind_call: bool = field(default=False, init=False)
+    _shown: bool = field(default=False, init=False)
+    _gap: str = field(default="", init=False)
 
     def feed(self, text: str) -> tuple[str, list[dict[str, Any]]]:
         """(text, calls) of what came so far and was not given yet. Held back are an open call, what may become one, and
-        white space, which around a call belongs to it."""
+        white space: around a call it is text only where text stands on both sides of it."""
         self._held += text
         shown = ""
         calls: list[dict[str, Any]] = []
         while True:
             if self._behind_call:
-                self._held = self._held.lstrip()
+                self._skip()
             before, mark, rest = self._held.partition(OPEN)
             inside, end, behind = rest.partition(CLOSE)
             if not mark or not end:
@@ -56,32 +58,43 @@ class CallReader:
             if call is None:  # the mark was a text's own; another one may follow it
                 shown += self._take(len(before) + len(OPEN))
             else:
-                shown += self._take(len(before.rstrip()))
+                shown += self._take(size := len(before.rstrip()))
+                self._gap += before[size:]
                 self._held, self._behind_call = behind, True
                 calls.append(call)
 
+    def _skip(self) -> None:
+        rest = self._held.lstrip()
+        self._gap += self._held[: len(self._held) - len(rest)]
+        self._held = rest
+
     def _take(self, size: int) -> str:
         text, self._held = self._held[:size], self._held[size:]
-        self._behind_call &= not text
-        return text
+        if not text:
+            return ""
+        gap, self._gap = self._gap if self._shown else "", ""
+        self._shown, self._behind_call = True, False
+        return gap + text
 
     def close(self) -> str:
         """What was held back at the end: it is text, but for white space behind a call."""
-        held, self._held = self._held, ""
-        return held.lstrip() if self._behind_call else held
+        if self._behind_call:
+            self._skip()
+        return self._take(len(self._held))
 
     def _call(self, text: str) -> dict[str, Any] | None:
         try:
             table = json.loads(text, parse_constant=_no_number)
+            if not isinstance(table, dict) or table.keys() != {"name", "arguments"}:
+                return None
+            name, arguments = table["name"], table["arguments"]
+            if not isinstance(name, str) or name not in self.names or not isinstance(arguments, dict):
+                return None
+            written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)  # 1e999 is read as infinity
+            written.encode()  # half of a surrogate pair is no text that can be sent
         except (ValueError, RecursionError):
             return None
-        if not isinstance(table, dict) or table.keys() != {"name", "arguments"}:
-            return None
-        name, arguments = table["name"], table["arguments"]
-        if not isinstance(name, str) or name not in self.names or not isinstance(arguments, dict):
-            return None
         self.count += 1
-        written = json.dumps(arguments, ensure_ascii=False)
         return {"id": f"call_{secrets.token_hex(12)}", "type": "function",
                 "function": {"name": name, "arguments": written}}
 

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.location import PARTIAL
 from ..errors import UsageError
 from ..recipe.files import recipe_files
 from .arguments import Arguments
@@ -14,7 +15,6 @@ from .data.sources import parse_source
 from .options import Options
 from .state import StateDirectory
 
-PARTIAL = ".partial"
 _OF_A_CALL = {
     "out", "resume", "overwrite", "stop_after", "push_to_hub", "debug", "prompts", "chat", "samples", "temperature",
     "answer_tokens",

@@ -27,10 +27,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..base.files import flush, flush_tree, is_mount, replace_file, why_no_file
+from ..checkpoint.location import RUN
 from ..errors import CheckpointError, TrainingError, UsageError, first_line
 from .saves import SavedState, read_save, write_save
 
-RUN, LATEST, METRICS = "run.json", "latest", "metrics.jsonl"
+LATEST, METRICS = "latest", "metrics.jsonl"
 RECORD, RECORD_VERSION = "flarec conversion run", 1
 _UNMARKED = {"recipe": dict, "seed": int, "kernels": str, "source": dict, "data": dict}
 """Keys and types of a record from before records had a name."""

@@ -43,6 +43,22 @@ def test_wrong_usage() -> None:
         assert "Traceback" not in done.output
 
 
+@pytest.mark.parametrize("arguments", [
+    ["train", "--shape", "tiny", "--device", "cpu", "--only", "stock-step", "--out"],
+    ["decode", "--shape", "tiny", "--device", "cpu", "--only", "stock", "--out"],
+    ["serve", "http://127.0.0.1:9/v1", "--prompts", "prompts.txt", "--out"],
+    ["serve", "http://127.0.0.1:9/v1", "--prompts", "prompts.txt", "--plot"],
+], ids=" ".join)
+def test_no_place_for_results_is_told_before_anything_is_measured(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("Hello")
+    done = CliRunner().invoke(main, ["bench", *arguments, "prompts.txt/results.svg"])
+    assert done.exit_code == 2 and done.stdout == "", done.output
+    assert done.stderr.startswith("Error: prompts.txt") and arguments[-1] in done.stderr
+
+
 def test_the_script_runs_the_same_rows() -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--list", "--only", "linear-block"], capture_output=True, text=True

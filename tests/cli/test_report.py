@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flarec import api
+from flarec.train.state import StateDirectory
 from tests.checkpoints import converted
 from tests.cli.conversions import flarec
 
@@ -47,7 +48,8 @@ def test_samples_and_a_record(checkpoint: Path, tmp_path: Path, monkeypatch: pyt
         assert html.unescape(re.sub(r'<span class="\w+">|</span>', "", found)) == output.text
         counts = {origin: output.origins.count(origin) for origin in output.origins}
         assert ", ".join(f"{count} {origin}" for origin, count in counts.items()) in shown
-    assert "this checkpoint" not in text.read_text(), "no answer is graded"
+    graded = text.read_text().partition("## Accuracy against forwards")[2]
+    assert graded and "this checkpoint" not in graded, "no answer is graded"
     assert "0.5" in text.read_text() and "1: record.json" in text.read_text()
 
 
@@ -66,6 +68,10 @@ def test_alone(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["--out", "no/page.html"], "there is no directory no"),
         (["--out", "."], "has no name"),
         (["--out", "a.html", "--markdown", "a.html"], "are both a.html"),
+        (["--markdown", "empty.txt", "--prompts", "empty.txt"], "choose another --markdown"),
+        (["--samples", "2"], "--samples is for --prompts"),
+        (["--out", "a.html", "--temperature", "0"], "--temperature is for --prompts"),
+        (["--chat"], "--chat is for --prompts"),
         (["--out", "{checkpoint}/page.html"], "which is read"),
         (["--out", "a.html", "--eval", "none.json"], "none.json"),
         (["--out", "a.html", "--prompts", "none.txt"], "none.txt"),
@@ -82,6 +88,24 @@ def test_errors(
     result = flarec("report", checkpoint, *(argument.format(checkpoint=checkpoint) for argument in arguments))
     assert result.exit_code != 0 and message in result.stderr and "Traceback" not in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"] and Path("empty.txt").read_text() == ""
+
+
+def test_two_names_of_one_file(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("page")
+    result = flarec("report", checkpoint, "--out", tmp_path / "link", "--markdown", tmp_path / "page")
+    assert result.exit_code == 2 and "give two names" in result.stderr and not (tmp_path / "page").exists()
+
+
+def test_an_unfinished_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name of the checkpoint that is not there yet, also one that could be a hub id, and by its own."""
+    monkeypatch.chdir(tmp_path)
+    state = StateDirectory(Path("out/mine.partial"))
+    Path("out").mkdir()
+    state.create({"recipe": {}})
+    for name in ("out/mine", "out/mine.partial", "out/mine.partial/"):
+        result = flarec("report", name)
+        assert result.exit_code == 2 and "flarec finish out/mine.partial" in result.stderr, result.output
+        assert result.stderr.count("\n") == 1
 
 
 def test_a_source_is_none(checkpoint: Path) -> None:

@@ -15,8 +15,8 @@ from flarec.checkpoint.manifest import DecodeDefaults, Manifest, Source
 from flarec.decode.request import Origin
 from flarec.errors import UsageError
 from flarec.report import EvaluationRecord, Recorded, Sample, chapters, to_html, to_markdown
-from flarec.report.chapters import NO_EVALUATION, NO_RECORD, Topic
-from flarec.report.figures import MOST_POINTS, thinned
+from flarec.report.chapters import MOST_ROWS, NO_EVALUATION, NO_RECORD, Topic
+from flarec.report.figures import MOST_POINTS, Figure, thinned
 from flarec.report.recorded import SPAN, read_evaluations, read_recorded
 from flarec.train.mask_token import MaskToken
 
@@ -70,10 +70,38 @@ def points(part: Topic) -> dict[str, list[tuple[float, float]]]:
 
 
 def test_numbers_are_those_of_the_metrics() -> None:
-    assert points(part_of(run(2), [], "Losses")) == {"step": [(1, 1), (2, 0.5)], "held out": [(0, 0.75)]}
+    assert points(part_of(run(2), [], "Losses")) == {"training": [(1, 1), (2, 0.5)], "held out": [(0, 0.75)]}
     assert points(part_of(run(), [], "Held-out probes")) == {"position 1": [(0, 0.5)], "position 3": [(0, 0.125)]}
     assert part_of(run(), [], "Held-out probes", 2).note == NO_EVALUATION, "None is no number"
     assert points(part_of(run(), [], "Tokens per forward")) == {"held-out": [(0, 1.875)]}
+
+
+def test_tables_show_the_rare_points_too() -> None:
+    often = run(500)
+    held = [{"step": step, "evaluation": {"ar_loss": step / 1000}} for step in (0, 111, 222)]
+    table = part_of(replace(often, evaluations=held), [], "Losses").table
+    assert table is not None and len(table.rows) == MOST_ROWS + len(held)
+    assert [row for row in table.rows if row[2] != "-"] == [
+        ["0", "-", "0"], ["111", "0.009009", "0.111"], ["222", "0.004505", "0.222"],
+    ]
+    assert [table.rows[1][0], table.rows[-1][0]] == ["1", "500"]
+
+
+def test_an_answer_that_was_cut_behind_a_draft() -> None:
+    """Its last forward has no token of the clean stream: 4 forwards for 16 tokens, not 3."""
+    for text, forwards in (("caaaaxaaaaxaaaaa", 4), ("caaaaxaaaaxaaaax", 4), ("c" + "a" * 15 + "x", 1)):
+        found = EvaluationRecord("a", True, record(answers=[{"origins": text}]))
+        assert found.by_position() == [(8, SPAN / forwards)], text
+
+
+def test_every_curve_is_told_from_the_others() -> None:
+    """Those of as many positions as a block may have, and names that matplotlib's legends leave out."""
+    names = [*(f"position {number}" for number in range(1, 31)), "_mine", "x" * 200]
+    drawn = Figure("t", "step", "share", {name: [(0, 0.5), (1, 0.25)] for name in names}, {}).svg()
+    shown = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
+    assert {name.strip()[:77] for name in names} <= {text.strip().removesuffix("...") for text in shown}
+    looks = re.findall(r'<path [^>]*style="(fill: none;[^"]*stroke: var.--series[^"]*)"', drawn)
+    assert len(set(looks)) == len(names)
 
 
 def test_the_least_even_expert_layer() -> None:
@@ -92,6 +120,10 @@ def test_numbers_are_those_of_records() -> None:
     assert points(position)["1: a.json"] == [(8, 32 / (8 + 16)), (24, 2)]
     expected = [(0.5, 1.625)]
     assert points(heat) == {"ar-trust, d.jsonl": expected, "other, ar-trust, d.jsonl": expected}
+    faster = EvaluationRecord("b.json", True, record(result={"mode": "ar-trust", "tokens_per_forward": 2.5}))
+    table = part_of(run(), [records[0], faster], "Tokens per forward", 2).table
+    assert table is not None
+    assert [(row[0], row[-1]) for row in table.rows] == [("1: a.json", "1.625"), ("2: b.json", "2.5")]
     accuracy = part_of(run(), records[:1], "Accuracy against forwards")
     assert points(accuracy) == {"ar-trust, d.jsonl": [(10, 0.5)]}
     assert accuracy.table is not None and "25.0% to 87.5%" in accuracy.table.rows[0]
@@ -99,7 +131,7 @@ def test_numbers_are_those_of_records() -> None:
     assert "in a mode of causal" in part_of(run(), denoised, "Tokens per forward", 1).note
 
 
-@pytest.mark.parametrize("value", [None, True, "1", ["1"], float("nan"), {"a": 1}])
+@pytest.mark.parametrize("value", [None, True, "1", ["1"], float("nan"), {"a": 1}, 10**400, -(10**30), 1e308])
 def test_what_is_no_number_is_not_recorded(value: Any) -> None:
     broken = Recorded("mine", MANIFEST, [{"step": 1, "ar_loss": value, "diffusion_loss": value, "router": value}],
                       [{"step": 1, "evaluation": value}, {"step": 2, "evaluation": {"all_masked_accuracy": value}}])
@@ -162,7 +194,7 @@ def test_figures_of_a_page_share_no_ids() -> None:
 def test_curves_keep_their_ends(count: int) -> None:
     whole = [(float(n), 0.0) for n in range(count)]
     drawn = thinned(whole)
-    assert drawn[0] == whole[0] and drawn[-1] == whole[-1] and len(drawn) <= MOST_POINTS + 1
+    assert drawn[0] == whole[0] and drawn[-1] == whole[-1] and len(drawn) <= MOST_POINTS
     assert set(drawn) <= set(whole)
 
 
@@ -179,6 +211,18 @@ def test_records_of_this_checkpoint_are_known(tmp_path: Path) -> None:
     files[0].write_text("{}")
     with pytest.raises(UsageError, match=r"--eval .*a.json is no record of an evaluation"):
         read_evaluations(files, MANIFEST)
+    for path in (tmp_path, tmp_path / "none.json"):
+        with pytest.raises(UsageError, match=r"--eval .* cannot be read \(.*\); give"):
+            read_evaluations([path], MANIFEST)
+
+
+def test_halves_of_characters_are_written(tmp_path: Path) -> None:
+    """JSON may hold them, and UTF-8 does not."""
+    (tmp_path / "a.json").write_text(json.dumps(record(model={"name": "a\ud800b"})))
+    parts = chapters(replace(run(), name="\udcff"), read_evaluations([tmp_path / "a.json"], MANIFEST))
+    for render in (to_html, to_markdown):
+        text = render("\udcff", parts, [sample("\ud800")])
+        assert "a?b" in text.encode().decode()
 
 
 def test_a_source_has_nothing_to_report(tmp_path: Path) -> None:

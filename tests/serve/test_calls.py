@@ -33,6 +33,8 @@ CASES: list[tuple[str, str, list[tuple[str, dict[str, Any]]]]] = [
     (f"I look.\n\n{written(city='Ulm')}\n{written('time')}\n", "I look.", [("weather", {"city": "Ulm"}), ("time", {})]),
     (f"{written(text=CLOSE[:-1], n=[1, None, {'ä': 2.5}])} and more ", "and more ",
      [("weather", {"text": CLOSE[:-1], "n": [1, None, {"ä": 2.5}]})]),
+    (f" I look.\n{written('time')} \n{written('time')}It is ", " I look.\n \nIt is ", [("time", {})] * 2),
+    (f"\n{written('time')}\nIt is {written('other')}", f"It is {written('other')}", [("time", {})]),
     ("no call at all \n", "no call at all \n", []),
     (f"{OPEN}\n{{\"name\": \"weather\", \"argu", f"{OPEN}\n{{\"name\": \"weather\", \"argu", []),  # cut by its length
     (written("other"), written("other"), []),
@@ -41,6 +43,10 @@ CASES: list[tuple[str, str, list[tuple[str, dict[str, Any]]]]] = [
      f"{OPEN}{{\"name\": \"time\", \"arguments\": \"{{}}\"}}{CLOSE}", []),
     (f"{OPEN}{{\"name\": \"time\", \"arguments\": {{\"x\": NaN}}}}{CLOSE}",
      f"{OPEN}{{\"name\": \"time\", \"arguments\": {{\"x\": NaN}}}}{CLOSE}", []),
+    *[(f"{OPEN}{text}{CLOSE}", f"{OPEN}{text}{CLOSE}", []) for text in (  # no JSON, or none that can be sent
+        '{"name": "time", "arguments": {"x": 1e999}}', '{"name": "time", "arguments": {"x": "\\ud800"}}',
+        f'{{"name": "time", "arguments": {{"x": {"9" * 5000}}}}}', '{"name": "time", "arguments": {"x": "a\nb"}}',
+    )],
     (f"say {OPEN} like this: {written('time')}", f"say {OPEN} like this:", [("time", {})]),
     (f"{OPEN}{'[' * 100_000}{CLOSE}", f"{OPEN}{'[' * 100_000}{CLOSE}", []),
     ("<tool_cal <", "<tool_cal <", []),

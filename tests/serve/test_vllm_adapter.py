@@ -45,7 +45,7 @@ def test_the_mask_takes_a_row_that_is_no_word(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [{"model": {"vocab": {str(row): row for row in range(10)}}}, {"model": {}}, {}])
 def test_a_vocabulary_without_such_a_row(tmp_path: Path, words: Any) -> None:
-    with pytest.raises(CheckpointError, match="no word, and it has none"):
+    with pytest.raises(CheckpointError, match="has no row to spare"):
         proposal_of(adapted(tmp_path / "a", words))
 
 

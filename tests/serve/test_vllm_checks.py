@@ -35,8 +35,8 @@ def test_a_checkpoint_without_its_manifest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("values", "said"), [
     ({"manifest": False}, "was not converted"),
     ({"manifest": False, "mask_token_id": 9, "block_size": 4}, "readout block_end"),  # of another program
-    ({"kind": "vector"}, "is a vector; vLLM needs a row"),
-    ({"kind": "vector", "adapter": AdapterInfo(4, 8.0, "all-linear")}, "no word, and it has none"),  # no tokenizer
+    ({"kind": "vector"}, "is a vector, which vLLM takes of an adapter alone"),
+    ({"kind": "vector", "adapter": AdapterInfo(4, 8.0, "all-linear")}, "has no row to spare"),  # no tokenizer
     ({"readouts": {"ar-trust": "block_end", "diffusion-trust": "block_end"}}, "readout block_end"),
     ({"readouts": {"diffusion-trust": "block_end"}}, "readout None"),
     ({"adapter": AdapterInfo(4, 8.0, "all-linear", alone=True)}, "an adapter without its model"),

@@ -37,6 +37,11 @@ def test_the_command(tmp_path: Path) -> None:
     ]
 
 
+def test_a_key_is_not_in_the_command_and_that_is_said(tmp_path: Path) -> None:
+    done = served(written(tmp_path / "mine"), "--engine", "vllm", "--dry-run", "--api-key", "secret")
+    assert done.exit_code == 0 and "secret" not in done.output and "VLLM_API_KEY" in done.stderr
+
+
 def test_a_hybrid_keeps_no_prefixes(tmp_path: Path) -> None:
     path = written(tmp_path / "mine", "qwen3_5_text")
     words = shlex.split(served(path, "--engine", "vllm", "--dry-run", "--served-model-name", "x").stdout)
@@ -52,6 +57,9 @@ def test_a_hybrid_keeps_no_prefixes(tmp_path: Path) -> None:
     (["--engine", "vllm", "--dry-run", "--", "--speculative-config", "{}"], "--speculative-config is set by flarec"),
     (["--engine", "vllm", "--dry-run", "--", "--worker_cls=a.B"], "--worker_cls is set by flarec"),
     (["--engine", "vllm", "--dry-run", "--", "--speculative-config.method=x"], "is set by flarec"),
+    (["--engine", "vllm", "--dry-run", "--", "--po", "3"], "--po is set by flarec"),  # its parser takes beginnings
+    (["--engine", "vllm", "--dry-run", "--", "--served_model=x"], "--served_model is set by flarec"),
+    (["--engine", "vllm", "--python", "false"], "false ended with code 1; give"),
     (["--engine", "vllm", "--python", "no-such-python"], "no-such-python cannot be run"),
     (["--engine", "vllm"], "vLLM is not installed beside"),
     (["--", "--max-model-len", "512"], "--max-model-len behind the checkpoint"),

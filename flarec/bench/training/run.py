@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..report import make_place
 from ..run import run_session
 from ..session import Case, Line
 from .rows import parts_of
@@ -26,6 +27,8 @@ def run_training(
 
     Parts end with the session's limit; rows that need no further part are computed behind it.
     """
+    if out is not None:
+        make_place(out)
     if ahead and session.on_gpu:
         ended = session.compile_ahead(parts_of(rows))
         say(f"compiled ahead: {', '.join(f'{name}: {how}' for name, how in ended.items())}")

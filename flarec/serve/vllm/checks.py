@@ -131,10 +131,10 @@ def proposal_of(directory: Path, drafts: int | None = None) -> Proposal:
     if manifest.mask.kind == "vector" and manifest.adapter is not None:
         mask = spare_row(directory)
     if mask is None:
-        raise CheckpointError(
-            f"the mask of {directory} is a vector; vLLM needs a row of the vocabulary that is no word, and "
-            "it has none; serve it with --engine flarec"
+        why = "and the vocabulary has no row to spare, where vLLM could put it" if manifest.adapter is not None else (
+            "which vLLM takes of an adapter alone (mask_token = row puts it into the vocabulary)"
         )
+        raise CheckpointError(f"the mask of {directory} is a vector, {why}; serve it with --engine flarec")
     readout = manifest.decode.readouts.get("ar-trust")
     if readout != "causal":
         raise CheckpointError(

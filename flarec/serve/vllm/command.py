@@ -16,12 +16,10 @@ from .proposer import PROPOSER, SCHEDULER, WORKER
 
 SERVER = "vllm.entrypoints.openai.api_server"
 """`vllm serve` is the same but for a build of vLLM for CPUs, where it does not start."""
-OURS = ("--model", "--speculative-config", "--worker-cls", "--scheduler-cls", "--worker_cls", "--scheduler_cls",
-        "--speculative_config", "--host", "--port", "--served-model-name", "--served_model_name", "--api-key",
-        "--api_key", "--dtype")
+OURS = ("--model", "--speculative-config", "--worker-cls", "--scheduler-cls", "--host", "--port", "--served-model-name",
+        "--api-key", "--dtype")
 """Arguments of vLLM that are made from options of `flarec serve`."""
-LORA = ("--enable-lora", "--enable_lora", "--no-enable-lora", "--lora-modules", "--lora_modules", "--max-loras",
-        "--max_loras", "--max-lora-rank", "--max_lora_rank")
+LORA = ("--enable-lora", "--no-enable-lora", "--lora-modules", "--max-loras", "--max-lora-rank")
 """Those that an adapter on noisy rows takes."""
 
 
@@ -37,7 +35,7 @@ def command(
     adapter = _adapter_arguments(directory)
     for word in extra:
         given = word.split("=", 1)[0]
-        if given in (*OURS, *(LORA if adapter else ())) or given.startswith(("--speculative-config.", "-sc")):
+        if _is_ours(given, (*OURS, *(LORA if adapter else ()))):
             raise UsageError(f"{given} is set by flarec serve; leave it out behind --")
     proposal = proposal_of(directory)
     drafting = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": proposal.width}
@@ -48,6 +46,15 @@ def command(
         # of layers with a state vLLM keeps prefixes in a way that was not tried with drafts, and fails on CPUs
         *(("--no-enable-prefix-caching",) if is_hybrid(directory) else ()), *extra,
     ]
+
+
+def _is_ours(word: str, ours: Sequence[str]) -> bool:
+    """Whether an argument is one of these, or what its parser takes for one: the beginning of a name, or a value in a
+    table of it."""
+    if word.startswith("-sc"):
+        return True
+    name = word.partition(".")[0].replace("_", "-")
+    return len(name) > 2 and name.startswith("--") and any(one.startswith(name) for one in ours)
 
 
 def _adapter_arguments(directory: Path) -> tuple[str, ...]:
@@ -73,7 +80,9 @@ def check_environment(python: str, directory: Path) -> None:
     except OSError as error:
         raise UsageError(f"{python} cannot be run ({error.strerror}); give the Python of vLLM's environment") from None
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["it gives no reason"]
+        lines = done.stderr.strip().splitlines()
+        if not lines:
+            raise UsageError(f"{python} ended with code {done.returncode}; give the Python of vLLM's environment")
         if "No module named" in lines[-1]:
             raise UsageError(f"{python} has no flarec ({lines[-1]}): install it beside vLLM with pip install flarec")
         raise UsageError(lines[-1])
