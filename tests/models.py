@@ -125,14 +125,23 @@ def widened(captured: Program) -> Program:
     clone = captured.clone()
     clone.module = fx.GraphModule(copy.deepcopy(captured.module).double(), clone.graph)
     clone.dtype = torch.float64
+    for inner in clone.module.modules():  # graphs of higher-order operators
+        if isinstance(inner, fx.GraphModule) and inner is not clone.module:
+            _widen_casts(inner.graph)
+            inner.recompile()
+    _widen_casts(clone.graph)
     for node in clone.graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, _widen)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, _widen)
         spec = node.meta.get("val")
         if isinstance(spec, TensorSpec) and spec.dtype == torch.float32:
             node.meta["val"] = TensorSpec(spec.shape, torch.float64)
     clone.finish()
     return clone
+
+
+def _widen_casts(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, _widen)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, _widen)
 
 
 def _widen(argument: Any) -> Any:

@@ -20,9 +20,12 @@ NO_SAMPLES = "No samples were asked for: give --prompts FILE."
 
 def to_html(name: str, parts: Sequence[Chapter], samples: Sequence[Sample]) -> str:
     """The page. Everything that a model, a manifest or a record says is escaped."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     template = environment.from_string(_template("page.html"))
     return _writable(template.render(
         name=name, chapters=parts, samples=samples, origins=ORIGINS, no_samples=NO_SAMPLES,

@@ -136,9 +136,9 @@ ON_A_SOURCE = {
     "serve": ["serve", "model"],
     "screen": ["screen", "model", "--mix", "a=data.jsonl", "--mix", "b=data.jsonl", "--max-length", "64"],
 }
-NO_SOURCE = {"recipes", "families", "bench", "passes", "finish", "lm-eval", "train-head"}
+NO_SOURCE = {"recipes", "families", "bench", "passes", "finish", "lm-eval", "train-head", "report"}
 """`finish` opens the source of a run that `convert` began, `lm-eval` what its own arguments name, `train-head`
-checkpoints of flarec."""
+and `report` checkpoints of flarec."""
 API: dict[str, Callable[[], Any]] = {
     "convert": lambda: flarec.convert("model", "data.jsonl", out="out", max_length=64),
     "load": lambda: flarec.load("model"),
