@@ -62,6 +62,8 @@ class Figure:
                 self._draw(axes, name, thinned(points), number)
                 for number, (name, points) in enumerate(self.series.items())
             ]
+            if self.x == "step":
+                axes.xaxis.get_major_locator().set_params(integer=True)
             if names:
                 canvas.legend(
                     curves, names, loc="lower left", bbox_to_anchor=(0.09, 0), ncols=columns, frameon=False, fontsize=9,

@@ -94,6 +94,12 @@ def test_an_answer_that_was_cut_behind_a_draft() -> None:
         assert found.by_position() == [(8, SPAN / forwards)], text
 
 
+def test_steps_are_whole() -> None:
+    drawn = Figure("t", "step", "share", {"one": [(0, 0.5), (2, 1.0)]}, {}).svg()
+    shown = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
+    assert {"0", "1", "2", "step", "share"} <= set(shown) and "1.5" not in shown
+
+
 def test_every_curve_is_told_from_the_others() -> None:
     """Those of as many positions as a block may have, and names that matplotlib's legends leave out."""
     names = [*(f"position {number}" for number in range(1, 31)), "_mine", "x" * 200]
