@@ -86,6 +86,15 @@ def draw(results: Path, out: Path) -> None:
         write_figure(figure, out)
 
 
+def check_picture(out: Path) -> None:
+    """Raise `UsageError` for a suffix that no format of pictures has."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kind = out.suffix.removeprefix(".")
+    if kind and kind not in FigureCanvasBase.get_supported_filetypes():
+        raise UsageError(f"{out} cannot be written (there is no picture {kind!r}); give svg, png or pdf")
+
+
 def write_figure(figure: Figure, out: Path) -> None:
     """The suffix of `out` chooses the format; equal figures give equal files. Raises `UsageError`."""
     from matplotlib import rc_context

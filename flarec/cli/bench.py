@@ -195,6 +195,7 @@ def serve(
 
     from flarec.base.files import check_apart, write_file
     from flarec.base.prompts import read_prompts
+    from flarec.bench.plot import check_picture
     from flarec.bench.report import make_place
     from flarec.bench.serve.client import Server
     from flarec.bench.serve.picture import draw_loads
@@ -205,6 +206,8 @@ def serve(
         if path is not None:
             check_apart([path], [prompts], option)
             make_place(path, option)
+    if picture is not None:
+        check_picture(picture)
     server = Server.at(url, api_key)
     plan = LoadPlan(
         [prompt for _, prompt in read_prompts(prompts)], modes or ("",), clients or (() if rates else LoadPlan.clients),

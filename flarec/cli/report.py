@@ -64,7 +64,7 @@ def command(
     place = checkpoint if adapter is None else str(adapter)
     run = read_recorded(place)
     if out is None and markdown is None:
-        out = Path(f"{run.name}-report.html")
+        out = Path(f"{run.name.rpartition('/')[2]}-report.html")
     outputs = {"--out": out, "--markdown": markdown}
     inputs = [Path(checkpoint), Path(place), *records, *([prompts_file] if prompts_file else [])]
     _check({option: path for option, path in outputs.items() if path is not None}, inputs)

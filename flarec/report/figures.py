@@ -39,6 +39,7 @@ class Figure:
         """An `<svg>` element without ids that another figure could have, styles, scripts and addresses."""
         from matplotlib import rc_context
         from matplotlib.figure import Figure as Canvas
+        from matplotlib.ticker import MaxNLocator
 
         settings: Any = {
             "svg.fonttype": "none", "svg.hashsalt": self.title, "font.family": "sans-serif", "font.size": 10,
@@ -63,7 +64,7 @@ class Figure:
                 for number, (name, points) in enumerate(self.series.items())
             ]
             if self.x == "step":
-                axes.xaxis.get_major_locator().set_params(integer=True)
+                axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
             if names:
                 canvas.legend(
                     curves, names, loc="lower left", bbox_to_anchor=(0.09, 0), ncols=columns, frameon=False, fontsize=9,

@@ -4,6 +4,7 @@ number counts as not recorded."""
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,10 @@ LARGEST = 1e15
 
 @dataclass(frozen=True)
 class Recorded:
-    """A checkpoint's manifest and its `metrics.jsonl`: lines of steps, and of evaluations among them, as they are."""
+    """A checkpoint's manifest and its `metrics.jsonl`: lines of steps, and of evaluations among them, as they are.
+
+    name: of the directory, or the hub id
+    """
 
     name: str
     manifest: Manifest
@@ -118,7 +122,7 @@ def read_recorded(path: str | Path) -> Recorded:
     read = read_metrics(metrics) if metrics.is_file() else ()
     lines = [line for line in read if at(line, "step") is not None]
     return Recorded(
-        directory.resolve().name,
+        directory.resolve().name if os.path.isdir(path) else str(path),  # a snapshot is called by its hash
         manifest,
         [line for line in lines if "evaluation" not in line],
         [line for line in lines if "evaluation" in line],

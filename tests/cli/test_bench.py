@@ -59,6 +59,13 @@ def test_no_place_for_results_is_told_before_anything_is_measured(
     assert done.stderr.startswith("Error: prompts.txt") and arguments[-1] in done.stderr
 
 
+def test_a_picture_of_no_kind_is_told_before_load_is_put_on_a_server(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("Hello")
+    words = ["serve", "http://127.0.0.1:9/v1", "--prompts", tmp_path / "prompts.txt", "--plot", tmp_path / "a.nothing"]
+    done = CliRunner().invoke(main, ["bench", *map(str, words)])
+    assert done.exit_code == 2 and done.stdout == "" and "no picture 'nothing'" in done.stderr
+
+
 def test_the_script_runs_the_same_rows() -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--list", "--only", "linear-block"], capture_output=True, text=True

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flarec import api
+from flarec.report import recorded
 from flarec.train.state import StateDirectory
 from tests.checkpoints import converted
 from tests.cli.conversions import flarec
@@ -88,6 +89,16 @@ def test_errors(
     result = flarec("report", checkpoint, *(argument.format(checkpoint=checkpoint) for argument in arguments))
     assert result.exit_code != 0 and message in result.stderr and "Traceback" not in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"] and Path("empty.txt").read_text() == ""
+
+
+def test_a_checkpoint_of_the_hub_has_its_name(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not that of the snapshot, which is a hash."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recorded, "resolve", lambda path: checkpoint)
+    assert flarec("report", "owner/mine").stdout == "written: mine-report.html\n"
+    assert "<h1>owner/mine</h1>" in Path("mine-report.html").read_text()
 
 
 def test_two_names_of_one_file(checkpoint: Path, tmp_path: Path) -> None:
