@@ -211,6 +211,8 @@ def power_of_two(value: int, least: int = 1) -> int:
 class StaticRows(Rows):
     """Rows in the slots of a `Store`; a step computes the smallest power of two of slots that holds all of them."""
 
+    most_plans = None  # graphs read them, and widths are few
+
     def __init__(self, store: Store, like: Rows, stats: DecodeStats) -> None:
         self.program, self.mode, self.blocks = store.program, like.mode, like.blocks
         self.device, self.suppress, self.plans = like.device, store.suppress, store.plans

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter as clock
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -70,12 +70,13 @@ class Rows(Stepper):
     state     what the mode keeps, by name: tensors with a row per request
     sampling  parameters of each row
     suppress  [V] bool ids that are never chosen, or None
-    plans     shared between the rows of a scheduler
+    plans     shared between the rows of a scheduler, of which `most_plans` are kept (None: all of them)
     active    [rows] bool: rows of a request; None: all of them
     logprobs  alternatives per token whose log-probabilities all of its requests want; None: they want none
     notes     what `note` gave for the tokens of the last step, by place in the step
     """
 
+    most_plans: ClassVar[int | None] = 16
     active: Tensor | None = None
     logprobs: int | None = None
     notes: Tensor | None = None
@@ -156,13 +157,20 @@ class Rows(Stepper):
 
     def compute(self, shape: StepShape) -> Tensor:
         """The part of a step that is a function of tensors; returns what `Mode.report` is given [rows, n] int64."""
-        plan = self.plans.get(shape)
-        if plan is None:
-            plan = self.plans[shape] = StepPlan(shape, self.device)
+        plan = self._plan(shape)
         ids, anchors = self.mode.inputs(self, shape)
         layout = plan.layout(self.cache.length, anchors)
         clean, noisy = plan.split(self.program.step(ids, layout, plan.head_rows, self.cache))
         return self.mode.read(self, shape, clean, noisy)
+
+    def _plan(self, shape: StepShape) -> StepPlan:
+        """The plan of a shape. The oldest ones go: requests that end one by one make as many shapes as they are."""
+        plan = self.plans.get(shape)
+        if plan is None:
+            if self.most_plans is not None and len(self.plans) >= self.most_plans:
+                del self.plans[next(iter(self.plans))]
+            plan = self.plans[shape] = StepPlan(shape, self.device)
+        return plan
 
     def _report(self, values: list[list[int]]) -> None:
         """Tell the mode. A request whose report fails ends; the others go on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import weakref
 from importlib import import_module
 from typing import Any
 
@@ -13,9 +14,13 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from flarec import ops, passes
+from flarec.base.generation import GenerationOptions
 from flarec.decode.plan import FAR, StepPlan, StepShape
+from flarec.decode.rows import Rows
 from flarec.layout import Layout
 from flarec.passes import lower
+from tests.decode.fake_model import FakeModel
+from tests.decode.helpers import make_engine
 from tests.models import captured
 
 SHAPES = (StepShape(2, 1, 1), StepShape(1, 4, 4, 4, 3, 3), StepShape(3, 2, 2, 2, 1, 1), StepShape(2, 5, 5, 5, 4, 4),
@@ -76,3 +81,22 @@ def test_they_are_made_once(family: str) -> None:
     for name in same:
         values = zip(_pytree.tree_leaves(placed[name]), _pytree.tree_leaves(first[name]), strict=True)
         assert all(torch.equal(a, b) for a, b in values if isinstance(a, Tensor))
+
+
+def test_few_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that end one by one step in as many shapes as they are; what is kept of them is bounded."""
+    alive: weakref.WeakSet[StepPlan] = weakref.WeakSet()
+
+    class Known(StepPlan):
+        def __init__(self, shape: StepShape, device: torch.device) -> None:
+            super().__init__(shape, device)
+            alive.add(self)
+            made.append(len(alive))
+
+    made: list[int] = []
+    monkeypatch.setattr("flarec.decode.rows.StepPlan", Known)
+    engine, _ = make_engine(FakeModel(agreement=0.5), 3)
+    each = [GenerationOptions(mode="ar-trust", max_new_tokens=1 + n) for n in range(40)]
+    results = engine.generate([[1, 2, 3]] * 40, each, batch=40)
+    assert [len(item.token_ids) for item in results] == [1 + n for n in range(40)]
+    assert Rows.most_plans and len(made) > Rows.most_plans >= max(made)

@@ -25,7 +25,7 @@ def run_training(
 ) -> list[Line]:
     """Measure some rows and write `out` after each of them. ahead: compile kernels in parallel before, on a GPU.
 
-    Parts end with the session's limit; rows that need no further part are computed behind it.
+    Parts end with the time limit of the run; rows that need no further part are computed behind it.
     """
     if out is not None:
         make_place(out)
