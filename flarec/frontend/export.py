@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from .. import ops
-from ..errors import CaptureError, PropertyError
+from ..errors import CaptureError, FlarecWarning, PropertyError
 from ..ir.module import graph_module, modules_compiled_late
 from ..ir.program import LAYER_LISTS, Program, Record, layer_of
 from ..ir.spec import spec_of, symbol_names
@@ -29,7 +29,7 @@ from . import cache as program_cache
 from .custom_backward import refuse_custom_functions
 from .families import check_exchangeable, family_of, hooked
 from .family import Family
-from .layers import SharedLayers
+from .layers import NotShared, SharedLayers
 from .loading import check_rotary as check_rotary
 from .loading import load_model as load_model
 from .loading import text_model_of
@@ -113,8 +113,16 @@ def _export(model: nn.Module, family: Family) -> fx.GraphModule:
     if shared is not None and shared.kinds:
         try:
             return _traced(model, family, shared)
-        except Exception:
-            pass  # a layer that cannot do without its index, or what is wrong with the model: said below
+        except NotShared:
+            return _traced(model, family, None)
+        except Exception as error:  # a layer that cannot do without its index, or what is wrong with the model
+            traced = _traced(model, family, None)
+            said = (str(error).strip().splitlines() or [""])[0][:200]
+            warnings.warn(
+                f"every layer of the model is traced, which takes longer: {type(error).__name__}: {said}",
+                FlarecWarning, stacklevel=2,
+            )
+            return traced
     return _traced(model, family, None)
 
 

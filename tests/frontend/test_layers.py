@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from flarec.errors import FlarecWarning
 from flarec.frontend import export
 from flarec.frontend.export import capture
 from flarec.frontend.families import family_of
@@ -52,6 +54,26 @@ def test_the_graph_is_that_of_tracing_every_layer(family: str, repeats: dict[int
     for node in module.graph.find_nodes(op="get_attr"):
         if node.target in theirs:
             assert module.get_parameter(node.target) is theirs[node.target]
+
+
+def test_a_trace_that_fails_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer is traced then, and why is said; a model that fails both ways fails."""
+    model, whole = tiny_model("llama"), export._traced
+
+    def failing(model: Any, family: Any, shared: SharedLayers | None) -> fx.GraphModule:
+        if shared is not None or model.config.pad_token_id == 7:
+            raise RuntimeError("no layer\nwithout its index")
+        return whole(model, family, None)
+
+    monkeypatch.setattr(export, "_traced", failing)
+    family = family_of(model.config)
+    with pytest.warns(FlarecWarning, match="every layer of the model is traced.*RuntimeError: no layer$"):
+        module = export._export(model, family)
+    assert content(module.graph) == content(whole(model, family, None).graph)
+    model.config.pad_token_id = 7
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="no layer"):
+        warnings.simplefilter("error")
+        export._export(model, family)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
