@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
+from flarec.bench.shapes import SHAPES, build
 from flarec.bench.training.part import GIB, stream
 from flarec.bench.training.profile import kernels_of, length, seconds_of, union
-from flarec.bench.training.shapes import RECIPES, SHAPES, PartPlan, build
+from flarec.bench.training.shapes import RECIPES, PartPlan
 from flarec.device import resolve_compile, torch_device
 from flarec.frontend.export import capture
 from flarec.passes import lower

@@ -92,7 +92,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 # transformers enters in capture and leaves in checkpoint: what lies between knows a program and a layout.
-KNOWS_TRANSFORMERS = {"serving", "training", "frontend", "checkpoint", "api", "verify", "conformance", "doctor", "cli"}
+KNOWS_TRANSFORMERS = {
+    "bench", "serving", "training", "frontend", "checkpoint", "api", "verify", "conformance", "doctor", "cli"
+}
 # numpy: schedules are index arithmetic on the host.
 KERNEL_LIBRARIES = {"torch", "triton", "numpy"}
 

@@ -15,19 +15,7 @@ from flarec.ir.program import Program
 from flarec.passes import lower
 
 from ..session import Session
-
-_SIZES = {"head_dim": 256, "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
-          "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 248320}
-SHAPES: dict[str, dict[str, int]] = {
-    "2B": {**_SIZES, "linear_num_value_heads": 16, "hidden_size": 2048, "intermediate_size": 6144,
-           "num_hidden_layers": 24},
-    "4B": {**_SIZES, "linear_num_value_heads": 32, "hidden_size": 2560, "intermediate_size": 9216,
-           "num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 4},
-    "tiny": {"head_dim": 32, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-             "linear_num_value_heads": 2, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
-             "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 320},
-}
-"""Of Qwen3.5: three layers of linear attention to one of softmax attention, tied embeddings."""
+from ..shapes import SHAPES, build
 
 
 class ServingSession(Session):
@@ -54,14 +42,7 @@ class ServingSession(Session):
         return self.measured("model", self._build)
 
     def _build(self) -> Any:
-        from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
-
-        torch.manual_seed(0)
-        config = Qwen3_5TextConfig(tie_word_embeddings=True, eos_token_id=None, pad_token_id=0, **SHAPES[self.shape])
-        with self.device:
-            model = Qwen3_5ForCausalLM._from_config(config, dtype=torch.bfloat16 if self.on_gpu else torch.float32)
-        model.tie_weights()
-        return model.eval()
+        return build(self.shape, self.device, torch.bfloat16 if self.on_gpu else torch.float32)
 
     @property
     def program(self) -> Program:

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from ..shapes import build
 from .profile import kernels_of, seconds_of, shares, wait
-from .shapes import RECIPES, PartPlan, build, sizes
+from .shapes import RECIPES, PartPlan, sizes
 
 GIB = 2**30
 Keep = Callable[[dict[str, Any]], None]

@@ -19,7 +19,8 @@ from flarec.errors import UsageError
 
 from ..measure import NotMeasured
 from ..session import Session
-from .shapes import EVERY, MICRO, SHAPE_OF, SHAPES, PartPlan
+from ..shapes import SHAPES
+from .shapes import EVERY, MICRO, SHAPE_OF, PartPlan
 
 PART_LIMIT = 180.0
 """Seconds of one part."""
