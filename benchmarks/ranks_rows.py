@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -90,7 +91,7 @@ def main() -> int:
             print(f"{time.monotonic() - start:.0f} s: {name}: {json.dumps({**kept, **told})}", flush=True)
             if options.out:
                 record = {"what": __doc__.splitlines()[0] if __doc__ else "", "commit": options.commit,
-                          "command": " ".join(["python -m benchmarks.ranks_rows", *sys.argv[1:]]),
+                          "command": shlex.join(["python", "-m", "benchmarks.ranks_rows", *sys.argv[1:]]),
                           "bars": {key: bar for key, (bar, _) in BARS.items()}, "runs": results}
                 options.out.write_text(json.dumps(record, indent=1) + "\n")
     return int(any("error" in found for found in results.values()))

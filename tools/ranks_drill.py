@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,9 @@ def launched(recipe: str, out: Path, device: str, ranks: int, *more: str) -> sub
 def run(recipe: str, out: Path, device: str, ranks: int, *more: str) -> dict[str, Any]:
     start, process = time.monotonic(), launched(recipe, out, device, ranks, *more)
     text, _ = process.communicate(timeout=LIMIT)
-    return {"exit": process.returncode, "seconds": round(time.monotonic() - start, 1),
-            "last": text.strip().splitlines()[-3:], "traceback_of_flarec": 'File "' in text and "flarec/" in text}
+    last = {"last": text.strip().splitlines()[-3:]} if process.returncode else {}
+    return {"exit": process.returncode, "seconds": round(time.monotonic() - start, 1), **last,
+            "traceback_of_flarec": 'File "' in text and "flarec/" in text}
 
 
 def killed(recipe: str, out: Path, device: str) -> dict[str, Any]:
@@ -93,28 +95,49 @@ def apart(one: Path, two: Path) -> dict[str, Any]:
         torch.equal(first[name], second[name]) for name in first)}
 
 
-def drill(recipe: str, device: str, folder: Path) -> dict[str, Any]:
+def resumed(recipe: str, device: str, folder: Path, name: str, ranks: int) -> dict[str, Any]:
+    """Two ranks stop half-way; `ranks` go on."""
+    out = folder / f"{recipe}-{name}"
+    stopped = run(recipe, out, device, 2, "--stop-after", str(HALF))
+    return {"stopped": stopped, "resumed": run(recipe, out, device, ranks, "--resume")}
+
+
+def survived(recipe: str, device: str, folder: Path) -> dict[str, Any]:
+    """One of two ranks is killed; two go on."""
+    out = folder / f"{recipe}-kill"
+    return {**killed(recipe, out, device), "resumed": run(recipe, out, device, 2, "--resume")}
+
+
+def launches(recipe: str, device: str, folder: Path, pool: ThreadPoolExecutor) -> dict[str, Future[dict[str, Any]]]:
+    """They do not wait for each other; what is resumed waits for its own first part alone."""
     one, two = folder / f"{recipe}-one", folder / f"{recipe}-two"
-    found: dict[str, Any] = {"one": run(recipe, one, device, 1), "two": run(recipe, two, device, 2)}
+    cut = folder / f"{recipe}-parameters_in_parts"
+    return {
+        "one": pool.submit(run, recipe, one, device, 1),
+        "two": pool.submit(run, recipe, two, device, 2),
+        "parameters_in_parts": pool.submit(run, recipe, cut, device, 2, "--set", "train.shard=parameters"),
+        "two_then_one": pool.submit(resumed, recipe, device, folder, "two_then_one", 1),
+        "two_then_two": pool.submit(resumed, recipe, device, folder, "two_then_two", 2),
+        "kill": pool.submit(survived, recipe, device, folder),
+    }
+
+
+def compared(recipe: str, folder: Path, jobs: dict[str, Future[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """What is known so far, after every comparison."""
+    one, two = folder / f"{recipe}-one", folder / f"{recipe}-two"
+    found: dict[str, Any] = {name: jobs.pop(name).result() for name in ("one", "two")}
     found["two_to_one"] = apart(one, two)
-    out = folder / f"{recipe}-cut"
-    found["parameters_in_parts"] = {"two": run(recipe, out, device, 2, "--set", "train.shard=parameters")}
-    found["parameters_in_parts"] |= apart(two, out)
-    for name, ranks in (("two_then_one", 1), ("two_then_two", 2)):
-        out = folder / f"{recipe}-{name}"
-        stopped = run(recipe, out, device, 2, "--stop-after", str(HALF))
-        found[name] = {"stopped": stopped, "resumed": run(recipe, out, device, ranks, "--resume"), **apart(two, out)}
-    out = folder / f"{recipe}-killed"
-    found["kill"] = killed(recipe, out, device)
-    found["kill"] |= {"resumed": run(recipe, out, device, 2, "--resume"), **apart(two, out)}
-    return found
+    yield found
+    for name, job in jobs.items():
+        found[name] = job.result() | apart(two, folder / f"{recipe}-{name}")
+        yield found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", action="append", help="repeatable; default: flare, draft, adapter")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--together", type=int, default=1, help="recipes at a time")
+    parser.add_argument("--together", type=int, default=1, help="launches at a time")
     parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -122,15 +145,21 @@ def main() -> None:
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     result: dict[str, Any] = {"device": device, "torch": torch.__version__, "commit": options.commit, "steps": STEPS}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.together) as pool:
-        jobs = {recipe: pool.submit(drill, recipe, options.device, Path(folder)) for recipe in recipes}
-        for recipe, job in jobs.items():
-            try:
-                result[recipe] = job.result()
-            except Exception as error:  # one recipe must not hide what the others showed
-                result[recipe] = {"error": f"{type(error).__name__}: {error}"}
+        started = {recipe: launches(recipe, options.device, Path(folder), pool) for recipe in recipes}
+        drills = {recipe: compared(recipe, Path(folder), jobs) for recipe, jobs in started.items()}
+        open_ = set(recipes)
+        while open_:
+            for recipe in sorted(open_):
+                try:
+                    result[recipe] = next(drills[recipe])
+                except StopIteration:
+                    open_.remove(recipe)
+                except Exception as error:  # one recipe must not hide what the others showed
+                    result[recipe] = {**result.get(recipe, {}), "error": f"{type(error).__name__}: {error}"}
+                    open_.remove(recipe)
+                if options.out:  # a run that is cut short leaves what it has seen
+                    options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
