@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from flarec.recipe import load_recipe
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "real"
 PARTS = (b"GGUF first part, ", b"second part")
@@ -75,3 +78,38 @@ def test_tokens_per_forward_is_over_all_tokens() -> None:
     found = measure.summary([(10, 10), (30, 10)])
     assert found["tokens_per_forward"] == 2.0 and found["interval"][0] == 1.0 and found["interval"][1] == 3.0
     assert measure.summary([]) is None
+
+
+def test_every_arm_is_a_recipe() -> None:
+    """Overrides of an arm are keys of `adapter` that hold together; later ones replace earlier ones."""
+    arms = script("arms")
+    assert next(iter(arms.ARMS)) == "base"
+    for name in arms.ARMS:
+        recipe = load_recipe("adapter").override(arms.overrides(name))
+        assert recipe.adapter.rank == {"rank-16": 16, "rank-128": 128, "rank-256": 256}.get(name, 64)
+    assert load_recipe("adapter").override(arms.overrides("rate-1e-3")).optimizer.lr == 1e-3
+
+
+def test_arms_are_compared_seed_by_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An arm that failed is told and run again by the next call; differences are to the same seed's base."""
+    sys.modules["arms"] = script("arms")
+    compare, ran = script("compare"), list[str]()
+
+    def fake(options: Any, arm: str, seed: int, device: str, until: float) -> dict[str, Any]:
+        ran.append(f"{arm} {seed}")
+        if arm == "tv" and ran.count("tv 1") == 1 and seed == 1:
+            return {"error": "no time left"}
+        value = {"tokens_per_forward": 2.0 + seed + (0.25 if arm == "tv" else 0.0)}
+        return {"arm": arm, "seed": seed, "seconds": [1.0], **{name: {"loop-free": value} for name in ("T=0", "T=1")}}
+
+    monkeypatch.setattr(compare, "run_arm", fake)
+    out = tmp_path / "out.json"
+    words = ["SOURCE", "--data", "a", "--prompts", "p", "--out", str(out), "--seeds", "2"]
+    words += ["--only", "base", "--only", "tv"]
+    assert compare.main(words) == 1
+    assert compare.main(words) == 0
+    assert ran == ["base 0", "tv 0", "base 1", "tv 1", "tv 1"]
+    found = json.loads(out.read_text())["arms"]["tv"]["T=0"]
+    assert found == {"seeds": [2.25, 3.25], "mean": 2.75, "to_base": [0.25, 0.25]}
+    with pytest.raises(SystemExit):
+        compare.main([*words, "--steps", "7"])
