@@ -1,7 +1,7 @@
 """Answers as the model wrote them: token ids beside the text of a record.
 
-Text does not say which tokens it was: what a model wrote is often read back as others (sampled answers above all), which
-the model would never write in their place. `flarec answers` therefore adds to a record
+Text does not say which tokens it was: what a model wrote is often read back as others (sampled answers above all),
+which the model would never write in their place. `flarec answers` therefore adds to a record
 
     "generated": {"tokenizer": HASH, "prompt": HASH, "ids": [...]}
 

@@ -18,7 +18,8 @@ from tests.train.small_tokenizer import CHATML, MARKED_CONTENT, REASONING, small
 TOKENIZER = small_tokenizer()
 END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
 EARLIER = [
-    {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "world"}, {"role": "user", "content": "again"},
+    {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "world"},
+    {"role": "user", "content": "again"},
 ]
 
 
@@ -29,7 +30,9 @@ def letters(text: str) -> list[int]:
     return [ids[0] for ids in found]
 
 
-def record(answer: str, ids: list[int], messages: list[Any] | None = None, tokenizer: Any = TOKENIZER) -> dict[str, Any]:
+def record(
+    answer: str, ids: list[int], messages: list[Any] | None = None, tokenizer: Any = TOKENIZER
+) -> dict[str, Any]:
     prompt: Any = "Hello " if messages is None else messages
     plain = {"prompt": prompt, "response": answer} if messages is None else {
         "messages": [*messages, {"role": "assistant", "content": answer}]
