@@ -7,7 +7,7 @@
 `run` trains the source unless WORK has one, then converts it arm by arm (`arms.py`), several at a time, and measures
 each; FILE.json holds what is done at every moment. It ends itself at the time limit. WORK, or `--done FILE.json` with
 `--pieces`, lets another call go on. Two steps of the publication are no arms: pure block diffusion, whose clean stream
-is not causal, and rows that predict their own token. These programs have a causal clean stream and the shift by contract.
+is not causal, and rows that predict their own token. A causal clean stream and the shift are in the contract here.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ def one(
     keys = [
         f"optimizer.steps={steps}", f"optimizer.batch_rows={rows}", f"optimizer.micro_rows={rows}",
         "optimizer.schedule=linear", f"optimizer.warmup_steps={max(1, steps // 15)}",
-        f"data.max_length={settings['length']}",
-        "evaluation.every=0", f"save.every={steps + 1}", "train.compile=off", "train.memory=keep", *arm.overrides,
+        f"data.max_length={settings['length']}", "evaluation.every=0",
+        f"save.every={steps + 1}", "train.compile=off", "train.memory=keep", *arm.overrides,
     ]
     try:
         made = flarec.convert(

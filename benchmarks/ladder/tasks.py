@@ -10,8 +10,7 @@ from collections.abc import Callable
 WORDS = (
     "amber", "birch", "cedar", "delta", "ember", "flint", "grove", "hazel", "ivory", "jasper", "karma", "lemon",
     "maple", "north", "ocean", "pearl", "quartz", "river", "stone", "tulip", "ultra", "violet", "willow",
-    "xenon", "yellow",
-    "zebra",
+    "xenon", "yellow", "zebra",
 )
 FIELDS = ("name", "city", "age", "size", "color", "price", "code", "team", "tags", "year", "state", "level")
 PAIRS = {"(": ")", "[": "]", "{": "}", "<": ">"}
