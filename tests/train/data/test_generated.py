@@ -51,7 +51,8 @@ def test_the_very_ids_are_trained(messages: list[Any] | None) -> None:
     written = letters("world")
     found = record("world", [*written, END], messages)
     ids, spans, notes = encoded(found)
-    prompt = encode_prompt(TOKENIZER, found.get("prompt", messages))
+    asked: Any = found.get("prompt", messages)
+    prompt = encode_prompt(TOKENIZER, asked)
     start, stop = spans[-1]
     assert notes == [generated.USED]
     assert ids[:start] == prompt and ids[start:stop] == [*written, END]
