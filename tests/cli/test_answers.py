@@ -60,7 +60,7 @@ def test_answers_are_what_the_source_says(home: Path) -> None:
     assert len(asked) == len(found) == record["counts"]["written"] and record["done"] == 2 * len(WORDS)
     from flarec.train.answers.questions import read_questions
 
-    truncated = 0
+    truncated, kinds = 0, set()
     for question in read_questions(home / "prompts.txt", model.tokenizer, chat=False):
         for sample in (0, 1):
             seed = question.seed(0, sample)
@@ -72,14 +72,25 @@ def test_answers_are_what_the_source_says(home: Path) -> None:
                 continue
             assert line["prompt"] == question.prompt and line["response"] == alone.text
             assert (line["stop_reason"], line["tokens"]) == (alone.stop_reason, alone.new_tokens)
+            written = line["generated"]["ids"] if "generated" in line else alone.token_ids
+            assert written == alone.token_ids[: len(written)]
+            kinds.add((line["stop_reason"], "generated" in line))
     assert record["counts"]["truncated"] == truncated > 0
     assert record["sha256"] == sha256_of(home / "whole.jsonl")
+    assert ("stop", True) in kinds and record["counts"]["other_tokens"] > 0
 
 
 def test_they_are_training_data(home: Path) -> None:
-    tokenizer = package.load(home / "source/lfm2").tokenizer
+    """With the ids that the model wrote, and an end where a stop text took its place."""
+    tokenizer, found = package.load(home / "source/lfm2").tokenizer, lines(home / "whole.jsonl")
     (source,) = load_sources([parse_source(str(home / "whole.jsonl"))], tokenizer, max_length=64)
-    assert source.stats.documents == source.stats.records == len(lines(home / "whole.jsonl"))
+    assert source.stats.documents == source.stats.records == len(found)
+    for number, line in enumerate(found):
+        document = source.document(number)
+        (start, end), = document.responses
+        if "generated" in line:
+            written, said = line["generated"]["ids"], document.ids[start:end].tolist()
+            assert said in ([*written, tokenizer.eos_token_id], written)
 
 
 def test_an_interrupted_run_has_the_same_bytes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

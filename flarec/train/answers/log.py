@@ -22,7 +22,7 @@ from ...base.hashes import sha256_of
 from ...errors import CheckpointError, UsageError
 from ..state import differences, writing
 
-RECORD, RECORD_VERSION = "flarec answers", 1
+RECORD, RECORD_VERSION = "flarec answers", 2
 
 
 @dataclass(frozen=True)

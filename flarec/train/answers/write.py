@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ...device import resolve_kernels, torch_device, torch_dtype
 from ...errors import TrainingError
 from ...frontend.export import capture
 from ..data.files import BadRecord
+from ..data.generated import KEY, USED
 from ..data.sources import RecordEncoder
 from ..progress import Reporter
 from .arguments import AnswerArguments
@@ -116,7 +117,9 @@ def summary(arguments: AnswerArguments, progress: Progress) -> str:
     dropped = [f"{counts[name]:,} {words}" for name, words in reasons.items() if counts[name]]
     text += f"; dropped: {', '.join(dropped)}" if dropped else ""
     if counts["other_tokens"]:
-        text += f"; {counts['other_tokens']:,} are other tokens when read as data than the model wrote"
+        text += f"; {counts['other_tokens']:,} would be other tokens if only their text were read"
+    if counts["without_ids"]:
+        text += f"; {counts['without_ids']:,} without their token ids (the stop text begins inside of a token)"
     return text
 
 
@@ -204,18 +207,34 @@ class _Writer:
         try:
             if not answer.strip():
                 raise BadRecord("the answer is empty")
-            ids, spans = self.encode(record)
-            if not spans:
+            text = self.encode(record)
+            if not text[1]:
                 raise BadRecord("has no response")
+            field = self._generated(record, question, made, answer)
+            if field is not None:
+                counts["other_tokens"] += self.encode({**record, KEY: field}) != text
         except BadRecord:
             counts["unusable"] += 1
             return ""
-        start, end = spans[-1]
-        expected = [*question.ids, *made.token_ids]
-        counts["other_tokens"] += made.stop_reason == "eos" and (start != len(question.ids) or ids[:end] != expected)
+        counts["without_ids"] += field is None
         counts.update({"written": 1, "tokens": made.new_tokens, made.stop_reason: 1})
         record |= {"line": question.line, "sample": sample, "tokens": made.new_tokens, "stop_reason": made.stop_reason}
-        return json.dumps(record, ensure_ascii=False) + "\n"
+        return json.dumps(record | ({KEY: field} if field else {}), ensure_ascii=False) + "\n"
+
+    def _generated(
+        self, record: Mapping[str, Any], question: Question, made: Generation, answer: str
+    ) -> dict[str, Any] | None:
+        """What a record says of the ids of its answer, those before a stop text; None if that begins inside of a token,
+        or if reading the record would not use them."""
+        ids = list(made.token_ids)
+        while (text := self._decode(ids)) != answer:
+            if len(text) < len(answer):
+                return None
+            ids.pop()
+        field, reader = self.encode.generated.field(question.ids, ids), self.encode
+        before = reader.notes[USED]
+        reader({**record, KEY: field})
+        return field if reader.notes[USED] > before else None
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return decode_tokens(self.tokenizer, tokens)

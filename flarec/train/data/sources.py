@@ -18,6 +18,7 @@ from .characters import Spans, continued
 from .chat import ChatEncoder, Dialogue
 from .document import Document
 from .files import BadRecord, SourceSpec, parse_source, read_records
+from .generated import GeneratedIds, generated_of
 from .shapes import Pair, Text, shape_of
 
 __all__ = ["DataStats", "RecordEncoder", "TokenSource", "hold_out", "load_sources", "parse_source"]
@@ -159,7 +160,7 @@ def _load(
         if seen is not None:
             seen(place, ids)
         kept.add(ids, spans, encode.closing, encode.ends)
-    stats.tokens, stats.notes, formats = len(kept.tokens), encode.chat.notes, encode.formats
+    stats.tokens, stats.notes, formats = len(kept.tokens), encode.notes, encode.formats
     named = [name if len(formats) == 1 else f"{count:,} {name}" for name, count in sorted(formats.items())]
     stats.format = ", ".join(named)
     if not stats.documents:
@@ -228,7 +229,7 @@ class RecordEncoder:
 
     It raises `BadRecord` for the record, and `DataError` for a tokenizer that cannot serve its shape. `format` is the
     shape of the last record, `formats` counts all of them; `ends` are the ids that end a text, `closing` those
-    that can end a turn.
+    that can end a turn; `notes` is what should be known of the records so far, and of how many.
     """
 
     def __init__(self, tokenizer: Any, end_ids: Collection[int] | None, path: Path) -> None:
@@ -237,11 +238,14 @@ class RecordEncoder:
         ends = frozenset(end_ids if end_ids is not None else [] if eos is None else [eos])
         self.ends, self.closing = ends, ends | {*tokenizer.all_special_ids}
         self.chat = ChatEncoder(tokenizer, ends)
+        self.generated = GeneratedIds(tokenizer)
+        self.notes = self.chat.notes
         self.formats: Counter[str] = Counter()
         self.format = ""
 
     def __call__(self, record: dict[str, Any]) -> tuple[list[int], Spans]:
         self.format, shape = shape_of(record)
+        given = generated_of(record)
         if isinstance(shape, Dialogue):
             if not getattr(self.tokenizer, "chat_template", None):
                 raise DataError(
@@ -254,6 +258,10 @@ class RecordEncoder:
             )
         else:
             encoded = self._text(shape) if isinstance(shape, Text) else self._pair(shape)
+        if given is not None:
+            written, note = self.generated.read(shape, given, encoded, self.ends, self.closing)
+            self.notes[note] += 1
+            encoded = encoded if written is None else written
         self.formats[self.format] += 1
         return encoded
 

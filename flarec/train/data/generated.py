@@ -1,0 +1,132 @@
+"""Answers as the model wrote them: token ids beside the text of a record.
+
+Text does not say which tokens it was: what a model wrote is often read back as others (sampled answers above all),
+which the model would never write in their place. `flarec answers` therefore adds to a record
+
+    "generated": {"tokenizer": HASH, "prompt": HASH, "ids": [...]}
+
+the ids of the answer, a hash of the vocabulary that they are of, and one of the prompt's ids. Whoever reads the text
+alone finds the record as it was without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from ...base.fields import LARGEST
+from ...base.messages import BadRecord
+from ...decode.tokenizing import decode_tokens, encode_prompt
+from ...errors import GenerationError
+from .characters import Spans
+from .chat import Dialogue
+from .shapes import Pair, Shape
+
+KEY = "generated"
+DIGITS = 16
+"""Of a hash: the records hold two each."""
+USED = "answers trained as the token ids that the model wrote"
+OTHER_TOKENIZER = "answers read as text (their token ids are of another tokenizer)"
+OTHER_PROMPT = "answers read as text (their prompt has other token ids now: another chat template, or it was changed)"
+OTHER_TEXT = "answers read as text (it is not what their token ids say)"
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a record says of its answer: hashes of vocabulary and prompt, and the answer's ids, an end token included
+    where the model wrote one."""
+
+    tokenizer: str
+    prompt: str
+    ids: tuple[int, ...]
+
+
+def generated_of(record: Mapping[str, Any]) -> Generated | None:
+    """The record's field; None without one. Raises `BadRecord` for anything else under this name."""
+    value = record.get(KEY)
+    if value is None:
+        return None
+    table = value if isinstance(value, Mapping) else {}
+    hashes, ids = [table.get(name) for name in ("tokenizer", "prompt")], table.get("ids")
+    numbers = isinstance(ids, list) and all(type(i) is int and 0 <= i <= LARGEST for i in ids)
+    if not ids or not isinstance(ids, list) or not numbers or not all(isinstance(text, str) for text in hashes):
+        raise BadRecord(
+            f'"{KEY}" is not what flarec answers writes (tokenizer, prompt, and a list of token ids); remove it, and '
+            "the text alone is read"
+        )
+    return Generated(str(hashes[0]), str(hashes[1]), tuple(ids))
+
+
+class GeneratedIds:
+    """Writes and reads the token ids of answers, with one tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._vocabulary = ""
+
+    def field(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
+        """What a record says of an answer (under `KEY`)."""
+        return {"tokenizer": self.vocabulary, "prompt": hash_of(prompt), "ids": list(answer)}
+
+    @property
+    def vocabulary(self) -> str:
+        """A hash of all tokens and their ids."""
+        if not self._vocabulary:
+            tokens = sorted((number, token) for token, number in self.tokenizer.get_vocab().items())
+            self._vocabulary = hashlib.sha256(repr(tokens).encode(errors="surrogatepass")).hexdigest()[:DIGITS]
+        return self._vocabulary
+
+    def read(
+        self, shape: Shape, given: Generated, text: tuple[Sequence[int], Spans], ends: Collection[int],
+        closing: Collection[int],
+    ) -> tuple[tuple[list[int], Spans] | None, str]:
+        """(token ids and spans with the answer as it was written, `USED`); (None, the reason) if its text must do.
+
+        text: token ids and spans of the record read as text, from which what surrounds the answer comes: the turns
+        before it, the end token where the model wrote none, and what the template writes behind it. ends, closing:
+        tokens that end a text, and those that may end a turn.
+        """
+        answer = _answer(shape)
+        if given.tokenizer != self.vocabulary:
+            return None, OTHER_TOKENIZER
+        ids, spans = text
+        if answer is None or not spans or decode_tokens(self.tokenizer, given.ids) != answer:
+            return None, OTHER_TEXT
+        try:
+            prompt = self._prompt(shape)
+        except GenerationError:
+            return None, OTHER_PROMPT
+        if hash_of(prompt) != given.prompt:
+            return None, OTHER_PROMPT
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, prompt, strict=False)))
+        behind = spans[-1][1]
+        open_ended = given.ids[-1] not in ends and given.ids[-1] != ids[behind - 1] in closing
+        said = [*given.ids, ids[behind - 1]] if open_ended else list(given.ids)
+        earlier = [span for span in spans[:-1] if span[1] <= shared]
+        span = (len(prompt), len(prompt) + len(said))
+        return ([*prompt, *said, *ids[behind:]], [*earlier, span]), USED
+
+    def _prompt(self, shape: Shape) -> list[int]:
+        """Ids of what stands before the answer, as in decoding."""
+        if isinstance(shape, Pair):
+            return encode_prompt(self.tokenizer, shape.prompt)
+        assert isinstance(shape, Dialogue)
+        return encode_prompt(self.tokenizer, shape.messages[:-1], tools=shape.tools, options=shape.options)
+
+
+def _answer(shape: Shape) -> str | None:
+    """The text of the answer; None for a record that ends with none, or with one that is not trained."""
+    if isinstance(shape, Pair):
+        return shape.response
+    if isinstance(shape, Dialogue) and len(shape.messages) - 1 in shape.trained() and len(shape.messages) > 1:
+        content = shape.messages[-1].get("content")
+        return content if isinstance(content, str) else None
+    return None
+
+
+def hash_of(ids: Sequence[int]) -> str:
+    """A hash of token ids."""
+    return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()[:DIGITS]

@@ -1,0 +1,90 @@
+"""The ladder's tasks, arms and sums: what a run on a GPU relies on."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from benchmarks.ladder.arms import BLOCKS, MAIN, SEEDS, STEPS, arms
+from benchmarks.ladder.summary import chosen, summarised
+from benchmarks.ladder.tasks import KINDS, PAIRS, SPLITS, draw_tasks
+from flarec.recipe import load_recipe
+
+
+def test_answers_are_right() -> None:
+    """By reading them another way than they were made."""
+    for task in draw_tasks("report", 90):
+        prompt, response = task["prompt"], task["response"]
+        if task["kind"] == "addition":
+            one, other = (int(part) for part in prompt.splitlines()[0].removeprefix("add: ").split(" + "))
+            assert int(response[::-1]) == one + other
+        elif task["kind"] == "brackets":
+            stack = []
+            for letter in prompt.splitlines()[0].removeprefix("open: ") + response:
+                if letter in PAIRS:
+                    stack.append(letter)
+                else:
+                    assert PAIRS[stack.pop()] == letter
+            assert not stack
+        else:
+            fields = dict(part.split(" = ") for part in prompt.splitlines()[0].removeprefix("record: ").split("; "))
+            read = json.loads(response)
+            said = {key: value if isinstance(value, list) else [value] for key, value in read.items()}
+            assert {key: ", ".join(map(str, value)) for key, value in said.items()} == fields
+
+
+def test_no_prompt_is_in_two_splits() -> None:
+    drawn = {split: {task["prompt"] for task in draw_tasks(split, 60, seed)} for seed in (0, 1) for split in SPLITS}
+    assert not drawn["train"] & drawn["choose"] and not drawn["choose"] & drawn["report"]
+    assert {task["kind"] for task in draw_tasks("choose", 3)} == {*KINDS}
+    assert draw_tasks("train", 9) == draw_tasks("train", 12)[:9]
+
+
+def test_arms_are_recipes_and_steps_name_arms() -> None:
+    found = arms()
+    assert len({arm.key for arm in found}) == len(found) == len(SEEDS) * (len(MAIN) + 2 * len(BLOCKS))
+    recipes = {arm.name: load_recipe(arm.recipe).override(arm.overrides) for arm in found}
+    sizes = {name: recipe.diffusion.block_size for name, recipe in recipes.items()}
+    assert {size for name, size in sizes.items() if "-block-" not in name} == {4}
+    assert all(name in recipes for _, *pair in STEPS for name in pair)
+    for step, with_it, without in STEPS:  # a step changes something
+        assert recipes[with_it].to_dict() != recipes[without].to_dict(), step
+
+
+def result(arm: str, seed: int, loss: float, forwards: int) -> dict[str, Any]:
+    row = {"prompts": 4, "tokens": 40, "forwards": forwards, "right": 4}
+    curve = {"0.7": {**row, "right": 1}, "0.9": {**row, "right": 3}, "0.99": row}
+    return {
+        "arm": arm, "seed": seed, "loss": {"text": loss, "tasks": 0.0}, "causal": row, "causal choose": row,
+        "ar-trust": {name: {"all": row, "loop-free": row} for name in ("T=0", "T=1", "T=0 single")} | {"tasks": row},
+        "diffusion-trust": {"choose": curve, "report": {**curve, "0.99": {**row, "right": 2}}},
+    }
+
+
+def test_differences_are_paired_by_seed() -> None:
+    source = result("source", 0, 2.0, 40)
+    results = [result("no-ar-loss", seed, 2.0 + noise, 20) for seed, noise in enumerate((0.5, 0.1, 0.3))]
+    results += [result("flare", seed, 2.0 + noise, 16) for seed, noise in enumerate((0.42, 0.0, 0.18))]
+    results += [{"arm": "draft", "seed": 0, "error": "E"}]
+    found = summarised(results, source)
+    assert found["failed"] == [{"arm": "draft", "seed": 0, "error": "E"}]
+    assert set(found["arms"]) == {"no-ar-loss", "flare"}
+    (step,) = found["steps"]
+    loss = step["difference"]["AR loss change"]
+    assert step["step"] == "+ AR loss" and loss["mean"] == pytest.approx(-0.1)
+    half = 4.303 * math.sqrt((0.02**2 + 0 + 0.02**2) / 2 / 3)
+    assert loss["interval"] == pytest.approx([-0.1 - half, -0.1 + half])
+    assert step["difference"]["tokens per forward, T=0"]["mean"] == pytest.approx(40 / 16 - 2)
+    values = found["arms"]["flare"]
+    assert values["Diffusion-Trust, threshold"]["mean"] == pytest.approx(0.99)
+    assert values["Diffusion-Trust, accuracy"]["mean"] == 0.5
+
+
+def test_a_threshold_is_the_smallest_that_keeps_enough() -> None:
+    rows = {str(at): {"right": right, "prompts": 10, "tokens": 1, "forwards": 1} for at, right in
+            ((0.7, 5), (0.9, 8), (0.97, 9), (0.99, 9))}
+    assert [chosen(rows, base) for base in (1.0, 0.8, 0.5)] == ["0.97", "0.9", "0.7"]
+    assert chosen({name: {**row, "right": 1} for name, row in rows.items()}, 1.0) == "0.99"
