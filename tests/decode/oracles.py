@@ -209,6 +209,9 @@ def diffusion_trust(
                 chose[offset] = logits
             if step == steps - 1:
                 chosen = set(hidden)
+            elif readout == "causal":
+                stop = next((offset for offset in sorted(hidden)[1:] if guesses[offset][1] < threshold), size)
+                chosen = {offset for offset in hidden if offset < stop}
             else:
                 best = max(sorted(hidden), key=lambda offset: guesses[offset][1])
                 chosen = {best} | {offset for offset in hidden if guesses[offset][1] >= threshold}
