@@ -104,8 +104,8 @@ class DiffusionTrustMode:
         """[rows, size] bool: positions to commit, at least one of the masked ones.
 
         Under the causal readout a position tells nothing to those before it, and is better guessed once it reads them:
-        from the left, the first masked one and those behind it while they reach the threshold. Else those that reach it,
-        and the most confident one (ties: the lowest).
+        from the left, the first masked one and those behind it while they reach the threshold. Else those that reach
+        it, and the most confident one (ties: the lowest).
         """
         sure = confidence >= self.threshold
         if self.blocks.readout == "causal":
