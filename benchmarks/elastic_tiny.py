@@ -3,9 +3,11 @@
     python benchmarks/elastic_tiny.py --out benchmarks/results/elastic-tiny-cpu.json
 
 Converts with the recipe `fluid` at the demo's length, trains the horizon head on the same texts, and decodes held-out
-tasks greedily. Elastic decoding without a head's say is the ablation: "gate alone" takes drafts by their confidence,
-"fixed n" takes n drafts in every step. A row's threshold is chosen on one half of the tasks and reported on the other:
-the smallest one that keeps `KEEPS` of causal decoding's accuracy there, or the most accurate one if none does.
+tasks greedily. The head's say is the ablation: "number and gate" takes as many drafts as the head holds for most
+likely, while each reaches the threshold; "gate alone" takes drafts by their own probability; "fixed n" takes n drafts
+in every step. Diffusion-Trust is measured on the same weights, and on those of `--denoise`. A row's threshold is chosen
+on one half of the tasks and reported on the other: the smallest one that keeps `KEEPS` of causal decoding's accuracy
+there, or the most accurate one if none does.
 """
 
 from __future__ import annotations
@@ -36,15 +38,17 @@ from flarec.train.progress import ConsoleReporter
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny"
-THRESHOLDS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
+THRESHOLDS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
+SURE = 50.0
+"""Logits of a horizon that leaves no doubt."""
 KEEPS = 0.95
 TEXTS = TINY / "data" / "train.jsonl"
 
 
-class FixedHorizon(HorizonProgram):
-    """Says the same number everywhere, whatever the head says."""
+class SureHorizon(HorizonProgram):
+    """Says one number and no doubt: always `drafts`, or if that is None the one that the head holds for most likely."""
 
-    def __init__(self, wide: HorizonProgram, drafts: int) -> None:
+    def __init__(self, wide: HorizonProgram, drafts: int | None = None) -> None:
         super().__init__(wide.program)
         self.drafts = drafts
 
@@ -52,8 +56,9 @@ class FixedHorizon(HorizonProgram):
         """As `HorizonProgram.step`."""
         rows = super().step(input_ids, layout, head_rows, cache)
         told = rows[:, self.vocab_size :]
-        fixed = F.one_hot(torch.full((len(rows),), self.drafts, device=rows.device), told.shape[1]).to(rows.dtype)
-        return torch.cat([rows[:, : self.vocab_size], fixed], dim=1)
+        number = told.argmax(dim=1) if self.drafts is None else torch.full_like(told[:, 0], self.drafts).long()
+        sure = SURE * F.one_hot(number, told.shape[1])
+        return torch.cat([rows[:, : self.vocab_size], sure.to(rows.dtype)], dim=1)
 
 
 def main() -> None:
@@ -66,6 +71,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", default=None, help="commit of the tree, where git cannot tell")
+    parser.add_argument("--denoise", type=Path, nargs="*", default=[], help="checkpoints of Diffusion-Trust beside it")
     parser.add_argument("--keep", type=Path, default=None, help="directory of the checkpoints, which are used if there")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/elastic-tiny-cpu.json"))
     options = parser.parse_args()
@@ -75,8 +81,12 @@ def main() -> None:
         checkpoint = place / "elastic"
         if not checkpoint.is_dir():
             _convert(options, place)
-        model = flarec.load(checkpoint, device=options.device)
+        model = flarec.load(checkpoint, device=options.device, dtype="float32")
         rows, choosing = _measure(model, options.tasks)
+        for other in options.denoise:
+            denoiser = flarec.load(other, device=options.device, dtype="float32")
+            more, seen = _denoised(denoiser, options.tasks, other.name)
+            rows, choosing = rows + more, choosing | seen
         assert model.manifest is not None
         report = {
             "command": "python benchmarks/elastic_tiny.py " + " ".join(sys.argv[1:]),
@@ -129,26 +139,37 @@ def _measure(model: Model, tasks: int) -> tuple[list[dict[str, Any]], dict[str, 
     choosing["causal"] = base
     rows.append({"name": "causal", **_decode(model, report, "causal")})
     rows.append({"name": "ar-trust", **_decode(model, report, "ar-trust")})
-    ways = [("elastic, horizon head and gate", wide), ("elastic, gate alone", FixedHorizon(wide, size))]
+    ways = [
+        ("elastic", wide), ("elastic, head's number and gate", SureHorizon(wide)),
+        ("elastic, gate alone", SureHorizon(wide, size)),
+    ]
     for name, program in ways:
         model.engine._horizon = lambda program=program: program
         seen = {threshold: _decode(model, choose, "elastic", threshold) for threshold in THRESHOLDS}
         choosing[name] = {str(threshold): row for threshold, row in seen.items()}
         threshold = _chosen(seen, base["accuracy"])
         rows.append({"name": name, "threshold": threshold, **_decode(model, report, "elastic", threshold)})
-        if program is wide:
-            rows.append({"name": "elastic, horizon head alone", "threshold": 0.0,
-                         **_decode(model, report, "elastic", 0.0)})
+    model.engine._horizon = lambda: SureHorizon(wide)
+    rows.append({"name": "elastic, head's number alone", "threshold": 0.0, **_decode(model, report, "elastic", 0.0)})
     for drafts in range(1, size + 1):
-        fixed = FixedHorizon(wide, drafts)
+        fixed = SureHorizon(wide, drafts)
         model.engine._horizon = lambda fixed=fixed: fixed
         rows.append({"name": f"fixed {drafts}", **_decode(model, report, "elastic", 0.0)})
-    seen = {threshold: _decode(model, choose, "diffusion-trust", threshold) for threshold in THRESHOLDS[1:]}
-    choosing["diffusion-trust"] = {str(threshold): row for threshold, row in seen.items()}
+    more, seen_too = _denoised(model, tasks)
+    return rows + more, choosing | seen_too
+
+
+def _denoised(model: Model, tasks: int, name: str = "") -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The same of Diffusion-Trust; `name` of another checkpoint, whose causal decoding counts then."""
+    examples = read_examples(TINY / "data" / "test.jsonl", model, limit=tasks)
+    choose, report = examples[::2], examples[1::2]
+    title = f"diffusion-trust, {name}" if name else "diffusion-trust"
+    base = _decode(model, choose, "causal")
+    seen = {threshold: _decode(model, choose, "diffusion-trust", threshold) for threshold in THRESHOLDS}
     threshold = _chosen(seen, base["accuracy"])
-    rows.append({"name": "diffusion-trust", "threshold": threshold,
-                 **_decode(model, report, "diffusion-trust", threshold)})
-    return rows, choosing
+    row = {"name": title, "threshold": threshold, **_decode(model, report, "diffusion-trust", threshold)}
+    before = [{"name": f"causal, {name}", **_decode(model, report, "causal")}] if name else []
+    return [*before, row], {title: {str(threshold): row for threshold, row in seen.items()}}
 
 
 def _chosen(seen: dict[float, dict[str, Any]], base: float) -> float:

@@ -162,10 +162,10 @@ def elastic(
         prefix, suppress = prompt + tokens, [model.mask]
         tokens = [*tokens, pick(model.clean(prefix), params, len(prefix), suppress)[0]]
         taken = 0
-        while taken < model.horizon(prefix, size):
+        while taken < size:
             logits = model.noisy(prefix, [model.mask] * size, taken, "causal")
             token, confidence = pick(logits, params, len(prefix) + 1 + taken, suppress)
-            if confidence < threshold:
+            if model.horizon(prefix, size, taken + 1) * confidence < threshold:
                 break
             tokens.append(token)
             taken += 1
@@ -209,6 +209,9 @@ def diffusion_trust(
                 chose[offset] = logits
             if step == steps - 1:
                 chosen = set(hidden)
+            elif readout == "causal":
+                stop = next((offset for offset in sorted(hidden)[1:] if guesses[offset][1] < threshold), size)
+                chosen = {offset for offset in hidden if offset < stop}
             else:
                 best = max(sorted(hidden), key=lambda offset: guesses[offset][1])
                 chosen = {best} | {offset for offset in hidden if guesses[offset][1] >= threshold}

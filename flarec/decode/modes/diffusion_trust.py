@@ -22,7 +22,8 @@ class DiffusionTrustMode:
     block, first and confidence [rows] of its first position; if log-probabilities are wanted, the notes of the first
     one [rows, 1, n] and of the block [rows, size, n].
 
-    threshold = confidence at which a position is committed, steps = denoising steps per block (the last commits all).
+    threshold = confidence at which a position is committed (`_chosen`), steps = denoising steps per block (the last
+    commits all).
     Rows may be at different stages of their blocks; one forward serves all. `Request.ready`: its block is full.
     """
 
@@ -87,10 +88,7 @@ class DiffusionTrustMode:
             token = torch.cat([state["first"][:, None], token], dim=1)
             confidence = torch.cat([state["confidence"][:, None], confidence], dim=1)
         masked = state["masked"]
-        # those that reach the threshold, and the most confident one (ties: the lowest); the last step takes all
-        best = confidence.masked_fill(~masked, -1.0).argmax(dim=1, keepdim=True)
-        chosen = (confidence >= self.threshold).scatter(1, best, True)
-        commit = masked & (chosen | (state["steps"] + 1 >= self.steps)[:, None])
+        commit = masked & (self._chosen(masked, confidence) | (state["steps"] + 1 >= self.steps)[:, None])
         block = torch.where(commit, token, state["block"])
         state["masked"] = masked & ~commit
         state["steps"] = state["steps"] + 1
@@ -101,6 +99,20 @@ class DiffusionTrustMode:
             notes = torch.cat([state["first_note"], behind], dim=1)
             rows.notes = state["notes"] = torch.where(commit[:, :, None], notes, state["notes"])
         return torch.cat([commit.sum(dim=1, keepdim=True), block.masked_fill(state["masked"], -1)], dim=1)
+
+    def _chosen(self, masked: Tensor, confidence: Tensor) -> Tensor:
+        """[rows, size] bool: positions to commit, at least one of the masked ones.
+
+        Under the causal readout a position tells nothing to those before it, and is better guessed once it reads them:
+        from the left, the first masked one and those behind it while they reach the threshold. Else those that reach
+        it, and the most confident one (ties: the lowest).
+        """
+        sure = confidence >= self.threshold
+        if self.blocks.readout == "causal":
+            first = masked & (masked.long().cumsum(dim=1) == 1)
+            return (~masked | first | sure).long().cumprod(dim=1).bool()
+        best = confidence.masked_fill(~masked, -1.0).argmax(dim=1, keepdim=True)
+        return sure.scatter(1, best, True)
 
     def report(self, request: Request, values: list[int]) -> None:
         """Emit what became final: the tokens before the first masked position."""
