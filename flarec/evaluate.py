@@ -18,6 +18,8 @@ from .api import Model, Output
 from .base.fields import whole_number
 from .base.generation import GenerationKeywords, GenerationOptions, merged, takes_options
 from .base.json_records import Record, Where
+from .base.messages import from_json
+from .base.rendering import check_options
 from .checkpoint.directory import describe_source
 from .checkpoint.write import versions
 from .errors import DataError, FlarecWarning, UsageError
@@ -27,6 +29,9 @@ from .evaluation.scoring import score
 from .evaluation.summary import Attempt, summarise
 from .train.data.files import BadRecord, read_records
 from .train.data.sources import RecordEncoder
+
+THINKING = "enable_thinking"
+"""The variable by which chat templates switch reasoning."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +44,31 @@ class Example:
     question: Question | None = None
 
 
-def read_examples(path: str | Path, model: Model, *, limit: int | None = None) -> list[Example]:
-    """The first `limit` records of a data file. Raises `DataError` naming file and line."""
-    return list(_examples(read_records(Path(path)), model, str(path), limit))
+def read_examples(
+    path: str | Path, model: Model, *, limit: int | None = None, thinking: bool | None = None
+) -> list[Example]:
+    """The first `limit` records of a data file. thinking: the template's `enable_thinking` for chats that do not state
+    it; None: the template's default. Raises `DataError` naming file and line, `UsageError` for a template that does not
+    know it."""
+    return list(_examples(read_records(Path(path)), model, str(path), limit, thinking))
 
 
-def to_examples(records: Iterable[Mapping[str, Any]], model: Model, *, limit: int | None = None) -> list[Example]:
-    """Records that are in memory already. Raises `DataError` naming the record's number."""
+def to_examples(
+    records: Iterable[Mapping[str, Any]], model: Model, *, limit: int | None = None, thinking: bool | None = None
+) -> list[Example]:
+    """Records that are in memory already, as `read_examples`. Raises `DataError` naming the record's number."""
     numbered = ((Where("records", "line", number), dict(record)) for number, record in enumerate(records, 1))
-    return list(_examples(numbered, model, "records", limit))
+    return list(_examples(numbered, model, "records", limit, thinking))
 
 
 def _examples(
-    records: Iterable[Record], model: Model, where: str, limit: int | None
+    records: Iterable[Record], model: Model, where: str, limit: int | None, thinking: bool | None
 ) -> Iterator[Example]:
+    if thinking is not None and THINKING not in str(model.tokenizer.chat_template):
+        raise UsageError(
+            f"the chat template does not read {THINKING}, so that thinking cannot be switched; leave "
+            f"--{'' if thinking else 'no-'}thinking out"
+        )
     encode = RecordEncoder(model.tokenizer, model.eos_ids, Path(where))
     count = 0
     for place, record in records:
@@ -61,6 +77,9 @@ def _examples(
         try:
             if isinstance(record, BadRecord):
                 raise record
+            if thinking is not None:
+                stated = check_options(from_json(record.get("chat_template_kwargs")))
+                record = {**record, "chat_template_kwargs": {THINKING: thinking, **stated}}
             ids, found = encode(record)
             spans = tuple((max(start, 1), end) for start, end in found if end > max(start, 1))
             if not spans:

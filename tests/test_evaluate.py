@@ -207,3 +207,20 @@ def test_limit_reads_no_further(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "one"}\n{"text": "two"}\nnot JSON\n')
     assert len(read_examples(path, model, limit=2)) == 2
+
+
+def test_thinking_is_switched_where_a_record_does_not_state_it(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stated = {**CHATS[0], "chat_template_kwargs": {"enable_thinking": True}}
+    with pytest.raises(UsageError, match=r"does not read enable_thinking.* leave --no-thinking out"):
+        to_examples(CHATS, model, thinking=False)
+    template = model.tokenizer.chat_template
+    opened = template + "{% if enable_thinking is defined and not enable_thinking %}silent{% endif %}"
+    monkeypatch.setattr(model.tokenizer, "chat_template", opened)
+    told = [
+        model.tokenizer.decode(to_examples([record], model, thinking=thinking)[0].ids).endswith("silent")
+        for record in (CHATS[0], stated) for thinking in (None, True, False)
+    ]
+    assert told == [False, False, True, False, False, False]
+    assert to_examples(PAIRS, model, thinking=False) == to_examples(PAIRS, model)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.ladder import data as ladder_data
+from benchmarks.ladder.__main__ import main
 from benchmarks.ladder.arms import BLOCKS, MAIN, SEEDS, STEPS, arms
 from benchmarks.ladder.summary import chosen, summarised
 from benchmarks.ladder.tasks import KINDS, PAIRS, SPLITS, draw_tasks
+from examples.real.prompts import split_of
 from flarec.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_answers_are_right() -> None:
@@ -88,3 +94,33 @@ def test_a_threshold_is_the_smallest_that_keeps_enough() -> None:
             ((0.7, 5), (0.9, 8), (0.97, 9), (0.99, 9))}
     assert [chosen(rows, base) for base in (1.0, 0.8, 0.5)] == ["0.97", "0.9", "0.7"]
     assert chosen({name: {**row, "right": 1} for name, row in rows.items()}, 1.0) == "0.99"
+
+
+def few_packages(_: Any) -> list[tuple[str, list[Path], str]]:
+    """A package of every split: files of this repository."""
+    files = sorted((ROOT / "benchmarks").glob("*.py"))
+    names = {split_of(f"package-{number}"): f"package-{number}" for number in range(99)}
+    return [(name, files[place::3], "") for place, name in enumerate(names.values())]
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything at toy size: data, the source, an arm; then, on the packed source, nothing is done again."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(ladder_data, "packages", few_packages)
+    data, pieces, first, second = (tmp_path / name for name in ("data", "pieces", "first.json", "second.json"))
+    main(["data", "--out", str(data), "--characters", "60000", "--tasks", "600"])
+    sizes = {"texts": 2, "prompts": 2, "new_tokens": 4, "tasks": 3, "batch": 4}
+    words = ["run", "--data", str(data), "--shape", "toy", "--gpus", "0", "--workers", "1", "--source-steps", "2",
+             "--source-rows", "2", "--source-data", "arms", "--steps", "2", "--rows", "2", "--length", "128",
+             "--seeds", "1", "--arms", "draft", "--sizes", json.dumps(sizes), "--pieces", str(pieces),
+             "--time-limit", "3600"]
+    main([*words, "--work", str(tmp_path / "one"), "--out", str(first)])
+    (draft,) = json.loads(first.read_text())["results"]
+    assert "error" not in draft and draft["arm"] == "draft" and draft["ar-trust"]["T=0"]["all"]["prompts"] == 2
+    main([*words, "--work", str(tmp_path / "two"), "--out", str(second), "--done", str(first)])
+    before, after = json.loads(first.read_text()), json.loads(second.read_text())
+    assert (after["results"], after["source"]) == (before["results"], before["source"])
+    main(["report", str(second), "--out", str(tmp_path / "all.json"), "--plot", str(tmp_path / "all.png")])
+    assert json.loads((tmp_path / "all.json").read_text())["summary"]["arms"].keys() == {"draft"}
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")

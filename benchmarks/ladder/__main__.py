@@ -66,6 +66,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time-limit", type=float, default=480, help="seconds of the whole call")
     parser.add_argument("--source-steps", type=int, default=1000)
     parser.add_argument("--source-rows", type=int, default=32)
+    parser.add_argument("--source-data", default="train", choices=("train", "arms"), help="arms: a sixth, read sooner")
     parser.add_argument("--steps", type=int, default=200, help="of every arm")
     parser.add_argument("--rows", type=int, default=16, help="of a step of an arm")
     parser.add_argument("--length", type=int, default=512, help="tokens per row")
@@ -130,7 +131,7 @@ def _source(options: argparse.Namespace) -> None:
     device = "cuda" if options.gpus else "cpu"
     made = train_source(
         options.data, options.work, shape=options.shape, steps=options.source_steps, rows=options.source_rows,
-        length=options.length, device=device, seed=0, reporter=ConsoleReporter(),
+        length=options.length, device=device, seed=0, part=options.source_data, reporter=ConsoleReporter(),
     )
     model = flarec.load(options.work / "source", device=device, graphs="off", compile="off")
     found = measured(model, options.data, _sizes(options), ("causal",))
@@ -200,15 +201,18 @@ def _sizes(options: argparse.Namespace) -> Sizes:
 
 def _call(name: str, options: argparse.Namespace) -> None:
     words = [sys.executable, "-m", "benchmarks.ladder", *_words(name, options)]
-    subprocess.run(words, check=True, timeout=max(1.0, options.until - time.time()))
+    try:
+        subprocess.run(words, check=True, timeout=max(1.0, options.until - time.time()))
+    except subprocess.SubprocessError as error:
+        raise SystemExit(f"{name}: {str(error)[-300:]}") from None
 
 
 def _words(name: str, options: argparse.Namespace) -> list[str]:
     """The command line of a part of the run."""
     words = [name]
     for key in (
-        "data", "work", "shape", "gpus", "source_steps", "source_rows", "steps", "rows", "length", "seeds", "arms",
-        "sizes", "until",
+        "data", "work", "shape", "gpus", "source_steps", "source_rows", "source_data", "steps", "rows", "length",
+        "seeds", "arms", "sizes", "until",
     ):
         words += [f"--{key.replace('_', '-')}={getattr(options, key)}"]
     return words

@@ -28,7 +28,7 @@ TASKS_SHARE = 0.35
 
 def train_source(
     data: Path, out: Path, *, shape: str, steps: int, rows: int, length: int, device: str, seed: int,
-    reporter: Reporter | None = None,
+    part: str = "train", reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Train `out/source`, a plain directory of transformers in bfloat16. Autoregressive training is a conversion
     without diffusion loss: the same kernels, optimizer and packing as those of the arms."""
@@ -37,7 +37,7 @@ def train_source(
     model = _blank(data, blank, shape, seed)
     built = time.perf_counter()
     trained = flarec.convert(
-        blank, mix(data, "train"), recipe="draft", out=out / "trained", device=device, seed=seed, overwrite=True,
+        blank, mix(data, part), recipe="draft", out=out / "trained", device=device, seed=seed, overwrite=True,
         reporter=reporter or Reporter(),
         overrides=[
             "objective.diffusion_weight=0", f"optimizer.steps={steps}", f"optimizer.batch_rows={rows}",
@@ -55,7 +55,8 @@ def train_source(
     AutoTokenizer.from_pretrained(data / "tokenizer").save_pretrained(out / "source")
     return {
         "shape": shape, "parameters": sum(value.numel() for value in model.parameters()), "steps": steps, "rows": rows,
-        "length": length, "tasks_share": TASKS_SHARE, "seed": seed, "build_seconds": round(built - start, 1),
+        "length": length, "data": part, "tasks_share": TASKS_SHARE, "seed": seed,
+        "build_seconds": round(built - start, 1),
         "train_seconds": round(finished - built, 1), "seconds": round(time.perf_counter() - start, 1),
     }
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 OPTIONS = (
     "mode", "threshold", "denoising_steps", "drafts", "max_new_tokens", "temperature", "top_k", "top_p", "seed",
 )
-OF_A_RECORD = (*OPTIONS, "samples", "limit", "batch", "execute")
+OF_A_RECORD = (*OPTIONS, "samples", "limit", "batch", "execute", "thinking")
 """What --repeat takes from the record."""
 
 
@@ -43,6 +43,10 @@ OF_A_RECORD = (*OPTIONS, "samples", "limit", "batch", "execute")
 @click.option(
     "--samples", type=click.IntRange(1), default=1, show_default=True, metavar="N",
     help="Answers per prompt, for pass@k; the seed of each is one higher.",
+)
+@click.option(
+    "--thinking/--no-thinking", default=None,
+    help="The chat template's enable_thinking, for records that do not state it. Default: the template's.",
 )
 @click.option(
     "--execute", is_flag=True,
@@ -68,8 +72,9 @@ OF_A_RECORD = (*OPTIONS, "samples", "limit", "batch", "execute")
 @click.pass_context
 def command(
     ctx: click.Context, /, checkpoint: str, data: Path, limit: int | None, batch: int, samples: int, execute: bool,
-    against: str | None, out: Path | None, repeat: Path | None, mask_token_id: int | None, block_size: int | None,
-    adapter: Path | None, plugins: tuple[str, ...], passes: tuple[str, ...], as_json: bool, **keywords: Any,
+    thinking: bool | None, against: str | None, out: Path | None, repeat: Path | None, mask_token_id: int | None,
+    block_size: int | None, adapter: Path | None, plugins: tuple[str, ...], passes: tuple[str, ...], as_json: bool,
+    **keywords: Any,
 ) -> None:
     """Evaluate CKPT (or a source model, causally) on held-out records.
 
@@ -81,7 +86,9 @@ def command(
     if out is not None and not out.absolute().parent.is_dir():
         raise UsageError(f"--out {out}: there is no directory {out.parent}; make it first")
     options = GenerationOptions(**{name: keywords.pop(name) for name in OPTIONS})
-    settings: dict[str, Any] = {"samples": samples, "limit": limit, "batch": batch, "execute": execute}
+    settings: dict[str, Any] = {
+        "samples": samples, "limit": limit, "batch": batch, "execute": execute, "thinking": thinking,
+    }
     record = None
     if repeat is not None:
         record, options, settings = _settings(ctx, repeat, data)
@@ -97,7 +104,8 @@ def command(
     from flarec.evaluation.record import differences, to_record
     from flarec.evaluation.summary import compare
 
-    examples = read_examples(data, model, limit=settings["limit"])
+    taken = {name: settings[name] for name in ("limit", "thinking")}
+    examples = read_examples(data, model, **taken)
     options = model.complete(options)
     found = identity(model, checkpoint, data)
     if record is not None and found["model"] != record["model"]:
@@ -108,7 +116,7 @@ def command(
     if against is not None:
         del model
         other = open_model(against, mask_token_id=None, block_size=None, **keywords)
-        others = read_examples(data, other, limit=settings["limit"])
+        others = read_examples(data, other, **taken)
         plain = GenerationOptions(**{name: getattr(options, name) for name in OPTIONS if name != "mode"})
         second, answers = _measure(other, others, plain, settings)
         beside = {**identity(other, against, data)["model"], **compare(attempts, answers), "mode": second["mode"]}

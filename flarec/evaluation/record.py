@@ -20,7 +20,7 @@ from ..errors import FlarecError, UsageError
 from .summary import Attempt
 
 KIND, FORMAT_VERSION = "flarec evaluation", 1
-SETTINGS = ("samples", "limit", "batch", "execute")
+SETTINGS = ("samples", "limit", "batch", "execute", "thinking")
 NOT_COMPARED = ("seconds",)
 
 
@@ -81,10 +81,13 @@ def options_of(record: Mapping[str, Any], path: Path) -> GenerationOptions:
 
 
 def settings_of(record: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """samples, limit, batch and execute of a record, checked."""
+    """samples, limit, batch, execute and thinking (older records have none) of a record, checked."""
     found = {name: record["settings"].get(name) for name in SETTINGS}
     if not isinstance(found["execute"], bool):
         raise UsageError(f"--repeat {path} has execute {shown(found['execute'])} in its settings; give true or false")
+    if not (found["thinking"] is None or isinstance(found["thinking"], bool)):
+        thinking = shown(found["thinking"])
+        raise UsageError(f"--repeat {path} has thinking {thinking} in its settings; give true, false or null")
     for name in ("samples", "batch", *(["limit"] if found["limit"] is not None else [])):
         found[name] = whole_number(f"{name} in --repeat {path}", found[name], UsageError, low=1)
     return found

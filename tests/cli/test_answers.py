@@ -72,9 +72,9 @@ def test_answers_are_what_the_source_says(home: Path) -> None:
                 continue
             assert line["prompt"] == question.prompt and line["response"] == alone.text
             assert (line["stop_reason"], line["tokens"]) == (alone.stop_reason, alone.new_tokens)
-            written = line["generated"]["ids"] if "generated" in line else alone.token_ids
+            written = line["flarec_ids"]["ids"] if "flarec_ids" in line else alone.token_ids
             assert written == alone.token_ids[: len(written)]
-            kinds.add((line["stop_reason"], "generated" in line))
+            kinds.add((line["stop_reason"], "flarec_ids" in line))
     assert record["counts"]["truncated"] == truncated > 0
     assert record["sha256"] == sha256_of(home / "whole.jsonl")
     assert ("stop", True) in kinds and record["counts"]["other_tokens"] > 0
@@ -88,8 +88,8 @@ def test_they_are_training_data(home: Path) -> None:
     for number, line in enumerate(found):
         document = source.document(number)
         (start, end), = document.responses
-        if "generated" in line:
-            written, said = line["generated"]["ids"], document.ids[start:end].tolist()
+        if "flarec_ids" in line:
+            written, said = line["flarec_ids"]["ids"], document.ids[start:end].tolist()
             assert said in ([*written, tokenizer.eos_token_id], written)
 
 

@@ -91,6 +91,7 @@ def test_samples_beside_the_source(
     assert "equal texts         12 of 12" in first.stdout and "p = 1 (better on 0, worse on 0" in first.stdout
     record = json.loads(out.read_text())
     assert [answer["seed"] for answer in record["answers"][:4]] == [5, 6, 7, 5]
+    assert record["settings"]["thinking"] is None
     assert record["result"]["samples"] == 3 and record["against"]["paired"]["difference"] == 0
     assert str(tmp_path) not in json.dumps({name: record[name] for name in ("model", "data", "options", "settings")})
 

@@ -3,7 +3,7 @@
 Text does not say which tokens it was: what a model wrote is often read back as others (sampled answers above all),
 which the model would never write in their place. `flarec answers` therefore adds to a record
 
-    "generated": {"tokenizer": HASH, "prompt": HASH, "ids": [...]}
+    "flarec_ids": {"tokenizer": HASH, "prompt": HASH, "ids": [...]}
 
 the ids of the answer, a hash of the vocabulary that they are of, and one of the prompt's ids. Whoever reads the text
 alone finds the record as it was without.
@@ -25,7 +25,7 @@ from .characters import Spans
 from .chat import Dialogue
 from .shapes import Pair, Shape
 
-KEY = "generated"
+KEY = "flarec_ids"
 DIGITS = 16
 """Of a hash: the records hold two each."""
 USED = "answers trained as the token ids that the model wrote"

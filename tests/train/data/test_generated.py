@@ -126,7 +126,7 @@ def test_another_tokenizer_or_template_is_noticed() -> None:
 @pytest.mark.parametrize("value", [[1], {"ids": []}, {"tokenizer": "a", "prompt": "b", "ids": [-1]},
                                    {"tokenizer": "a", "prompt": "b", "ids": [True]}, {"prompt": "b", "ids": [1]}])
 def test_anything_else_under_that_name_is_refused(tmp_path: Path, value: Any) -> None:
-    with pytest.raises(DataError, match='"generated" is not what flarec answers writes'):
+    with pytest.raises(DataError, match='"flarec_ids" is not what flarec answers writes'):
         load(tmp_path, {"prompt": "a", "response": "b", KEY: value})
 
 
