@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast test-search test-exact test-families test-matrix test-fla test-peft test-serve test-vllm test-lm-eval pytest lint typecheck demo bench-cpu clean
+.PHONY: help install test test-fast test-search test-exact test-families test-matrix test-fla test-peft test-quantized test-serve test-vllm test-lm-eval pytest lint typecheck demo bench-cpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -59,6 +59,10 @@ test-fla: $(VENV)/.installed-test  ## the models of flash-linear-attention, whic
 test-peft: $(VENV)/.installed-test  ## adapters to peft and back; peft is never installed in .venv
 	$(BIN)/python tools/environment.py .venv-peft -c constraints-peft.txt torch==2.13.0 peft
 	.venv-peft/bin/python -m pytest -q tests_peft
+
+test-quantized: $(VENV)/.installed-test  ## adapters over a base in 4 bits; bitsandbytes is never installed in .venv
+	$(BIN)/python tools/environment.py .venv-quantized -c constraints-quantized.txt torch==2.13.0 bitsandbytes
+	.venv-quantized/bin/python -m pytest -q tests_quantized
 
 test-lm-eval: $(VENV)/.installed-test  ## the model class of lm-eval; lm-eval is never installed in .venv
 	$(BIN)/python tools/environment.py .venv-lm-eval -c constraints-lm-eval.txt torch==2.13.0 lm-eval

@@ -23,6 +23,7 @@ from .narrow_head import NarrowHead
 from .outline_regions import OutlineRegions
 from .plugins import Known, known_passes
 from .predict_horizon import PredictHorizon
+from .quantize_base import QuantizeBase
 from .rewrite_masks import RewriteMasks
 from .schedule_states import ScheduleStates
 from .split_head import SplitHead
@@ -55,6 +56,7 @@ DECODE: list[Pass] = [
 PIPELINES: dict[str, list[Pass]] = {"train": TRAIN, "decode": DECODE}
 OPTIONAL: tuple[type[Pass], ...] = (
     AdaptNoisyStream, SplitStreams, MergeProjections, FoldConstants, OutlineRegions, PredictHorizon,
+    QuantizeBase,
 )
 """Passes that stand in a pipeline where a caller gives them (`pipeline`)."""
 PASSES: dict[str, type[Pass]] = {step.name: type(step) for step in [*TRAIN, *DECODE]} | {p.name: p for p in OPTIONAL}
@@ -201,11 +203,15 @@ def lower(
     debug: bool = False,
 ) -> Program:
     """Run a pipeline on a captured program and return the lowered one; parameters stay shared. steps: instead of the
-    literal list (`pipeline`)."""
+    literal list (`pipeline`). Weights that the program holds as codes are read so (`quantize-base`), behind all of
+    these passes but `outline-regions`."""
     if steps is None:
         steps = pipeline(
             target, mask_vector=mask_vector, kernels=kernels, adapter=adapter, fast=fast, regions=regions
         )
+    if program.quantized:
+        behind = [step for step in steps if isinstance(step, OutlineRegions)]
+        steps = [*(step for step in steps if step not in behind), QuantizeBase(), *behind]
     return run_pipeline(program, steps, CHECKS, debug=debug)
 
 
@@ -220,6 +226,7 @@ __all__ = [
     "Known",
     "OutlineRegions",
     "PredictHorizon",
+    "QuantizeBase",
     "UnknownPass",
     "lower",
     "needs",

@@ -131,19 +131,19 @@ def adapted(program: Program, adapter: AdaptNoisyStream) -> list[tuple[fx.Node, 
     """
     if adapter.rank < 1 or not math.isfinite(adapter.alpha):
         raise PassError(f"pass '{adapter.name}': rank {adapter.rank}, alpha {adapter.alpha}; take a rank of at least 1")
-    wanted, modules, routers, learning = (
-        _matcher(adapter.modules), _modules(program), _routers(program), _learning(program)
+    wanted, modules, choosing, learning = (
+        _matcher(adapter.modules), linear_modules(program), routers(program), _learning(program)
     )
     return [
         (node, module) for node, module in modules.items()
-        if wanted(module) and layer_of(node) is not None and node not in routers and node in learning
+        if wanted(module) and layer_of(node) is not None and node not in choosing and node in learning
     ]
 
 
 def remarks(program: Program, adapter: AdaptNoisyStream) -> list[str]:
     """What is named inside decoder layers and no adapter can act on, and what shares one: a sentence each."""
     program, wanted = canonical(program), _matcher(adapter.modules)
-    modules, learning = _modules(program), _learning(program)
+    modules, learning = linear_modules(program), _learning(program)
     stopped = {module for node, module in modules.items() if node not in learning and layer_of(node) is not None}
     products = {
         name.removesuffix(WEIGHT) for node, name in _first_names(program).items()
@@ -260,7 +260,7 @@ def _matcher(modules: str) -> Callable[[str], bool]:
     return lambda module: pattern.fullmatch(module) is not None
 
 
-def _modules(program: Program) -> dict[fx.Node, str]:
+def linear_modules(program: Program) -> dict[fx.Node, str]:
     """For every linear layer whose weight is a parameter `MODULE.weight` as it is, the module."""
     names, found = _first_names(program), dict[fx.Node, str]()
     for node in program.calls(ATEN.linear.default):
@@ -280,7 +280,7 @@ def _first_names(program: Program) -> dict[fx.Node, str]:
     return {node: first[id(named[str(node.target)])] for node in reading}
 
 
-def _routers(program: Program) -> set[fx.Node]:
+def routers(program: Program) -> set[fx.Node]:
     """The linear layers that choose and weigh experts: the nearest ones in front of what an expert layer reads."""
     found: set[fx.Node] = set()
     seen: set[fx.Node] = set()

@@ -20,6 +20,7 @@ from .lower_mixers import LowerMixers
 from .merge_projections import check_merged
 from .outline_regions import check_outlined
 from .predict_horizon import check_horizon_predicted
+from .quantize_base import check_base_quantized
 from .split_head import check_head_split
 from .split_streams import check_streams_split
 from .token_local import Watch
@@ -116,6 +117,7 @@ CHECKERS: dict[str, Checker] = {
     "constants-folded": check_folded,
     "regions-outlined": check_outlined,
     "horizon-predicted": check_horizon_predicted,
+    "base-quantized": check_base_quantized,
     "lowered": check_lowered,
 }
 

@@ -237,7 +237,7 @@ def test_a_class_name_means_one_class() -> None:
 
 def test_no_comment_speaks_to_a_formatter() -> None:
     """Lines are laid out by hand: tables stay tables. `ruff check` holds the width and the order of imports."""
-    files = python_files(*PYTHON_FOLDERS, "tests_fla", "tests_peft", "tests_lm_eval", "tests_vllm")
+    files = python_files(*PYTHON_FOLDERS, "tests_fla", "tests_peft", "tests_quantized", "tests_lm_eval", "tests_vllm")
     assert [str(path.relative_to(ROOT)) for path in files if re.search(r"#\s*(fmt|yapf):", path.read_text())] == []
 
 
@@ -298,7 +298,7 @@ def clock_uses(source: str) -> Iterator[tuple[int, str]]:
 
 
 def test_tests_read_no_clock() -> None:
-    files = python_files("tests", "tests_fla", "tests_peft", "tests_lm_eval", "tests_vllm")
+    files = python_files("tests", "tests_fla", "tests_peft", "tests_quantized", "tests_lm_eval", "tests_vllm")
     found = [f"{p.relative_to(ROOT)}:{line}: {name}" for p in files for line, name in clock_uses(p.read_text())]
     assert found == []
 

@@ -19,6 +19,7 @@ from flarec.passes import lower
 from flarec.recipe import Recipe
 from flarec.train.adapter import adapter_of
 from flarec.train.precision import DTYPES, resolve_precision
+from flarec.train.quantized_base import quantize_base
 
 from .data import examine_data
 from .estimates import estimated
@@ -87,12 +88,14 @@ def diagnose(
             captured = capture(model, cache=True)
             report = replace(report, capture_seconds=time.perf_counter() - start)
             adapter = adapter_of(recipe)
-            train = lower(captured, "train", mask_vector=adapter is not None, adapter=adapter)
             serve_dtype = _serving_dtype(text, dtype, device, dequantize)
             served = captured
             if serve_dtype != train_dtype:
                 served = capture(meta_model(text, serve_dtype), cache=True)
             decode = lower(served, "decode", mask_vector=adapter is not None, adapter=adapter)
+            held = captured.clone()
+            quantize_base(held, recipe, say)
+            train = lower(held, "train", mask_vector=adapter is not None, adapter=adapter)
         except NOT_CONVERTED as error:
             return replace(report, reason=str(error))
     report = replace(

@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from flarec.errors import CaptureError
 from flarec.ir.program import Program
+from flarec.ops.quantized import quantized_linear, quantized_linear_backward
 
 ATEN = torch.ops.aten
 REAL_ELEMENTS = 1 << 22
@@ -32,8 +33,9 @@ REAL_ELEMENTS = 1 << 22
 MATMUL, BATCHED, ATTENTION, GATHER, MEMORY = "matmul", "batched matmul", "attention", "gather", "memory"
 """What bounds an operation: arithmetic of one of three kinds, rows fetched by index, or memory traffic."""
 
-_MATMULS = {ATEN.mm.default, ATEN.addmm.default}
+_MATMULS = {ATEN.mm.default, ATEN.addmm.default, quantized_linear, quantized_linear_backward}
 _BATCHED = {ATEN.bmm.default, ATEN.baddbmm.default, ATEN.linalg_solve_triangular.default}
+_QUANTIZED = {quantized_linear, quantized_linear_backward}
 _GATHERS = {
     ATEN.index_select.default, ATEN.embedding.default, ATEN.gather.default, ATEN.index.Tensor,
     ATEN.index_add.default, ATEN.index_add_.default, ATEN.index_copy_.default, ATEN.scatter_.src,
@@ -111,6 +113,9 @@ class Simulation(TorchDispatchMode):
             self._hold(tensor)
         result = self._run(func, args, kwargs, inputs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if func in _QUANTIZED:  # while it runs the weight is there
+            weight = inputs[0].shape[-1] * outputs[0].shape[-1] * outputs[0].element_size()
+            self.peak = max(self.peak, self.live + weight + outputs[0].nbytes)
         for tensor in outputs:
             self._hold(tensor)
         self._count(func, args, kwargs, inputs, outputs, result)
@@ -236,6 +241,10 @@ def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: An
     return 5 * _attention_forward(q, k, v) // 2
 
 
+def _quantized(x: Tensor, *args: Any, out_val: Tensor, **kwargs: Any) -> int:
+    return 2 * x.numel() * out_val.shape[-1]
+
+
 def _triangular(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
     return math.prod(b.shape) * a.shape[-1]
 
@@ -244,6 +253,8 @@ _FORMULAS: dict[Any, Callable[..., int]] = {  # what torch's own table leaves ou
     ATEN._scaled_dot_product_flash_attention_for_cpu.default: _attention_forward,
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
     ATEN.linalg_solve_triangular.default: _triangular,
+    quantized_linear: _quantized,
+    quantized_linear_backward: _quantized,
 }
 
 

@@ -83,6 +83,9 @@ class Program:
     """Parameters that have no place in the Hugging Face model (the mask vector)."""
     head: Head | None = None
     """What makes logits of the graph's first output, where `split-head` took it out; None: the graph makes them."""
+    quantized: dict[str, Any] = field(default_factory=dict)
+    """Weights of the Hugging Face model that are held as codes (`flarec.ops.quantized.QuantizedWeight`), by every name
+    that they have: what is lowered reads the codes (pass `quantize-base`)."""
     constants: Constants | None = None
     """Buffers of the module that stand for parameters, and what they are made of."""
     run: Callable[..., tuple[Tensor, ...]] | None = field(default=None, repr=False)
@@ -127,6 +130,7 @@ class Program:
             self.outputs,
             dict(self.extra),
             self.head,
+            dict(self.quantized),
             self.constants,
         )
 

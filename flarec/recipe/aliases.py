@@ -85,6 +85,11 @@ REFUSED = {
     "lora_dropout": "leave it out, an adapter has no dropout",
     "lora_target_modules": "set adapter.targets",
     "target_modules": "set adapter.targets",
+    "load_in_4bit": "set adapter.base = nf4, with a recipe that has an adapter",
+    "load_in_8bit": "set adapter.base = int8, with a recipe that has an adapter",
+    "bnb_4bit_quant_type": "set adapter.base = nf4",
+    "bnb_4bit_use_double_quant": "leave it out, scales of adapter.base = nf4 always are codes, too",
+    "bnb_4bit_compute_dtype": "leave it out, products are computed in optimizer.precision",
 }
 """Names without a counterpart, those of adapters in trl among them, and what to do instead."""
 NAMES = {*DIRECT, *_SPECIAL, *REFUSED}

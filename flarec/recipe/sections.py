@@ -48,6 +48,12 @@ class Adapter(Section):
         "linear layers with an adapter: all-linear (of decoder layers, without routers and head), names of modules "
         "joined by + (q_proj+v_proj), or a regular expression for whole names",
     )
+    base: Literal["stored", "int8", "nf4"] = key(
+        "stored",
+        "what the frozen model's matrices are held in while the adapter learns: stored: as they are; int8: 8 bits, a "
+        "scale per row; nf4: 4 bits (QLoRA; needs bitsandbytes). Less memory, and drafts learn from a clean stream of "
+        "these codes; the checkpoint's weights are the source's all the same",
+    )
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,17 @@ class Recipe(Section):
 
     def _check_adapter(self) -> None:
         """An adapter cannot change the clean stream, and nothing else of the model is trained."""
-        rank = self.adapter.rank
+        rank, base = self.adapter.rank, self.adapter.base
+        if base != "stored" and not rank:
+            raise RecipeError(
+                f'adapter.base = "{base}" is for recipes that freeze the model, and this one trains it; set '
+                'adapter.base = "stored", or give --recipe adapter'
+            )
+        if base != "stored" and self.train.shard == "parameters":
+            raise RecipeError(
+                f'adapter.base = "{base}" holds the model as codes, which train.shard = "parameters" cannot cut; set '
+                'train.shard = "optimizer"'
+            )
         if rank and self.objective.ar_weight:
             raise RecipeError(
                 f"adapter.rank = {rank} keeps the clean stream as it is, so its loss has no gradient; set "

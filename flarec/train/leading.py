@@ -101,8 +101,10 @@ def check_same_run(run: Run) -> None:
 @torch.no_grad()
 def _sums(run: Run) -> dict[str, int]:
     """By parameter the sum of its bits, as whole numbers: the same in whatever order."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    parameters = run.trainer.program.parameters()
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    program = run.trainer.program
+    codes = {f"{name}_{part}": value for name, held in program.quantized.items() for part, value in held.parts.items()}
+    parameters = program.parameters() | codes
     sums = [value.view(integers[value.dtype.itemsize]).sum(dtype=torch.int64) for value in parameters.values()]
     return dict(zip(parameters, torch.stack(sums).tolist(), strict=True))
 

@@ -27,6 +27,7 @@ from .objective.head_loss import losses_of
 from .objective.kinds import LOSSES
 from .objective.loss import Metrics
 from .precision import Weights
+from .quantized_base import held_once
 from .ranks.group import Ranks
 from .ranks.sums import over_ranks
 from .recompute import recomputed
@@ -165,10 +166,11 @@ class Trainer:
 
     @property
     def weight_bytes(self) -> int:
-        """Of parameters, trained or not, masters, gradients and AdamW's two moments."""
+        """Of parameters, trained or not, the codes of some, masters, gradients and AdamW's two moments."""
         counted = {id(value) for value in (*self.parameters.values(), *self.weights.frozen.values())}
         rest = [value for value in self.program.parameters().values() if id(value) not in counted]
-        return self.weights.bytes + sum(value.nbytes for value in rest)
+        codes = sum(held.nbytes for held in held_once(self.program))
+        return self.weights.bytes + codes + sum(value.nbytes for value in rest)
 
     def advance(self) -> Step:
         """One optimizer step, without waiting for the device."""

@@ -102,7 +102,7 @@ def choose(
 
 def cuts_parameters(program: Program, recipe: Recipe, ranks: int, free: int | None) -> bool:
     """What `train.shard` means: whether the parameters are cut over the ranks; one alone has nobody to share with."""
-    if ranks == 1 or recipe.train.shard == OPTIMIZER:
+    if ranks == 1 or recipe.train.shard == OPTIMIZER or program.quantized:  # codes are small, and not cut
         return False
     return recipe.train.shard == PARAMETERS or (
         free is not None and state_bytes(program, recipe, ranks) > FAR * free
@@ -221,10 +221,12 @@ class _Meter:
 
 
 class Kept:
-    """Within the context: bytes that autograd keeps beside the program's parameters; a storage counts once."""
+    """Within the context: bytes that autograd keeps beside the program's parameters and the codes of some; a storage
+    counts once."""
 
     def __init__(self, program: Program) -> None:
-        self.weights = {value.untyped_storage()._cdata for value in program.parameters().values()}
+        codes = [value for held in program.quantized.values() for value in held.parts.values()]
+        self.weights = {value.untyped_storage()._cdata for value in (*program.parameters().values(), *codes)}
         self.storages: dict[int, int] = {}
         self._hooks = saved_tensors_hooks(self._note, lambda tensor: tensor)
 

@@ -22,6 +22,7 @@ from .identity import Horizons
 from .options import Options
 from .prepare import Run
 from .progress import describe_evaluation
+from .quantized_base import BASE, STORED, base_text
 from .router import describe as describe_router
 from .router import worst
 from .state import METRICS
@@ -122,6 +123,7 @@ class Trained:
             adapter=adapter_info(run.options, run.pipelines),
             data={
                 "sources": sources, **steps, **self.totals, **({DEQUANTIZED: True} if run.source.dequantize else {}),
+                **({BASE: base_text(recipe)} if recipe.adapter.base != STORED else {}),
             },
             metrics={
                 "ar_loss": self.last["ar_loss"],
@@ -144,6 +146,13 @@ class Trained:
         note(f"last step: AR loss {self.last['ar_loss']:.3f}, diffusion loss {self.last['diffusion_loss']:.3f}")
         if "router" in self.last:
             note(f"last step: {describe_router(self.last['router'])}")
+        base = self.run.recipe.adapter.base
+        if base != STORED:
+            note(
+                f"the drafts were learned over a clean stream in {base}, and held-out numbers are of it; the "
+                "checkpoint has the source's own weights, so `flarec eval` may tell others (AR-Trust's text is the "
+                "source's all the same)"
+            )
         for step, values in self.first_and_last().items():
             note(f"held-out {'before' if step == 0 else 'after'}: {describe_evaluation(values)}")
         if pays is not None:

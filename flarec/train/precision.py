@@ -58,7 +58,7 @@ def keep_float32(program: Program, exact: Mapping[str, Tensor]) -> list[str]:
     kept = []
     for parameter, nodes in readings.items():
         if all(map(_is_widened, nodes)):
-            parameter.data = exact[str(nodes[0].target)]
+            parameter.data = exact[str(nodes[0].target)].to(parameter.device)
             for node in nodes:
                 node.meta["val"] = replace(node.meta["val"], dtype=torch.float32)
             kept += [str(node.target) for node in nodes]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..base.heap import give_back_large_blocks
 from ..checkpoint.carried import Carried
@@ -39,6 +40,7 @@ from .memory import MemoryChoice, as_given, choose
 from .options import Options
 from .precision import DTYPES, Precision, exact_weights, keep_float32, resolve_precision
 from .progress import Reporter
+from .quantized_base import STORED, check_base, open_quantized
 from .ranks.group import Ranks
 from .state import MICRO_ROWS
 
@@ -92,6 +94,7 @@ def prepare(
     """
     ranks = ranks or Ranks(options.device)
     recipe = _recipe(options, ranks, reporter)
+    check_base(recipe)
     load_plugins(options.plugins)
     device = torch_device(ranks.device)
     check_shard_size(options.max_shard_size)
@@ -115,13 +118,7 @@ def prepare(
     check_ids([*sources], held, config, mask)
 
     reporter.note(f"loading {options.source} on {device}")
-    model = source.load_model(DTYPES[precision], device)
-    reporter.note("capturing and lowering the model (a graph that was captured before is found again)")
-    settle(sum(parameter.numel() for parameter in model.parameters()))
-    reporter.note(said())
-    captured = capture(model, cache=True)
-    exact = exact_weights(source, model, device) if precision == "bf16" else {}
-    keep_float32(captured, exact)
+    model, captured, exact = _captured(source, recipe, precision, device, reporter)
     if source.manifest is None or mask.kind == "vector":
         initialise_mask_token(mask, model, captured, tokenizer, exact)
     start_adapter(captured, recipe, options.seed, reporter.note)
@@ -143,6 +140,25 @@ def prepare(
         {target: pipeline_text(chosen) for target, chosen in steps.items()}, _origins(options, recipe),
         precision, memory,
     )
+
+
+def _captured(
+    source: Checkpoint, recipe: Recipe, precision: Precision, device: torch.device, reporter: Reporter
+) -> tuple[Any, Program, dict[str, Tensor]]:
+    """The model, what is captured of it, and float32 values of weights that bfloat16 rounds. One whose matrices become
+    codes never lies on the device as a whole."""
+    dtype, stored = DTYPES[precision], recipe.adapter.base == STORED
+    start = device if stored else torch.device("cpu")
+    model = source.load_model(dtype, start)
+    codes = {} if stored else open_quantized(model, source.load_model(dtype, "meta"), recipe, device, reporter.note)
+    reporter.note("capturing and lowering the model (a graph that was captured before is found again)")
+    settle(sum(parameter.numel() for parameter in model.parameters()))
+    reporter.note(said())
+    captured = capture(model, cache=True)
+    captured.quantized |= codes
+    exact = exact_weights(source, model, start) if precision == "bf16" else {}
+    keep_float32(captured, exact)
+    return model, captured, exact
 
 
 def _regions(recipe: Recipe, device: torch.device, reporter: Reporter) -> list[Pass]:

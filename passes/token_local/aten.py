@@ -84,6 +84,14 @@ def linear(call: OpCall) -> Axes:
     return (*axes[:-1], *weight[:-1])
 
 
+def quantized_linear(call: OpCall) -> Axes:
+    """`flarec.ops.quantized`: as linear, over a weight that is in codes."""
+    axes = call.axes("x")
+    call.free(axes[-1], "contracts over tokens")
+    call.uniform("bias", "codes", "scale", "nested", "offset")
+    return (*axes[:-1], call.features(len(axes) - 1))
+
+
 def _product(left: Axes, right: Axes) -> Axes:
     rows: Axes = left[-2:-1]
     columns: Axes = right[-1:] if len(right) > 1 else ()
@@ -210,6 +218,7 @@ RULES: dict[str, Rule] = {
     **_named(topk, "topk"),
     **_named(normalized, "rms_norm layer_norm native_layer_norm"),
     **_named(linear, "linear"),
+    "flarec::quantized_linear": quantized_linear,
     **_named(matmul, "matmul mm bmm mv dot"),
     **_named(product_and_sum, "baddbmm addmm"),
     **_named(joined_along, "cat concat concatenate stack"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,29 @@ def test_the_model_is_the_source_and_the_adapter_is_trained(place: Path) -> None
     assert checked.passed and checked.notes == (), checked
     source = package.load(place / "bamba").generate("say red one", max_new_tokens=8)
     assert package.load(place / "whole").generate("say red one", max_new_tokens=8).token_ids == source.token_ids
+
+
+def test_a_base_in_codes_is_nowhere_in_what_is_written(place: Path) -> None:
+    """The source's files byte for byte; stopped and resumed the adapter is that of a run that never stopped, bit for
+    bit."""
+    before, int8 = tree(place / "bamba"), ["--set", "adapter.base=int8"]
+    whole = flarec(*arguments(place, "int8", *int8))
+    assert whole.exit_code == 0, whole.output
+    said = " ".join(whole.stderr.split())
+    assert re.search(r"base: 24 matrices of decoder layers in int8, 0.2 MB instead of 0.7 MB", said)
+    assert "kept as stored in decoder layers: conv1d.weight" in said
+    assert "drafts were learned over a clean stream in int8" in said
+    stopped = flarec(*arguments(place, "again", *int8, "--stop-after", "3"))
+    assert stopped.exit_code == 0, stopped.output
+    other = flarec(*arguments(place, "again", "--resume"))
+    assert other.exit_code != 0 and 'adapter.base was "int8" and is now "stored"' in " ".join(other.stderr.split())
+    assert flarec(*arguments(place, "again", *int8, "--resume")).exit_code == 0
+    one, two = tree(place / "int8"), tree(place / "again")
+    assert before == {name: one[name] for name in before}
+    assert one["adapter/adapter_model.safetensors"] == two["adapter/adapter_model.safetensors"]
+    manifest = Manifest.read(place / "int8")
+    assert manifest is not None and manifest.data["base"] == "int8"
+    assert "| base | int8 |" in (place / "int8/README.md").read_text()
 
 
 def test_options_of_an_adapter_need_one(place: Path) -> None:

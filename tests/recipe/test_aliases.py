@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainingArguments
+from transformers import BitsAndBytesConfig, TrainingArguments
 
 from flarec.errors import RecipeError
 from flarec.recipe import Reading, Recipe, load_recipe
@@ -21,10 +22,12 @@ def changed(recipe: Recipe, base: Recipe) -> dict[str, Any]:
 
 
 def test_the_names_are_those_of_transformers() -> None:
-    """But for those of its trainers for language models and of trl's adapters, and of versions before."""
+    """But for those of its trainers for language models, of trl's adapters and of bitsandbytes' options, and of
+    versions before."""
     elsewhere = {"max_length", "max_seq_length", "packing", "warmup_ratio", "group_by_length", "overwrite_output_dir"}
     elsewhere |= {"logging_dir", "tf32", "fp16"}
     elsewhere |= {"use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "target_modules"}
+    elsewhere |= {"load_in_8bit", *inspect.signature(BitsAndBytesConfig).parameters}
     assert NAMES - {item.name for item in fields(TrainingArguments)} <= elsewhere
     keys = {entry.key for entry in load_recipe("flare").describe()}
     assert set(DIRECT.values()) <= keys

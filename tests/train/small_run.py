@@ -17,6 +17,7 @@ from flarec.train.data.packing import RowStream
 from flarec.train.data.sources import DataStats, TokenSource
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import MaskToken, choose_mask_token, initialise_mask_token
+from flarec.train.quantized_base import quantize_base
 from flarec.train.ranks.group import Ranks
 from tests.models import TOKENS, tiny_model, tiny_tokenizer
 
@@ -67,6 +68,7 @@ class Small:
         adapter = adapter_of(chosen) if chosen is not None else None
         if chosen is not None:
             start_adapter(self.captured, chosen, 0, lambda text: None)
+            quantize_base(self.captured, chosen, lambda text: None)
         vector = self.mask.kind == "vector"
         self.program: Program = lower(self.captured, "train", mask_vector=vector, adapter=adapter)
         self.start = {name: value.detach().clone() for name, value in self.program.parameters().items()}

@@ -57,9 +57,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(choice: str, dtype: torch.dty
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_resumed_adapter_equals_an_uninterrupted_one(dtype: torch.dtype, tmp_path: Path) -> None:
-    chosen = adapter_recipe("optimizer.warmup_steps=5")
+@pytest.mark.parametrize(("dtype", "base"), [(torch.float32, "stored"), (torch.bfloat16, "int8")])
+def test_a_resumed_adapter_equals_an_uninterrupted_one(dtype: torch.dtype, base: str, tmp_path: Path) -> None:
+    chosen = adapter_recipe("optimizer.warmup_steps=5", f"adapter.base={base}")
     resumed_equals_uninterrupted(small("qwen3_5_text", "vector", dtype, chosen), chosen, 4, tmp_path)
 
 

@@ -1,0 +1,5 @@
+"""Tests with bitsandbytes, in an environment of its own (`make test-quantized`)."""
+
+from __future__ import annotations
+
+import tests.conftest  # noqa: F401  threads, offline, program cache: before torch is imported
