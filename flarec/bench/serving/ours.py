@@ -120,7 +120,8 @@ class ReplayedAcceptance(ARTrustMode):
     share: Tensor
 
     def judge(self, rows: Rows, drafts: Tensor, choice: Tensor) -> Tensor:
-        place = rows.ahead(drafts.shape[1]) * 7919 + 104729 * torch.arange(len(drafts), device=rows.device)[:, None]
+        place = rows.cache.length[:, None] + torch.arange(drafts.shape[1], device=rows.device)
+        place = place * 7919 + 104729 * torch.arange(len(drafts), device=rows.device)[:, None]
         mixed = (place * 2654435761) % 4294967296
         mixed = ((mixed // 65536) ^ mixed) * 2246822519 % 4294967296
         return ((mixed // 256) % 65536).float() < 65536 * self.share
