@@ -136,7 +136,8 @@ def _sink(graph: fx.Graph, levels: dict[fx.Node, int]) -> None:
         if not is_plain(node) or is_write(node) or any(is_write(user) for user in node.users):
             continue
         readers = {levels[user] for user in node.users}
-        moving = [source for source in node.all_input_nodes if source not in constant]
+        sized = {source for source in node.all_input_nodes if source.target is ATEN.sym_size.int}
+        moving = [source for source in node.all_input_nodes if source not in constant and source not in sized]
         cheap = not moving or (len(moving) == 1 and is_elementwise(node) and all(map(is_plain, node.users)))
         if cheap and len(readers) == 1:
             levels[node] = max(levels[node], *readers)

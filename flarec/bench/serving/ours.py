@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,19 +96,20 @@ def prefill_ms(session: ServingSession, tokens: int) -> float:
     return session.measured(("prefill", tokens), lambda: min(once() for _ in range(3)))
 
 
+def sampler(session: ServingSession, rows: int) -> Callable[[], tuple[Tensor, ...]]:
+    """The choice of a token at temperature 0.7, top-k 20, top-p 0.95 for `rows` rows of float32 logits."""
+    device = session.device
+    logits = 3 * torch.randn(rows, session.vocabulary, device=device)
+    place = torch.arange(rows, device=device)
+    temperature, top_p = torch.full((rows,), 0.7, device=device), torch.full((rows,), 0.95, device=device)
+    top_k = torch.full((rows,), 20, device=device)
+    given = (logits, temperature, top_k, top_p, place, place)
+    return lambda: choose(*given, confidence=False)
+
+
 def sampling_ms(session: ServingSession, rows: int) -> float:
-    """Temperature 0.7, top-k 20, top-p 0.95 for `rows` rows of float32 logits."""
-
-    def measure() -> float:
-        device = session.device
-        logits = 3 * torch.randn(rows, session.vocabulary, device=device)
-        place = torch.arange(rows, device=device)
-        temperature, top_p = torch.full((rows,), 0.7, device=device), torch.full((rows,), 0.95, device=device)
-        top_k = torch.full((rows,), 20, device=device)
-        given = (logits, temperature, top_k, top_p, place, place)
-        return session.clock.graph_ms([lambda: choose(*given, confidence=False)])
-
-    return session.measured(("sampling", rows), measure)
+    """Milliseconds of `sampler`."""
+    return session.measured(("sampling", rows), lambda: session.clock.graph_ms([sampler(session, rows)]))
 
 
 class ReplayedAcceptance(ARTrustMode):
