@@ -1,4 +1,5 @@
-"""The picture of the README: time of forward and backward against block size, our kernel and routes without one."""
+"""The pictures of the README: time of forward and backward against block size, our kernel and routes without one; of
+decoding, `rates`."""
 
 from __future__ import annotations
 
@@ -20,13 +21,14 @@ Points = list[tuple[int, float]]
 
 def read(path: Path) -> dict[str, Any]:
     """The rows of a results file by name. Raises `UsageError` for anything else."""
+    wanted = "`flarec bench kernels` or `flarec bench decode`"
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         return {row["name"]: row for row in rows}
     except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); give what `flarec bench kernels` wrote") from None
+        raise UsageError(f"{path} cannot be read ({error.strerror}); give what {wanted} wrote") from None
     except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{path} holds no results of `flarec bench kernels`; run it with --out") from None
+        raise UsageError(f"{path} holds no results of {wanted}; run it with --out") from None
 
 
 def curves(rows: Mapping[str, Any]) -> dict[str, Points]:
@@ -58,8 +60,13 @@ def draw(results: Path, out: Path) -> None:
 
     Raises `UsageError` for a file without results, and for one that is no place for the picture.
     """
+    from .rates import draw_rates, is_decoding
+
     check_apart([out], [results])
     rows = read(results)
+    if is_decoding(rows):
+        draw_rates(rows, out)
+        return
     found = curves(rows)
     if not found:
         raise UsageError(f"{results} has no measured block sizes to draw; run `flarec bench kernels` on a GPU")

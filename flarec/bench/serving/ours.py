@@ -24,6 +24,8 @@ from flarec.kernels.sampling import choose
 from .models import ServingSession
 
 WARM_STEPS = 6  # run, checked, captured, and a few more
+AUTO_SECONDS = 45.0
+"""Of `--drafts auto` with one number of requests, after which no other acceptance is begun."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,8 @@ def chosen_rates(session: ServingSession, requests: int, wanted: Sequence[float]
     """Tokens per second of `--drafts auto` by tokens per forward of whole blocks, to those of causal steps.
 
     In steady state: a step that is run because its graph is not recorded yet (once per blocks and capacity of the
-    caches) is left out, with its tokens; trials of other blocks are in.
+    caches) is left out, with its tokens; trials of other blocks are in. Ends early after `AUTO_SECONDS`, with those
+    that were reached.
     """
 
     def measure() -> dict[float, float]:
@@ -166,7 +169,10 @@ def chosen_rates(session: ServingSession, requests: int, wanted: Sequence[float]
         options = GenerationOptions(mode="ar-trust", drafts="auto", max_new_tokens=1 << 14)
         steps = max(session.steps, PATIENCE) if session.on_gpu else session.steps
         found: dict[float, float] = {}
+        begun = time.perf_counter()
         for tokens in wanted:
+            if found and time.perf_counter() - begun > AUTO_SECONDS:
+                break
             engine.share.fill_(share_of(tokens, session.block))
             running = [engine.add(prompt, options) for prompt in session.prompts(requests)]
             while any(not request.tokens for request in running):
