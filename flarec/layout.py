@@ -147,16 +147,23 @@ class StepLayout(Layout):
     """The layout of a decode step whose blocks all take up the same number of slots.
 
     kept: of steps whose blocks stand at the same places behind the cached tokens; positions: of all its tokens, where
-    they are known. No leaves of the structure.
+    they are known; overwrites: nobody reads the states of the cache any more once the step has read them, so that the
+    next ones may take their place. No leaves of the structure.
     """
 
     kept: ClassVar[SharedDerivations | None] = None
     positions: ClassVar[Tensor | None] = None
+    overwrites: ClassVar[bool] = False
 
     def keeping(self, kept: SharedDerivations, positions: Tensor) -> StepLayout:
         """Itself, with what is kept, and `position_ids` [rows, T]."""
         object.__setattr__(self, "kept", kept)  # frozen, and a field would be an input of graphs
         object.__setattr__(self, "positions", positions)
+        return self
+
+    def overwriting(self) -> StepLayout:
+        """Itself, of a step that may overwrite states."""
+        object.__setattr__(self, "overwrites", True)
         return self
 
     def position_ids(self) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .plot import Points, write_figure
+from .figures import Points, write_figure
 
 STEP, RATE = "ar-trust-step-", "ar-trust-rate-"
 

@@ -198,7 +198,7 @@ def serve(
 
     from flarec.base.files import check_apart, write_file
     from flarec.base.prompts import read_prompts
-    from flarec.bench.plot import check_picture
+    from flarec.bench.figures import check_picture
     from flarec.bench.report import make_place
     from flarec.bench.serve.client import Server
     from flarec.bench.serve.picture import draw_loads

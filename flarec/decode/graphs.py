@@ -265,14 +265,15 @@ class StaticRows(Rows):
         elif uses == 2:
             self.stats.eager = store.recorder.checked(self._function(key)) or ""
         else:
-            store.functions[key] = function = self._function(key)
+            # a step that is recorded never ends half-way, and so is never run again from its start
+            store.functions[key] = function = self._function(key, overwrites=True)
             store.replays[key] = store.recorder.record(function)
             self.stats.graphs += 1
             store.replays[key]()
             self.stats.replays += 1
 
-    def _function(self, key: GraphKey) -> Function:
-        """The step, from the buffers into the buffers."""
+    def _function(self, key: GraphKey, *, overwrites: bool = False) -> Function:
+        """The step, from the buffers into the buffers. overwrites: layers may write into the buffers of states."""
         store, rows = self.store, key.shape.rows
         cached = {slot.name: _view(store.cache, slot, rows, key.capacity) for slot in store.cache.slots}
         accepted, length = store.cache.accepted[:rows], store.cache.length[:rows]
@@ -282,7 +283,7 @@ class StaticRows(Rows):
         program = store.static if key.static and store.static is not None else store.program
 
         def run() -> None:
-            self.program = program
+            self.program, self.overwrites = program, overwrites
             self.cache = Cache(store.cache.slots, dict(cached), accepted, length, key.capacity)
             self.state, self.sampling, self.active = dict(state), sampling, store.active[:rows]
             values = self.compute(key.shape)

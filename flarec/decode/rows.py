@@ -73,12 +73,14 @@ class Rows(Stepper):
     plans     shared between the rows of a scheduler, of which `most_plans` are kept (None: all of them)
     constants of `constant`
     active    [rows] bool: rows of a request; None: all of them
+    overwrites   whether steps may put new states in the place of the old ones
     logprobs  alternatives per token whose log-probabilities all of its requests want; None: they want none
     notes     what `note` gave for the tokens of the last step, by place in the step
     """
 
     most_plans: ClassVar[int | None] = 16
     active: Tensor | None = None
+    overwrites: bool = False
     logprobs: int | None = None
     notes: Tensor | None = None
 
@@ -166,6 +168,8 @@ class Rows(Stepper):
         plan = self._plan(shape)
         ids, anchors = self.mode.inputs(self, shape)
         layout = plan.layout(self.cache.length, anchors)
+        if self.overwrites:
+            layout.overwriting()
         clean, noisy = plan.split(self.program.step(ids, layout, plan.head_rows, self.cache))
         return self.mode.read(self, shape, clean, noisy)
 

@@ -6,6 +6,7 @@ the launches of some forty small operations than for the operations.
 
 from __future__ import annotations
 
-from .between import Kept, Verified, keep, verify
+from .between import keep, verify
+from .results import Kept, Verified
 
 __all__ = ["Kept", "Verified", "keep", "verify"]

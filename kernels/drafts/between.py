@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-
-class Verified(NamedTuple):
-    """accepted [B] drafts; commit [B] clean rows to keep, 0 where nobody is; length [B] and token [B] behind them;
-    source [B * heads]: rows of the noisy logits that draft behind them, None where there is one block. int64."""
-
-    accepted: Tensor
-    commit: Tensor
-    length: Tensor
-    token: Tensor
-    source: Tensor | None
-
-
-class Kept(NamedTuple):
-    """pending [B], drafts [B, size] and have [B] of the next step; report [B, 2 + n + 1]: accepted, have, choice."""
-
-    pending: Tensor
-    drafts: Tensor
-    have: Tensor
-    report: Tensor
+from .results import Kept, Verified
 
 
 def verify(
@@ -68,7 +49,3 @@ def _implementation(name: str | None, like: Tensor) -> Any:
     from . import torch_drafts
 
     return torch_drafts
-
-
-def empty(like: Tensor, *sizes: int) -> Tensor:
-    return torch.empty(sizes, dtype=torch.int64, device=like.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .between import Kept, Verified
+from .results import Kept, Verified
 
 
 def verify(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .between import Kept, Verified, empty
+from .results import Kept, Verified
 
 
 @triton.jit
@@ -63,6 +63,10 @@ def keep_kernel(
     tl.store(report + 2 + slot, chosen, mask=slot <= COUNT)
 
 
+def _empty(like: Tensor, *sizes: int) -> Tensor:
+    return torch.empty(sizes, dtype=torch.int64, device=like.device)
+
+
 def _bytes(flags: Tensor | None) -> Tensor | None:
     return None if flags is None else flags.view(torch.uint8)
 
@@ -73,8 +77,8 @@ def verify(
     right: Tensor | None,
 ) -> Verified:
     rows, count = choice.shape[0], choice.shape[1] - 1
-    accepted, commit, now, token = (empty(choice, rows) for _ in range(4))
-    source = empty(choice, rows * heads) if blocks > 1 else None
+    accepted, commit, now, token = (_empty(choice, rows) for _ in range(4))
+    source = _empty(choice, rows * heads) if blocks > 1 else None
     right = None if right is None else right.contiguous()
     if rows:
         verify_kernel[(rows,)](
@@ -91,8 +95,8 @@ def keep(
 ) -> Kept:
     rows, count = choice.shape[0], choice.shape[1] - 1
     drafted = 0 if draft is None else draft.shape[1]
-    pending, now = empty(choice, rows), empty(choice, rows)
-    drafts, report = empty(choice, rows, size), empty(choice, rows, count + 3)
+    pending, now = _empty(choice, rows), _empty(choice, rows)
+    drafts, report = _empty(choice, rows, size), _empty(choice, rows, count + 3)
     if rows:
         keep_kernel[(rows,)](
             verified.accepted, verified.token, choice.contiguous(), None if draft is None else draft.contiguous(), have,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flarec.errors import UsageError
 
-UNCHOSEN = -2
-"""The token of a row without a finite largest logit; no id, and not the -1 with which decode modes mark gaps."""
+from .arithmetic import UNCHOSEN as UNCHOSEN
+
 MOST_TOKENS = 2**20
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from . import arithmetic
-from .choose import UNCHOSEN
 
 
 def kept_tokens(scores: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
@@ -64,4 +63,4 @@ def choose_rows(
         share = weights.gather(1, token).squeeze(1).double() / weights.sum(dim=1).double()
         probability = share.to(torch.float32)
     valid = valid.squeeze(1)
-    return torch.where(valid, token.squeeze(1), UNCHOSEN), torch.where(valid, probability, 0.0), valid
+    return torch.where(valid, token.squeeze(1), arithmetic.UNCHOSEN), torch.where(valid, probability, 0.0), valid

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .choose import UNCHOSEN
+from .arithmetic import UNCHOSEN
 from .triton_kernels import INFINITY, NO_ID, _gumbel, _inverse, _key, _largest, _row_word, _scores, _source, _weight
 
 NOTHING = tl.constexpr(UNCHOSEN)

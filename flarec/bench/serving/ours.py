@@ -21,7 +21,7 @@ from flarec.decode.request import Request
 from flarec.decode.rows import Mode, Rows
 from flarec.kernels.sampling import choose
 
-from .models import ServingSession
+from .models import TURNS, ServingSession
 
 WARM_STEPS = 6  # run, checked, captured, and a few more
 AUTO_SECONDS = 45.0
@@ -30,9 +30,11 @@ AUTO_SECONDS = 45.0
 
 @dataclass(frozen=True)
 class StepTime:
-    """Milliseconds of a step (median), waits for the device in it, and whether it was the replay of a graph."""
+    """Milliseconds of a step (the lowest and the highest of some medians), waits for the device in it, and whether it
+    was the replay of a graph."""
 
     ms: float
+    slowest_ms: float
     waits: float
     replayed: bool
 
@@ -53,13 +55,16 @@ def step_time(
             engine.step()
         session.wait()
         before = engine.stats.replays
-        times = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            engine.step()
-            times.append(1e3 * (time.perf_counter() - start))
-        replayed = engine.stats.replays - before == steps
-        return StepTime(statistics.median(times), _waits(session, engine.step), replayed)
+        medians = []
+        for _ in range(TURNS if session.on_gpu and graphs == "auto" else 1):
+            times = []
+            for _ in range(steps):
+                start = time.perf_counter()
+                engine.step()
+                times.append(1e3 * (time.perf_counter() - start))
+            medians.append(statistics.median(times))
+        replayed = engine.stats.replays - before == steps * len(medians)
+        return StepTime(min(medians), max(medians), _waits(session, engine.step), replayed)
 
     return session.measured(("step", mode, requests, context, graphs), measure)
 
@@ -165,7 +170,7 @@ def chosen_rates(session: ServingSession, requests: int, wanted: Sequence[float]
         engine = session.engine(requests, kind=ReplayingEngine)
         assert isinstance(engine, ReplayingEngine)
         engine.share = torch.zeros(1, device=session.device)
-        plain = step_time(session, "causal", requests)
+        causal = _causal_rate(session, requests)
         options = GenerationOptions(mode="ar-trust", drafts="auto", max_new_tokens=1 << 14)
         steps = max(session.steps, PATIENCE) if session.on_gpu else session.steps
         found: dict[float, float] = {}
@@ -181,13 +186,26 @@ def chosen_rates(session: ServingSession, requests: int, wanted: Sequence[float]
                 engine.step()
             session.wait()
             made, seconds = _steady(engine, running, steps)
-            found[tokens] = made / seconds / (1e3 * requests / plain.ms)
+            found[tokens] = made / seconds / causal
             for request in running:  # contexts stay near those of the causal steps
                 engine.cancel(request)
             engine.step()
         return found
 
     return session.measured(("chosen", requests, tuple(wanted)), measure)
+
+
+def _causal_rate(session: ServingSession, requests: int) -> float:
+    """Tokens per second of causal steps, by the same clock."""
+    engine = session.engine(requests)
+    options = GenerationOptions(mode="causal", max_new_tokens=1 << 14)
+    running = [engine.add(prompt, options) for prompt in session.prompts(requests)]
+    while any(not request.tokens for request in running):
+        engine.step()
+    for _ in range(WARM_STEPS):
+        engine.step()
+    made, seconds = _steady(engine, running, session.steps)
+    return made / seconds
 
 
 def _steady(engine: Engine, running: Sequence[Request], steps: int) -> tuple[int, float]:

@@ -104,7 +104,8 @@ def _generate(requests: int) -> Measure:
 
 
 def _notes(step: ours.StepTime) -> tuple[str, ...]:
-    return () if step.replayed else ("steps were run, not replayed",)
+    spread = () if step.slowest_ms < 1.05 * step.ms else (f"medians of up to {step.slowest_ms:.3f} ms",)
+    return spread if step.replayed else (*spread, "steps were run, not replayed")
 
 
 def _row(name: str, title: str, measure: Measure, bar: float | None = None, aim: float | None = None,

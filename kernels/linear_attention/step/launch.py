@@ -78,6 +78,7 @@ def linear_attention_step(
     delta: bool,
     l2norm: bool,
     out: Sequence[Tensor] | None = None,
+    overwrites: bool = False,
     config: StepConfig | None = None,
 ) -> tuple[Tensor, ...]:
     """Commit the accepted pending rows, run from that state, and leave this step's clean rows pending. No gradients.
@@ -90,7 +91,8 @@ def linear_attention_step(
     Returns (o [B, T, H, V] in q's dtype, state, pending_k, pending_d[, pending_g if g is given]) with the pending rows
     of the `clean_length` clean slots; o and pending rows are 0 on padding. All but o have the dtype of the arithmetic.
     `out` gives contiguous buffers for the results. They must not overlap the inputs, except that the next state may
-    take the place of `state` if `schedule.tiles` is 1 (a program then owns what it overwrites).
+    take the place of `state` if `schedule.tiles` is 1 (a program then owns what it overwrites). overwrites: it does,
+    if `state` has the dtype of the arithmetic and is contiguous.
 
     Raises `UsageError` for sizes and buffers that do not fit together, `LayoutError` for another layout's schedule.
     """
@@ -102,6 +104,8 @@ def linear_attention_step(
     if g is not None:
         shapes.append((rows, clean_length, *g.shape[2:]))
     results = _results([torch.Size(shape) for shape in shapes], [q.dtype] + [dtype] * (len(shapes) - 1), q.device, out)
+    if overwrites and state.dtype == dtype and state.is_contiguous():
+        results = (results[0], state, *results[2:])
     if rows == 0 or heads == 0:
         return results
 
