@@ -7,6 +7,6 @@ the launches of some forty small operations than for the operations.
 from __future__ import annotations
 
 from .between import keep, verify
-from .results import Kept, Verified
+from .results import NextDrafts, Verified
 
-__all__ = ["Kept", "Verified", "keep", "verify"]
+__all__ = ["NextDrafts", "Verified", "keep", "verify"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .results import Kept, Verified
+from .results import NextDrafts, Verified
 
 
 def verify(
@@ -30,14 +30,14 @@ def verify(
 def keep(
     verified: Verified, choice: Tensor, draft: Tensor | None, have: Tensor, size: int, *, branches: bool,
     implementation: str | None = None,
-) -> Kept:
+) -> NextDrafts:
     """What the next step starts from. draft [B, b] int64, chosen from a block of b <= size rows; None: no block.
 
     branches: there is a block behind every clean row, so the drafts stand behind what was accepted; else behind the
     last draft, and are of no use unless all of the `have` [B] drafts were accepted. What could not be chosen is kept as
     0, a draft like any other.
     """
-    kept: Kept = _implementation(implementation, choice).keep(verified, choice, draft, have, size, branches)
+    kept: NextDrafts = _implementation(implementation, choice).keep(verified, choice, draft, have, size, branches)
     return kept
 
 

@@ -18,7 +18,7 @@ class Verified(NamedTuple):
     source: Tensor | None
 
 
-class Kept(NamedTuple):
+class NextDrafts(NamedTuple):
     """pending [B], drafts [B, size] and have [B] of the next step; report [B, 2 + n + 1]: accepted, have, choice."""
 
     pending: Tensor

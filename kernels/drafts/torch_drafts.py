@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .results import Kept, Verified
+from .results import NextDrafts, Verified
 
 
 def verify(
@@ -31,7 +31,7 @@ def verify(
 
 def keep(
     verified: Verified, choice: Tensor, draft: Tensor | None, have: Tensor, size: int, branches: bool
-) -> Kept:
+) -> NextDrafts:
     count = choice.shape[1] - 1
     if draft is None:
         drafts, now = choice.new_zeros(len(choice), size), torch.zeros_like(have)
@@ -41,4 +41,4 @@ def keep(
         if not branches:
             now = now * (verified.accepted == have.clamp_max(count))
     report = torch.cat([verified.accepted[:, None], now[:, None], choice], dim=1)
-    return Kept(verified.token.clamp_min(0), drafts, now, report)
+    return NextDrafts(verified.token.clamp_min(0), drafts, now, report)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .results import Kept, Verified
+from .results import NextDrafts, Verified
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def verify(
 @torch.no_grad()
 def keep(
     verified: Verified, choice: Tensor, draft: Tensor | None, have: Tensor, size: int, branches: bool
-) -> Kept:
+) -> NextDrafts:
     rows, count = choice.shape[0], choice.shape[1] - 1
     drafted = 0 if draft is None else draft.shape[1]
     pending, now = _empty(choice, rows), _empty(choice, rows)
@@ -103,4 +103,4 @@ def keep(
             pending, drafts, now, report, count + 1, drafted, COUNT=count, DRAFTED=drafted, SIZE=size,
             BRANCHES=branches or draft is None, TILE=triton.next_power_of_2(max(size, count + 1)), num_warps=1,
         )
-    return Kept(pending, drafts, now, report)
+    return NextDrafts(pending, drafts, now, report)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flarec.kernels.drafts import Kept, Verified, keep, verify
+from flarec.kernels.drafts import NextDrafts, Verified, keep, verify
 from flarec.kernels.sampling import UNCHOSEN
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,5 +69,5 @@ def test_what_is_accepted_and_kept(count: int, said: bool, implementation: str) 
             if draft is not None:
                 padded[:, :drafted] = draft.clamp_min(0)
             report = torch.cat([numbers[:, None], now[:, None], choice], dim=1)
-            for got, expected in zip(moved(kept), Kept(token.clamp_min(0), padded, now, report), strict=True):
+            for got, expected in zip(moved(kept), NextDrafts(token.clamp_min(0), padded, now, report), strict=True):
                 assert torch.equal(got, expected)  # type: ignore[arg-type]

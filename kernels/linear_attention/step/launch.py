@@ -103,9 +103,8 @@ def linear_attention_step(
     shapes = [v.shape, state.shape, (rows, clean_length, *k.shape[2:]), (rows, clean_length, *v.shape[2:])]
     if g is not None:
         shapes.append((rows, clean_length, *g.shape[2:]))
-    results = _results([torch.Size(shape) for shape in shapes], [q.dtype] + [dtype] * (len(shapes) - 1), q.device, out)
-    if overwrites and state.dtype == dtype and state.is_contiguous():
-        results = (results[0], state, *results[2:])
+    dtypes = [q.dtype] + [dtype] * (len(shapes) - 1)
+    results = _results([torch.Size(shape) for shape in shapes], dtypes, q.device, out, state if overwrites else None)
     if rows == 0 or heads == 0:
         return results
 
@@ -140,11 +139,15 @@ def linear_attention_step(
 
 
 def _results(
-    shapes: list[torch.Size], dtypes: list[torch.dtype], device: torch.device, out: Sequence[Tensor] | None
+    shapes: list[torch.Size], dtypes: list[torch.dtype], device: torch.device, out: Sequence[Tensor] | None,
+    state: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """New tensors, or `out` after a check."""
+    """New tensors, the second of them `state` if it can be; or `out` after a check."""
     if out is None:
-        return tuple(torch.empty(s, dtype=d, device=device) for s, d in zip(shapes, dtypes, strict=True))
+        made = [torch.empty(s, dtype=d, device=device) for s, d in zip(shapes, dtypes, strict=True)]
+        if state is not None and state.dtype == dtypes[1] and state.is_contiguous():
+            made[1] = state
+        return tuple(made)
     fits = len(out) == len(shapes) and all(
         x.shape == s and x.dtype == d and x.is_contiguous() for x, s, d in zip(out, shapes, dtypes, strict=True)
     )
