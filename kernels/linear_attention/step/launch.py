@@ -103,15 +103,13 @@ def linear_attention_step(
     shapes = [v.shape, state.shape, (rows, clean_length, *k.shape[2:]), (rows, clean_length, *v.shape[2:])]
     if g is not None:
         shapes.append((rows, clean_length, *g.shape[2:]))
-    dtypes = [q.dtype] + [dtype] * (len(shapes) - 1)
-    results = _results([torch.Size(shape) for shape in shapes], dtypes, q.device, out, state if overwrites else None)
+    results = _results([*map(torch.Size, shapes)], q.dtype, dtype, q.device, out, state if overwrites else None)
     if rows == 0 or heads == 0:
         return results
 
     # the kernel addresses the elements of a row of q, k, v and channel gates as neighbours
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    if g is not None and g.ndim == 4 and g.stride(3) != 1:
-        g = g.contiguous()
+    g = g if g is None or g.ndim < 4 or g.stride(3) == 1 else g.contiguous()
     state, pending_k, pending_d = state.to(dtype).contiguous(), pending_k.contiguous(), pending_d.contiguous()
     pending_g = None if g is None or pending_g is None else pending_g.contiguous()
     strides = [0 if x is None else x.stride(i) for x in (q, k, v, g, beta) for i in range(3)]
@@ -139,10 +137,11 @@ def linear_attention_step(
 
 
 def _results(
-    shapes: list[torch.Size], dtypes: list[torch.dtype], device: torch.device, out: Sequence[Tensor] | None,
-    state: Tensor | None,
+    shapes: list[torch.Size], first: torch.dtype, others: torch.dtype, device: torch.device,
+    out: Sequence[Tensor] | None, state: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """New tensors, the second of them `state` if it can be; or `out` after a check."""
+    dtypes = [first] + [others] * (len(shapes) - 1)
     if out is None:
         made = [torch.empty(s, dtype=d, device=device) for s, d in zip(shapes, dtypes, strict=True)]
         if state is not None and state.dtype == dtypes[1] and state.is_contiguous():
