@@ -5,7 +5,9 @@
 
 errors: losses, logits and gradients of a small Qwen3.5 in bfloat16 and float32, by eager and by compiled regions, each
 against the same parameters in float64; a decode step likewise. A compiled error may be `FACTOR` times eager's.
-decode, flare, draft: kernels of a step by total time, with and without compiled regions (--compile names one), and of
+sampling: kernels of the choice of 16 tokens from 248k logits, and its time as a graph.
+decode, flare, draft: kernels of a step by total time, with and without compiled regions (--compile names one); of
+decoding for every number of --requests, beside the wall time of a step; of
 training what the host does: seconds until a step is queued, and its functions by their own time. Each part runs in a
 process of its own, and one that fails is recorded.
 """
@@ -16,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,7 +41,7 @@ from flarec.bench.training.profile import kernels_of, length, seconds_of, union,
 from flarec.bench.training.shapes import PartPlan
 
 FACTOR = 1.25
-PARTS = ("errors", "decode", "flare", "draft")
+PARTS = ("errors", "sampling", "decode", "flare", "draft")
 
 
 def relative(found: Tensor, witness: Tensor) -> float:
@@ -158,15 +161,39 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for compiled in (choice == "on" for choice in options.compile):
         session = ServingSession(torch.device(options.device), options.shape, compile=compiled)
-        for mode in ("causal", "ar-trust"):
-            start, engine = time.perf_counter(), session.engine(1)
-            engine.add(session.prompts(1)[0], GenerationOptions(mode=mode, max_new_tokens=1 << 14))
+        for requests, mode in ((count, mode) for count in options.requests for mode in ("causal", "ar-trust")):
+            name = f"{mode} {'compiled' if compiled else 'eager'}" + (f", {requests} requests" if requests > 1 else "")
+            start, engine = time.perf_counter(), session.engine(requests)
+            for prompt in session.prompts(requests):
+                engine.add(prompt, GenerationOptions(mode=mode, max_new_tokens=1 << 14))
             while engine.stats.replays < 8:
                 engine.step()
             session.wait()
-            row = by_kernel(engine.step, 4) | {"seconds_to_replays": time.perf_counter() - start}
-            found[f"{mode} {'compiled' if compiled else 'eager'}"] = row
-            shown(f"{mode} compiled={compiled}", row)
+            ready = time.perf_counter() - start
+            row = {"seconds_to_replays": ready, "wall_ms": wall_ms(engine.step, 100)} | by_kernel(engine.step, 4)
+            found[name] = row
+            shown(name, row)
+            options.result.write_text(json.dumps(found))  # what there is, if time runs out
+    return found
+
+
+def wall_ms(step: Callable[[], object], count: int) -> float:
+    """The median of a step that ends when the host has its results."""
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    from flarec.bench.serving.models import ServingSession
+    from flarec.bench.serving.ours import sampler, sampling_ms
+
+    session = ServingSession(torch.device(options.device), options.shape)
+    found = {"graph_ms": sampling_ms(session, 16), **by_kernel(sampler(session, 16), 4)}
+    shown("sampling", found)
     return found
 
 
@@ -233,12 +260,13 @@ def main() -> int:
     parser.add_argument("--shape", default="2B")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--compile", nargs="*", choices=("on", "off"), default=("on", "off"))
+    parser.add_argument("--requests", nargs="*", type=int, default=[1])
     parser.add_argument("--time-limit", type=float, default=400.0)
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        known = {"errors": errors, "decode": decode}
+        known = {"errors": errors, "decode": decode, "sampling": sampling}
         result = known[options.part](options) if options.part in known else training(options, options.part)
         options.result.write_text(json.dumps(result))
         return 0
@@ -247,7 +275,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "result.json"
             command = [sys.executable, __file__, "--part", part, "--result", str(path), "--device", options.device,
-                       "--shape", options.shape, "--compile", *options.compile]
+                       "--shape", options.shape, "--compile", *options.compile,
+                       "--requests", *map(str, options.requests)]
             try:
                 done = subprocess.run(command, stderr=subprocess.PIPE, text=True,
                                       timeout=max(1.0, options.time_limit - (time.monotonic() - begin)))
@@ -255,6 +284,8 @@ def main() -> int:
             except subprocess.TimeoutExpired:
                 failed = "no time left"
             results[part] = json.loads(path.read_text()) if path.is_file() else {"error": failed}
+            if failed and "error" not in results[part]:
+                results[part]["ended"] = failed
             print(f"{time.monotonic() - begin:.0f} s: {part}: {failed or 'measured'}", flush=True)
     if options.out:
         record = {

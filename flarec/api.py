@@ -26,7 +26,7 @@ from .collector import collector_paused
 from .decode import DecodeProgram, Engine, Generation, TextStream
 from .decode.horizon import HorizonProgram
 from .decode.request import OnTokens, Origin, Prompts
-from .decode.stores import Static
+from .decode.stores import EXACT, Static
 from .decode.text import cut
 from .decode.tokenizing import ByteFallback, Prompt, decode_tokens, encode_prompt, is_list
 from .device import resolve_compile, resolve_kernels, torch_device, torch_dtype
@@ -175,7 +175,7 @@ class Model:
 
     @cached_property
     def _codes(self) -> Codes:
-        return Codes()
+        return Codes(exact=EXACT)
 
     def _horizon(self) -> HorizonProgram:
         """What runs elastic decoding."""

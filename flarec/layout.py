@@ -101,7 +101,12 @@ class Layout:
         return None
 
     def to(self, device: torch.device | str) -> Layout:
-        return type(self)(*(tensor.to(device) for tensor in self.tensors()))
+        """Itself where it is there."""
+        tensors = self.tensors()
+        moved = [tensor.to(device) for tensor in tensors]
+        if all(there is here for there, here in zip(moved, tensors, strict=True)):
+            return self
+        return type(self)(*moved)
 
     def position_ids(self) -> Tensor:
         """[rows, T] int64: position of every token inside its document; 0 on padding (rotary input)."""
@@ -141,15 +146,28 @@ class SharedDerivations:
 class StepLayout(Layout):
     """The layout of a decode step whose blocks all take up the same number of slots.
 
-    kept: of steps whose blocks stand at the same places behind the cached tokens; no leaf of the structure.
+    kept: of steps whose blocks stand at the same places behind the cached tokens; positions: of all its tokens, where
+    they are known; overwrites: nobody reads the states of the cache any more once the step has read them, so that the
+    next ones may take their place. No leaves of the structure.
     """
 
     kept: ClassVar[SharedDerivations | None] = None
+    positions: ClassVar[Tensor | None] = None
+    overwrites: ClassVar[bool] = False
 
-    def keeping(self, kept: SharedDerivations) -> StepLayout:
-        """Itself, with what is kept."""
+    def keeping(self, kept: SharedDerivations, positions: Tensor) -> StepLayout:
+        """Itself, with what is kept, and `position_ids` [rows, T]."""
         object.__setattr__(self, "kept", kept)  # frozen, and a field would be an input of graphs
+        object.__setattr__(self, "positions", positions)
         return self
+
+    def overwriting(self) -> StepLayout:
+        """Itself, of a step that may overwrite states."""
+        object.__setattr__(self, "overwrites", True)
+        return self
+
+    def position_ids(self) -> Tensor:
+        return super().position_ids() if self.positions is None else self.positions
 
     @property
     def longest_block(self) -> int | None:

@@ -11,7 +11,7 @@ from flarec.errors import PropertyError
 from flarec.ir.outline import outline
 from flarec.ir.pipeline import Claims, Pass
 from flarec.ir.program import Program, locate
-from flarec.ir.regions import MARK, is_plain, leaking, mark, marked
+from flarec.ir.regions import MARK, READ, READS, is_plain, leaking, mark, marked
 
 OUTLINED = "regions-outlined"
 
@@ -33,6 +33,9 @@ class OutlineRegions(Pass):
     may_be_empty: ClassVar[bool] = True  # a graph that writes where regions would not keep the order
 
     def apply(self, program: Program) -> list[fx.Node]:
+        if program.cache_slots:  # a decode step, which has no gradients
+            for node in program.calls(*READS):
+                node.meta[READ] = True
         return [region[0] for region in mark(program.graph)]
 
 

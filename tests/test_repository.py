@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ir": {"layout", "slots"},
     "frontend": {"ops", "ir", "base"},
     "passes": {"ops", "ir", "layout", "slots"},
-    "decode": {"layout", "slots", "base", "kernels.sampling"},
+    "decode": {"layout", "slots", "base", "kernels.sampling", "kernels.drafts"},
     "plugin": {"ir", "layout", "ops", "passes"},
     "train": {
         "ops", "ir", "layout", "recipe", "device", "decode", "recipes", "frontend", "passes", "checkpoint",

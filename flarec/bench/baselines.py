@@ -10,12 +10,15 @@ and twice if it is slow.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from .measure import NotMeasured
 
 PACKAGE = "flash-linear-attention"
@@ -31,6 +34,17 @@ def version() -> str | None:
         return metadata.version(PACKAGE)
     except metadata.PackageNotFoundError:
         return "unknown"
+
+
+def check_library(folder: Path | None) -> None:
+    """Raise `UsageError` for a folder that is none with the package in it."""
+    if folder is not None and not (folder / "fla").is_dir():
+        raise UsageError(f"{folder} has no package fla; install {PACKAGE} into it (pip --target)")
+
+
+def beside(folder: Path) -> dict[str, str]:
+    """What a process needs in its environment to import what lies in a folder."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
 
 
 class Baselines:

@@ -1,32 +1,30 @@
-"""The picture of the README: time of forward and backward against block size, our kernel and routes without one."""
+"""The pictures of the README: time of forward and backward against block size, our kernel and routes without one; of
+decoding, `rates`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..base.files import check_apart, write_file
+from ..base.files import check_apart
 from ..errors import UsageError
+from .figures import Points, write_figure
+from .rates import draw_rates, is_decoding
 from .rows import BLOCKS, PLOTTED, ROUTE_BLOCKS
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Points = list[tuple[int, float]]
 
 
 def read(path: Path) -> dict[str, Any]:
     """The rows of a results file by name. Raises `UsageError` for anything else."""
+    wanted = "`flarec bench kernels` or `flarec bench decode`"
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         return {row["name"]: row for row in rows}
     except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); give what `flarec bench kernels` wrote") from None
+        raise UsageError(f"{path} cannot be read ({error.strerror}); give what {wanted} wrote") from None
     except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{path} holds no results of `flarec bench kernels`; run it with --out") from None
+        raise UsageError(f"{path} holds no results of {wanted}; run it with --out") from None
 
 
 def curves(rows: Mapping[str, Any]) -> dict[str, Points]:
@@ -60,6 +58,9 @@ def draw(results: Path, out: Path) -> None:
     """
     check_apart([out], [results])
     rows = read(results)
+    if is_decoding(rows):
+        draw_rates(rows, out)
+        return
     found = curves(rows)
     if not found:
         raise UsageError(f"{results} has no measured block sizes to draw; run `flarec bench kernels` on a GPU")
@@ -84,25 +85,3 @@ def draw(results: Path, out: Path) -> None:
         axes.set_ylabel("forward + backward, ms")
         axes.legend(frameon=False)
         write_figure(figure, out)
-
-
-def check_picture(out: Path) -> None:
-    """Raise `UsageError` for a suffix that no format of pictures has."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    kind = out.suffix.removeprefix(".")
-    if kind and kind not in FigureCanvasBase.get_supported_filetypes():
-        raise UsageError(f"{out} cannot be written (there is no picture {kind!r}); give svg, png or pdf")
-
-
-def write_figure(figure: Figure, out: Path) -> None:
-    """The suffix of `out` chooses the format; equal figures give equal files. Raises `UsageError`."""
-    from matplotlib import rc_context
-
-    drawn, kind = BytesIO(), out.suffix.removeprefix(".")
-    try:
-        with rc_context({"svg.hashsalt": "flarec"}):
-            figure.savefig(drawn, format=kind or "png", metadata={"Date": None} if kind == "svg" else None)
-    except ValueError as error:
-        raise UsageError(f"{out} cannot be written ({error}); choose another file") from None
-    write_file(out, drawn.getvalue())

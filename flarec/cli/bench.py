@@ -72,13 +72,15 @@ def kernels(
 @click.option("--steps", type=click.IntRange(min=2), default=200, show_default=True, metavar="N", help="Timed steps.")
 @click.option("--time-limit", type=click.FloatRange(min=0), default=280, show_default=True, metavar="S",
               help="Begin no row after S seconds.")
+@click.option("--library", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="DIR",
+              help="A folder with flash-linear-attention, for the stock model's prefill alone.")
 @click.option("--commit", metavar="ID", help="Commit of the tree, kept in the results.")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1 ...")
 @compile_option
 @click.option("--list", "show", is_flag=True, help="List the rows and stop.")
 def decode(
     shape: str, out: Path | None, only: tuple[str, ...], context: int, block_size: int, steps: int,
-    time_limit: float, commit: str | None, device: str, compile: str, show: bool,
+    time_limit: float, library: Path | None, commit: str | None, device: str, compile: str, show: bool,
 ) -> None:
     """Time steps of decoding with random weights, beside stock transformers in the same run.
 
@@ -100,7 +102,8 @@ def decode(
 
     place = torch_device(device)
     session = ServingSession(
-        place, shape, block=block_size, context=context, steps=steps, compile=resolve_compile(compile, place)
+        place, shape, block=block_size, context=context, steps=steps, compile=resolve_compile(compile, place),
+        library=library,
     )
     lines = run_session(
         rows, session, out=out, commit=commit, time_limit=time_limit, say=click.echo, warm_up=False,
@@ -195,7 +198,7 @@ def serve(
 
     from flarec.base.files import check_apart, write_file
     from flarec.base.prompts import read_prompts
-    from flarec.bench.plot import check_picture
+    from flarec.bench.figures import check_picture
     from flarec.bench.report import make_place
     from flarec.bench.serve.client import Server
     from flarec.bench.serve.picture import draw_loads
@@ -230,7 +233,8 @@ def serve(
 @click.argument("results", type=click.Path(path_type=Path))
 @click.option("--out", type=FILE, required=True, metavar="FILE", help="svg, png or pdf.")
 def plot(results: Path, out: Path) -> None:
-    """Draw time against block size from the JSON file of `flarec bench kernels`."""
+    """Draw time against block size from the JSON file of `flarec bench kernels`, or tokens per second against requests
+    from that of `flarec bench decode`."""
     from flarec.bench.plot import draw
 
     draw(results, out)

@@ -49,7 +49,10 @@ class Cache:
             axis = slot.pending_dim()
             if axis is not None:
                 shape[axis] += pending
-            tensors[slot.name] = torch.zeros(shape, dtype=slot.dtype, device=device)
+            if slot.kind == "conv":  # as kernels write it: channels next to each other
+                shape[-2:] = shape[:-3:-1]
+            tensor = torch.zeros(shape, dtype=slot.dtype, device=device)
+            tensors[slot.name] = tensor.transpose(-1, -2) if slot.kind == "conv" else tensor
         zeros = torch.zeros(batch, dtype=torch.int64, device=device)
         return Cache(tuple(slots), tensors, zeros, zeros.clone(), capacity)
 
@@ -59,8 +62,11 @@ class Cache:
 
     def accept(self, rows: Tensor) -> None:
         """Keep the first `rows[b]` clean rows of the step that just ran (the next step commits them). rows [batch]."""
-        self.accepted = rows.clone()  # the caller may reuse `rows`, a step may clear `accepted`
-        self.length = self.length + rows
+        self.keep(rows.clone(), self.length + rows)  # the caller may reuse `rows`, a step may clear `accepted`
+
+    def keep(self, accepted: Tensor, length: Tensor) -> None:
+        """The values of `accepted` and `length` from now on, as they are: nobody else has them."""
+        self.accepted, self.length = accepted, length
 
     def reserve(self, capacity: int) -> None:
         """Grow every "capacity" axis to hold at least `capacity` positions; contents stay, new positions are zero."""

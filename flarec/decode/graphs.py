@@ -146,8 +146,8 @@ class Store:
     cache     room for `cache.capacity` positions and `pending` clean rows per slot
     state     what the mode keeps
     active    [slots] bool: whether a request is in the slot
-    results   [slots, width] int64: what `Mode.read` returned, in its first columns
-    suppress, plans   of `Rows`: graphs read their tensors, which must live as long as they do
+    results   [slots * width] int64: what `Mode.read` returned, row behind row
+    suppress, plans, constants   of `Rows`: graphs read their tensors, which must live as long as they do
     """
 
     program: DecodeProgram
@@ -161,6 +161,7 @@ class Store:
     results: Tensor
     suppress: Tensor | None
     plans: dict[StepShape, StepPlan]
+    constants: dict[tuple[int, tuple[int, ...]], Tensor] = field(default_factory=dict)
     uses: dict[GraphKey, int] = field(default_factory=dict)
     widths: dict[GraphKey, int] = field(default_factory=dict)
     replays: dict[GraphKey, Function] = field(default_factory=dict)
@@ -179,7 +180,7 @@ class Store:
         state = {name: t.new_zeros(slots, *t.shape[1:]) for name, t in like.state.items()}
         sampling = like.sampling.changed(lambda values: values.new_zeros(slots), False, False)
         active = torch.zeros(slots, dtype=torch.bool, device=device)
-        results = torch.zeros(slots, pending + 4, dtype=torch.int64, device=device)
+        results = torch.zeros(slots * (pending + 4), dtype=torch.int64, device=device)
         kept = None if like.suppress is None else like.suppress.clone()
         return Store(program, slots, pending, recorder, cache, state, sampling, active, results, kept, {})
 
@@ -216,6 +217,7 @@ class StaticRows(Rows):
     def __init__(self, store: Store, like: Rows, stats: DecodeStats) -> None:
         self.program, self.mode, self.blocks = store.program, like.mode, like.blocks
         self.device, self.suppress, self.plans = like.device, store.suppress, store.plans
+        self.constants = store.constants
         self.store = store
         self.stats = stats
         self.requests = []
@@ -246,7 +248,8 @@ class StaticRows(Rows):
         key = GraphKey(shape, capacity, self.truncated, self.sampled, static)
         settled, start = key in self.store.replays or bool(self.stats.eager), clock()
         self._run(key)
-        values = self.store.results[: len(self.requests), : self.store.widths[key]]
+        width = self.store.widths[key]
+        values = self.store.results[: len(self.requests) * width].view(-1, width)
         self._report(self.store.recorder.read(values))
         if settled:
             self.mode.timed(shape, clock() - start)
@@ -262,14 +265,15 @@ class StaticRows(Rows):
         elif uses == 2:
             self.stats.eager = store.recorder.checked(self._function(key)) or ""
         else:
-            store.functions[key] = function = self._function(key)
+            # a step that is recorded never ends half-way, and so is never run again from its start
+            store.functions[key] = function = self._function(key, overwrites=True)
             store.replays[key] = store.recorder.record(function)
             self.stats.graphs += 1
             store.replays[key]()
             self.stats.replays += 1
 
-    def _function(self, key: GraphKey) -> Function:
-        """The step, from the buffers into the buffers."""
+    def _function(self, key: GraphKey, *, overwrites: bool = False) -> Function:
+        """The step, from the buffers into the buffers. overwrites: layers may write into the buffers of states."""
         store, rows = self.store, key.shape.rows
         cached = {slot.name: _view(store.cache, slot, rows, key.capacity) for slot in store.cache.slots}
         accepted, length = store.cache.accepted[:rows], store.cache.length[:rows]
@@ -279,18 +283,15 @@ class StaticRows(Rows):
         program = store.static if key.static and store.static is not None else store.program
 
         def run() -> None:
-            self.program = program
+            self.program, self.overwrites = program, overwrites
             self.cache = Cache(store.cache.slots, dict(cached), accepted, length, key.capacity)
             self.state, self.sampling, self.active = dict(state), sampling, store.active[:rows]
             values = self.compute(key.shape)
-            _write((cached[slot.name], self.cache.tensors[slot.name], slot) for slot in store.cache.slots)
-            accepted.copy_(self.cache.accepted)
-            length.copy_(self.cache.length)
-            for name, tensor in self.state.items():
-                if tensor is not state[name]:
-                    state[name].copy_(tensor)
             store.widths[key] = values.shape[1]
-            store.results[:rows, : values.shape[1]].copy_(values)
+            written = [(store.results[: values.numel()].view(values.shape), values), (length, self.cache.length)]
+            written += [(accepted, self.cache.accepted), *((state[name], new) for name, new in self.state.items())]
+            slots = [(cached[slot.name], self.cache.tensors[slot.name], slot) for slot in store.cache.slots]
+            _copy([*map(_place, slots), *written])
 
         return run
 
@@ -315,7 +316,7 @@ class StaticRows(Rows):
             if slot.in_place:
                 axis = slot.shape.index("capacity")
                 target = target.narrow(axis, 0, source.shape[axis])
-            _write([(target, source, slot)])
+            _copy([_place((target, source, slot))])
         pairs = [(store.cache.accepted, other.cache.accepted), (store.cache.length, other.cache.length)]
         pairs += zip(store.sampling.tensors(), other.sampling.tensors(), strict=True)
         pairs += [(store.state[name], tensor) for name, tensor in other.state.items()]
@@ -332,19 +333,29 @@ def _view(cache: Cache, slot: CacheSlot, rows: int, capacity: int) -> Tensor:
     return tensor.narrow(slot.shape.index("capacity"), 0, capacity) if slot.in_place else tensor
 
 
-def _write(written: Iterable[tuple[Tensor, Tensor, CacheSlot]]) -> None:
-    """Put what a step returned into its buffers; behind a buffer's pending rows stays what was there, which nobody
-    accepts. Dense ones of one dtype are one kernel."""
+def _place(written: tuple[Tensor, Tensor, CacheSlot]) -> tuple[Tensor, Tensor]:
+    """Where in a buffer a step's tensor belongs, and that tensor. Behind a buffer's pending rows stays what was there,
+    which nobody accepts."""
+    buffer, new, slot = written
+    axis = slot.pending_dim()
+    return buffer if axis is None else buffer.narrow(axis, 0, new.shape[axis]), new
+
+
+def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second of each pair into the first. Those of one dtype that lie alike in memory are one kernel."""
     together: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
-    for buffer, new, slot in written:
-        axis = slot.pending_dim()
-        if axis is not None:
-            buffer = buffer.narrow(axis, 0, new.shape[axis])
+    for buffer, new in pairs:
         if new is buffer or not new.numel():
             continue
-        if new.dtype == buffer.dtype and new.is_contiguous() and buffer.is_contiguous():
+        if new.dtype == buffer.dtype and new.stride() == buffer.stride() and _is_dense(new):
             together.setdefault(new.dtype, []).append((buffer, new))
         else:
             buffer.copy_(new)
-    for pairs in together.values():
-        torch._foreach_copy_([buffer for buffer, _ in pairs], [new for _, new in pairs])
+    for alike in together.values():
+        torch._foreach_copy_([buffer for buffer, _ in alike], [new for _, new in alike])
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements are all that lies between the first and the last of them."""
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return span + 1 == tensor.numel()

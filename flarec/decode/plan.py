@@ -77,34 +77,43 @@ class StepPlan:
     def __init__(self, shape: StepShape, device: torch.device) -> None:
         self.shape = shape
         rows, blocks, size = shape.rows, shape.blocks, shape.block_size
-        self._slot = torch.arange(shape.clean, device=device)
-        self._offset = torch.arange(size, device=device)
-        index = torch.arange(blocks, device=device)
+        slot, offset, index = (torch.arange(n, device=device) for n in (shape.clean, size, blocks))
         self._clean_document = torch.zeros(rows, shape.clean, dtype=torch.int64, device=device)
         self._block_document = torch.zeros(rows, blocks, dtype=torch.int64, device=device)
         self._noisy_block = index[:, None].expand(blocks, size).reshape(1, -1).repeat(rows, 1)
         self._readout = torch.full((rows, blocks), READOUTS[shape.readout], dtype=torch.int64, device=device)
         first = shape.length * torch.arange(rows, device=device)[:, None]
-        clean = first + self._slot[shape.clean - shape.heads :]
-        heads = shape.clean + size * index[:, None] + self._offset[: shape.block_heads]
+        clean = first + slot[shape.clean - shape.heads :]
+        heads = shape.clean + size * index[:, None] + offset[: shape.block_heads]
         self.head_rows = torch.cat([clean.reshape(-1), (first + heads.reshape(-1)).reshape(-1)])
-        self._behind = (index + 1).expand(rows, -1)
-        self._kept = SharedDerivations(self._layout(torch.full((rows,), FAR, device=device), self._behind))
+        self._slot, self._offset = slot, offset
+        # positions minus `cached` where block i stands behind clean row i: of clean rows, noisy rows, blocks, all rows
+        noisy = ((index + 1)[:, None] + offset).reshape(-1)
+        parts = [part.expand(rows, -1) for part in (slot, noisy, index + 1, torch.cat([slot, noisy]))]
+        self._widths = [part.shape[1] for part in parts]
+        self._behind = torch.cat([part.reshape(-1) for part in parts])
+        numbers = torch.arange(rows, device=device)
+        self._row = torch.cat([numbers.repeat_interleave(part.shape[1]) for part in parts])
+        self._kept = SharedDerivations(self.layout(torch.full((rows,), FAR, device=device), parts[2]))
 
     def layout(self, cached: Tensor, anchors: Tensor | None) -> StepLayout:
         """The layout of a step. cached [rows] = clean tokens in the cache, anchors [rows, blocks] = of the blocks,
         minus `cached`; int64. No anchors: block i stands behind clean row i, in every step of this shape."""
-        if anchors is None:
-            return self._layout(cached, self._behind).keeping(self._kept)
-        return self._layout(cached, anchors)
-
-    def _layout(self, cached: Tensor, anchors: Tensor) -> StepLayout:
+        if anchors is None:  # two operations: a device waits longer for the start of each than for its end
+            sizes = [self.shape.rows * width for width in self._widths]
+            found = (cached.index_select(0, self._row) + self._behind).split(sizes)
+            clean, noisy, anchor, every = (part.view(self.shape.rows, -1) for part in found)
+            return self._layout(cached, clean, noisy, anchor).keeping(self._kept, every)
         anchor = cached[:, None] + anchors
+        noisy = (anchor[:, :, None] + self._offset).reshape(anchor.shape[0], -1)
+        return self._layout(cached, cached[:, None] + self._slot, noisy, anchor)
+
+    def _layout(self, cached: Tensor, clean: Tensor, noisy: Tensor, anchor: Tensor) -> StepLayout:
         return StepLayout(
             clean_document=self._clean_document,
-            clean_position=cached[:, None] + self._slot,
+            clean_position=clean,
             noisy_block=self._noisy_block,
-            noisy_position=(anchor[:, :, None] + self._offset).reshape(anchor.shape[0], -1),
+            noisy_position=noisy,
             block_document=self._block_document,
             block_anchor=anchor,
             block_view=self._block_document,

@@ -71,13 +71,16 @@ class Rows(Stepper):
     sampling  parameters of each row
     suppress  [V] bool ids that are never chosen, or None
     plans     shared between the rows of a scheduler, of which `most_plans` are kept (None: all of them)
+    constants of `constant`
     active    [rows] bool: rows of a request; None: all of them
+    overwrites   whether steps may put new states in the place of the old ones
     logprobs  alternatives per token whose log-probabilities all of its requests want; None: they want none
     notes     what `note` gave for the tokens of the last step, by place in the step
     """
 
     most_plans: ClassVar[int | None] = 16
     active: Tensor | None = None
+    overwrites: bool = False
     logprobs: int | None = None
     notes: Tensor | None = None
 
@@ -99,6 +102,7 @@ class Rows(Stepper):
         self.suppress = suppress
         self.state: dict[str, Tensor] = {}
         self.plans = plans if plans is not None else {}
+        self.constants: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     @property
     def width(self) -> int:
@@ -108,17 +112,17 @@ class Rows(Stepper):
     def longest(self) -> int:
         return max(request.length for request in self.requests)
 
-    def choose(self, logits: Tensor, positions: Tensor, *, confidence: bool = False) -> tuple[Tensor, Tensor]:
-        """A token and its probability (0 without `confidence`) for logits [rows, n, V] and positions [rows, n]: [rows,
-        n] each."""
-        rows, n, vocab = logits.shape
-        sampling = self.sampling
-        if n != 1:
-            sampling = sampling.take(torch.arange(rows, device=self.device).repeat_interleave(n))
+    def choose(
+        self, logits: Tensor, first: Tensor, *, confidence: bool = False, source: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A token and its probability (0 without `confidence`): [rows, n] each, for logits [rows, n, V] of positions
+        that follow one another from first [rows] on. source [rows * n]: rows of the logits [any, n, V] to choose from.
+        """
+        n, vocab = logits.shape[1:]
         token, probability = choose(
-            logits.reshape(rows * n, vocab), sampling, positions.reshape(-1), self.suppress, confidence=confidence
+            logits.reshape(-1, vocab), self.sampling, first, self.suppress, confidence=confidence, per=n, source=source
         )
-        return token.view(rows, n), probability.view(rows, n)
+        return token.view(-1, n), probability.view(-1, n)
 
     def note(self, logits: Tensor, tokens: Tensor) -> Tensor | None:
         """How likely tokens [rows, n] are by logits [rows, n, V], if that is wanted: [rows, n, 1 + 2 k] float64, their
@@ -134,13 +138,17 @@ class Rows(Stepper):
         self.notes = torch.cat([chosen, ids.double(), values], dim=-1)
         return self.notes
 
-    def ahead(self, count: int) -> Tensor:
-        """[rows, count] int64: the positions of the next `count` tokens behind what is cached."""
-        return self.cache.length[:, None] + torch.arange(count, device=self.device)
+    def constant(self, value: int, *sizes: int) -> Tensor:
+        """int64 of one value, made once: nobody writes into it."""
+        key = value, sizes
+        if key not in self.constants:
+            self.constants[key] = torch.full(sizes, value, dtype=torch.int64, device=self.device)
+        return self.constants[key]
 
     def accept(self, rows: Tensor) -> None:
         """Keep the first `rows[b]` clean rows of the step that just ran."""
-        self.cache.accept(rows if self.active is None else rows * self.active)
+        kept = rows.clone() if self.active is None else rows * self.active
+        self.cache.keep(kept, self.cache.length + kept)
 
     def start(self, clean: Tensor, noisy: Tensor) -> None:
         """The prompts are read: see `Mode.start`."""
@@ -160,6 +168,8 @@ class Rows(Stepper):
         plan = self._plan(shape)
         ids, anchors = self.mode.inputs(self, shape)
         layout = plan.layout(self.cache.length, anchors)
+        if self.overwrites:
+            layout.overwriting()
         clean, noisy = plan.split(self.program.step(ids, layout, plan.head_rows, self.cache))
         return self.mode.read(self, shape, clean, noisy)
 

@@ -80,12 +80,14 @@ def choose(
     suppress: Sequence[int] | Tensor | None = (),
     *,
     confidence: bool = True,
+    per: int = 1,
+    source: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose one token per row.
 
     logits [N, V] (any float dtype, computed in float32), params of N rows, positions [N] int64 = absolute document
     position of the token that is being chosen, suppress = ids that are never chosen, or a mask of them ([V] or [N, V]
-    bool). `flarec.kernels.sampling.choose` is the same for tensors.
+    bool). `flarec.kernels.sampling.choose` is the same for tensors; per and source are explained there.
     Returns token [N] int64 and its probability [N] float32 under the truncated softmax(logits / T) (T = 0: T = 1), or 0
     without `confidence`.
     Equal scores go to the lowest id. A row whose largest logit is not a finite float32 (NaN anywhere, infinity, or
@@ -95,6 +97,6 @@ def choose(
         suppress = mask_of(suppress, logits.shape[1], logits.device)
     choice = kernel.choose(
         logits, params.temperature, params.top_k, params.top_p, params.seed, positions, suppress,
-        truncated=params.truncated, sampled=params.sampled, confidence=confidence,
+        truncated=params.truncated, sampled=params.sampled, confidence=confidence, per=per, source=source,
     )
     return choice.token, choice.probability

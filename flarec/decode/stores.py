@@ -10,6 +10,9 @@ from .graphs import Replays, Store, power_of_two
 from .plan import DecodeProgram
 from .rows import Rows
 
+EXACT = 4
+"""Kinds of steps that are compiled for their own sizes: of one running request or of some, in one mode or two."""
+
 
 @dataclass(frozen=True)
 class Static:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree
 
 from ..errors import FlarecWarning
 from .module import compile_now, graph_module
@@ -30,20 +31,44 @@ Backend = str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 class Code:
     """What equal regions run: a graph that takes inputs and parameters, compiled when it is called first.
 
-    Where it cannot be compiled the graph is run as it is, and `say` is told why.
+    The first `exact` kinds of sizes are compiled for themselves: their kernels know them. Where it cannot be compiled
+    the graph is run as it is, and `say` is told why.
     """
 
-    def __init__(self, module: fx.GraphModule, backend: Backend, say: Callable[[str], None]) -> None:
-        compile_now(module)
+    def __init__(
+        self, module: fx.GraphModule, backend: Backend, say: Callable[[str], None], exact: int = 0
+    ) -> None:
         self.module = module
+        self.backend = backend
         self.say = say
+        self.exact = exact
+        self.compiles = True
+        self.compiled = self._compile(module, None)
+        self.exactly: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    def _compile(self, module: fx.GraphModule, dynamic: bool | None) -> Callable[..., Any]:
+        compile_now(module)
         # not the module: its `__call__` looks at exceptions that pass, and dynamo makes others of them (torch 2.13)
-        self.compiled: Callable[..., Any] | None = torch.compile(module.forward, backend=backend, fullgraph=True)
+        compiled: Callable[..., Any] = torch.compile(
+            module.forward, backend=self.backend, fullgraph=True, dynamic=dynamic
+        )
+        return compiled
+
+    def _of_sizes(self, operands: tuple[Any, ...]) -> Callable[..., Any]:
+        if not self.exact:
+            return self.compiled
+        sizes = tuple(x.shape if isinstance(x, Tensor) else x for x in _pytree.tree_leaves(operands))
+        if sizes not in self.exactly and len(self.exactly) < self.exact:
+            graph = fx.Graph()
+            graph.output(graph.graph_copy(self.module.graph, {}))
+            # code of its own: what dynamo knows of other sizes belongs to theirs
+            self.exactly[sizes] = self._compile(graph_module(nn.Module(), graph), False)
+        return self.exactly.get(sizes, self.compiled)
 
     def __call__(self, *operands: Any) -> tuple[Tensor, ...]:
-        if self.compiled is not None:
+        if self.compiles:
             try:
-                results: tuple[Tensor, ...] = self.compiled(*operands)
+                results: tuple[Tensor, ...] = self._of_sizes(operands)(*operands)
                 return results
             except Exception as error:
                 from torch._dynamo import exc  # torch's compiler, which nothing else needs
@@ -51,7 +76,7 @@ class Code:
                 if isinstance(error, exc.FailOnRecompileLimitHit):
                     self.say("it was compiled for too many sizes, and others run as they are")
                 elif isinstance(error, exc.TorchDynamoException):
-                    self.compiled = None
+                    self.compiles = False
                     self.say(f"{_reason(error)}; it runs as it is")
                 else:
                     raise
@@ -72,13 +97,14 @@ class Region(nn.Module):
 
 
 class Codes:
-    """The distinct codes of one or more graphs, by what they compute. backend: of `torch.compile`.
+    """The distinct codes of one or more graphs, by what they compute. backend: of `torch.compile`; exact: of `Code`.
 
     A `FlarecWarning` says what is not compiled, once for each reason.
     """
 
-    def __init__(self, backend: Backend = "inductor") -> None:
+    def __init__(self, backend: Backend = "inductor", exact: int = 0) -> None:
         self.backend = backend
+        self.exact = exact
         self.known: dict[str, Code] = {}
         self.said: set[str] = set()
 
@@ -97,7 +123,7 @@ class Codes:
         if text not in self.known:
             first = next(node for node in unit.graph.nodes if node.op == "call_function")
             say = functools.partial(self._say, locate(first))
-            self.known[text] = Code(graph_module(nn.Module(), graph), self.backend, say)
+            self.known[text] = Code(graph_module(nn.Module(), graph), self.backend, say, self.exact)
         return Region(self.known[text], tensors)
 
     def _say(self, where: str, why: str) -> None:

@@ -3,8 +3,9 @@
 A region is a set of plain ATen nodes that can be called at one moment. It is a mark in `node.meta`, so that the graph
 stays flat for passes, checkers and reports; `flarec.ir.compiled` runs regions as functions. How nodes are grouped:
 
-* A node that no region takes (a mixer, an embedding, a gather of rows) begins a new level for what reads it; nodes of
-  one level that read one another are a region. No value leaves a region and comes back.
+* A node that no region takes (a mixer, an embedding, a gather of rows; these two are taken where there are no
+  gradients) begins a new level for what reads it; nodes of one level that read one another are a region. No value
+  leaves a region and comes back.
 * What is made of parameters alone, or elementwise of one tensor, is computed where it is read, if that is one level.
 * Views at the end of a region stay outside: they cost nothing, and results that share memory cost a compiler much.
 * Fewer than two operations that compute are not worth a region.
@@ -38,6 +39,9 @@ TABLES = frozenset({
     ATEN.index_add.default, ATEN.scatter_add.default,
 })
 """Reads of rows by number: compiled, their gradients would be added up in no fixed order."""
+READS = (ATEN.embedding.default, ATEN.index_select.default)
+READ = "region_may_read"
+"""Key of `node.meta`: a read of rows that no gradient runs through, which a region may hold."""
 FEWEST = 2
 
 
@@ -49,7 +53,9 @@ def is_plain(node: fx.Node) -> bool:
         return False
     if target is operator.getitem or target is ATEN.sym_size.int:  # of a tensor from outside it is no work
         return isinstance(node.args[0], fx.Node) and is_plain(node.args[0])
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or target in TABLES:
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return False
+    if target in TABLES and READ not in node.meta:
         return False
     return not {
         torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output
@@ -136,7 +142,8 @@ def _sink(graph: fx.Graph, levels: dict[fx.Node, int]) -> None:
         if not is_plain(node) or is_write(node) or any(is_write(user) for user in node.users):
             continue
         readers = {levels[user] for user in node.users}
-        moving = [source for source in node.all_input_nodes if source not in constant]
+        sized = {source for source in node.all_input_nodes if source.target is ATEN.sym_size.int}
+        moving = [source for source in node.all_input_nodes if source not in constant and source not in sized]
         cheap = not moving or (len(moving) == 1 and is_elementwise(node) and all(map(is_plain, node.users)))
         if cheap and len(readers) == 1:
             levels[node] = max(levels[node], *readers)

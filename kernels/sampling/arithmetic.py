@@ -34,6 +34,8 @@ LOG2_HIGH, LOG2_LOW = 0.693359375, -0.00021219444170128554  # their sum is log(2
 LOG2_E = 1.4426950216293335
 ROOT_HALF = 0x3F3504F3  # the bits of sqrt(1/2)
 
+UNCHOSEN = -2
+"""The token of a row without a finite largest logit; no id, and not the -1 with which decode modes mark gaps."""
 WEIGHT_BITS = 42
 """The weight of the largest logit is 2^42: a token of 2^-42 of its probability counts, and sums of 2^20 fit."""
 SMALLEST = 42.0  # differences beyond it have weight 0 anyway, and shifts stay below 64

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flarec.errors import UsageError
 
-UNCHOSEN = -2
-"""The token of a row without a finite largest logit; no id, and not the -1 with which decode modes mark gaps."""
+from .arithmetic import UNCHOSEN as UNCHOSEN
+
 MOST_TOKENS = 2**20
 
 
@@ -44,6 +44,8 @@ def choose(
     truncated: bool = True,
     sampled: bool = True,
     confidence: bool = True,
+    per: int = 1,
+    source: Tensor | None = None,
     implementation: str | None = None,
 ) -> Choice:
     """argmax(logits + T * Gumbel(seed, position, id)) of every row, over what top-k and then top-p keep.
@@ -55,18 +57,21 @@ def choose(
 
     The same bits on every device and by every implementation: "triton", "torch" or None for Triton where logits are on
     a GPU. truncated, sampled: False if it is known that no row truncates, or that all temperatures are 0; that saves
-    PyTorch work and changes nothing. confidence: False where the probability is not read. Works inside CUDA graphs.
+    work and changes nothing. confidence: False where the probability is not read. Works inside CUDA graphs.
+
+    per: so many consecutive choices share their settings, which then have N / per elements; position is that of the
+    first of them, and the others follow. source [N] int64: the row of logits that each choice reads, in the place of
+    its own; then logits have any number of rows, and `suppress` as many.
     Raises `UsageError` for too large a vocabulary.
     """
     if logits.shape[1] > MOST_TOKENS:
         raise UsageError(f"a vocabulary of {logits.shape[1]} tokens is too large to choose from; at most {MOST_TOKENS}")
     implementation = implementation or ("triton" if logits.is_cuda else "torch")
-    operands = (logits, temperature, top_k, top_p, seed, position, suppress, truncated, sampled, confidence)
+    settings = (temperature, top_k, top_p, seed, position)
+    operands = (logits, *settings, suppress, truncated, sampled, confidence, per, source)
     if torch.compiler.is_compiling():
-        token, probability, ok = choose_op(*operands, implementation)
-    else:
-        token, probability, ok = _rows(implementation)(*operands)
-    return Choice(torch.where(ok, token, UNCHOSEN), torch.where(ok, probability, 0.0), ok)
+        return Choice(*choose_op(*operands, implementation))
+    return Choice(*_rows(implementation)(*operands))
 
 
 def _rows(implementation: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -82,16 +87,18 @@ def _rows(implementation: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 @torch.library.custom_op("flarec::choose", mutates_args=())
 def choose_op(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor,
-    suppress: Tensor | None, truncated: bool, sampled: bool, confidence: bool, implementation: str,
+    suppress: Tensor | None, truncated: bool, sampled: bool, confidence: bool, per: int, source: Tensor | None,
+    implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`choose_rows` of an implementation, for tracers: one op, so that no compiler reorders its arithmetic."""
-    operands = (logits, temperature, top_k, top_p, seed, position, suppress, truncated, sampled, confidence)
-    return _rows(implementation)(*operands)
+    settings = (temperature, top_k, top_p, seed, position)
+    return _rows(implementation)(logits, *settings, suppress, truncated, sampled, confidence, per, source)
 
 
 @choose_op.register_fake
-def _(logits, *_):  # type: ignore[no-untyped-def]
-    rows = logits.shape[0]
+def _(logits, *others):  # type: ignore[no-untyped-def]
+    source = others[10]
+    rows = logits.shape[0] if source is None else source.shape[0]
     return (
         logits.new_empty(rows, dtype=torch.int64),
         logits.new_empty(rows, dtype=torch.float32),

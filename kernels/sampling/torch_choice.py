@@ -29,9 +29,18 @@ def kept_tokens(scores: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor) -
 @torch.no_grad()
 def choose_rows(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor,
-    out: Tensor | None, truncated: bool, sampled: bool, confidence: bool = True,
+    out: Tensor | None, truncated: bool, sampled: bool, confidence: bool = True, per: int = 1,
+    source: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(id, probability, whether there is a choice), each [N]; `choose` of this package says what the operands are."""
+    if source is not None:
+        logits = logits.index_select(0, source)
+        out = out.index_select(0, source) if out is not None and out.ndim > 1 else out
+    if per > 1:
+        temperature, top_k, top_p, seed, position = (
+            x[:, None].expand(-1, per).reshape(-1) for x in (temperature, top_k, top_p, seed, position)
+        )
+        position = position + torch.arange(per, device=logits.device).repeat(len(position) // per)
     scores = logits.to(torch.float32)
     if out is not None:
         scores = scores.masked_fill(out, -math.inf)
@@ -53,4 +62,5 @@ def choose_rows(
     if confidence and weights is not None:
         share = weights.gather(1, token).squeeze(1).double() / weights.sum(dim=1).double()
         probability = share.to(torch.float32)
-    return token.squeeze(1), probability, valid.squeeze(1)
+    valid = valid.squeeze(1)
+    return torch.where(valid, token.squeeze(1), arithmetic.UNCHOSEN), torch.where(valid, probability, 0.0), valid

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from flarec.bench.plot import curves
+from flarec.bench.rates import rates
 from flarec.cli import main
 
 
@@ -35,6 +36,28 @@ def test_curves_join_what_was_measured() -> None:
         "library calls, virtual queries, one view": [(4, 28.0)],
         "library calls, stored states, one view": [(4, 120.0)],
     }
+
+
+DECODING = [
+    row("causal-step-1", 0.4, ours_ms=2.0, stock_graph_ms=5.0),
+    row("ar-trust-step-1", 1.2, ar_trust_ms=2.5, causal_ms=2.0),
+    row("ar-trust-step-8", 1.2, ar_trust_ms=3.0, causal_ms=2.5),
+    row("ar-trust-rate-8", 5.0, tokens_per_s=6000.0, stock_graph_tokens_per_s=1200.0),
+    row("ar-trust-step-1-eager", 50.0),
+    {"name": "ar-trust-rate-32", "status": "not measured", "value": None, "values": {}},
+]
+
+
+def test_rates_of_decoding(tmp_path: Path) -> None:
+    assert rates({item["name"]: item for item in DECODING}) == {
+        "AR-Trust": [(8, 6000.0)],
+        "causal": [(1, 500.0), (8, 3200.0)],
+        "transformers, static cache, CUDA graph": [(1, 200.0), (8, 1200.0)],
+    }
+    results, out = tmp_path / "results.json", tmp_path / "rates.svg"
+    results.write_text(json.dumps({"rows": DECODING}))
+    done = CliRunner().invoke(main, ["bench", "plot", str(results), "--out", str(out)])
+    assert done.exit_code == 0 and b"tokens per second" in out.read_bytes(), done.output
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])

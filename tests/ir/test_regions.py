@@ -219,6 +219,34 @@ def test_other_lengths_are_compiled_once_more_and_never_again() -> None:
     assert seen[:2] == [len(codes.known)] * 2 and seen[2:] == [2 * len(codes.known)] * 4
 
 
+def test_the_first_sizes_are_compiled_for_themselves() -> None:
+    """Two of them here: their graphs hold numbers. Others share one for any size, which is the first one's at first."""
+    program = lower(captured_float64("bamba"), "train", regions=True)
+    symbols: list[bool] = []
+
+    def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
+        symbols.append(any(isinstance(size, torch.SymInt) for x in inputs for size in getattr(x, "shape", (x,))))
+        return module
+
+    codes = Codes(backend, exact=2)
+    fast = compiled_by_region(program, codes)
+    seen = []
+    with torch.no_grad():
+        for ids, given in lengths(program, [9, 12, 9, 7, 31, 12]):
+            assert_equal([fast(ids, **given)], [program(ids, **given)])
+            seen.append(len(symbols))
+    count = len(codes.known)
+    assert seen == [count, 2 * count, 2 * count, 3 * count, 4 * count, 4 * count]
+    assert not any(symbols[: 2 * count]) and any(symbols[3 * count :])
+
+
+def test_reads_of_rows_are_in_the_regions_of_a_decode_step_alone() -> None:
+    for target, inside in (("decode", True), ("train", False)):
+        program = lower(captured_float64("bamba"), target, regions=True)
+        reads = program.calls(ATEN.embedding.default, ATEN.index_select.default)
+        assert len(reads) == 2 and all((MARK in node.meta) is inside for node in reads)
+
+
 @torch._dynamo.config.patch(recompile_limit=1)
 def test_too_many_sizes_run_as_they_are_and_say_so() -> None:
     program = lower(captured_float64("bamba"), "train", regions=True)

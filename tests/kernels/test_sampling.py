@@ -94,8 +94,8 @@ def test_pytorch_is_the_loop(settings: list[Settings], step: float) -> None:
             assert int(token[n]) == row[0] and probability[n] == torch.tensor(row[1], dtype=torch.float32)
 
 
-SMALL = SamplingLaunch(32, cap=4, piece=64)
-"""Tiles of 32 tokens that keep 4."""
+SMALL = SamplingLaunch(32, cap=4, parts=2, piece=64, few=8, strip=4)
+"""Tiles of 32 tokens that keep 4; pools of up to 8 are few."""
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,8 @@ SMALL = SamplingLaunch(32, cap=4, piece=64)
         ([(1.0, 9, 0.9)], 0.0),  # more than a tile keeps: the row is read again
         ([(1.0, OFF, 0.2)], 0.0),  # top-p from the pool
         ([(3.0, OFF, 0.97)], 1.0),  # top-p keeps more than the pool holds
+        ([(1.0, 2, 1.0), (1.0, 4, 0.9), (1.0, 4, 1.0), (1.0, 1, 0.5)], 8.0),  # far more equal ones than are kept
+        ([(0.9, 4, 0.8)], 100.0),  # all tokens are equal
     ],
 )
 def test_triton_is_pytorch(settings: list[Settings], step: float) -> None:
@@ -117,6 +119,30 @@ def test_triton_is_pytorch(settings: list[Settings], step: float) -> None:
     assert wanted[2].all()
     moved = rows_of(settings, device=DEVICE)
     same(choose_rows(logits.to(DEVICE), *moved, out.to(DEVICE), True, True, launch=SMALL), wanted)
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_rows_of_logits_and_shared_settings(sampled: bool) -> None:
+    """Choices that follow one another share settings, and read any rows of logits: as with settings of their own."""
+    vocab, per, source = 70, 3, torch.tensor([4, 0, 0, 2, 3, 1])
+    settings = [(0.0, 3, 0.5), (1.0, 4, 0.7)] if sampled else [(0.0, OFF, 1.0)] * 2
+    given, logits = rows_of(settings), logits_of(5, vocab, 2, 0.5)
+    out = torch.zeros(5, vocab, dtype=torch.bool)
+    out[3, logits[3].argmax()] = True
+    alone = [x.repeat_interleave(per) for x in given]
+    alone[-1] += torch.arange(per).repeat(2)
+    wanted = torch_choice.choose_rows(logits[source], *alone, out[source], True, sampled)
+    hints = {"sampled": sampled, "per": per}
+    moved, there = rows_of(settings, device=DEVICE), (logits.to(DEVICE), source.to(DEVICE), out.to(DEVICE))
+    for confidence in (True, False):
+        for name in ("torch", "triton"):
+            found = choose(
+                there[0], *moved, there[2], **hints, source=there[1], confidence=confidence, implementation=name
+            )
+            assert torch.equal(found.token.cpu(), wanted[0])
+            assert torch.equal(found.probability.cpu(), wanted[1] if confidence else torch.zeros(6))
+    launched = choose_rows(there[0], *moved, there[2], True, sampled, per=per, source=there[1], launch=SMALL)
+    same(launched, wanted)
 
 
 def test_masks_of_rows_and_rows_without_a_choice() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..plot import write_figure
+from ..figures import write_figure
 from .results import LoadResult
 
 UNITS = {"closed": "clients", "open": "requests per second"}

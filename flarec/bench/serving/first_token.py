@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,9 +18,10 @@ import torch
 
 from ..measure import NotMeasured
 from .models import ServingSession
+from .processes import printed
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLAREC_CACHE_DIR")
-LIMIT = 180.0
+LIMIT = 150.0
 """Seconds of a process."""
 
 
@@ -36,34 +34,13 @@ def measured(session: ServingSession) -> dict[str, dict[str, float]]:
         raise NotMeasured("steps are replayed on a CUDA device alone")
 
     def measure() -> dict[str, dict[str, float]]:
-        command = [sys.executable, "-m", __name__, "--shape", session.shape, "--device", str(session.device),
-                   "--block-size", str(session.block), "--context", str(session.context)]
+        words = ["--shape", session.shape, "--device", str(session.device), "--block-size", str(session.block),
+                 "--context", str(session.context), *(["--compile"] if session.compile else [])]
         with tempfile.TemporaryDirectory() as folder:
             places = {name: str(Path(folder) / name) for name in CACHES}
-            found = {}
-            for name in ("cold", "warm"):
-                found[name] = _of_process(
-                    [*command, *(["--compile"] if session.compile else [])], os.environ | places, name
-                )
-        return found
+            return {name: printed(__name__, words, name, LIMIT, places) for name in ("cold", "warm")}
 
     return session.measured("first token", measure)
-
-
-def _of_process(command: list[str], environment: dict[str, str], name: str) -> dict[str, float]:
-    """What a process prints. Raises `NotMeasured` for one that fails or takes too long, with how far it came."""
-    try:
-        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=LIMIT)
-    except subprocess.TimeoutExpired as late:
-        printed = late.stdout or b""
-        reached = ", ".join((printed.decode() if isinstance(printed, bytes) else printed).splitlines()) or "nothing"
-        raise NotMeasured(f"the {name} process took more than {LIMIT:g} s; it came to {reached}") from late
-    if done.returncode:
-        raise NotMeasured(f"the {name} process failed: {(done.stderr.strip().splitlines() or [''])[-1]}")
-    found: dict[str, float] = {}
-    for line in done.stdout.splitlines():
-        found |= json.loads(line)
-    return found
 
 
 def once(session: ServingSession) -> None:

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from flarec.decode import Engine
-from flarec.decode.stores import Static
+from flarec.decode.stores import EXACT, Static
 from flarec.errors import UsageError
 from flarec.frontend.export import capture
-from flarec.ir.compiled import compiled_by_region
+from flarec.ir.compiled import Codes, compiled_by_region
 from flarec.ir.program import Program
 from flarec.passes import lower
 
+from ..baselines import check_library
 from ..session import Session
 from ..shapes import SHAPES, build
+
+TURNS = 3
+"""Medians of a step, of which the lowest counts: what else runs on the host makes steps slower, never faster."""
 
 
 class ServingSession(Session):
     """A run over one model. block = noisy positions per block, context = tokens of a prompt, steps = timed ones;
-    compile = whether steps are compiled by region."""
+    compile = whether steps are compiled by region; library = a folder with flash-linear-attention, for the stock model
+    alone, which then runs in a process of its own."""
 
     def __init__(
         self, device: torch.device, shape: str, *, block: int = 3, context: int = 512, steps: int = 200,
-        budget_ms: float = 100, compile: bool = False,
+        budget_ms: float = 100, compile: bool = False, library: Path | None = None,
     ) -> None:
         super().__init__(device, budget_ms=budget_ms)
+        check_library(library)
+        self.library = library
         if shape not in SHAPES:
             raise UsageError(f"unknown shape {shape}; choose {', '.join(SHAPES)}")
         self.shape = shape
@@ -65,7 +73,7 @@ class ServingSession(Session):
 
     def _compiled(self, program: Any) -> Program:
         """One for all engines: what was compiled is not compiled again."""
-        return self.measured("compiled", lambda: compiled_by_region(program))
+        return self.measured("compiled", lambda: compiled_by_region(program, Codes(exact=EXACT)))
 
     def prompts(self, requests: int, tokens: int | None = None) -> list[list[int]]:
         generator = torch.Generator().manual_seed(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,16 +21,20 @@ from flarec.decode.request import Request
 from flarec.decode.rows import Mode, Rows
 from flarec.kernels.sampling import choose
 
-from .models import ServingSession
+from .models import TURNS, ServingSession
 
 WARM_STEPS = 6  # run, checked, captured, and a few more
+AUTO_SECONDS = 45.0
+"""Of `--drafts auto` with one number of requests, after which no other acceptance is begun."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Milliseconds of a step (median), waits for the device in it, and whether it was the replay of a graph."""
+    """Milliseconds of a step (the lowest and the highest of some medians), waits for the device in it, and whether it
+    was the replay of a graph."""
 
     ms: float
+    slowest_ms: float
     waits: float
     replayed: bool
 
@@ -51,13 +55,16 @@ def step_time(
             engine.step()
         session.wait()
         before = engine.stats.replays
-        times = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            engine.step()
-            times.append(1e3 * (time.perf_counter() - start))
-        replayed = engine.stats.replays - before == steps
-        return StepTime(statistics.median(times), _waits(session, engine.step), replayed)
+        medians = []
+        for _ in range(TURNS if session.on_gpu and graphs == "auto" else 1):
+            times = []
+            for _ in range(steps):
+                start = time.perf_counter()
+                engine.step()
+                times.append(1e3 * (time.perf_counter() - start))
+            medians.append(statistics.median(times))
+        replayed = engine.stats.replays - before == steps * len(medians)
+        return StepTime(min(medians), max(medians), _waits(session, engine.step), replayed)
 
     return session.measured(("step", mode, requests, context, graphs), measure)
 
@@ -96,19 +103,20 @@ def prefill_ms(session: ServingSession, tokens: int) -> float:
     return session.measured(("prefill", tokens), lambda: min(once() for _ in range(3)))
 
 
+def sampler(session: ServingSession, rows: int) -> Callable[[], tuple[Tensor, ...]]:
+    """The choice of a token at temperature 0.7, top-k 20, top-p 0.95 for `rows` rows of float32 logits."""
+    device = session.device
+    logits = 3 * torch.randn(rows, session.vocabulary, device=device)
+    place = torch.arange(rows, device=device)
+    temperature, top_p = torch.full((rows,), 0.7, device=device), torch.full((rows,), 0.95, device=device)
+    top_k = torch.full((rows,), 20, device=device)
+    given = (logits, temperature, top_k, top_p, place, place)
+    return lambda: choose(*given, confidence=False)
+
+
 def sampling_ms(session: ServingSession, rows: int) -> float:
-    """Temperature 0.7, top-k 20, top-p 0.95 for `rows` rows of float32 logits."""
-
-    def measure() -> float:
-        device = session.device
-        logits = 3 * torch.randn(rows, session.vocabulary, device=device)
-        place = torch.arange(rows, device=device)
-        temperature, top_p = torch.full((rows,), 0.7, device=device), torch.full((rows,), 0.95, device=device)
-        top_k = torch.full((rows,), 20, device=device)
-        given = (logits, temperature, top_k, top_p, place, place)
-        return session.clock.graph_ms([lambda: choose(*given, confidence=False)])
-
-    return session.measured(("sampling", rows), measure)
+    """Milliseconds of `sampler`."""
+    return session.measured(("sampling", rows), lambda: session.clock.graph_ms([sampler(session, rows)]))
 
 
 class ReplayedAcceptance(ARTrustMode):
@@ -120,7 +128,8 @@ class ReplayedAcceptance(ARTrustMode):
     share: Tensor
 
     def judge(self, rows: Rows, drafts: Tensor, choice: Tensor) -> Tensor:
-        place = rows.ahead(drafts.shape[1]) * 7919 + 104729 * torch.arange(len(drafts), device=rows.device)[:, None]
+        place = rows.cache.length[:, None] + torch.arange(drafts.shape[1], device=rows.device)
+        place = place * 7919 + 104729 * torch.arange(len(drafts), device=rows.device)[:, None]
         mixed = (place * 2654435761) % 4294967296
         mixed = ((mixed // 65536) ^ mixed) * 2246822519 % 4294967296
         return ((mixed // 256) % 65536).float() < 65536 * self.share
@@ -153,18 +162,22 @@ def chosen_rates(session: ServingSession, requests: int, wanted: Sequence[float]
     """Tokens per second of `--drafts auto` by tokens per forward of whole blocks, to those of causal steps.
 
     In steady state: a step that is run because its graph is not recorded yet (once per blocks and capacity of the
-    caches) is left out, with its tokens; trials of other blocks are in.
+    caches) is left out, with its tokens; trials of other blocks are in. Ends early after `AUTO_SECONDS`, with those
+    that were reached.
     """
 
     def measure() -> dict[float, float]:
         engine = session.engine(requests, kind=ReplayingEngine)
         assert isinstance(engine, ReplayingEngine)
         engine.share = torch.zeros(1, device=session.device)
-        plain = step_time(session, "causal", requests)
+        causal = _causal_rate(session, requests)
         options = GenerationOptions(mode="ar-trust", drafts="auto", max_new_tokens=1 << 14)
         steps = max(session.steps, PATIENCE) if session.on_gpu else session.steps
         found: dict[float, float] = {}
+        begun = time.perf_counter()
         for tokens in wanted:
+            if found and time.perf_counter() - begun > AUTO_SECONDS:
+                break
             engine.share.fill_(share_of(tokens, session.block))
             running = [engine.add(prompt, options) for prompt in session.prompts(requests)]
             while any(not request.tokens for request in running):
@@ -173,13 +186,26 @@ def chosen_rates(session: ServingSession, requests: int, wanted: Sequence[float]
                 engine.step()
             session.wait()
             made, seconds = _steady(engine, running, steps)
-            found[tokens] = made / seconds / (1e3 * requests / plain.ms)
+            found[tokens] = made / seconds / causal
             for request in running:  # contexts stay near those of the causal steps
                 engine.cancel(request)
             engine.step()
         return found
 
     return session.measured(("chosen", requests, tuple(wanted)), measure)
+
+
+def _causal_rate(session: ServingSession, requests: int) -> float:
+    """Tokens per second of causal steps, by the same clock."""
+    engine = session.engine(requests)
+    options = GenerationOptions(mode="causal", max_new_tokens=1 << 14)
+    running = [engine.add(prompt, options) for prompt in session.prompts(requests)]
+    while any(not request.tokens for request in running):
+        engine.step()
+    for _ in range(WARM_STEPS):
+        engine.step()
+    made, seconds = _steady(engine, running, session.steps)
+    return made / seconds
 
 
 def _steady(engine: Engine, running: Sequence[Request], steps: int) -> tuple[int, float]:

@@ -17,6 +17,7 @@ import torch
 
 from flarec.errors import UsageError
 
+from ..baselines import beside, check_library
 from ..measure import NotMeasured
 from ..session import Session
 from ..shapes import SHAPES
@@ -43,8 +44,7 @@ class TrainingSession(Session):
         super().__init__(device, budget_ms=budget_ms)
         if shape not in SHAPES:
             raise UsageError(f"unknown shape {shape}; choose {', '.join(SHAPES)}")
-        if library is not None and not (library / "fla").is_dir():
-            raise UsageError(f"{library} has no package fla; install flash-linear-attention into it (pip --target)")
+        check_library(library)
         self.shape, self.rows, self.length, self.micro = shape, rows, length, tuple(micro)
         self.compile, self.library, self.quick, self.limit, self.say = compile, library, quick, limit, say
         self.on_gpu = device.type == "cuda"
@@ -102,7 +102,7 @@ class TrainingSession(Session):
         """With the library for the stock model alone; captures are not looked for."""
         values = {"FLAREC_CACHE_DIR": "off", **os.environ}
         if self.library and part.startswith("stock"):
-            values["PYTHONPATH"] = os.pathsep.join(filter(None, (str(self.library), values.get("PYTHONPATH"))))
+            values |= beside(self.library)
         return values
 
     def compile_ahead(self, parts: Sequence[str]) -> dict[str, str]:

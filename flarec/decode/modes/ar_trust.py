@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flarec.kernels import drafts
+
 from ..plan import StepShape
 from ..policy import Drafting, DraftPolicy
 from ..request import Origin, Request
@@ -36,11 +38,15 @@ class ARTrustMode:
         self.verified = blocks.size  # drafts that the step verifies, at most
 
     def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
-        token, _ = rows.choose(clean, rows.ahead(1))
+        token, _ = rows.choose(clean, rows.cache.length)
         rows.note(clean, token)
-        self._keep(rows, token, noisy[:, 0], torch.ones_like(rows.cache.length, dtype=torch.bool))
-        have = rows.state["have"][:, None]
-        return torch.cat([torch.full_like(token, -1), have, token], dim=1)
+        draft, _ = rows.choose(noisy[:, 0], rows.cache.length + 1)
+        rows.state |= {  # what cannot be chosen is a draft like any other: to be rejected
+            "pending": token[:, 0].clamp_min(0),
+            "drafts": pad(draft.clamp_min(0), (0, self.blocks.size - draft.shape[1])),
+            "have": torch.full_like(rows.cache.length, draft.shape[1]),
+        }
+        return torch.cat([torch.full_like(token, -1), rows.state["have"][:, None], token], dim=1)
 
     def shape(self, rows: Rows) -> StepShape:
         clean = 1 + max(request.ready for request in rows.requests)
@@ -54,7 +60,7 @@ class ARTrustMode:
 
     def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor | None]:
         state, noisy = rows.state, shape.length - shape.clean
-        masked = torch.full((shape.rows, noisy), self.blocks.mask_token_id, device=rows.device)
+        masked = rows.constant(self.blocks.mask_token_id, shape.rows, noisy)
         ids = torch.cat([state["pending"][:, None], state["drafts"][:, : shape.clean - 1], masked], dim=1)
         if shape.blocks == 1 < shape.clean:
             # a slot that nobody is in may believe to have drafts when the step has no rows for any
@@ -62,37 +68,27 @@ class ARTrustMode:
         return ids, None
 
     def read(self, rows: Rows, shape: StepShape, clean: Tensor, noisy: Tensor) -> Tensor:
-        drafts, have, count = rows.state["drafts"], rows.state["have"], shape.clean - 1
-        choice, _ = rows.choose(clean, rows.ahead(count + 1) + 1)
+        state, count = rows.state, shape.clean - 1
+        choice, _ = rows.choose(clean, rows.cache.length + 1)
         rows.note(clean, choice)
-        right = self.judge(rows, drafts[:, :count], choice[:, :-1])
-        right = right & (torch.arange(count, device=rows.device) < have[:, None])
-        accepted = right.long().cumprod(dim=1).sum(dim=1)
-        rows.accept(accepted + 1)
-        token = choice.gather(1, accepted[:, None])
-        if not shape.blocks:
-            rows.state |= {"pending": token[:, 0].clamp_min(0), "have": torch.zeros_like(have)}
-        elif shape.blocks == shape.clean:  # the block anchored right after the accepted rows
-            place = accepted[:, None, None, None].expand(-1, 1, *noisy.shape[2:])
-            self._keep(rows, token, noisy.gather(1, place)[:, 0], accepted >= 0)
-        else:  # the only one, useless unless all drafts were accepted
-            self._keep(rows, token, noisy[:, 0], accepted == have.clamp_max(count))
-        return torch.cat([accepted[:, None], rows.state["have"][:, None], choice], dim=1)
+        right = self.judge(rows, state["drafts"][:, :count], choice[:, :-1])
+        verified = drafts.verify(
+            choice, state["drafts"], state["have"], rows.cache.length, rows.active, blocks=shape.blocks,
+            heads=shape.block_heads, right=right,
+        )
+        rows.cache.keep(verified.commit, verified.length)
+        draft = None
+        if shape.blocks:  # of the block right after the accepted rows, or the only one
+            draft, _ = rows.choose(noisy.flatten(0, 1), verified.length + 1, source=verified.source)
+        branches = shape.blocks == shape.clean
+        kept = drafts.keep(verified, choice, draft, state["have"], self.blocks.size, branches=branches)
+        rows.state |= {"pending": kept.pending, "drafts": kept.drafts, "have": kept.have}
+        return kept.report
 
-    def judge(self, rows: Rows, drafts: Tensor, choice: Tensor) -> Tensor:
-        """[rows, n] bool: which drafts are right. A benchmark that replays acceptance says something else here."""
-        return drafts == choice
-
-    def _keep(self, rows: Rows, token: Tensor, logits: Tensor, useful: Tensor) -> None:
-        """Note the next pending token [rows, 1], and the drafts of one block per row. logits [rows, b, V]."""
-        count = logits.shape[1]
-        draft, _ = rows.choose(logits, rows.ahead(count) + 1)
-        # what cannot be chosen is a draft like any other: to be rejected
-        rows.state |= {
-            "pending": token[:, 0].clamp_min(0),
-            "drafts": pad(draft.clamp_min(0), (0, self.blocks.size - count)),
-            "have": count * useful.long(),
-        }
+    def judge(self, rows: Rows, drafts: Tensor, choice: Tensor) -> Tensor | None:
+        """[rows, n] bool: which drafts are right; None: those that equal the choice. A benchmark that replays
+        acceptance says something else here."""
+        return None
 
     def report(self, request: Request, values: list[int]) -> None:
         accepted, have, *tokens = values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..plan import StepShape
@@ -18,7 +17,7 @@ class CausalMode:
     pending = 1
 
     def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
-        token, _ = rows.choose(clean, rows.ahead(1))
+        token, _ = rows.choose(clean, rows.cache.length)
         rows.note(clean, token)
         rows.state["token"] = token[:, 0].clamp_min(0)
         return token
@@ -30,7 +29,7 @@ class CausalMode:
         return rows.state["token"][:, None], None
 
     def read(self, rows: Rows, shape: StepShape, clean: Tensor, noisy: Tensor) -> Tensor:
-        rows.accept(torch.ones_like(rows.cache.length))
+        rows.accept(rows.constant(1, shape.rows))
         return self.start(rows, clean, noisy)
 
     def report(self, request: Request, values: list[int]) -> None:

@@ -35,7 +35,7 @@ class DiffusionTrustMode:
 
     def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
         count, size = rows.width, self.blocks.size
-        first, confidence = rows.choose(clean, rows.ahead(1), confidence=True)
+        first, confidence = rows.choose(clean, rows.cache.length, confidence=True)
         rows.state = {
             "block": torch.full((count, size), self.blocks.mask_token_id, device=rows.device),
             "masked": torch.ones(count, size, dtype=torch.bool, device=rows.device),
@@ -66,7 +66,7 @@ class DiffusionTrustMode:
         state["masked"] = state["masked"] | full[:, None]
         state["steps"] = state["steps"].masked_fill(full, 0)
         if shape.heads:
-            first, confidence = rows.choose(clean, rows.ahead(1), confidence=True)
+            first, confidence = rows.choose(clean, rows.cache.length, confidence=True)
             state["first"] = torch.where(full, first[:, 0], state["first"])
             state["confidence"] = torch.where(full, confidence[:, 0], state["confidence"])
             if (note := rows.note(clean, first)) is not None:
@@ -81,7 +81,7 @@ class DiffusionTrustMode:
         """Commit positions of the blocks. logits [rows, size - 1, V]. Returns their numbers, and the blocks with -1
         where they are masked."""
         state, count = rows.state, logits.shape[1]
-        token, confidence = rows.choose(logits, rows.ahead(count) + 1, confidence=True) if count else (None, None)
+        token, confidence = rows.choose(logits, rows.cache.length + 1, confidence=True) if count else (None, None)
         if token is None or confidence is None:
             token, confidence = state["first"][:, None], state["confidence"][:, None]
         else:

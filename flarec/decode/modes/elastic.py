@@ -39,7 +39,7 @@ class ElasticMode:
         return StepShape(rows.width, clean, clean, 1, size, size, self.blocks.readout)
 
     def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor]:
-        masked = torch.full((shape.rows, shape.block_size), self.blocks.mask_token_id, device=rows.device)
+        masked = rows.constant(self.blocks.mask_token_id, shape.rows, shape.block_size)
         ids = torch.cat([rows.state["tokens"][:, : shape.clean], masked], dim=1)
         return ids, self._count(rows, shape)[:, None]
 
@@ -58,8 +58,8 @@ class ElasticMode:
         Returns how many drafts were taken, and the tokens with -1 behind them."""
         vocabulary, size = self.vocabulary, noisy.shape[1]
         logits, drafted = clean[..., :vocabulary], noisy[..., :vocabulary]
-        first, _ = rows.choose(logits, rows.ahead(1))
-        drafts, confidence = rows.choose(drafted, rows.ahead(size) + 1, confidence=True)
+        first, _ = rows.choose(logits, rows.cache.length)
+        drafts, confidence = rows.choose(drafted, rows.cache.length + 1, confidence=True)
         # [rows, size]: how likely at least 1 .. size drafts are safe
         horizon = clean[:, 0, vocabulary:].float().softmax(dim=1).flip(1).cumsum(dim=1).flip(1)[:, 1:]
         safe = (horizon * confidence >= self.threshold) & (drafts >= 0)

@@ -78,6 +78,7 @@ def linear_attention_step(
     delta: bool,
     l2norm: bool,
     out: Sequence[Tensor] | None = None,
+    overwrites: bool = False,
     config: StepConfig | None = None,
 ) -> tuple[Tensor, ...]:
     """Commit the accepted pending rows, run from that state, and leave this step's clean rows pending. No gradients.
@@ -90,7 +91,8 @@ def linear_attention_step(
     Returns (o [B, T, H, V] in q's dtype, state, pending_k, pending_d[, pending_g if g is given]) with the pending rows
     of the `clean_length` clean slots; o and pending rows are 0 on padding. All but o have the dtype of the arithmetic.
     `out` gives contiguous buffers for the results. They must not overlap the inputs, except that the next state may
-    take the place of `state` if `schedule.tiles` is 1 (a program then owns what it overwrites).
+    take the place of `state` if `schedule.tiles` is 1 (a program then owns what it overwrites). overwrites: it does,
+    if `state` has the dtype of the arithmetic and is contiguous.
 
     Raises `UsageError` for sizes and buffers that do not fit together, `LayoutError` for another layout's schedule.
     """
@@ -101,14 +103,13 @@ def linear_attention_step(
     shapes = [v.shape, state.shape, (rows, clean_length, *k.shape[2:]), (rows, clean_length, *v.shape[2:])]
     if g is not None:
         shapes.append((rows, clean_length, *g.shape[2:]))
-    results = _results([torch.Size(shape) for shape in shapes], [q.dtype] + [dtype] * (len(shapes) - 1), q.device, out)
+    results = _results([*map(torch.Size, shapes)], q.dtype, dtype, q.device, out, state if overwrites else None)
     if rows == 0 or heads == 0:
         return results
 
     # the kernel addresses the elements of a row of q, k, v and channel gates as neighbours
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    if g is not None and g.ndim == 4 and g.stride(3) != 1:
-        g = g.contiguous()
+    g = g if g is None or g.ndim < 4 or g.stride(3) == 1 else g.contiguous()
     state, pending_k, pending_d = state.to(dtype).contiguous(), pending_k.contiguous(), pending_d.contiguous()
     pending_g = None if g is None or pending_g is None else pending_g.contiguous()
     strides = [0 if x is None else x.stride(i) for x in (q, k, v, g, beta) for i in range(3)]
@@ -136,11 +137,16 @@ def linear_attention_step(
 
 
 def _results(
-    shapes: list[torch.Size], dtypes: list[torch.dtype], device: torch.device, out: Sequence[Tensor] | None
+    shapes: list[torch.Size], first: torch.dtype, others: torch.dtype, device: torch.device,
+    out: Sequence[Tensor] | None, state: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """New tensors, or `out` after a check."""
+    """New tensors, the second of them `state` if it can be; or `out` after a check."""
+    dtypes = [first] + [others] * (len(shapes) - 1)
     if out is None:
-        return tuple(torch.empty(s, dtype=d, device=device) for s, d in zip(shapes, dtypes, strict=True))
+        made = [torch.empty(s, dtype=d, device=device) for s, d in zip(shapes, dtypes, strict=True)]
+        if state is not None and state.dtype == dtypes[1] and state.is_contiguous():
+            made[1] = state
+        return tuple(made)
     fits = len(out) == len(shapes) and all(
         x.shape == s and x.dtype == d and x.is_contiguous() for x, s, d in zip(out, shapes, dtypes, strict=True)
     )

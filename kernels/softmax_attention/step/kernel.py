@@ -80,7 +80,7 @@ def _write(
 
 
 @triton.jit(do_not_specialize=["clean", "noisy", "blocks", "tiles", "capacity", "window"])
-def step_kernel(
+def attention_kernel(
     q, k, v, k_cache, v_cache, clean_document, clean_position, noisy_block, noisy_position, block_anchor, block_readout,
     cached, out, part_total, part_peak,
     q_row, q_head, q_slot, k_row, k_head, k_slot, v_row, v_head, v_slot,

@@ -13,7 +13,7 @@ from flarec.layout import Layout
 
 from ..triton_attention import supports
 from ..triton_tiles import precision, score_factors
-from .kernel import FAR, combine_kernel, step_kernel
+from .kernel import FAR, attention_kernel, combine_kernel
 
 PROCESSORS = 132  # of an H100
 MOST_SPLITS = 64
@@ -151,7 +151,7 @@ def run(
     tiles = -(-length * group // launch.queries)
     strides = [stride for x in (q, k, v, k_cache, v_cache) for stride in x.stride()[:3]]
     value_block = triton.next_power_of_2(value_dim)
-    step_kernel[(rows * key_heads * tiles, launch.splits)](
+    attention_kernel[(rows * key_heads * tiles, launch.splits)](
         q, k, v, k_cache, v_cache, *layout, part, *sums, *strides, *score_factors(scale, softcap),
         key_heads, clean, noisy, blocks, k_cache.shape[2], window or FAR.value, tiles,
         GROUP=group, D=dim, DV=value_dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_DV=value_block,

@@ -15,11 +15,12 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from flarec.errors import LayoutError, UsageError
+from flarec.kernels.linear_attention import triton_decode
 from flarec.kernels.linear_attention.reference import reference_states
 from flarec.kernels.linear_attention.reference_step import reference_step
 from flarec.kernels.linear_attention.step.launch import StepConfig, linear_attention_step
 from flarec.kernels.linear_attention.step.schedule import StepSchedule
-from flarec.layout import Block, Layout, build_layout
+from flarec.layout import Block, Layout, StepLayout, build_layout
 from tests.kernels.linear_attention.cases import Case
 from tests.oracles.layouts import layouts
 
@@ -328,3 +329,22 @@ def test_rounding_at_full_size(shape: tuple[int, int, int], gate: str, dtype: to
 def test_rounding_of_other_dims(dims: tuple[int, int]) -> None:
     for pending in (5, 1000):
         check_rounding(shaped(4, 4, 3), Case("scalar", True, True, 1, 11), (2, *dims), pending, torch.bfloat16)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_the_next_state_takes_the_place_of_the_state_where_the_layout_says_so(allowed: bool) -> None:
+    """Of a step whose buffers nobody else reads (`StepLayout.overwrites`): the same numbers, and no other tensor."""
+    blocks = [[Block(0, 7, 2), Block(0, 8, 2)], [Block(0, 5, 2), Block(0, 6, 2)]]
+    made = build_layout([[2], [2]], blocks, cached=[6, 4], device=DEVICE)
+    layout = StepLayout(*made.tensors())
+    case = Case("scalar", True, True, 1, 3, 1.0)
+    args = operands(layout, case, 2, 4, 16, 3, torch.float32)
+    schedule = StepSchedule.from_layout(made).to(DEVICE)
+    plain = run(args, layout, case, schedule=schedule)
+    named: dict[str, Any] = dict(zip(OPERANDS, args, strict=True))
+    if allowed:
+        layout.overwriting()
+    before = named["state"].clone()
+    found = triton_decode.step(**named, layout=layout, schedule=schedule, **case.options())
+    assert all(torch.equal(got, wanted) for got, wanted in zip(found, plain, strict=True))
+    assert (found[1] is named["state"]) is allowed and torch.equal(named["state"], before) is not allowed
