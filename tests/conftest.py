@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import sys
 import tempfile
 
 # Before torch and huggingface_hub are imported: both read these once.
@@ -20,19 +21,21 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="flarec-tests-")
     os.environ["FLAREC_CACHE_DIR"] = os.path.join(_CACHE.name, "programs")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(_CACHE.name, "inductor"))
+    if sys.platform == "linux":
+        os.environ.setdefault("CXX", os.path.join(os.path.dirname(__file__), "compiler", "g++"))
 
 import hypothesis
 import pytest
 import torch
 
 from tests.cpu_time import CpuTime
-from tests.interpreter import replace_language_once
+from tests.interpreter import make_faster
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before any test module is imported
     if importlib.util.find_spec("triton") is not None:
-        replace_language_once()
+        make_faster()
 
 # Times vary with the load of the machine, so neither a slow example nor slowly drawn data is a failure; an example that
 # fails prints how to replay it. The default profile draws the same examples each time, so a run can be repeated;

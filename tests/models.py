@@ -20,7 +20,6 @@ from torch import fx
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from flarec.frontend import families as adapters
-from flarec.frontend.cache import entry_of
 from flarec.frontend.export import capture
 from flarec.frontend.tiny import END_ID as END_ID
 from flarec.frontend.tiny import PAD_ID as PAD_ID
@@ -35,6 +34,14 @@ FAMILIES = ("qwen3_5_text", "kimi_linear", "bamba")
 """Three families that between them have every kind of gate; the tests of the parts use these."""
 ALL_FAMILIES = tuple(family for family in adapters.FAMILIES if available(family))
 PLAIN_FAMILIES = tuple(family for family in adapters.PLAIN if available(family))
+FEW_LAYERS: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+    "kimi_linear": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+    "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
+    "falcon_h1": {"num_hidden_layers": 1},
+}
+"""For tests whose time goes with the layers (compilers, Triton's interpreter): one layer of each kind. Families without
+an entry have as many as that takes."""
 TOKENS = 300
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -102,13 +109,21 @@ def shared_model(family: str) -> Any:
 def captured(family: str) -> Program:
     """The captured program of `shared_model(family)`, once per process. Passes change what they get: clone first.
 
-    The graph is kept in the tests' program cache: commands that open a checkpoint of the family do not trace it again.
+    The graph is traced once in a run: it lies in the program cache of its tests, where other workers and commands that
+    open a checkpoint of the family find it. `tests/frontend` traces every family itself.
     """
-    program = capture(shared_model(family))
-    entry = entry_of(shared_model(family), program.family)
-    if entry is not None:
-        entry.store(program.module, shared_model(family))
-    return program
+    return capture(shared_model(family), cache=True)
+
+
+@functools.cache
+def captured_few(family: str) -> Program:
+    """As `captured`, of a model with `FEW_LAYERS`."""
+    return capture(tiny_model(family, **FEW_LAYERS.get(family, {})), cache=True)
+
+
+@functools.cache
+def captured_few_float64(family: str) -> Program:
+    return widened(captured_few(family))
 
 
 @functools.cache

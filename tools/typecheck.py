@@ -6,6 +6,7 @@ folders lie as they are imported (`flarec/kernels` -> `kernels`), and prints the
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -42,6 +43,7 @@ def main() -> int:
     link_packages(folder_of)
     packages = ["flarec", *(folder for folder in AROUND if (TREE / folder).exists())]
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file", str(ROOT / "pyproject.toml")]
+    command += ["--num-workers", str(min(2, os.cpu_count() or 1))]  # a cold check takes half a minute of one core
     command += ["--cache-dir", str(ROOT / "build" / ".mypy_cache")]
     for package in packages:
         command += ["-p", package]

@@ -31,7 +31,8 @@ EVERY = [pytest.param(name, marks=pytest.mark.xdist_group(name), id=name) for na
 COVER = ("qwen3_5_text", "kimi_linear", "minimax", "falcon_h1", "jamba", "zaya", "lfm3", "recurrent_gemma", "gemma2")
 """Families that between them have every mixer, experts and soft caps."""
 COVERING = EVERY if os.environ.get("FLAREC_EVERY_FAMILY") else [param for param in EVERY if param.id in COVER]
-"""For what the invariants, through which all families go, say piece by piece. `make test-families` takes them all."""
+"""For what takes seconds: conversions, generated texts. The invariants about logits, gradients and states go through
+all families, and so does capture (tests/frontend/test_export.py). `make test-families` takes them all everywhere."""
 BLOCK_SIZE = 3
 MASK_ID = 400
 SETTINGS = [

@@ -17,7 +17,7 @@ from flarec.ir.program import Program
 from flarec.layout import Block, Layout, build_layout
 from flarec.ops.opaque import _forward, _of_their_own, pack
 from flarec.passes import lower
-from tests.models import captured_float64, tiny_model
+from tests.models import FEW_LAYERS, captured_few_float64, captured_float64, tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES = {
@@ -55,7 +55,7 @@ def assert_equal(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_training_step_is_one_graph(family: str) -> None:
-    program = lower(captured_float64(family), "train")
+    program = lower(captured_few_float64(family), "train")
     assert FAMILIES[family] <= {mixer.name for _, mixer in ops.sites(program.graph)}
     ids, given = arguments(program, LAYOUT)
     given["derived"] = program.derive(LAYOUT)
@@ -66,7 +66,7 @@ def test_a_training_step_is_one_graph(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["kimi_linear", "jamba"])
 def test_a_decode_step_is_one_graph(family: str) -> None:
-    program = lower(captured_float64(family), "decode")
+    program = lower(captured_few_float64(family), "decode")
     torch._dynamo.reset()
     fast = program.compiled(backend="aot_eager", dynamic=False)
     cache = Cache.allocate(program.cache_slots, 2, 64, "cpu")
@@ -85,7 +85,8 @@ def test_a_decode_step_is_one_graph(family: str) -> None:
 
 def test_a_decode_step_with_triton_kernels_is_one_graph() -> None:
     """No launcher breaks it: each is one op, and none of its results is copied that is a tensor of its own."""
-    program = lower(capture(tiny_model("qwen3_5_text").to(DEVICE), cache=True), "decode", kernels="triton")
+    model = tiny_model("qwen3_5_text", **FEW_LAYERS["qwen3_5_text"]).to(DEVICE)
+    program = lower(capture(model, cache=True), "decode", kernels="triton")
     cache = Cache.allocate(program.cache_slots, 1, 64, DEVICE)
     prefill = build_layout([[5]], [[]], device=DEVICE)
     ids, given = arguments(program, prefill)
@@ -115,7 +116,7 @@ def test_only_results_that_are_views_are_copied() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_5_text"])
 def test_inductor_compiles_a_training_step(family: str) -> None:
-    program = lower(captured_float64(family), "train")
+    program = lower(captured_few_float64(family), "train")
     for node in program.graph.nodes:  # rotary angles, which inductor's own float32 cosine rounds differently
         if torch.float32 in node.args:
             node.args = tuple(torch.float64 if argument is torch.float32 else argument for argument in node.args)

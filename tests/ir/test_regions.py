@@ -134,8 +134,7 @@ def test_results_of_one_call_are_apart() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ALL_FAMILIES])
 def test_every_family_has_regions(family: str) -> None:
     for target in ("train", "decode"):
         program = lower(captured(family), target, regions=True, fast=True)
@@ -306,12 +305,12 @@ def test_inductor_is_as_near_to_float64_as_eager(dtype: torch.dtype) -> None:
     is exact in both.
     """
     from flarec.frontend.export import capture
-    from tests.models import tiny_model
+    from tests.models import FEW_LAYERS, tiny_model
 
-    model = tiny_model("qwen3_5_text")
+    model = tiny_model("qwen3_5_text", **FEW_LAYERS["qwen3_5_text"])
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    program = lower(capture(model), "train", regions=True)
+    program = lower(capture(model, cache=True), "train", regions=True)
     codes = Codes("inductor")
     fast = compiled_by_region(program, codes)
     taken: dict[str, tuple[Any, ...]] = {}

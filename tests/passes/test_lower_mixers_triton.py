@@ -28,7 +28,7 @@ from flarec.passes import lower
 from flarec.passes.lower_mixers import CONTIGUOUS, LowerMixers
 from flarec.passes.properties import CHECKS
 from tests.checkpoints import MASK_ROW
-from tests.models import ALL_FAMILIES, FAMILIES, PLAIN_FAMILIES, captured, captured_float64
+from tests.models import ALL_FAMILIES, FAMILIES, PLAIN_FAMILIES, captured, captured_few, captured_float64
 from tests.passes.snippets import before_and_after, count, example
 
 pytest.importorskip("triton")
@@ -107,7 +107,7 @@ OTHER_MIXERS = ("minimax", "lfm2", "gemma2", "recurrent_gemma", "falcon_h1")
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHER_MIXERS])
 def test_losses_and_gradients_are_those_of_the_torch_kernels(family: str) -> None:
-    programs = [lower(captured(family), "train", kernels=kernels) for kernels in ("triton", "torch")]
+    programs = [lower(captured_few(family), "train", kernels=kernels) for kernels in ("triton", "torch")]
     ids, layout = example(3, rows=1)
     real = (layout.token_document()[0] >= 0).nonzero().squeeze(1)
     target = torch.randint(0, 300, (len(real),), generator=torch.Generator().manual_seed(0))
@@ -133,7 +133,7 @@ SHORT = [[5, 9, 42, 7, 100], [8, 3]]
 
 
 def generate(family: str, kernels: str, mode: str, prompts: list[list[int]], **options: Any) -> list[list[int]]:
-    program = lower(captured(family), "decode", kernels=kernels)
+    program = lower(captured_few(family), "decode", kernels=kernels)
     engine = Engine(
         program,
         mask_token_id=MASK_ROW,

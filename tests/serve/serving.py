@@ -58,6 +58,7 @@ def metrics(url: str) -> dict[str, float]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """What hangs is ended by pytest's own timeout."""
+    """What hangs is ended by pytest's own timeout. Between two looks others have the interpreter."""
+    between = threading.Event()
     while not condition():
-        pass
+        between.wait(0.005)

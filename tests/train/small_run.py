@@ -36,10 +36,11 @@ def adapter_recipe(*overrides: str) -> Recipe:
     return recipe("draft", "adapter.rank=4", "adapter.alpha=8", "objective.ar_weight=0", *overrides)
 
 
-def source(documents: int = 4, seed: int = 0) -> TokenSource:
-    """Documents of 10 to 23 random tokens; all but the first four of each are its response."""
+def source(documents: int = 4, seed: int = 0, lengths: range = range(10, 24)) -> TokenSource:
+    """Documents of random tokens; all but the first four of each are its response."""
     generator = np.random.default_rng(seed)
-    texts = [generator.integers(3, TOKENS, size=generator.integers(10, 24)) for _ in range(documents)]
+    low, high = lengths.start, lengths.stop
+    texts = [generator.integers(3, TOKENS, size=generator.integers(low, high)) for _ in range(documents)]
     starts = np.cumsum([0, *map(len, texts)]).astype(np.int64)
     spans = np.array([[4, len(text)] for text in texts], dtype=np.int64)
     tokens = np.concatenate(texts).astype(np.int32)
@@ -71,6 +72,7 @@ class Small:
             quantize_base(self.captured, chosen, lambda text: None)
         vector = self.mask.kind == "vector"
         self.program: Program = lower(self.captured, "train", mask_vector=vector, adapter=adapter)
+        self.data = source()
         self.start = {name: value.detach().clone() for name, value in self.program.parameters().items()}
 
     def trainer(
@@ -80,7 +82,7 @@ class Small:
         for name, value in self.program.parameters().items():
             value.data = self.start[name].clone()
             value.grad = None
-        rows = RowStream([data or source()], max_length=chosen.data.max_length, seed=seed, lookahead=4)
+        rows = RowStream([data or self.data], max_length=chosen.data.max_length, seed=seed, lookahead=4)
         return Trainer(self.program, chosen, self.mask, rows, seed, ranks=ranks)
 
 

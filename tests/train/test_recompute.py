@@ -171,9 +171,10 @@ def test_a_layer_leaves_its_results_and_nothing_else(family: str, monkeypatch: p
     assert results[0].requires_grad and left and not any(left)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("trained", ["model", "adapter"])
-@pytest.mark.parametrize("family", [*ALL_FAMILIES, *PLAIN_FAMILIES])
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in (*ALL_FAMILIES, *PLAIN_FAMILIES)]
+)
 def test_every_family_has_the_same_bits(family: str, trained: str) -> None:
     """Results, and the gradients of all that is trained."""
     program, adapter = captured(family).clone(), AdaptNoisyStream(4, 8.0) if trained == "adapter" else None
