@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -81,6 +81,19 @@ class Work:
             for table in (self.calls, self.flops, self.bytes)
         )
         return Work(calls, flops, moved)
+
+    def listed(self) -> list[list[Any]]:
+        """Plain values: kind, moved, arithmetic, calls, flops, bytes of each cell."""
+        return [[*cell, calls, self.flops[cell], self.bytes[cell]] for cell, calls in self.calls.items()]
+
+    @staticmethod
+    def of(listed: Iterable[Sequence[Any]]) -> Work:
+        """What `listed` gave."""
+        found = Work()
+        for kind, moved, arithmetic, calls, flops, size in listed:
+            cell = Cell(kind, moved, arithmetic)
+            found.calls[cell], found.flops[cell], found.bytes[cell] = calls, flops, size
+        return found
 
     def copy(self) -> Work:
         return Work(self.calls.copy(), self.flops.copy(), self.bytes.copy())
