@@ -25,6 +25,7 @@ from .estimates import estimated
 from .kernels import availability, sites
 from .report import Report
 from .source import anatomy, located, wrapper_of
+from .steps import training_program
 
 NOT_CONVERTED = (CaptureError, PassError, PropertyError)
 
@@ -87,7 +88,7 @@ def diagnose(
             captured = capture(model, cache=True)
             report = replace(report, capture_seconds=time.perf_counter() - start)
             adapter = adapter_of(recipe)
-            train = lower(captured, "train", mask_vector=adapter is not None, adapter=adapter)
+            train = training_program(captured, recipe, device)
             serve_dtype = _serving_dtype(text, dtype, device, dequantize)
             served = captured
             if serve_dtype != train_dtype:

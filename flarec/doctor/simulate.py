@@ -205,18 +205,23 @@ class Simulation(TorchDispatchMode):
             self.work.add(MEMORY, 0, 0)  # a view moves nothing
             return
         if func in _GATHERS:
-            moved = 2 * sum(map(_bytes, new)) + (2 * _bytes(inputs[-1]) if mutable else 0)
+            moved = 2 * sum(map(moved_of, new)) + (2 * moved_of(inputs[-1]) if mutable else 0)
             self.work.add(GATHER, 0, moved)
             return
         written = _written(func, args) if mutable else []
-        flops = _flops(func, args, kwargs, result)
-        kind = MEMORY
-        if flops:
-            kind = MATMUL if func in _MATMULS else BATCHED if func in _BATCHED else ATTENTION
-        self.work.add(kind, flops, sum(map(_bytes, [*inputs, *new, *written])))
+        kind, flops = kind_of(func, args, kwargs, result)
+        self.work.add(kind, flops, sum(map(moved_of, [*inputs, *new, *written])))
 
 
-def _bytes(tensor: Tensor) -> int:
+def kind_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> tuple[str, int]:
+    """What bounds an operation that is no gather, and its floating point operations."""
+    flops = _flops(func, args, kwargs, result)
+    if not flops:
+        return MEMORY, 0
+    return (MATMUL if func in _MATMULS else BATCHED if func in _BATCHED else ATTENTION), flops
+
+
+def moved_of(tensor: Tensor) -> int:
     """What an operation reads or writes of a tensor: expanded dimensions are one element in memory."""
     size = tensor.element_size()
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):

@@ -5,21 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from flarec.decode import BlockSpec, Cache, Stepper
 from flarec.decode.engine import PREFILL_CHUNK
+from flarec.device import resolve_compile, resolve_kernels
+from flarec.errors import PassError
 from flarec.ir.program import Program
 from flarec.ir.slots import CacheSlot
+from flarec.passes import lower
 from flarec.passes.embed_mask import PARAMETER
 from flarec.recipe import Recipe
+from flarec.train.adapter import adapter_of
 from flarec.train.data.packing import full_rows
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import MaskToken
 from flarec.train.objective.batch import build_batches
 from flarec.train.objective.noise import step_generator
 
+from .regions import counted_codes
 from .report import Memory
 from .simulate import Simulation, Work, with_fake_weights
 
@@ -41,6 +47,17 @@ class Serving:
     steps: dict[str, Work]
 
 
+def training_program(captured: Program, recipe: Recipe, device: torch.device) -> Program:
+    """What `flarec convert` trains on a device: with its kernels, where they run this model, and its regions."""
+    adapter = adapter_of(recipe)
+    options: dict[str, Any] = {"mask_vector": adapter is not None, "adapter": adapter,
+                               "regions": resolve_compile(recipe.train.compile, device)}
+    try:
+        return lower(captured, "train", kernels=resolve_kernels("auto", device), **options)
+    except PassError:  # the kernels refuse a site: with torch's it is trained all the same
+        return lower(captured, "train", **options)
+
+
 def simulate_training(program: Program, recipe: Recipe, *, length: int, batch: int, device: torch.device) -> Training:
     """An optimizer step with `batch` rows of `length` tokens per forward pass; the trainer is that of `flarec convert`.
 
@@ -56,7 +73,7 @@ def simulate_training(program: Program, recipe: Recipe, *, length: int, batch: i
     batches = build_batches(rows.rows(batch), recipe.diffusion, mask.token_id, step_generator(0, 0))
     with Simulation() as simulation:
         program = with_fake_weights(program, simulation, device)
-        trainer = Trainer(program, recipe, mask, rows, seed=0)
+        trainer = Trainer(program, recipe, mask, rows, seed=0, codes=counted_codes(simulation))
         masters = list(trainer.weights.masters.values())
         weights = simulation.live
         for master in masters:

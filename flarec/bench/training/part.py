@@ -229,14 +229,13 @@ def ours(plans: Sequence[PartPlan], keep: Keep) -> None:
 
 def doctor(plan: PartPlan, keep: Keep) -> None:
     """What `flarec doctor` predicts of a step of `flare`: its work, which a session prices, and the peak."""
-    from flarec.doctor.steps import simulate_training
+    from flarec.doctor.steps import simulate_training, training_program
     from flarec.frontend.export import capture
-    from flarec.passes import lower
     from flarec.recipe import load_recipe
 
     device = torch.device(plan.device)
     recipe = load_recipe("flare").override(["train.memory=keep", f"train.compile={plan.compile}"])
-    program = lower(capture(build(plan.shape, "meta")), "train")
+    program = training_program(capture(build(plan.shape, "meta")), recipe, device)
 
     def predict(micro: int) -> dict[str, Any]:
         step = simulate_training(program, recipe, length=plan.length, batch=micro, device=device)

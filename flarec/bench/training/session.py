@@ -25,7 +25,7 @@ from .shapes import BEHIND, EVERY, MICRO, SHAPE_OF, PartPlan
 
 PART_LIMIT, BEHIND_LIMIT, FIRST_LIMIT = 120.0, 40.0, 180.0
 """Seconds of a process, of each part that is measured in it behind the first, and of a step without caches."""
-AHEAD_SHARE = 0.3
+AHEAD_SHARE = 0.35
 """Of the time limit, for compiling ahead."""
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 MODULE = "flarec.bench.training.part"

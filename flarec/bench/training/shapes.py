@@ -29,8 +29,8 @@ MICRO: dict[str, tuple[int, ...]] = {
     "adapter-9B": (4, 2), "first-step": (1,), "doctor": (1, 2, 4),
 }
 """Rows of a micro batch that are tried, by part: one after the other until one fits, those of `EVERY` all."""
-EVERY = ("flare",)
-"""Of it all are of interest: fewer rows for their peak, more for their speed."""
+EVERY = ("flare", "doctor")
+"""Of these all are of interest: fewer rows for their peak, more for their speed."""
 BEHIND = {"stock-compiled": "stock", "ar-recompute": "ar", "flare-recompute": "flare", "adapter-recompute": "adapter"}
 """Parts that are measured in the process of another one, behind it: they share its model and what is compiled."""
 AHEAD_LAYERS = ["linear_attention", "linear_attention", "full_attention", "linear_attention", "full_attention"]
