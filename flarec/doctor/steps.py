@@ -20,10 +20,9 @@ from flarec.passes.embed_mask import PARAMETER
 from flarec.recipe import Recipe
 from flarec.train.adapter import adapter_of
 from flarec.train.data.packing import full_rows
+from flarec.train.feed import Feed
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import MaskToken
-from flarec.train.objective.batch import build_batches
-from flarec.train.objective.noise import step_generator
 
 from .regions import counted_codes
 from .report import Memory
@@ -66,11 +65,12 @@ def simulate_training(program: Program, recipe: Recipe, *, length: int, batch: i
     """
     recipe = recipe.override([
         f"optimizer.batch_rows={batch}", f"optimizer.micro_rows={batch}", "train.shard=optimizer",  # of one rank
+        f"data.max_length={length}", "diffusion.span_entropy=0",  # spans do not depend on numbers
     ])
     vector = PARAMETER in program.extra
     mask = MaskToken("vector", program.vocab_size) if vector else MaskToken("row", program.vocab_size - 1)
     rows = full_rows(length, batch)
-    batches = build_batches(rows.rows(batch), recipe.diffusion, mask.token_id, step_generator(0, 0))
+    batches = Feed(program, recipe, mask.token_id, rows, 0, ahead=False).take(0).batches
     with Simulation() as simulation:
         program = with_fake_weights(program, simulation, device)
         trainer = Trainer(program, recipe, mask, rows, seed=0, codes=counted_codes(simulation))
