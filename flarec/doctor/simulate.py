@@ -32,7 +32,7 @@ REAL_ELEMENTS = 1 << 22
 MATMUL, BATCHED, ATTENTION, GATHER, MEMORY = "matmul", "batched matmul", "attention", "gather", "memory"
 """What bounds an operation: arithmetic of one of three kinds, rows fetched by index, or memory traffic."""
 
-_MATMULS = {ATEN.mm.default, ATEN.addmm.default}
+_MATMULS = {ATEN.mm, ATEN.addmm, ATEN.addmm_}
 _BATCHED = {ATEN.bmm.default, ATEN.baddbmm.default, ATEN.linalg_solve_triangular.default}
 _GATHERS = {
     ATEN.index_select.default, ATEN.embedding.default, ATEN.gather.default, ATEN.index.Tensor,
@@ -218,7 +218,7 @@ def kind_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: An
     flops = _flops(func, args, kwargs, result)
     if not flops:
         return MEMORY, 0
-    return (MATMUL if func in _MATMULS else BATCHED if func in _BATCHED else ATTENTION), flops
+    return (MATMUL if func._overloadpacket in _MATMULS else BATCHED if func in _BATCHED else ATTENTION), flops
 
 
 def moved_of(tensor: Tensor) -> int:
@@ -241,6 +241,9 @@ def _written(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
 
 def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
     """Floating point operations of a matrix product or attention; 0 for everything else."""
+    if func._overloadpacket in _MATMULS:  # in whatever dtype, and where the result is written
+        left, right = [value for value in args if isinstance(value, Tensor)][-2:]
+        return 2 * left.numel() * right.shape[-1]
     formula: Callable[..., int] | None = _FORMULAS.get(func) or flop_registry.get(func._overloadpacket)
     return int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
 

@@ -23,10 +23,14 @@ from flarec.train.data.packing import full_rows
 from flarec.train.feed import Feed
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import MaskToken
+from flarec.train.objective.head_loss import head_rows_at_once
 
 from .regions import counted_codes
 from .report import Memory
 from .simulate import Simulation, Work, with_fake_weights
+
+HOST = torch.device("cpu")
+"""Where simulations run, whatever they are of: nothing is allocated, and indices are computed without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,9 @@ def simulate_training(program: Program, recipe: Recipe, *, length: int, batch: i
     rows = full_rows(length, batch)
     batches = Feed(program, recipe, mask.token_id, rows, 0, ahead=False).take(0).batches
     with Simulation() as simulation:
-        program = with_fake_weights(program, simulation, device)
+        program = with_fake_weights(program, simulation, HOST)
         trainer = Trainer(program, recipe, mask, rows, seed=0, codes=counted_codes(simulation))
+        trainer.feed.head_rows = head_rows_at_once(program, device)
         masters = list(trainer.weights.masters.values())
         weights = simulation.live
         for master in masters:
@@ -103,7 +108,7 @@ def simulate_serving(
     """
     steps: dict[str, Work] = {}
     with Simulation() as simulation, torch.no_grad():
-        program = with_fake_weights(program, simulation, device)
+        program, device = with_fake_weights(program, simulation, HOST), HOST
         weights = simulation.live
         cache = Cache.allocate(program.cache_slots, batch, length, device)
         cache.tensors = {name: _unknown(simulation, tensor) for name, tensor in cache.tensors.items()}

@@ -78,13 +78,15 @@ def halves_of(module: fx.GraphModule, operands: Sequence[Any]) -> Halves | None:
     def unchanged(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         return make_boxed_func(gm.forward)
 
-    places = [index for index, value in enumerate(operands) if isinstance(value, Tensor)]
+    values, structure = tree_flatten(list(operands))
+
+    def call(tensors: Sequence[Tensor]) -> Any:
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(value, Tensor) else value for value in values]
+        return module.forward(*tree_unflatten(leaves, structure))
 
     def of_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
-        given = list(operands)
-        for place, tensor in zip(places, tensors, strict=True):
-            given[place] = tensor
-        return tuple(tree_leaves(module.forward(*given)))
+        return tuple(tree_leaves(call(tensors)))
 
     with _disable_current_modes(), disable_proxy_modes_tracing(), torch.enable_grad(), FakeTensorMode():
         fakes = [
@@ -146,14 +148,15 @@ class PartitionedCode(Code):
 
     def __call__(self, *operands: Any) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled():
+            values = tree_leaves(operands)
             kinds = tuple(
-                (x.shape, x.stride(), x.dtype, x.requires_grad) if isinstance(x, Tensor) else x for x in operands
+                (x.shape, x.stride(), x.dtype, x.requires_grad) if isinstance(x, Tensor) else x for x in values
             )
             if kinds not in self.known:
                 self.known[kinds] = halves_of(self.module, operands)
             halves = self.known[kinds]
             if halves is not None:
-                tensors = [x for x in operands if isinstance(x, Tensor)]
+                tensors = [x for x in values if isinstance(x, Tensor)]
                 leaves = _Run.apply(halves, self.what, *tensors)  # type: ignore[no-untyped-call]
                 found: tuple[Tensor, ...] = tree_unflatten(list(leaves), halves.results)
                 return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 import torch
 from torch import Tensor
@@ -241,7 +241,7 @@ class Kept:
             self.storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def __enter__(self) -> Kept:
+    def __enter__(self) -> Self:
         self._hooks.__enter__()
         return self
 

@@ -21,7 +21,7 @@ import torch
 
 from ..shapes import build
 from .profile import kernels_of, seconds_of, shares, wait
-from .shapes import AHEAD_LAYERS, RECIPES, PartPlan, sizes
+from .shapes import AHEAD_LAYERS, PREDICTED, RECIPES, PartPlan, sizes
 
 GIB = 2**30
 Keep = Callable[[str, dict[str, Any]], None]
@@ -194,37 +194,43 @@ class Steps:
             for parameter in self.program.parameters().values():
                 parameter.grad = None
 
-    def predicted(self, found: list[dict[str, Any]]) -> None:
-        """What `train.memory = auto` expects of each try, into it."""
-        from flarec.train.memory import measure_row, state_bytes
+    def predicted(self, needs: Any, one: dict[str, Any]) -> float:
+        """GiB that `train.memory = auto` expects of a try, from what a row needs."""
+        from flarec.train.memory import state_bytes
 
         recipe = self.recipe(1)
         fixed = torch.cuda.memory_allocated() + state_bytes(self.program, recipe, 1)
-        row = measure_row(self.program, recipe, self.mask)
-        for one in found:
-            expected = fixed + row.of(one["micro_rows"], recompute=recipe.train.memory == "recompute")
-            one["predicted_gib"] = expected / GIB
+        again = recipe.train.memory == "recompute"
+        return float(fixed + needs.of(one["micro_rows"], recompute=again)) / GIB
 
 
 def ours(plans: Sequence[PartPlan], keep: Keep) -> None:
     """Recipes of ours on the same rows; all with the program of the first plan."""
+    from flarec.train.memory import measure_row
+
     model = built(plans[0])
     parameters, head = sizes(model)
     program, mask = lowered(plans[0], model, *RECIPES[plans[0].part])
+    every: list[tuple[Steps, list[dict[str, Any]]]] = []
+
+    def known(steps: Steps, found: list[dict[str, Any]]) -> None:
+        keep(steps.plan.part, {"tries": found, "parameters": parameters, "head": head})
+
     for plan in plans:
         steps, found = Steps(plan, model, program, mask), list[dict[str, Any]]()
+        every.append((steps, found))
 
-        def known(plan: PartPlan = plan, found: list[dict[str, Any]] = found) -> None:
-            keep(plan.part, {"tries": found, "parameters": parameters, "head": head})
-
-        def noted(result: list[Any], found: list[dict[str, Any]] = found, known: Callable[[], None] = known) -> None:
+        def noted(result: list[Any], steps: Steps = steps, found: list[dict[str, Any]] = found) -> None:
             found[:] = result
-            known()
+            known(steps, found)
 
         tries(plan, steps.measure, noted)
-        if plan.device.startswith("cuda") and not plan.ahead and plan.part != "first-step":
-            steps.predicted(found)
-            known()
+    if plans[0].part in PREDICTED and plans[0].device.startswith("cuda") and not plans[0].ahead:
+        needs = measure_row(program, every[0][0].recipe(1), mask)
+        for steps, found in every:
+            for one in found:
+                one["predicted_gib"] = steps.predicted(needs, one)
+            known(steps, found)
 
 
 def doctor(plan: PartPlan, keep: Keep) -> None:

@@ -33,6 +33,8 @@ EVERY = ("flare", "doctor")
 """Of these all are of interest: fewer rows for their peak, more for their speed."""
 BEHIND = {"stock-compiled": "stock", "ar-recompute": "ar", "flare-recompute": "flare", "adapter-recompute": "adapter"}
 """Parts that are measured in the process of another one, behind it: they share its model and what is compiled."""
+PREDICTED = ("ar", "flare", "adapter")
+"""Processes that also say what `train.memory = auto` expects of their tries: that takes seconds."""
 AHEAD_LAYERS = ["linear_attention", "linear_attention", "full_attention", "linear_attention", "full_attention"]
 """Every kind of neighbours and of ends: what is compiled for these layers is what a model of many needs."""
 
