@@ -60,18 +60,18 @@ def outputs_of(module: fx.GraphModule) -> list[Any]:
 
 
 def halves_of(module: fx.GraphModule, operands: Sequence[Any]) -> Halves | None:
-    """The halves of a region for such operands; None for one that a gradient does not pass, or whose results share
-    memory with its operands or one another."""
+    """The halves of a region for such operands; None for one that a gradient does not pass, whose results share memory
+    with its operands or one another, or that cannot be traced."""
     from torch._functorch._aot_autograd.utils import make_boxed_func
     from torch._functorch.aot_autograd import aot_function
-    from torch._inductor.compile_fx import partition_fn
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     parts: list[tuple[fx.GraphModule, fx.GraphModule, int]] = []
 
     def partition(joint: fx.GraphModule, inputs: Sequence[object], **more: Any) -> tuple[Any, Any]:
-        forward, backward = partition_fn(joint, inputs, **more)
+        forward, backward = min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **more)
         parts.append((forward, backward, int(more["num_fwd_outputs"])))
         return forward, backward
 
@@ -93,17 +93,18 @@ def halves_of(module: fx.GraphModule, operands: Sequence[Any]) -> Halves | None:
             torch.empty_strided(
                 value.shape, value.stride(), dtype=value.dtype, device=value.device
             ).requires_grad_(value.requires_grad)
-            for value in operands if isinstance(value, Tensor)
+            for value in values if isinstance(value, Tensor)
         ]
-        given = iter(fakes)
-        tree = module.forward(*(next(given) if isinstance(value, Tensor) else value for value in operands))
-        wanted, results = tree_flatten(tree)
+        wanted, results = tree_flatten(call(fakes))
         learning = tuple(index for index, value in enumerate(wanted) if value.requires_grad)
         if not learning:
             return None
-        aot_function(
-            of_tensors, unchanged, unchanged, partition_fn=partition, decompositions=select_decomp_table()
-        )(*fakes)
+        try:
+            aot_function(
+                of_tensors, unchanged, unchanged, partition_fn=partition, decompositions=select_decomp_table()
+            )(*fakes)
+        except Exception:  # what cannot be traced is not compiled either (`Code` says so), and keeps what it keeps
+            return None
     if not parts or parts[0][2] != len(wanted):
         return None
     forward, backward, _ = parts[0]
