@@ -219,7 +219,7 @@ def training(options: argparse.Namespace, part: str) -> dict[str, Any]:
         given = PartPlan(part, options.shape, options.device, 4, tokens, (4,), compile=compiled, quick=True)
         rows: list[dict[str, Any]] = []
         with mock.patch.object(training_part, "measured", observing(rows)):
-            training_part.ours(given, lambda result: None)
+            training_part.ours([given], lambda part, result: None)
         found[f"{part} compile={compiled}"] = rows[-1]
         shown(f"{part} compile={compiled}", rows[-1])
     return found

@@ -9,8 +9,8 @@ weight file, which is cut short. What is left is resumed, killed again up to two
 * the folder holds the checkpoint and nothing else: no lock, no temporary folder, no training state;
 * no process ended in another way than by success or by its kill.
 
-Trials take turns in what stands at OUT before: nothing, an empty folder, an older checkpoint that is replaced in one
-step or in two. Everything follows from --seed.
+Half of the processes write their saves in the background. Trials take turns in what stands at OUT before: nothing, an
+empty folder, an older checkpoint that is replaced in one step or in two. Everything follows from --seed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,7 @@ class Events:
 
     def __init__(self, folder: Path, kill_at: int | None, chance: random.Random) -> None:
         self.folder, self.kill_at, self.chance, self.count = str(folder), kill_at, chance, 0
+        self.lock = threading.Lock()
         for name in CALLS:
             setattr(os, name, self.counted(getattr(os, name), lambda args: self.ours(args)))
         vars(placing)["exchange"] = self.counted(vars(placing)["exchange"], lambda args: True)
@@ -86,9 +88,10 @@ class Events:
         return saving
 
     def happens(self) -> None:
-        if self.count == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.count += 1
+        with self.lock:
+            if self.count == self.kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.count += 1
 
 
 def convert(place: Path, out: str, *more: str, kill_at: int | None = None, seed: int = 0, exchange: bool = True) -> int:
@@ -105,6 +108,8 @@ def convert(place: Path, out: str, *more: str, kill_at: int | None = None, seed:
         if not exchange:
             vars(placing)["exchange"] = lambda one, other: False
         events = Events(place / out, kill_at, random.Random(seed))
+        if seed % 2:  # written by a thread; when a save is written is no part of a run
+            more = (*more, "--set", "save.background=on")
         words = ["convert", "../source", "--data", "../data.jsonl", "--out", out, *QUICK, "--steps", "5", *more]
         try:
             command.main(words, standalone_mode=False)

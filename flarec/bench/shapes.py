@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,12 +29,17 @@ SHAPES: dict[str, dict[str, int]] = {
 """Three layers of linear attention to one of softmax attention, tied embeddings but for the 9B's."""
 
 
-def build(shape: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The transformers model in eval mode, without end tokens; `meta` has no weights."""
+def build(
+    shape: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, layers: Sequence[str] | None = None
+) -> Any:
+    """The transformers model in eval mode, without end tokens; `meta` has no weights. layers: kinds of so many, with a
+    small vocabulary, in place of all of them."""
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
     torch.manual_seed(0)
-    given = {"tie_word_embeddings": True, "eos_token_id": None, "pad_token_id": 0, **SHAPES[shape]}
+    given: dict[str, Any] = {"tie_word_embeddings": True, "eos_token_id": None, "pad_token_id": 0, **SHAPES[shape]}
+    if layers is not None:
+        given |= {"num_hidden_layers": len(layers), "layer_types": list(layers), "vocab_size": _SMALL["vocab_size"]}
     config = Qwen3_5TextConfig(**given)
     with torch.device(device):
         model = Qwen3_5ForCausalLM._from_config(config, dtype=dtype)

@@ -26,6 +26,7 @@ from .estimates import estimated
 from .kernels import availability, sites
 from .report import Report
 from .source import anatomy, located, wrapper_of
+from .steps import training_program
 
 NOT_CONVERTED = (CaptureError, PassError, PropertyError)
 
@@ -95,7 +96,7 @@ def diagnose(
             decode = lower(served, "decode", mask_vector=adapter is not None, adapter=adapter)
             held = captured.clone()
             quantize_base(held, recipe, say)
-            train = lower(held, "train", mask_vector=adapter is not None, adapter=adapter)
+            train = training_program(held, recipe, device)
         except NOT_CONVERTED as error:
             return replace(report, reason=str(error))
     report = replace(

@@ -47,18 +47,19 @@ def measure(device: torch.device, dtype: torch.dtype, width: int) -> Rates:
     """Measure the rates on a device, with matrices as wide as the model's hidden size (at most 2048); takes about a
     second."""
     width = max(64, min(width, 2048))
-    rows = 512
+    large = device.type == "cuda"  # smaller products leave a part of it idle
+    rows, batch, tokens = (8192, 2048, 2048) if large else (512, 64, 256)
 
     def random(*sizes: int) -> Tensor:
         return torch.randn(*sizes, device=device).to(dtype)
 
     x, weight = random(rows, width), random(width, width)
-    left, right = random(64, 64, 64), random(64, 64, 128)
-    query, mask = random(1, 8, 256, 64), torch.ones(1, 1, 256, 256, dtype=torch.bool, device=device)
+    left, right = random(batch, 64, 64), random(batch, 64, 128)
+    query, mask = random(1, 8, tokens, 64), torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device)
     flops = {
         MATMUL: 2 * rows * width * width / _seconds(device, lambda: F.linear(x, weight)),
-        BATCHED: 2 * 64 * 64 * 64 * 128 / _seconds(device, lambda: left @ right),
-        ATTENTION: 4 * 8 * 256 * 256 * 64
+        BATCHED: 2 * batch * 64 * 64 * 128 / _seconds(device, lambda: left @ right),
+        ATTENTION: 4 * 8 * tokens * tokens * 64
         / _seconds(device, lambda: F.scaled_dot_product_attention(query, query, query, attn_mask=mask)),
     }
     near, far = ({MEMORY: _stream(device, size), GATHER: _gather(device, size)} for size in (1 << NEAR, 1 << FAR))

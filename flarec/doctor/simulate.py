@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ REAL_ELEMENTS = 1 << 22
 MATMUL, BATCHED, ATTENTION, GATHER, MEMORY = "matmul", "batched matmul", "attention", "gather", "memory"
 """What bounds an operation: arithmetic of one of three kinds, rows fetched by index, or memory traffic."""
 
-_MATMULS = {ATEN.mm.default, ATEN.addmm.default, quantized_linear, quantized_linear_backward}
+_MATMULS = {ATEN.mm, ATEN.addmm, ATEN.addmm_}
 _BATCHED = {ATEN.bmm.default, ATEN.baddbmm.default, ATEN.linalg_solve_triangular.default}
 _QUANTIZED = {quantized_linear, quantized_linear_backward}
 _GATHERS = {
@@ -83,6 +83,19 @@ class Work:
             for table in (self.calls, self.flops, self.bytes)
         )
         return Work(calls, flops, moved)
+
+    def listed(self) -> list[list[Any]]:
+        """Plain values: kind, moved, arithmetic, calls, flops, bytes of each cell."""
+        return [[*cell, calls, self.flops[cell], self.bytes[cell]] for cell, calls in self.calls.items()]
+
+    @staticmethod
+    def of(listed: Iterable[Sequence[Any]]) -> Work:
+        """What `listed` gave."""
+        found = Work()
+        for kind, moved, arithmetic, calls, flops, size in listed:
+            cell = Cell(kind, moved, arithmetic)
+            found.calls[cell], found.flops[cell], found.bytes[cell] = calls, flops, size
+        return found
 
     def copy(self) -> Work:
         return Work(self.calls.copy(), self.flops.copy(), self.bytes.copy())
@@ -197,18 +210,25 @@ class Simulation(TorchDispatchMode):
             self.work.add(MEMORY, 0, 0)  # a view moves nothing
             return
         if func in _GATHERS:
-            moved = 2 * sum(map(_bytes, new)) + (2 * _bytes(inputs[-1]) if mutable else 0)
+            moved = 2 * sum(map(moved_of, new)) + (2 * moved_of(inputs[-1]) if mutable else 0)
             self.work.add(GATHER, 0, moved)
             return
         written = _written(func, args) if mutable else []
-        flops = _flops(func, args, kwargs, result)
-        kind = MEMORY
-        if flops:
-            kind = MATMUL if func in _MATMULS else BATCHED if func in _BATCHED else ATTENTION
-        self.work.add(kind, flops, sum(map(_bytes, [*inputs, *new, *written])))
+        kind, flops = kind_of(func, args, kwargs, result)
+        self.work.add(kind, flops, sum(map(moved_of, [*inputs, *new, *written])))
 
 
-def _bytes(tensor: Tensor) -> int:
+def kind_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> tuple[str, int]:
+    """What bounds an operation that is no gather, and its floating point operations."""
+    flops = _flops(func, args, kwargs, result)
+    if not flops:
+        return MEMORY, 0
+    if func._overloadpacket in _MATMULS or func in _QUANTIZED:
+        return MATMUL, flops
+    return (BATCHED if func in _BATCHED else ATTENTION), flops
+
+
+def moved_of(tensor: Tensor) -> int:
     """What an operation reads or writes of a tensor: expanded dimensions are one element in memory."""
     size = tensor.element_size()
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
@@ -228,6 +248,9 @@ def _written(func: Any, args: tuple[Any, ...]) -> list[Tensor]:
 
 def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
     """Floating point operations of a matrix product or attention; 0 for everything else."""
+    if func._overloadpacket in _MATMULS:  # in whatever dtype, and where the result is written
+        left, right = [value for value in args if isinstance(value, Tensor)][-2:]
+        return 2 * left.numel() * right.shape[-1]
     formula: Callable[..., int] | None = _FORMULAS.get(func) or flop_registry.get(func._overloadpacket)
     return int(formula(*args, **kwargs, out_val=result)) if formula is not None else 0
 

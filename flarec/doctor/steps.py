@@ -5,23 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from flarec.decode import BlockSpec, Cache, Stepper
 from flarec.decode.engine import PREFILL_CHUNK
+from flarec.device import resolve_compile, resolve_kernels
+from flarec.errors import PassError
 from flarec.ir.program import Program
 from flarec.ir.slots import CacheSlot
+from flarec.passes import lower
 from flarec.passes.embed_mask import PARAMETER
 from flarec.recipe import Recipe
+from flarec.train.adapter import adapter_of
 from flarec.train.data.packing import full_rows
+from flarec.train.feed import Feed
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import MaskToken
-from flarec.train.objective.batch import build_batches
-from flarec.train.objective.noise import step_generator
+from flarec.train.objective.head_loss import head_rows_at_once
 
+from .regions import counted_codes
 from .report import Memory
 from .simulate import Simulation, Work, with_fake_weights
+
+HOST = torch.device("cpu")
+"""Where simulations run, whatever they are of: nothing is allocated, and indices are computed without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,17 @@ class Serving:
     steps: dict[str, Work]
 
 
+def training_program(captured: Program, recipe: Recipe, device: torch.device) -> Program:
+    """What `flarec convert` trains on a device: with its kernels, where they run this model, and its regions."""
+    adapter = adapter_of(recipe)
+    options: dict[str, Any] = {"mask_vector": adapter is not None, "adapter": adapter,
+                               "regions": resolve_compile(recipe.train.compile, device)}
+    try:
+        return lower(captured, "train", kernels=resolve_kernels("auto", device), **options)
+    except PassError:  # the kernels refuse a site: with torch's it is trained all the same
+        return lower(captured, "train", **options)
+
+
 def simulate_training(program: Program, recipe: Recipe, *, length: int, batch: int, device: torch.device) -> Training:
     """An optimizer step with `batch` rows of `length` tokens per forward pass; the trainer is that of `flarec convert`.
 
@@ -49,14 +69,16 @@ def simulate_training(program: Program, recipe: Recipe, *, length: int, batch: i
     """
     recipe = recipe.override([
         f"optimizer.batch_rows={batch}", f"optimizer.micro_rows={batch}", "train.shard=optimizer",  # of one rank
+        f"data.max_length={length}", "diffusion.span_entropy=0",  # spans do not depend on numbers
     ])
     vector = PARAMETER in program.extra
     mask = MaskToken("vector", program.vocab_size) if vector else MaskToken("row", program.vocab_size - 1)
     rows = full_rows(length, batch)
-    batches = build_batches(rows.rows(batch), recipe.diffusion, mask.token_id, step_generator(0, 0))
+    batches = Feed(program, recipe, mask.token_id, rows, 0, ahead=False).take(0).batches
     with Simulation() as simulation:
-        program = with_fake_weights(program, simulation, device)
-        trainer = Trainer(program, recipe, mask, rows, seed=0)
+        program = with_fake_weights(program, simulation, HOST)
+        trainer = Trainer(program, recipe, mask, rows, seed=0, codes=counted_codes(simulation))
+        trainer.feed.head_rows = head_rows_at_once(program, device)
         masters = list(trainer.weights.masters.values())
         weights = simulation.live
         for master in masters:
@@ -86,7 +108,7 @@ def simulate_serving(
     """
     steps: dict[str, Work] = {}
     with Simulation() as simulation, torch.no_grad():
-        program = with_fake_weights(program, simulation, device)
+        program, device = with_fake_weights(program, simulation, HOST), HOST
         weights = simulation.live
         cache = Cache.allocate(program.cache_slots, batch, length, device)
         cache.tensors = {name: _unknown(simulation, tensor) for name, tensor in cache.tensors.items()}

@@ -123,8 +123,12 @@ class Codes:
         if text not in self.known:
             first = next(node for node in unit.graph.nodes if node.op == "call_function")
             say = functools.partial(self._say, locate(first))
-            self.known[text] = Code(graph_module(nn.Module(), graph), self.backend, say, self.exact)
+            self.known[text] = self.code(graph_module(nn.Module(), graph), say)
         return Region(self.known[text], tensors)
+
+    def code(self, module: fx.GraphModule, say: Callable[[str], None]) -> Code:
+        """What regions like this one run."""
+        return Code(module, self.backend, say, self.exact)
 
     def _say(self, where: str, why: str) -> None:
         if why not in self.said:

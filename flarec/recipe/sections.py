@@ -154,6 +154,11 @@ class Save(Section):
     path: ClassVar[str] = "save"
     every: int = key(200, "steps between saves of the training state; an interruption loses at most this much", low=1)
     total_limit: int = key(2, "saves that are kept, the newest; the one before stands in for a damaged one", low=2)
+    background: Literal["auto", "on", "off"] = key(
+        "auto",
+        "on: the state is copied to main memory and written while training goes on; off: training waits; auto: on "
+        "where a GPU computes and main memory has room for the copy, which is said",
+    )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from ..errors import CheckpointError, TrainingError, UsageError
 from .advice import after_training
 from .answers.step import with_answers
 from .arguments import Arguments, ConversionKeywords
+from .background import SaveWriter, in_background
 from .identity import Horizons, check_identity, check_resumable, continued, identity_of, name_of, steps_of
 from .leading import END, LeadingTrainer, check_same_run, follow, share_text
 from .logs import LoggingReporter, ProgressCallback
@@ -226,7 +227,6 @@ class _Conversion:
         self.evaluations: dict[int, dict[str, Any]] = {}
         self.totals = {"clean_tokens": 0, "noisy_tokens": 0}
         self.last: dict[str, Any] = {}
-        self.saved: int | None = None
         self.identity = identity_of(run)
         steps = run.recipe.optimizer.steps
         self.horizons: Horizons = [(0, steps)]
@@ -235,13 +235,14 @@ class _Conversion:
             check_identity(self.directory, self.identity, steps_free=free, written_only=written_only)
         self.tracking = self._open_tracking()
         try:
-            self._start(steps)
+            saved = self._start(steps)
         except BaseException:
             self.tracking.close()
             raise
+        self.saves = self._save_writer(saved)
         self.end = self.trainer.step if written_only else min(steps, run.options.stop_after or steps)
         # without a save everything comes again, the first evaluation too
-        resume_at = -1 if self.saved is None else self.trainer.step
+        resume_at = -1 if saved is None else self.trainer.step
         self.interrupts = Interrupts(finish_step=True, told=self._say_stopping)
         evaluated = self.run.held_out is not None
         self.pace = Pace(self.end, run.recipe.evaluation.every if evaluated else 0, run.recipe.save.every)
@@ -249,32 +250,41 @@ class _Conversion:
         for line in read_metrics(self.directory.metrics):  # of a tracker that did not have them
             self.tracking.log(line)
 
-    def _start(self, steps: int) -> None:
-        """Make OUT.partial/, or continue from its last save."""
+    def _start(self, steps: int) -> int | None:
+        """Make OUT.partial/, or continue from its last save, whose step is returned."""
         options = self.run.options
         if not options.resume:
             self.directory.create(self.identity, arguments_of(options), self.tracking.record)
-            return
+            return None
         before = self.directory.identity
         state = self.directory.latest(self.reporter.note)
         if state is None:
             self._write_record()
             self.reporter.note(f"{self.directory.path} has no save yet: starting from the first step")
-            return
+            return None
         values = state.values
         check_values(values, steps)
         self.trainer.load(state)
         step = self.trainer.step
         self.evaluations = {int(at): value for at, value in values["evaluations"].items()}
-        self.totals, self.last, self.saved = values["totals"], values["last"], step
+        self.totals, self.last = values["totals"], values["last"]
         self.horizons = continued(values.get("horizons", [(0, steps_of(before))]), step, steps)
         if self.written_only:
             self.identity = before
-            return
+            return step
         if steps != steps_of(before):
             self._say_horizon(steps_of(before))
         self._write_record()
         self.reporter.note(f"continuing after step {step} of {steps}")
+        return step
+
+    def _save_writer(self, saved: int | None) -> SaveWriter:
+        options = self.run.recipe.save
+        background, text = in_background(options.background, self.trainer)
+        if text and not self.written_only:
+            self.reporter.note(text)
+        fresh = self.trainer.ranks.size > 1  # gathered into main memory
+        return SaveWriter(self.directory, options.total_limit, background=background, fresh=fresh, saved=saved)
 
     def _write_record(self) -> None:
         self.directory.rewrite(self.identity, arguments_of(self.run.options), self.tracking.record)
@@ -355,11 +365,12 @@ class _Conversion:
         trainer, end = self.trainer, self.end
         read_every, behind = READ_EVERY[trainer.program.device.type]
         pending: list[Step] = []
-        with self.interrupts as interrupts:
+        with self.interrupts as interrupts, self.saves:
             self._evaluate_if_due()  # before the first step, or where a stopped run left it out
             self.reporter.begin(trainer.step, end)
             clock = time.perf_counter()
             while trainer.step < end and not interrupts.requested:
+                self.saves.check()
                 pending.append(self._advance())
                 evaluate = self._due(trainer.step)
                 save = trainer.step % self.run.recipe.save.every == 0 or trainer.step == end or interrupts.requested
@@ -376,6 +387,7 @@ class _Conversion:
             if trainer.step < end or (self._due(trainer.step) and interrupts.requested):
                 self._read(pending, clock)
                 self._save()
+                self.saves.wait()
                 raise Interrupted(self.directory.path, trainer.step, interrupts.signal)
 
     def _due(self, step: int) -> bool:
@@ -398,7 +410,10 @@ class _Conversion:
         try:
             lines = [step.read(self.run.tokenizer) for step in pending]
         except TrainingError as error:
-            kept = f"the save of step {self.saved} is kept in" if self.saved else "no step was saved yet in"
+            with contextlib.suppress(TrainingError):
+                self.saves.wait()
+            saved = self.saves.saved
+            kept = f"the save of step {saved} is kept in" if saved else "no step was saved yet in"
             raise TrainingError(f"{error}; {kept} {self.directory.path}") from None
         seconds = (time.perf_counter() - clock) / len(lines)
         for line in lines:
@@ -437,12 +452,12 @@ class _Conversion:
         self.reporter.evaluation(step, values)
 
     def _save(self) -> None:
-        if self.saved == self.trainer.step:
+        if self.saves.begun == self.trainer.step:
             return
         start = time.perf_counter()
+        self.saves.wait()
         state = self.trainer.state(
             evaluations=self.evaluations, totals=self.totals, last=self.last, horizons=self.horizons
         )
-        self.directory.save(self.trainer.step, state, self.run.recipe.save.total_limit)
-        self.saved = self.trainer.step
+        self.saves.save(self.trainer.step, state)
         self.pace.saved(time.perf_counter() - start)

@@ -98,6 +98,8 @@ class Feed:
         self.seed = seed
         self.position = rows.state_dict()
         self.micro_rows = micro_rows_of(recipe, self.ranks.size)
+        self.head_rows: int | None = None
+        """Rows of logits at a time, instead of as many as suit the device."""
         self.next: tuple[int, Future[StepInput]] | None = None
         on_gpu = program.device.type == "cuda"
         if recipe.diffusion.span_entropy:
@@ -162,7 +164,7 @@ class Feed:
             return moved(value, device)
 
         for host in batches[self.ranks.share(len(batches))]:
-            batch, plan = move(host), move(plan_for(self.program, host, scales))
+            batch, plan = move(host), move(plan_for(self.program, host, scales, self.head_rows))
             yield MicroBatch(batch, self.program.derive(host.layout, moved=batch.layout, move=move), plan, scales)
 
 

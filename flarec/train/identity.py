@@ -24,6 +24,9 @@ from .state import MICRO_ROWS, StateDirectory
 
 Horizons = list[tuple[int, int]]
 """(first step, counted from 0, that a number of steps holds for; that number), in order."""
+FREE = (("train", "shard"), ("save", "background"))
+"""Keys of a recipe that may differ in a run that goes on: what each rank keeps, and when a save is written, changes no
+bit."""
 
 
 def identity_of(run: Run) -> dict[str, Any]:
@@ -119,17 +122,19 @@ def check_identity(
         now = with_steps(now, steps_of(stored))
     if written_only:
         now |= {key: stored.get(key) for key in ("kernels", "precision")}
-    now["recipe"] = _known(_with_shard_of(stored, now["recipe"]), stored.get("recipe"), Recipe().to_dict())
+    now["recipe"] = _known(_with_free_keys_of(stored, now["recipe"]), stored.get("recipe"), Recipe().to_dict())
     directory.check_identity(now)
 
 
-def _with_shard_of(stored: Mapping[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe with the record's `train.shard`: what each rank keeps changes no bit of what they compute."""
-    before = (stored.get("recipe") or {}).get("train")
-    if not isinstance(before, dict):
-        return recipe
-    train = {key: value for key, value in recipe["train"].items() if key != "shard"}
-    return {**recipe, "train": train | {key: before[key] for key in ("shard",) if key in before}}
+def _with_free_keys_of(stored: Mapping[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with the record's values of `FREE`."""
+    found = dict(recipe)
+    for section, name in FREE:
+        before = (stored.get("recipe") or {}).get(section)
+        if isinstance(before, dict):
+            table = {key: value for key, value in found[section].items() if key != name}
+            found[section] = table | ({name: before[name]} if name in before else {})
+    return found
 
 
 def _known(now: Any, stored: Any, default: Any) -> Any:

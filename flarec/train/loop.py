@@ -112,7 +112,7 @@ class Trainer:
     (`flarec.train.memory` decides what "auto" is). rows: an
     endless stream of packed rows. exact: float32 values of parameters that a bfloat16 program holds rounded, where they
     are known (`Weights`). ranks: those that share each step's micro batches, and call every method together; what a
-    step returns is the whole step's on all of them.
+    step returns is the whole step's on all of them. codes: of the regions, instead of compiled ones.
     """
 
     def __init__(
@@ -124,10 +124,11 @@ class Trainer:
         seed: int,
         exact: Mapping[str, Tensor] | None = None,
         ranks: Ranks | None = None,
+        codes: Codes | None = None,
     ) -> None:
         self.ranks = ranks or Ranks(str(program.device))
         trained, layers, every = choose_trained(program, recipe), layers_of(program), program.parameters()
-        codes = Codes() if OUTLINED in program.properties else None
+        codes = (codes or Codes()) if OUTLINED in program.properties else None
         again, cut = recipe.train.memory == "recompute", recipe.train.shard == PARAMETERS
         if cut:
             program = by_layer(program, again, codes)

@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..device import free_memory
 from ..errors import UsageError
+from ..ir.partition import PartitionedCodes
 from ..ir.program import Program, layer_of
+from ..passes.outline_regions import OUTLINED
 from ..recipe import Recipe
 from .adapter import choose_trained
 from .data.packing import full_rows
@@ -164,12 +167,14 @@ def decide(needs: RowNeeds, state: int, free: int, rows: list[int]) -> MemoryCho
 
 
 def measure_row(program: Program, recipe: Recipe, mask: MaskToken) -> RowNeeds:
-    """Run one full row forward and backward, layers computed again, and look at what each of them keeps.
+    """Run one full row forward and backward, layers computed again, and look at what each of them keeps. Regions that
+    will be compiled keep what they keep then, and are not compiled for it.
 
     The parameters have no gradient behind it. Raises `torch.OutOfMemoryError` if that does not fit.
     """
     trained = choose_trained(program, recipe)
-    run, feed = recomputed(program), _feed(program, recipe, mask)
+    codes = PartitionedCodes() if OUTLINED in program.properties else None
+    run, feed = recomputed(program, codes), _feed(program, recipe, mask)
     micro = next(iter(feed.micro_batches(feed.take(0).batches)))
     batch, meter = micro.batch, _Meter(program.device)
     hooks = [value.register_post_accumulate_grad_hook(_forget) for value in trained.values()]
@@ -231,12 +236,14 @@ class Kept:
         self._hooks = saved_tensors_hooks(self._note, lambda tensor: tensor)
 
     def _note(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):  # of a compiler's trace
+            return tensor
         storage = tensor.untyped_storage()
         if storage._cdata not in self.weights:  # their memory may come and go
             self.storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def __enter__(self) -> Kept:
+    def __enter__(self) -> Self:
         self._hooks.__enter__()
         return self
 

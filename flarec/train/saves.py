@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,19 @@ class SavedState:
     values: dict[str, Any]
 
 
-def write_save(folder: Path, state: SavedState) -> None:
-    """Fill an empty folder. Raises `OSError` and `SafetensorError`."""
+def write_save(folder: Path, state: SavedState, between: Callable[[], object] = lambda: None) -> None:
+    """Fill an empty folder. between: called before each file; what it raises ends the writing. Raises `OSError` and
+    `SafetensorError`."""
     for name, tensors in ((MODEL, state.model), (OPTIMIZER, state.optimizer)):
+        between()
         host = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         save_file(host, folder / name)
     (folder / STATE).write_text(json.dumps(state.values), encoding="utf-8")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    table = {name: asdict(FileEntry.of(folder / name)) for name in names}
+    table = {}
+    for name in names:
+        between()
+        table[name] = asdict(FileEntry.of(folder / name))
     (folder / FILES).write_text(json.dumps(table, indent=1), encoding="utf-8")
 
 

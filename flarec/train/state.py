@@ -206,9 +206,12 @@ class StateDirectory:
             return others, [f"{path} names no save of a run"]
         return [name, *(other for other in others if other != name)], []
 
-    def save(self, step: int, state: SavedState, keep: int = 2) -> None:
+    def save(
+        self, step: int, state: SavedState, keep: int = 2, between: Callable[[], object] = lambda: None
+    ) -> None:
         """Write a save for `step` and make it the latest; all but the newest `keep` are removed, this one and the good
-        one before apart."""
+        one before apart. between: called before each file and before the save is there; what it raises leaves the
+        latest save as it is."""
         final = self.path / f"state-{step:08d}"
         before = self._good
         assert before != final.name, "a step is saved once; replacing the latest save would risk it"
@@ -217,8 +220,9 @@ class StateDirectory:
             with writing(temporary):
                 self._remove(temporary)
                 temporary.mkdir()
-                write_save(temporary, state)
+                write_save(temporary, state, between)
                 flush_tree(temporary)
+                between()
                 if final.exists():  # a run that was resumed at an older save passes this step again
                     shutil.rmtree(final)
                 os.rename(temporary, final)

@@ -1,7 +1,9 @@
-"""One part of the benchmark in a process of its own: `python -m flarec.bench.training.part PLAN [RESULT]`.
+"""Parts of the benchmark in a process of their own: `python -m flarec.bench.training.part PLANS [RESULT [LAUNCHED]]`,
+or `... warm-stock INDEX COUNT PLANS`.
 
-PLAN is the JSON of a `PartPlan`; RESULT gets what was measured after every try, so that a process that runs out of time
-leaves what it has.
+PLANS is the JSON of a list of `PartPlan`, whose first one builds what the others share; RESULT gets what was measured
+by part after every try, so that a process that runs out of time leaves what it has. LAUNCHED: when the process was
+asked for, in seconds of `time.time`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +21,26 @@ import torch
 
 from ..shapes import build
 from .profile import kernels_of, seconds_of, shares, wait
-from .shapes import RECIPES, PartPlan, sizes
+from .shapes import AHEAD_LAYERS, PREDICTED, RECIPES, PartPlan, sizes
 
 GIB = 2**30
-Keep = Callable[[dict[str, Any]], None]
+Keep = Callable[[str, dict[str, Any]], None]
+"""Called with a part and all that is known of it."""
 
 
 def measured(step: Callable[[], object], plan: PartPlan) -> dict[str, Any]:
-    """Seconds of a step (median), its peak and profile; the first one apart."""
+    """Seconds of a step (median), its peak and profile; the first one apart, with the moment when it was done."""
     cuda = plan.device.startswith("cuda")
     start = time.perf_counter()
     seconds_of(step, 1)
-    first = time.perf_counter() - start
+    first, moment = time.perf_counter() - start, time.time()
     seconds_of(step, 1)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     times = sorted(seconds_of(step, 2) for _ in range(1 if plan.quick else 3))
     peak = torch.cuda.max_memory_allocated() / GIB if cuda else None
     found = {"seconds": times[len(times) // 2], "spread": times[-1] - times[0], "first_step_seconds": first,
-             "peak_gib": peak}
+             "first_step_at": moment, "peak_gib": peak}
     return {**found, "shares": shares(kernels_of(step)) if cuda else {}}
 
 
@@ -66,34 +70,49 @@ def library() -> str | None:
     return version
 
 
-def stock(plan: PartPlan, keep: Keep) -> None:
+def built(plan: PartPlan) -> Any:
+    """The model of a plan: on its device, ahead a few layers of it."""
+    return build(plan.shape, plan.device, layers=AHEAD_LAYERS if plan.ahead else None)
+
+
+def stock(plans: Sequence[PartPlan], keep: Keep) -> None:
     """Autoregressive fine-tuning of the transformers model; compiled: each decoder layer by torch.compile."""
-    version = library() if plan.device.startswith("cuda") else None
-    model = build(plan.shape, plan.device).train()
+    if plans[0].ahead and plans[0].device.startswith("cuda"):
+        from flarec.bench.warm import take_slice
+
+        take_slice(0, sys.maxsize)  # others compile what is tuned
+    version = library() if plans[0].device.startswith("cuda") else None
+    model = built(plans[0]).train()
     model.config.use_cache = False
     parameters, head = sizes(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    ids = torch.randint(0, model.config.vocab_size, (plan.rows, plan.length), device=plan.device)
-    if plan.part == "stock-compiled":
-        for layer in model.model.layers:
-            layer.compile()
-
-    def measure(micro: int) -> dict[str, Any]:
-        def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            for part in ids.split(micro):
-                loss = model(input_ids=part, labels=part, use_cache=False).loss
-                (loss * (len(part) / plan.rows)).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-
-        try:
-            return {**measured(step, plan), "processed": ids.numel(), "head_rows": ids.numel()}
-        finally:
-            optimizer.zero_grad(set_to_none=True)
-
     known = {"parameters": parameters, "head": head, "library": version}
-    tries(plan, measure, lambda found: keep({"tries": found, **known}))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    for plan in plans:
+        ids = torch.randint(0, model.config.vocab_size, (plan.rows, plan.length), device=plan.device)
+        if plan.part == "stock-compiled":
+            for layer in model.model.layers:
+                layer.compile()
+
+        def measure(micro: int, plan: PartPlan = plan, ids: torch.Tensor = ids) -> dict[str, Any]:
+            def passes(parts: Sequence[torch.Tensor]) -> None:
+                for part in parts:
+                    loss = model(input_ids=part, labels=part, use_cache=False).loss
+                    (loss * (len(part) / plan.rows)).backward()
+
+            def step() -> None:
+                optimizer.zero_grad(set_to_none=True)
+                passes(ids.split(micro))
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+
+            try:
+                if plan.ahead:
+                    return {"seconds": seconds_of(lambda: passes(ids[:micro].split(micro)), 1)}
+                return {**measured(step, plan), "processed": ids.numel(), "head_rows": ids.numel()}
+            finally:
+                optimizer.zero_grad(set_to_none=True)
+
+        tries(plan, measure, lambda found, part=plan.part: keep(part, {"tries": found, **known}))  # type: ignore[misc]
 
 
 def stream(plan: PartPlan, vocabulary: int) -> Any:
@@ -130,97 +149,144 @@ def lowered(plan: PartPlan, model: Any, base: str, more: Sequence[str]) -> Any:
     return program, MaskToken("vector", vocabulary) if adapter else MaskToken("row", vocabulary - 1)
 
 
-def ours(plan: PartPlan, keep: Keep) -> None:
-    """A recipe of ours on the same rows."""
-    from flarec.recipe import load_recipe
-    from flarec.train.loop import Trainer
-    from flarec.train.memory import measure_row, state_bytes
+@dataclass
+class Steps:
+    """Our steps of one program: what parts of a process share."""
 
-    model, first_only = build(plan.shape, plan.device), plan.part == "first-step"
-    parameters, head = sizes(model)
-    base, more = RECIPES["flare" if first_only else plan.part]
-    program, mask = lowered(plan, model, base, more)
-    chosen = load_recipe(base).override([
-        f"optimizer.batch_rows={plan.rows}", f"data.max_length={plan.length}", "optimizer.lr=1e-6",
-        "optimizer.warmup_steps=0", "train.memory=keep", "optimizer.precision=bf16", "optimizer.steps=1000",
-        f"train.compile={plan.compile}", *more,
-    ])
-    weights = torch.cuda.memory_allocated() if plan.device.startswith("cuda") else 0
-    fixed = weights + state_bytes(program, chosen, 1)
-    row = None if first_only else measure_row(program, chosen, mask)
+    plan: PartPlan
+    model: Any
+    program: Any
+    mask: Any
 
-    def measure(micro: int) -> dict[str, Any]:
-        recipe, data = chosen.override([f"optimizer.micro_rows={micro}"]), stream(plan, model.config.vocab_size)
-        trainer = Trainer(program, recipe, mask, data, seed=0)
+    def recipe(self, micro: int) -> Any:
+        from flarec.recipe import load_recipe
+
+        base, more = RECIPES[self.plan.part]
+        rows = micro if self.plan.ahead else self.plan.rows
+        return load_recipe(base).override([
+            f"optimizer.batch_rows={rows}", f"optimizer.micro_rows={micro}", f"data.max_length={self.plan.length}",
+            "optimizer.lr=1e-6", "optimizer.warmup_steps=0", "train.memory=keep", "optimizer.precision=bf16",
+            "optimizer.steps=1000", f"train.compile={self.plan.compile}", *more,
+        ])
+
+    def measure(self, micro: int) -> dict[str, Any]:
+        from flarec.train.loop import Trainer
+
+        recipe = self.recipe(micro)
+        trainer = Trainer(self.program, recipe, self.mask, stream(self.plan, self.model.config.vocab_size), seed=0)
         last: list[Any] = []
 
         def step() -> None:
             last[:] = [trainer.advance()]
 
         try:
-            if row is None:
-                return {"seconds": seconds_of(step, 1)}
-            result, done = measured(step, plan), last[0]
+            if self.plan.ahead:
+                batches = trainer.feed.take(0).batches
+                return {"seconds": seconds_of(lambda: trainer.accumulate(batches), 1)}
+            if self.plan.part == "first-step":
+                return {"seconds": seconds_of(step, 1), "first_step_at": time.time()}
+            result, done = measured(step, self.plan), last[0]
             heads = sum(len(batch.head_rows) for batch in trainer.feed.take(trainer.step).batches)
-            expected = fixed + row.of(micro, recompute=recipe.train.memory == "recompute")
             return {**result, "processed": done.clean_tokens + done.noisy_tokens, "head_rows": heads,
-                    "loss": done.read(None)["loss"], "predicted_gib": expected / GIB,
-                    "pipeline": [record.step for record in program.history]}
+                    "loss": done.read(None)["loss"], "pipeline": [record.step for record in self.program.history]}
         finally:
-            for parameter in program.parameters().values():
+            trainer.weights.forget()
+            for parameter in self.program.parameters().values():
                 parameter.grad = None
 
-    tries(plan, measure, lambda found: keep({"tries": found, "parameters": parameters, "head": head}))
+    def predicted(self, needs: Any, one: dict[str, Any]) -> float:
+        """GiB that `train.memory = auto` expects of a try, from what a row needs."""
+        from flarec.train.memory import state_bytes
+
+        recipe = self.recipe(1)
+        fixed = torch.cuda.memory_allocated() + state_bytes(self.program, recipe, 1)
+        again = recipe.train.memory == "recompute"
+        return float(fixed + needs.of(one["micro_rows"], recompute=again)) / GIB
+
+
+def ours(plans: Sequence[PartPlan], keep: Keep) -> None:
+    """Recipes of ours on the same rows; all with the program of the first plan."""
+    from flarec.train.memory import measure_row
+
+    model = built(plans[0])
+    parameters, head = sizes(model)
+    program, mask = lowered(plans[0], model, *RECIPES[plans[0].part])
+    every: list[tuple[Steps, list[dict[str, Any]]]] = []
+
+    def known(steps: Steps, found: list[dict[str, Any]]) -> None:
+        keep(steps.plan.part, {"tries": found, "parameters": parameters, "head": head})
+
+    for plan in plans:
+        steps, found = Steps(plan, model, program, mask), list[dict[str, Any]]()
+        every.append((steps, found))
+
+        def noted(result: list[Any], steps: Steps = steps, found: list[dict[str, Any]] = found) -> None:
+            found[:] = result
+            known(steps, found)
+
+        tries(plan, steps.measure, noted)
+    if plans[0].part in PREDICTED and plans[0].device.startswith("cuda") and not plans[0].ahead:
+        needs = measure_row(program, every[0][0].recipe(1), mask)
+        for steps, found in every:
+            for one in found:
+                one["predicted_gib"] = steps.predicted(needs, one)
+            known(steps, found)
 
 
 def doctor(plan: PartPlan, keep: Keep) -> None:
-    """What `flarec doctor` predicts of a step of `flare`: seconds of all its micro batches, and the peak."""
-    from flarec.doctor.rates import measure, seconds_of
-    from flarec.doctor.steps import simulate_training
+    """What `flarec doctor` predicts of a step of `flare`: its work, which a session prices, and the peak."""
+    from flarec.doctor.steps import simulate_training, training_program
     from flarec.frontend.export import capture
-    from flarec.passes import lower
     from flarec.recipe import load_recipe
 
-    model, device = build(plan.shape, "meta"), torch.device(plan.device)
-    recipe, program = load_recipe("flare").override(["train.memory=keep"]), lower(capture(model), "train")
-    rates = measure(device, torch.bfloat16, int(model.config.hidden_size))
+    device = torch.device(plan.device)
+    recipe = load_recipe("flare").override(["train.memory=keep", f"train.compile={plan.compile}"])
+    program = training_program(capture(build(plan.shape, "meta")), recipe, device)
 
     def predict(micro: int) -> dict[str, Any]:
         step = simulate_training(program, recipe, length=plan.length, batch=micro, device=device)
-        seconds = plan.rows // micro * seconds_of(step.micro_batch, rates) + seconds_of(step.update, rates)
-        return {"seconds": seconds, "peak_gib": step.memory.total / GIB}
+        work = step.micro_batch.times(plan.rows // micro) + step.update
+        return {"seconds": None, "work": work.listed(), "peak_gib": step.memory.total / GIB}
 
-    tries(plan, predict, lambda found: keep({"tries": found}))
+    tries(plan, predict, lambda found: keep(plan.part, {"tries": found}))
 
 
-def warm_stock(index: int, count: int, device: str) -> None:
+def warm_stock(index: int, count: int, plan: PartPlan) -> None:
     """Compile each `count`-th configuration of the library's kernels that the stock model tunes."""
     from flarec.bench.warm import take_slice
 
     take_slice(index, count)
     if library() is None:
         return
-    model = build("warm", device).train()
-    ids = torch.randint(0, 2000, (2, 512), device=device)
+    model = build("warm", plan.device).train()
+    # the lengths of the run: Triton compiles once more for a number of chunks that 16 does not divide
+    ids = torch.randint(0, 2000, (plan.micro[0], plan.length), device=plan.device)
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     wait()
 
 
+def plans_of(text: str) -> list[PartPlan]:
+    return [PartPlan(**{**given, "micro": tuple(given["micro"])}) for given in json.loads(text)]
+
+
 def main(arguments: Sequence[str]) -> None:
     if arguments[0] == "warm-stock":
-        warm_stock(int(arguments[1]), int(arguments[2]), arguments[3])
+        warm_stock(int(arguments[1]), int(arguments[2]), plans_of(arguments[3])[0])
         return
-    given = json.loads(arguments[0])
-    plan = PartPlan(**{**given, "micro": tuple(given["micro"])})
+    plans = plans_of(arguments[0])
+    launched, results = float(arguments[2]) if len(arguments) > 2 else time.time(), dict[str, Any]()
 
-    def keep(result: dict[str, Any]) -> None:
+    def keep(part: str, result: dict[str, Any]) -> None:
+        results[part] = {**result, "launched": launched}
         if len(arguments) > 1:
             path = Path(arguments[1])
-            path.with_suffix(".new").write_text(json.dumps(result))
+            path.with_suffix(".new").write_text(json.dumps(results))
             path.with_suffix(".new").replace(path)
 
-    kinds = {"stock": stock, "stock-compiled": stock, "doctor": doctor}
-    kinds.get(plan.part, ours)(plan, keep)
+    if plans[0].part == "doctor":
+        doctor(plans[0], keep)
+    else:
+        (stock if plans[0].part.startswith("stock") else ours)(plans, keep)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 First each part is run, those that others are compared with before the rest; the ratios come at the end and take no
 time. Of a part's micro batches the fastest counts, of `flare` the fastest that stays below the bar on memory, if one
-does. MFU counts the head only for rows that need logits, no attention, and nothing that is computed again.
+does: speed, memory, MFU and idle share are of this one run, and the fastest of all is told beside it. MFU counts the
+head only for rows that need logits, no attention, and nothing that is computed again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,28 @@ def best(session: TrainingSession, part: str) -> dict[str, Any]:
     return chosen(session.part(part), MOST.get(part))
 
 
+def every_try(result: dict[str, Any]) -> dict[str, float | None]:
+    """What each micro batch of a part took and needed, by name."""
+    names = {"seconds": "seconds", "peak_gib": "GiB", "predicted_gib": "predicted GiB"}
+    return {
+        f"{name} of {one['micro_rows']} rows": one[key]
+        for one in fitting(result) for key, name in names.items() if one.get(key) is not None
+    }
+
+
+def why_this(session: TrainingSession, part: str) -> tuple[str, ...]:
+    """Which of several micro batches counts, in a line, where it is not the fastest."""
+    result = session.part(part)
+    one, fastest = best(session, part), chosen(result)
+    if one is fastest:
+        return ()
+    return (
+        f"of {len(fitting(result))} micro batches the fastest within {MOST[part]:.0f} GiB: {one['micro_rows']} rows, "
+        f"{one['seconds']:.3f} s, {one['peak_gib']:.1f} GiB; the fastest of all: {fastest['micro_rows']} rows, "
+        f"{fastest['seconds']:.3f} s, {fastest['peak_gib']:.1f} GiB",
+    )
+
+
 def values_of(one: dict[str, Any]) -> dict[str, float | None]:
     """What a table shows of a try."""
     names = ("micro_rows", "seconds", "spread", "first_step_seconds", "peak_gib", "predicted_gib", "loss")
@@ -35,13 +58,14 @@ def values_of(one: dict[str, Any]) -> dict[str, float | None]:
 
 def _step(part: str) -> Measure:
     def measure(session: TrainingSession) -> Measured:
-        one, notes = best(session, part), []
+        one, notes = best(session, part), [*why_this(session, part)]
         result = session.results[part]
         if "library" in result:
             notes.append(f"{PACKAGE} {result['library']}" if result["library"] else f"without {PACKAGE}")
         if "error" in result:
             notes.append(result["error"])
-        return Measured(1e6 * one["seconds"] / session.tokens, values_of(one), tuple(notes))
+        values = {**values_of(one), **every_try(result)}
+        return Measured(1e6 * one["seconds"] / session.tokens, values, tuple(notes))
 
     return measure
 
@@ -61,11 +85,15 @@ def stock_seconds(session: TrainingSession) -> tuple[float, dict[str, float | No
     return min(value for value in found.values() if value is not None), found
 
 
-def _to_stock(part: str) -> Measure:
+def _to_stock(part: str, *, fastest: bool = False) -> Measure:
+    """fastest: of all micro batches, whatever memory it needs."""
+
     def measure(session: TrainingSession) -> Measured:
         theirs, found = stock_seconds(session)
-        one = best(session, part)
-        return Measured(one["seconds"] / theirs, {"seconds": one["seconds"], "micro_rows": one["micro_rows"], **found})
+        one = chosen(session.part(part)) if fastest else best(session, part)
+        names = ("seconds", "micro_rows", "peak_gib")
+        notes = () if fastest else why_this(session, part)
+        return Measured(one["seconds"] / theirs, {**{name: one[name] for name in names}, **found}, notes)
 
     return measure
 
@@ -102,8 +130,8 @@ def peak_of(one: dict[str, Any]) -> float:
 def _peak(part: str) -> Measure:
     def measure(session: TrainingSession) -> Measured:
         one = best(session, part)
-        tried = {f"GiB of {other['micro_rows']} rows": other["peak_gib"] for other in fitting(session.part(part))}
-        return Measured(peak_of(one), {"micro_rows": one["micro_rows"], **tried})
+        values = {"micro_rows": one["micro_rows"], **every_try(session.part(part))}
+        return Measured(peak_of(one), values, why_this(session, part))
 
     return measure
 
@@ -130,29 +158,54 @@ def _idle(part: str) -> Measure:
 
 
 def _first(session: TrainingSession) -> Measured:
-    return Measured(session.part("first-step")["tries"][0]["seconds"])
+    return _launch(session.part("first-step"))
+
+
+def _launch(result: dict[str, Any]) -> Measured:
+    one = result["tries"][0]
+    values = {name: one.get(name) for name in ("micro_rows", "first_step_seconds")}
+    return Measured(one["first_step_at"] - result["launched"], values, ("model, capture and imports are in it",))
+
+
+def _first_warm(session: TrainingSession) -> Measured:
+    if not session.is_warm:
+        raise NotMeasured("nothing was compiled ahead")
+    return _launch(session.part("flare"))
 
 
 def _doctor(key: str) -> Measure:
-    """How far the doctor's prediction is from what was measured with as many rows, as a factor of 1 or more."""
+    """How far the doctor's prediction is from what was measured with as many rows as count, as a factor of 1 or
+    more."""
 
     def measure(session: TrainingSession) -> Measured:
-        predicted = {one["micro_rows"]: one for one in fitting(session.part("doctor"))}
+        predicted = {one["micro_rows"]: one for one in fitting(session.prediction())}
         found = {one["micro_rows"]: one for one in fitting(session.part("flare"))}
-        rows = max(predicted.keys() & found.keys(), default=0)
+        rows = [number for number in found if number in predicted]
         if not rows:
             raise NotMeasured("no micro batch was predicted and measured")
-        if found[rows][key] is None:
+        if any(found[number][key] is None for number in rows):
             raise NotMeasured("memory is told by CUDA devices")
-        ratio = predicted[rows][key] / found[rows][key]
-        values: dict[str, float | None] = {"predicted": predicted[rows][key], "measured": found[rows][key]}
-        return Measured(max(ratio, 1 / ratio), {**values, "micro_rows": float(rows)})
+        told = {number: session.seconds_of(predicted[number]) if key == "seconds" else predicted[number][key]
+                for number in rows}
+        ratios = {number: max(told[number] / found[number][key], found[number][key] / told[number]) for number in rows}
+        values: dict[str, float | None] = {}
+        for number in rows:
+            values |= {f"predicted of {number} rows": told[number], f"measured of {number} rows": found[number][key]}
+        counts = best(session, "flare")["micro_rows"]
+        number = counts if counts in rows else rows[0]
+        return Measured(ratios[number], {**values, "micro_rows": float(number)})
 
     return measure
 
 
-def _row(name: str, title: str, measure: Measure, bar: float | None = None, aim: float | None = None,
+NEEDS: dict[str, tuple[str, ...]] = {}
+"""By row the parts that it is made of."""
+
+
+def _row(name: str, title: str, measure: Measure, parts: str, bar: float | None = None, aim: float | None = None,
          *, unit: str = "x", at_least: bool = False) -> Case:
+    NEEDS[name] = tuple(parts.split())
+
     def of_session(session: Session) -> Measured:
         assert isinstance(session, TrainingSession)
         return measure(session)
@@ -161,38 +214,48 @@ def _row(name: str, title: str, measure: Measure, bar: float | None = None, aim:
 
 
 def _steps(*parts: str) -> list[Case]:
-    return [_row(f"{part}-step", f"{part}: time per clean token", _step(part), unit="us") for part in parts]
+    return [_row(f"{part}-step", f"{part}: time per clean token", _step(part), part, unit="us") for part in parts]
 
 
 ROWS: tuple[Case, ...] = (
-    *_steps("stock", "ar", "flare", "draft", "adapter"),
-    _row("first-step", "flare: first step, nothing compiled before", _first, 40.0, 20.0, unit="s"),
-    _row("doctor-time", "doctor's time of a step of flare to what was measured", _doctor("seconds"), 1.15),
-    _row("doctor-peak", "doctor's peak of a step of flare to what was measured", _doctor("peak_gib"), 1.15),
-    _row("flare-4B-peak", "full fine-tuning of the 4B shape, layers computed again", _peak("flare-4B"), CARD_141,
-         unit="GiB"),
-    *_steps("flare-recompute", "stock-compiled"),
-    _row("ar-to-stock", "AR-SFT of our machinery to the best stock, per clean token", _to_stock("ar"), 0.8, 0.65),
-    _row("flare-to-stock", "flare to the best stock AR-SFT, per clean token", _to_stock("flare"), 2.2, 1.7),
-    _row("draft-to-stock", "draft to the best stock AR-SFT, per clean token", _to_stock("draft"), 1.6, 1.2),
-    _row("adapter-to-ar", "adapter to our AR-SFT, per clean token", _to_ar("adapter", "ar"), 1.6, 1.2),
-    _row("adapter-memory", "adapter to our AR-SFT, peak memory", _memory_to_ar("adapter", "ar"), 0.4, 0.3),
-    _row("flare-mfu", "flare: exact MFU", _mfu("flare"), 0.45, 0.55, at_least=True),
-    _row("flare-peak", "flare: peak memory", _peak("flare"), 55.0, 45.0, unit="GiB"),
-    _row("flare-recompute-peak", "flare, layers computed again: peak memory", _peak("flare-recompute"), 55.0, 45.0,
-         unit="GiB"),
-    _row("flare-idle", "flare: share of the time in which the GPU is idle", _idle("flare"), 0.04, 0.02),
+    *_steps("stock", "ar", "flare", "adapter", "draft"),
+    _row("first-step-cold", "flare: launch to first step, nothing compiled before", _first, "first-step", 180.0,
+         unit="s"),
+    _row("first-step-warm", "flare: launch to first step, compiled before", _first_warm, "flare", 40.0, 20.0, unit="s"),
+    _row("flare-4B-peak", "full fine-tuning of the 4B shape, layers computed again", _peak("flare-4B"), "flare-4B",
+         CARD_141, unit="GiB"),
+    *_steps("stock-compiled", "ar-recompute", "flare-recompute", "adapter-recompute"),
+    _row("doctor-time", "doctor's time of a step of flare to what was measured", _doctor("seconds"), "flare doctor",
+         1.15),
+    _row("doctor-peak", "doctor's peak of a step of flare to what was measured", _doctor("peak_gib"), "flare doctor",
+         1.15),
+    _row("ar-to-stock", "AR-SFT of our machinery to the best stock, per clean token", _to_stock("ar"), "stock ar", 0.8,
+         0.65),
+    _row("flare-to-stock", "flare to the best stock AR-SFT, per clean token", _to_stock("flare"), "stock flare", 2.2,
+         1.7),
+    _row("flare-fastest-to-stock", "the same with the fastest micro batch, whatever memory it needs",
+         _to_stock("flare", fastest=True), "stock flare", 2.2, 1.7),
+    _row("draft-to-stock", "draft to the best stock AR-SFT, per clean token", _to_stock("draft"), "stock draft", 1.6,
+         1.2),
+    _row("adapter-to-ar", "adapter to our AR-SFT, per clean token", _to_ar("adapter", "ar"), "ar adapter", 1.6, 1.2),
+    _row("adapter-memory", "adapter to our AR-SFT, peak memory, all kept", _memory_to_ar("adapter", "ar"),
+         "ar adapter"),
+    _row("adapter-recompute-to-ar", "adapter to our AR-SFT, layers of both computed again",
+         _to_ar("adapter-recompute", "ar-recompute"), "ar-recompute adapter-recompute", 1.6, 1.2),
+    _row("adapter-recompute-memory", "the same, peak memory", _memory_to_ar("adapter-recompute", "ar-recompute"),
+         "ar-recompute adapter-recompute", 0.4, 0.3),
+    _row("flare-mfu", "flare: exact MFU", _mfu("flare"), "flare", 0.45, 0.55, at_least=True),
+    _row("flare-peak", "flare: peak memory", _peak("flare"), "flare", 55.0, 45.0, unit="GiB"),
+    _row("flare-recompute-peak", "flare, layers computed again: peak memory", _peak("flare-recompute"),
+         "flare-recompute", 55.0, 45.0, unit="GiB"),
+    _row("flare-idle", "flare: share of the time in which the GPU is idle", _idle("flare"), "flare", 0.04, 0.02),
 )
 EXTRA: tuple[Case, ...] = (
-    *_steps("ar-recompute", "adapter-recompute", "adapter-9B"),
-    _row("adapter-recompute-to-ar", "adapter to our AR-SFT, layers of both computed again",
-         _to_ar("adapter-recompute", "ar-recompute"), 1.6, 1.2),
-    _row("adapter-recompute-memory", "the same, peak memory", _memory_to_ar("adapter-recompute", "ar-recompute"), 0.4,
-         0.3),
-    _row("adapter-recompute-peak", "adapter, layers computed again: peak memory", _peak("adapter-recompute"), CARD_24,
-         unit="GiB"),
-    _row("adapter-9B-peak", "adapter of the 9B shape, layers computed again", _peak("adapter-9B"), CARD_80,
-         unit="GiB"),
+    *_steps("adapter-9B"),
+    _row("adapter-recompute-peak", "adapter, layers computed again: peak memory", _peak("adapter-recompute"),
+         "adapter-recompute", CARD_24, unit="GiB"),
+    _row("adapter-9B-peak", "adapter of the 9B shape, layers computed again", _peak("adapter-9B"), "adapter-9B",
+         CARD_80, unit="GiB"),
 )
 """Only where they are named."""
 
@@ -204,17 +267,5 @@ def select(only: Sequence[str]) -> list[Case]:
 
 
 def parts_of(rows: Sequence[Case]) -> list[str]:
-    """What is compiled ahead for them: the parts that their names begin with, and what these are compared with."""
-    names = [row.name for row in rows]
-    found = [part for part in ("stock", "ar", "flare", "draft", "adapter") if any(_is_of(n, part) for n in names)]
-    if any(name.endswith("-to-stock") for name in names):
-        found.insert(0, "stock")
-    if any("-4B" in name for name in names):
-        found.append("flare-4B")
-    if any("-9B" in name for name in names):
-        found.append("adapter-9B")
-    return list(dict.fromkeys(found))
-
-
-def _is_of(name: str, part: str) -> bool:
-    return name.startswith(f"{part}-") and "-4B" not in name and "-9B" not in name
+    """The parts that they are made of, in the order of the rows, each behind what it shares a process with."""
+    return list(dict.fromkeys(part for row in rows for part in NEEDS[row.name]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,9 +30,11 @@ def run_training(
     """
     if out is not None:
         make_place(out)
-    if ahead and session.on_gpu:
-        ended = session.compile_ahead(parts_of(rows))
-        say(f"compiled ahead: {', '.join(f'{name}: {how}' for name, how in ended.items())}")
-    return run_session(
-        rows, session, out=out, commit=commit, command=command, time_limit=math.inf, say=say, warm_up=False
-    )
+    with contextlib.ExitStack() as stack:
+        session.wanted = tuple(parts_of(rows))
+        if ahead and session.on_gpu:
+            ended = stack.enter_context(session.prepared(session.wanted))
+            say(f"compiled ahead: {', '.join(f'{name}: {how}' for name, how in ended.items())}")
+        return run_session(
+            rows, session, out=out, commit=commit, command=command, time_limit=math.inf, say=say, warm_up=False
+        )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from ..baselines import beside, check_library
 from ..measure import NotMeasured
 from ..session import Session
 from ..shapes import SHAPES
-from .shapes import EVERY, MICRO, SHAPE_OF, PartPlan
+from .shapes import BEHIND, EVERY, MICRO, SHAPE_OF, PartPlan
 
-PART_LIMIT = 180.0
-"""Seconds of one part."""
-AHEAD_SHARE = 0.3
+PART_LIMIT, BEHIND_LIMIT, FIRST_LIMIT = 120.0, 40.0, 180.0
+"""Seconds of a process, of each part that is measured in it behind the first, and of a step without caches."""
+AHEAD_SHARE = 0.35
 """Of the time limit, for compiling ahead."""
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 MODULE = "flarec.bench.training.part"
+FIRST, DOCTOR = "first-step", "doctor"
 Result = dict[str, Any]
+Running = dict[str, subprocess.Popen[str]]
 
 
 class TrainingSession(Session):
@@ -50,6 +53,12 @@ class TrainingSession(Session):
         self.on_gpu = device.type == "cuda"
         self.started = time.monotonic()
         self.results: dict[str, Result] = {}
+        self.wanted: tuple[str, ...] = ()
+        """Parts that the rows of the run need: those that share a process are measured together."""
+        self.is_warm = False
+        """Whether what parts need was compiled before them."""
+        self.folder: Path | None = None
+        """Of the compilers' caches, where those of the machine are not used."""
 
     @property
     def tokens(self) -> int:
@@ -62,7 +71,8 @@ class TrainingSession(Session):
     def plan(self, part: str, shape: str | None = None) -> PartPlan:
         chosen = shape or (SHAPE_OF.get(part, self.shape) if self.shape == "2B" else self.shape)
         micro = tuple(dict.fromkeys(min(rows, self.rows) for rows in self.micro or MICRO[part]))
-        every = part in EVERY or bool(self.micro)
+        micro = micro[:1] if part == FIRST else micro
+        every = part in EVERY or (bool(self.micro) and part != FIRST)
         return PartPlan(part, chosen, str(self.device), self.rows, self.length, micro, self.compile, self.quick, every)
 
     def part(self, name: str) -> Result:
@@ -71,66 +81,162 @@ class TrainingSession(Session):
         Raises `NotMeasured` with the reason for one that failed, or that had no time.
         """
         if name not in self.results:
-            self.results[name] = self._run(name)
+            first = BEHIND.get(name, name)
+            if first not in self.results:
+                behind = [part for part in BEHIND if BEHIND[part] == first and part in (*self.wanted, name)]
+                self.results |= self._run([first, *behind])
+            if name not in self.results:  # its process had no time left for it
+                self.results[name] = {"error": self.results[first].get("error", "its process ended before it")}
         result = self.results[name]
         if not fitting(result):
             tried = [one["error"] for one in result.get("tries", ()) if "error" in one]
             raise NotMeasured(result.get("error") or (tried or ["nothing was measured"])[0])
         return result
 
-    def _run(self, name: str) -> Result:
+    def _run(self, names: Sequence[str]) -> dict[str, Result]:
+        cold = names[0] == FIRST
+        limit = min(FIRST_LIMIT if cold else PART_LIMIT + BEHIND_LIMIT * (len(names) - 1), self.left())
+        if limit <= 0:
+            return {name: {"error": f"the time limit of {self.limit:g} s was reached"} for name in names}
         with tempfile.TemporaryDirectory() as folder:
-            path, own = Path(folder) / "result.json", {}
-            if name == "first-step":  # nothing was compiled before
-                own = {cache: str(Path(folder) / cache) for cache in CACHES}
-            limit = min(PART_LIMIT, self.left())
-            if limit <= 0:
-                return {"error": f"the time limit of {self.limit:g} s was reached"}
-            command = [*python(), json.dumps(asdict(self.plan(name))), str(path)]
+            path, own = Path(folder) / "result.json", dict[str, str]()
+            if cold and self.folder is None:  # nothing was compiled before
+                own = {name: str(Path(folder) / name) for name in CACHES}
+            command = [*python(), _json([self.plan(name) for name in names]), str(path), str(time.time())]
             error = ""
             try:
-                done = subprocess.run(command, env=self.environment(name) | own, stdout=subprocess.DEVNULL,
+                done = subprocess.run(command, env=self.environment(names[0]) | own, stdout=subprocess.DEVNULL,
                                       stderr=subprocess.PIPE, text=True, timeout=limit)
                 if done.returncode:
                     error = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
             except subprocess.TimeoutExpired:
                 error = f"it took more than {limit:.0f} s"
-            found: Result = json.loads(path.read_text()) if path.is_file() else {}
-            return {**found, **({"error": error} if error else {})}
+            return read(path, names, error)
 
     def environment(self, part: str) -> dict[str, str]:
         """With the library for the stock model alone; captures are not looked for."""
         values = {"FLAREC_CACHE_DIR": "off", **os.environ}
+        if self.folder is not None:
+            values |= {name: str(self.folder / name) for name in CACHES}
         if self.library and part.startswith("stock"):
             values |= beside(self.library)
         return values
 
-    def compile_ahead(self, parts: Sequence[str]) -> dict[str, str]:
-        """Kernels of some parts into the compilers' caches, in processes side by side; says how each ended."""
-        count = max(1, min(12, (os.cpu_count() or 1) - 3))
-        commands: dict[str, list[str]] = {}
-        for part in parts:
-            if part == "stock":
-                commands |= {f"stock {i}": ["warm-stock", str(i), str(count), str(self.device)] for i in range(count)}
-            elif part not in ("stock-compiled", "first-step", "doctor"):
-                shape = "warm-large" if part in SHAPE_OF else "warm"
-                plan = asdict(self.plan(part, shape)) | {"rows": 1, "micro": (1,), "quick": True, "compile": "off"}
-                commands[part] = [json.dumps(plan)]
-        running = {
-            name: subprocess.Popen([*python(), *words], env=self.environment(name), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.PIPE, text=True)
-            for name, words in commands.items()
-        }
+    @contextlib.contextmanager
+    def prepared(self, parts: Sequence[str]) -> Iterator[dict[str, str]]:
+        """Within the context: what the parts of a run need is compiled, and each is told how that ended.
+
+        First, with nothing compiled before, a step of `flare` in a process of its own, if its time is wanted; beside it
+        the library's kernels, and what needs no GPU. Then every part, all at once, on a few layers.
+        """
         end, ended = time.monotonic() + AHEAD_SHARE * self.limit, dict[str, str]()
-        for name, process in running.items():
+        self.wanted, self.is_warm = tuple(parts), True
+        with tempfile.TemporaryDirectory() as folder:
+            if FIRST in parts:
+                self.folder = Path(folder)
+            beside = self._beside(Path(folder), parts)
             try:
-                _, errors = process.communicate(timeout=max(0.1, end - time.monotonic()))
-                ended[name] = "done" if process.returncode == 0 else (errors.strip().splitlines() or ["?"])[-1][:200]
+                if FIRST in parts:
+                    self.results |= self._run([FIRST])
+                ended |= _wait(self._ahead(parts), end)
+                ended |= _wait({name: process for name, process in beside.items() if name != DOCTOR}, end)
+                self.told = beside.get(DOCTOR)
+                self.told_at = Path(folder) / "doctor.json"
+                yield ended
+            finally:
+                for process in beside.values():
+                    process.kill()
+                    process.communicate()
+                self.folder = None
+
+    told: subprocess.Popen[str] | None = None
+    told_at = Path()
+    """The process of the doctor's prediction, which runs beside the others, and its result."""
+
+    def prediction(self) -> Result:
+        """What the doctor predicts; waits for it. Raises as `part`."""
+        if DOCTOR not in self.results and self.told is not None:
+            error = ""
+            try:
+                _, errors = self.told.communicate(timeout=max(0.1, self.left()))
+                if self.told.returncode:
+                    error = (errors.strip().splitlines() or ["no message"])[-1][:300]
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                ended[name] = "stopped: no time left"
-        return ended
+                error = f"the time limit of {self.limit:g} s was reached"
+            self.results |= read(self.told_at, [DOCTOR], error)
+        return self.part(DOCTOR)
+
+    def seconds_of(self, prediction: Result) -> float:
+        """Of the work that the doctor counted, at the rates of this device."""
+        from flarec.doctor.rates import measure, seconds_of
+        from flarec.doctor.simulate import Work
+
+        width = SHAPES[self.shape]["hidden_size"]
+        rates = self.measured("doctor's rates", lambda: measure(self.device, torch.bfloat16, width))
+        return seconds_of(Work.of(prediction["work"]), rates)
+
+    def _beside(self, folder: Path, parts: Sequence[str]) -> Running:
+        """What runs beside a first step: slices of the library's kernels, and the doctor."""
+        found: Running = {}
+        if "stock" in parts and self.library is not None:
+            count = max(1, min(10, (os.cpu_count() or 1) - 4))
+            for i in range(count):
+                words = ["warm-stock", str(i), str(count), _json([self.plan("stock")])]
+                found[f"stock {i}"] = self._start("stock", words)
+        if DOCTOR in parts:
+            words = [_json([self.plan(DOCTOR)]), str(folder / "doctor.json"), str(time.time())]
+            found[DOCTOR] = self._start(DOCTOR, words)
+        return found
+
+    def _ahead(self, parts: Sequence[str]) -> Running:
+        found: Running = {}
+        for part in parts:
+            if part in (FIRST, DOCTOR, "stock"):
+                continue
+            plan = self.plan(part)
+            known = FIRST in self.results and part == "flare"  # those rows are compiled
+            plans = [
+                replace(plan, micro=(micro,), quick=True, ahead=True)
+                for micro in (plan.micro if plan.every else plan.micro[:1])
+                if not (known and micro in self.plan(FIRST).micro)
+            ]
+            for one in plans:
+                found[f"{part} {one.micro[0]}"] = self._start(part, [_json([one])])
+        return found
+
+    def _start(self, part: str, words: Sequence[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen([*python(), *words], env=self.environment(part), stdout=subprocess.DEVNULL,
+                                stderr=subprocess.PIPE, text=True)
+
+
+def _wait(running: Running, end: float) -> dict[str, str]:
+    """How each of some processes ended; they are stopped at `end`."""
+    ended: dict[str, str] = {}
+    for name, process in running.items():
+        try:
+            _, errors = process.communicate(timeout=max(0.1, end - time.monotonic()))
+            ended[name] = "done" if process.returncode == 0 else (errors.strip().splitlines() or ["?"])[-1][:200]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            ended[name] = "stopped: no time left"
+    return ended
+
+
+def _json(plans: Sequence[PartPlan]) -> str:
+    return json.dumps([asdict(plan) for plan in plans])
+
+
+def read(path: Path, names: Sequence[str], error: str) -> dict[str, Result]:
+    """What a process left, by part; the last one that it worked on has its error."""
+    found: dict[str, Result] = json.loads(path.read_text()) if path.is_file() else {}
+    if error:
+        worked = [name for name in names if name in found]
+        where = names[len(worked)] if len(worked) < len(names) else names[-1]
+        found[where] = {**found.get(where, {}), "error": error}
+        for name in names[:1]:
+            found.setdefault(name, {"error": error})
+    return found
 
 
 def python() -> list[str]:

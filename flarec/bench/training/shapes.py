@@ -17,19 +17,26 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "adapter-recompute": ("draft", [*_ADAPTER, *_AGAIN]),
     "flare-4B": ("flare", _AGAIN),
     "adapter-9B": ("draft", [*_ADAPTER, *_AGAIN]),
+    "first-step": ("flare", []),
 }
 """By part the recipe and what is changed of it. Of "draft", "ar" is the clean stream alone, "adapter" its objective
 over a frozen model; with "-recompute", and in larger shapes, layers are computed again."""
 SHAPE_OF = {"flare-4B": "4B", "adapter-9B": "9B"}
 """Parts with a shape of their own."""
 MICRO: dict[str, tuple[int, ...]] = {
-    "stock": (8, 4), "stock-compiled": (8, 4), "ar": (8, 4), "flare": (4, 1), "draft": (4, 2), "adapter": (8, 4),
+    "stock": (8, 4), "stock-compiled": (8, 4), "ar": (8, 4), "flare": (1, 2, 4), "draft": (4, 2), "adapter": (8, 4),
     "ar-recompute": (8, 4), "flare-recompute": (4, 2), "adapter-recompute": (8, 4), "flare-4B": (4, 2),
-    "adapter-9B": (4, 2), "first-step": (4, 2), "doctor": (4,),
+    "adapter-9B": (4, 2), "first-step": (1,), "doctor": (1, 2, 4),
 }
 """Rows of a micro batch that are tried, by part: one after the other until one fits, those of `EVERY` all."""
-EVERY = ("flare",)
-"""Of it fewer rows are of interest, too: for their peak."""
+EVERY = ("flare", "doctor")
+"""Of these all are of interest: fewer rows for their peak, more for their speed."""
+BEHIND = {"stock-compiled": "stock", "ar-recompute": "ar", "flare-recompute": "flare", "adapter-recompute": "adapter"}
+"""Parts that are measured in the process of another one, behind it: they share its model and what is compiled."""
+PREDICTED = ("ar", "flare", "adapter")
+"""Processes that also say what `train.memory = auto` expects of their tries: that takes seconds."""
+AHEAD_LAYERS = ["linear_attention", "linear_attention", "full_attention", "linear_attention", "full_attention"]
+"""Every kind of neighbours and of ends: what is compiled for these layers is what a model of many needs."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class PartPlan:
     compile  auto, on or off: our steps by region
     quick    shorter timings
     every    try all micro batches, not only until one fits
+    ahead    nothing is measured: a pass of each size over a few layers of the shape, for the compilers' caches
     """
 
     part: str
@@ -52,6 +60,7 @@ class PartPlan:
     compile: str = "auto"
     quick: bool = False
     every: bool = False
+    ahead: bool = False
 
 
 def sizes(model: Any) -> tuple[int, int]:

@@ -35,20 +35,22 @@ def chunk_rows(vocab_size: int, device: torch.device, implementation: str, *, fr
     return max(2, CHUNK_ELEMENTS[place] // vocab_size)
 
 
-def head_rows_at_once(program: Program) -> int:
-    """Rows of logits that are made at a time."""
+def head_rows_at_once(program: Program, device: torch.device | None = None) -> int:
+    """Rows of logits that are made at a time on a device, by default that of the program."""
+    device = device or program.device
     if program.head is None:
-        return chunk_rows(program.vocab_size, program.device, "torch")
+        return chunk_rows(program.vocab_size, device, "torch")
     weight, _ = program.head.parameters(program.module)
     frozen = not weight.requires_grad
-    return chunk_rows(program.vocab_size, program.device, program.head.implementation, frozen=frozen)
+    return chunk_rows(program.vocab_size, device, program.head.implementation, frozen=frozen)
 
 
-def plan_for(program: Program, batch: Batch, scales: Scales) -> HeadPlan | None:
-    """The plan of a batch on the host; None if the head of `program` is in its graph."""
+def plan_for(program: Program, batch: Batch, scales: Scales, rows: int | None = None) -> HeadPlan | None:
+    """The plan of a batch on the host; None if the head of `program` is in its graph. rows: of logits at a time,
+    instead of `head_rows_at_once`."""
     if program.head is None:
         return None
-    return plan_head(batch, scales, head_rows_at_once(program))
+    return plan_head(batch, scales, head_rows_at_once(program) if rows is None else rows)
 
 
 def losses_of(
