@@ -15,6 +15,7 @@ from flarec.errors import CaptureError, UsageError
 from flarec.ir.program import Program
 from flarec.recipe import Recipe
 from flarec.threads import settle
+from flarec.train.quantized_base import held_once
 
 from .rates import measure, seconds_of
 from .report import Memory, Rates, Report, Speed
@@ -58,6 +59,9 @@ def estimated(
         say("too little memory: running a training step whose layers are computed again")
         recipe, training, note = _again(train, recipe, training, length, batch, device)
         convert = whole_memory(training.memory, caches, recipe, length, libraries)
+
+    if train.quantized and device.type == "cpu":
+        convert = opening(convert, train, libraries)
 
     def needs(shorter: int) -> int:
         say(f"too little memory: running a training step of {batch} x {shorter} tokens without numbers")
@@ -110,6 +114,15 @@ def whole_memory(step: Memory, caches: tuple[int, int], recipe: Recipe, length: 
         del parts["activations"]
         parts["caches of an evaluation"] = evaluation
     return Memory({**parts, **_of_libraries(libraries)})
+
+
+def opening(convert: Memory, train: Program, libraries: int) -> Memory:
+    """`convert`, or what is there before a model becomes codes if it is more: on a CPU the whole of it, in the dtype of
+    training. To a GPU its matrices come one at a time."""
+    stored = sum(held.shape[0] * held.shape[1] for held in held_once(train)) * train.dtype.itemsize
+    whole = stored + sum(value.nbytes for name, value in train.parameters().items() if name not in train.extra)
+    before = Memory({"weights, before they are codes": whole, **_of_libraries(libraries)})
+    return before if before.total > convert.total else convert
 
 
 def _of_libraries(count: int) -> dict[str, int]:

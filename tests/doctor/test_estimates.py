@@ -13,8 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from flarec.decode import BlockSpec, Cache, Stepper
 from flarec.doctor import rates as rates_module
+from flarec.doctor.estimates import opening
 from flarec.doctor.rates import FAR, NEAR, _bandwidth, measure, seconds_of
-from flarec.doctor.report import Rates
+from flarec.doctor.report import Memory, Rates
 from flarec.doctor.simulate import ATTENTION, BATCHED, GATHER, MATMUL, MEMORY, Work
 from flarec.doctor.steps import Training, cache_bytes, decode_step, simulate_serving, simulate_training
 from flarec.frontend.export import capture
@@ -28,6 +29,7 @@ from flarec.train.loop import Trainer
 from flarec.train.mask_token import MaskToken
 from flarec.train.objective.batch import build_batches
 from flarec.train.objective.noise import step_generator
+from flarec.train.quantized_base import held_once, quantize_base
 from tests.doctor.machine import Machine
 
 LENGTH, BATCH, WIDTH = 128, 2, 256
@@ -80,22 +82,35 @@ def test_training_memory_is_what_torch_allocates(family: str) -> None:
     assert simulated(family).memory.total == sum(parts.values())
 
 
-def test_memory_of_an_adapter_is_what_torch_allocates() -> None:
-    """A frozen model without gradients and moments, and activations of noisy rows."""
-    chosen = load_recipe("draft").override(
-        [f"optimizer.batch_rows={BATCH}", f"optimizer.micro_rows={BATCH}", "adapter.rank=8", "objective.ar_weight=0"]
-    )
-    program = lower(real("qwen3_5_text"), "train", mask_vector=True, adapter=adapter_of(chosen))
+@pytest.mark.parametrize("base", ["stored", "int8"])
+def test_memory_of_an_adapter_is_what_torch_allocates(base: str) -> None:
+    """A frozen model without gradients and moments, as it is or in codes, and activations of noisy rows."""
+    chosen = load_recipe("draft").override([
+        f"optimizer.batch_rows={BATCH}", f"optimizer.micro_rows={BATCH}", "adapter.rank=8", "objective.ar_weight=0",
+        f"adapter.base={base}",
+    ])
+    held = real("qwen3_5_text") if base == "stored" else real.__wrapped__("qwen3_5_text")  # its values go
+    quantize_base(held, chosen, print)
+    program = lower(held, "train", mask_vector=True, adapter=adapter_of(chosen))
     parts = simulate_training(program, chosen, length=LENGTH, batch=BATCH, device=CPU).memory.parts
     mask = MaskToken("vector", program.vocab_size)
     run = Trainer(program, chosen, mask, full_rows(LENGTH, BATCH), seed=0)
     count = sum(parameter.numel() for parameter in run.parameters.values())
     every = sum(parameter.numel() for parameter in program.parameters().values())
-    assert 10 * count < every
+    codes = sum(weight.nbytes for weight in held_once(program))
+    assert 10 * count < every if base == "stored" else codes > every
     assert parts["gradients"] == 4 * count
-    assert 0 <= parts["weights"] - 4 * every < 4096
+    assert 0 <= parts["weights"] - 4 * every - codes < 4096
     assert 0 <= parts["AdamW moments"] - 8 * count < 8192, "step counters"
     assert parts["activations"] == pytest.approx(peak_bytes(run), rel=0.05)
+
+
+    if base == "int8":
+        whole = sum(value.nbytes for value in real("qwen3_5_text").parameters().values())
+        small, large = Memory({"weights": whole // 2}), Memory({"weights": 2 * whole})
+        before = {"weights, before they are codes": whole, "Python and libraries": 10}
+        assert opening(small, program, 10).parts == before
+        assert opening(large, program, 10) is large
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "kimi_linear"])
