@@ -13,6 +13,8 @@ import torch
 
 from flarec.decode import Engine
 from flarec.decode.horizon import HorizonProgram
+from flarec.decode.stores import Static
+from flarec.ir.compiled import Codes, compiled_by_region
 from flarec.ir.program import Program
 from flarec.passes import lower
 from tests.decode.helpers import random_options
@@ -94,3 +96,27 @@ def test_a_model_that_waits_says_so() -> None:
     expected = plain.generate([[5, 6, 7]], mode="ar-trust", max_new_tokens=40)[0].token_ids
     assert engine.generate([[5, 6, 7]], mode="ar-trust", max_new_tokens=40)[0].token_ids == expected
     assert engine.stats.replays == 0 and "waits for the device" in engine.stats.eager
+
+
+@pytest.mark.gpu
+def test_compiled_graphs_give_the_tokens_of_plain_causal_steps() -> None:
+    """Of the first two kinds of steps, compiled for their sizes, and of others; states are overwritten in place."""
+    captured = program_of("qwen3_5_text")
+    plain = engine_of(captured, "off")
+    program, codes = lower(captured, "decode", kernels="triton", fast=True, regions=True), Codes(exact=2)
+
+    def make(given: Any) -> Program:
+        return compiled_by_region(given, codes)
+
+    engine = Engine(
+        program, mask_token_id=VOCABULARY - 1, block_size=SIZE, eos_ids=(), max_positions=4096, static=Static(make),
+        suppress=[VOCABULARY - 1], readouts={"ar-trust": "causal"},
+    )
+    prompts = [[5, 17, 33, 2, 8], [7], [101, 4, 4, 9]]
+    for temperature in (0.0, 1.0):
+        each = {"max_new_tokens": 40, "temperature": temperature, "eos_ids": ()}
+        wanted = [item.token_ids for item in plain.generate(prompts, mode="causal", **each)]
+        for mode, batch in (("causal", 1), ("ar-trust", 1), ("ar-trust", 3)):
+            found = [item.token_ids for item in engine.generate(prompts, mode=mode, batch=batch, **each)]
+            assert found == wanted, (mode, batch, temperature)
+    assert engine.stats.replays > 100 and not engine.stats.eager

@@ -19,7 +19,7 @@ from ..baselines import check_library
 from ..session import Session
 from ..shapes import SHAPES, build
 
-TURNS = 3
+TURNS = 2
 """Medians of a step, of which the lowest counts: what else runs on the host makes steps slower, never faster."""
 
 

@@ -129,17 +129,17 @@ ROWS: tuple[Case, ...] = (
                  at_least=True),
         )
     ),
-    _row("waits", "waits for the device per step", _waits, 1.0, unit="waits"),
     _row("long-context", "AR-Trust step at 32k context to 512", _long, 1.2, 1.08),
     _row("prefill", "prefill of 8k tokens to stock", _prefill, 1.1, 0.9),
-    *(
-        _row(f"drafts-auto-{c}", f"--drafts auto to our causal graph, lowest, C = {c}", _chosen(c), 0.98, at_least=True)
-        for c in AUTO
-    ),
     _row("first-token-cold", "until the first replayed step, nothing compiled before", _first_token("cold"), 90.0, 45.0,
          unit="s"),
     _row("first-token-warm", "until the first replayed step, everything compiled before", _first_token("warm"), 15.0,
          8.0, unit="s"),
+    _row("waits", "waits for the device per step", _waits, 1.0, unit="waits"),
+    *(
+        _row(f"drafts-auto-{c}", f"--drafts auto to our causal graph, lowest, C = {c}", _chosen(c), 0.98, at_least=True)
+        for c in AUTO
+    ),
     _row("causal-step-8", "causal step to stock graph, C = 8", _causal(8)),
     _row("causal-step-32", "causal step to stock graph, C = 32", _causal(32)),
     _row("diffusion-trust-step-1", "Diffusion-Trust step, C = 1", _alone("diffusion-trust", 1), unit="ms"),
