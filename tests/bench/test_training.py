@@ -240,14 +240,20 @@ def test_a_process_that_ends_early_leaves_what_it_has(tmp_path: Path) -> None:
 
 
 def test_what_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """First a step without caches, in folders of the run; then the parts, but for what that step compiled."""
-    started: list[tuple[list[Any], dict[str, str]]] = []
+    """A few layers of every part, and beside them a step with caches of its own, and the doctor."""
+    started: list[tuple[dict[str, Any], dict[str, str]]] = []
 
     class Started:
         returncode = 0
 
         def __init__(self, command: list[str], env: dict[str, str], **options: Any) -> None:
-            started.append((json.loads(command[-1] if command[-1][0] == "[" else command[4]), env))
+            started.append((json.loads(command[4])[0], env))
+            if started[-1][0]["part"] == "first-step":
+                found = {"tries": [{"micro_rows": 1, "seconds": 5.0, "first_step_at": 1007.0}], "launched": 1000.0}
+                Path(command[5]).write_text(json.dumps({"first-step": found}))
+
+        def poll(self) -> int:
+            return 0
 
         def communicate(self, timeout: float | None = None) -> tuple[str, str]:
             return "", ""
@@ -256,15 +262,15 @@ def test_what_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(subprocess, "Popen", Started)
     made = tiny()
-    monkeypatch.setattr(made, "_run", lambda names: {names[0]: {"tries": []}})
     with made.prepared(["first-step", "flare", "ar-recompute", "doctor"]) as ended:
-        assert ended == {"flare 2": "done", "ar-recompute 2": "done"} and made.is_warm
-    plans = [plan for (plan,), _ in started]
-    assert [(plan["part"], plan["micro"], plan["ahead"]) for plan in plans] == [
-        ("doctor", [1, 2], False), ("flare", [2], True), ("ar-recompute", [2], True),
+        assert ended == dict.fromkeys(("ar-recompute 2", "flare 1", "flare 2", "first-step"), "done")
+        assert lines(made, "first-step-cold")["first-step-cold"].value == 7.0 and made.is_warm
+    assert [(plan["part"], plan["micro"], plan["ahead"]) for plan, _ in started] == [
+        ("doctor", [1, 2], False), ("first-step", [1], False), ("ar-recompute", [2], True), ("flare", [1], True),
+        ("flare", [2], True),
     ]
-    (folder,) = {env["TRITON_CACHE_DIR"] for _, env in started}
-    assert not Path(folder).exists()
+    own = {env.get("TRITON_CACHE_DIR") for plan, env in started if plan["part"] == "first-step"}
+    assert own.isdisjoint(env.get("TRITON_CACHE_DIR") for plan, env in started if plan["part"] != "first-step")
     kept: list[dict[str, Any]] = []
     part.ours([replace(made.plan("flare"), micro=(1,), ahead=True)], lambda name, found: kept.append(found))
     assert kept[-1]["tries"][0]["seconds"] > 0, "a few layers of the shape"

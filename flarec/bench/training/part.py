@@ -41,7 +41,7 @@ def measured(step: Callable[[], object], plan: PartPlan) -> dict[str, Any]:
     peak = torch.cuda.max_memory_allocated() / GIB if cuda else None
     found = {"seconds": times[len(times) // 2], "spread": times[-1] - times[0], "first_step_seconds": first,
              "first_step_at": moment, "peak_gib": peak}
-    return {**found, "shares": shares(kernels_of(step)) if cuda else {}}
+    return {**found, "shares": shares(kernels_of(step, 1 if plan.quick else 2)) if cuda else {}}
 
 
 def tries(plan: PartPlan, measure: Callable[[int], dict[str, Any]], keep: Callable[[list[Any]], None]) -> None:
@@ -259,8 +259,8 @@ def warm_stock(index: int, count: int, plan: PartPlan) -> None:
     if library() is None:
         return
     model = build("warm", plan.device).train()
-    # the lengths of the run: Triton compiles once more for a number of chunks that 16 does not divide
-    ids = torch.randint(0, 2000, (plan.micro[0], plan.length), device=plan.device)
+    # the length of the run: Triton compiles once more for a number of chunks that 16 does not divide
+    ids = torch.randint(0, 2000, (2, plan.length), device=plan.device)
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     wait()
 

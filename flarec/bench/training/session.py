@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from ..session import Session
 from ..shapes import SHAPES
 from .shapes import BEHIND, EVERY, MICRO, SHAPE_OF, PartPlan
 
-PART_LIMIT, BEHIND_LIMIT, FIRST_LIMIT = 120.0, 40.0, 180.0
-"""Seconds of a process, of each part that is measured in it behind the first, and of a step without caches."""
+PART_LIMIT, BEHIND_LIMIT = 120.0, 40.0
+"""Seconds of a process, and of each part that is measured in it behind the first."""
+AT_ONCE = 4
+"""Processes that compile ahead at a time: they share the memory of one GPU, and the cores."""
 AHEAD_SHARE = 0.35
 """Of the time limit, for compiling ahead."""
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -57,8 +60,6 @@ class TrainingSession(Session):
         """Parts that the rows of the run need: those that share a process are measured together."""
         self.is_warm = False
         """Whether what parts need was compiled before them."""
-        self.folder: Path | None = None
-        """Of the compilers' caches, where those of the machine are not used."""
 
     @property
     def tokens(self) -> int:
@@ -94,13 +95,12 @@ class TrainingSession(Session):
         return result
 
     def _run(self, names: Sequence[str]) -> dict[str, Result]:
-        cold = names[0] == FIRST
-        limit = min(FIRST_LIMIT if cold else PART_LIMIT + BEHIND_LIMIT * (len(names) - 1), self.left())
+        limit = min(PART_LIMIT + BEHIND_LIMIT * (len(names) - 1), self.left())
         if limit <= 0:
             return {name: {"error": f"the time limit of {self.limit:g} s was reached"} for name in names}
         with tempfile.TemporaryDirectory() as folder:
             path, own = Path(folder) / "result.json", dict[str, str]()
-            if cold and self.folder is None:  # nothing was compiled before
+            if names[0] == FIRST:  # nothing was compiled before
                 own = {name: str(Path(folder) / name) for name in CACHES}
             command = [*python(), _json([self.plan(name) for name in names]), str(path), str(time.time())]
             error = ""
@@ -116,8 +116,6 @@ class TrainingSession(Session):
     def environment(self, part: str) -> dict[str, str]:
         """With the library for the stock model alone; captures are not looked for."""
         values = {"FLAREC_CACHE_DIR": "off", **os.environ}
-        if self.folder is not None:
-            values |= {name: str(self.folder / name) for name in CACHES}
         if self.library and part.startswith("stock"):
             values |= beside(self.library)
         return values
@@ -126,28 +124,29 @@ class TrainingSession(Session):
     def prepared(self, parts: Sequence[str]) -> Iterator[dict[str, str]]:
         """Within the context: what the parts of a run need is compiled, and each is told how that ended.
 
-        First, with nothing compiled before, a step of `flare` in a process of its own, if its time is wanted; beside it
-        the library's kernels, and what needs no GPU. Then every part, all at once, on a few layers.
+        A few parts at a time compile for a few layers, beside them the library's kernels and the doctor, and a step of
+        `flare` with caches of its own, if its time is wanted: that is an upper bound.
         """
         end, ended = time.monotonic() + AHEAD_SHARE * self.limit, dict[str, str]()
         self.wanted, self.is_warm = tuple(parts), True
         with tempfile.TemporaryDirectory() as folder:
-            if FIRST in parts:
-                self.folder = Path(folder)
-            beside = self._beside(Path(folder), parts)
+            path, beside = Path(folder) / "first.json", self._beside(Path(folder), parts)
             try:
                 if FIRST in parts:
-                    self.results |= self._run([FIRST])
-                ended |= _wait(self._ahead(parts), end)
-                ended |= _wait({name: process for name, process in beside.items() if name != DOCTOR}, end)
-                self.told = beside.get(DOCTOR)
-                self.told_at = Path(folder) / "doctor.json"
+                    own = {name: str(Path(folder) / name) for name in CACHES}
+                    words = [_json([self.plan(FIRST)]), str(path), str(time.time())]
+                    beside[FIRST] = self._start(FIRST, words, own)
+                ended |= _pooled(self._ahead(parts), end)
+                others = {name: process for name, process in beside.items() if name != DOCTOR}
+                ended |= _wait(others, end)
+                if FIRST in parts:
+                    self.results |= read(path, [FIRST], "" if ended[FIRST] == "done" else ended[FIRST])
+                self.told, self.told_at = beside.get(DOCTOR), Path(folder) / "doctor.json"
                 yield ended
             finally:
                 for process in beside.values():
                     process.kill()
                     process.communicate()
-                self.folder = None
 
     told: subprocess.Popen[str] | None = None
     told_at = Path()
@@ -188,25 +187,40 @@ class TrainingSession(Session):
             found[DOCTOR] = self._start(DOCTOR, words)
         return found
 
-    def _ahead(self, parts: Sequence[str]) -> Running:
-        found: Running = {}
-        for part in parts:
+    def _ahead(self, parts: Sequence[str]) -> dict[str, Callable[[], subprocess.Popen[str]]]:
+        """What starts the processes that compile ahead, those that need little memory first."""
+        found: dict[str, Callable[[], subprocess.Popen[str]]] = {}
+        for part in sorted(parts, key=lambda part: not part.endswith("-recompute")):
             if part in (FIRST, DOCTOR, "stock"):
                 continue
             plan = self.plan(part)
-            known = FIRST in self.results and part == "flare"  # those rows are compiled
-            plans = [
-                replace(plan, micro=(micro,), quick=True, ahead=True)
-                for micro in (plan.micro if plan.every else plan.micro[:1])
-                if not (known and micro in self.plan(FIRST).micro)
-            ]
-            for one in plans:
-                found[f"{part} {one.micro[0]}"] = self._start(part, [_json([one])])
+            for micro in sorted(plan.micro) if plan.every else plan.micro[:1]:
+                words = [_json([replace(plan, micro=(micro,), quick=True, ahead=True)])]
+                found[f"{part} {micro}"] = functools.partial(self._start, part, words)
         return found
 
-    def _start(self, part: str, words: Sequence[str]) -> subprocess.Popen[str]:
-        return subprocess.Popen([*python(), *words], env=self.environment(part), stdout=subprocess.DEVNULL,
+    def _start(
+        self, part: str, words: Sequence[str], own: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        environment = {**self.environment(part), **(own or {})}
+        return subprocess.Popen([*python(), *words], env=environment, stdout=subprocess.DEVNULL,
                                 stderr=subprocess.PIPE, text=True)
+
+
+def _pooled(waiting: Mapping[str, Callable[[], subprocess.Popen[str]]], end: float) -> dict[str, str]:
+    """How each process of a queue ended, `AT_ONCE` of them at a time; they are stopped at `end`."""
+    queue, ended = list(waiting.items()), dict[str, str]()
+    running: Running = {}
+    while (queue or running) and time.monotonic() < end:
+        while queue and len(running) < AT_ONCE:
+            name, start = queue.pop(0)
+            running[name] = start()
+        over = {name: process for name, process in running.items() if process.poll() is not None}
+        ended |= _wait(over, end)
+        running = {name: process for name, process in running.items() if name not in over}
+        if not over:
+            time.sleep(0.1)
+    return ended | _wait(running, end) | {name: "not begun: no time left" for name, _ in queue}
 
 
 def _wait(running: Running, end: float) -> dict[str, str]:
