@@ -3,11 +3,10 @@
     python benchmarks/elastic_tiny.py --out benchmarks/results/elastic-tiny-cpu.json
 
 Converts with the recipe `fluid` at the demo's length, trains the horizon head on the same texts, and decodes held-out
-tasks greedily. The head's say is the ablation: "number and gate" takes as many drafts as the head holds for most
-likely, while each reaches the threshold; "gate alone" takes drafts by their own probability; "fixed n" takes n drafts
-in every step. Diffusion-Trust is measured on the same weights, and on those of `--denoise`. A row's threshold is chosen
-on one half of the tasks and reported on the other: the smallest one that keeps `KEEPS` of causal decoding's accuracy
-there, or the most accurate one if none does.
+tasks greedily. The head's say is the ablation: "gate alone" takes drafts by their own probability, "head alone" as many
+as the head says, "fixed n" n drafts in every step. Diffusion-Trust is measured on the same weights, and on those of
+`--denoise`. A row's threshold is chosen on one half of the tasks and reported on the other: the smallest one that keeps
+`KEEPS` of causal decoding's accuracy there, or the most accurate one if none does.
 """
 
 from __future__ import annotations
@@ -40,19 +39,17 @@ from flarec.train.progress import ConsoleReporter
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny"
 THRESHOLDS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
-WAYS = ("ar-trust", "elastic", "number", "gate", "fixed", "diffusion-trust")
+WAYS = ("ar-trust", "elastic", "gate", "fixed", "diffusion-trust")
 SURE = 50.0
 """Logits of a horizon that leaves no doubt."""
-ALL = 1e-6
-"""A threshold that every draft reaches which the horizon allows."""
 KEEPS = 0.95
 TEXTS = TINY / "data" / "train.jsonl"
 
 
-class SureHorizon(HorizonProgram):
-    """Says one number and no doubt: always `drafts`, or if that is None the one that the head holds for most likely."""
+class FixedHorizon(HorizonProgram):
+    """Says the same number everywhere, whatever the head says."""
 
-    def __init__(self, wide: HorizonProgram, drafts: int | None = None) -> None:
+    def __init__(self, wide: HorizonProgram, drafts: int) -> None:
         super().__init__(wide.program)
         self.drafts = drafts
 
@@ -60,7 +57,7 @@ class SureHorizon(HorizonProgram):
         """As `HorizonProgram.step`."""
         rows = super().step(input_ids, layout, head_rows, cache)
         told = rows[:, self.vocab_size :]
-        number = told.argmax(dim=1) if self.drafts is None else torch.full_like(told[:, 0], self.drafts).long()
+        number = torch.full_like(told[:, 0], self.drafts).long()
         sure = SURE * F.one_hot(number, told.shape[1])
         return torch.cat([rows[:, : self.vocab_size], sure.to(rows.dtype)], dim=1)
 
@@ -151,8 +148,7 @@ def _measure(model: Model, options: argparse.Namespace) -> tuple[list[dict[str, 
     if "ar-trust" in wanted:
         rows.append({"name": "ar-trust", **_decode(model, report, "ar-trust")})
     ways = [
-        ("elastic", "elastic", wide), ("number", "elastic, head's number and gate", SureHorizon(wide)),
-        ("gate", "elastic, gate alone", SureHorizon(wide, size)),
+        ("elastic", "elastic, horizon head and gate", wide), ("gate", "elastic, gate alone", FixedHorizon(wide, size)),
     ]
     for way, name, program in ways:
         if way not in wanted:
@@ -163,12 +159,13 @@ def _measure(model: Model, options: argparse.Namespace) -> tuple[list[dict[str, 
         threshold = _chosen(seen, base["accuracy"])
         rows.append({"name": name, "threshold": threshold, **_decode(model, report, "elastic", threshold)})
     if "fixed" in wanted:
-        model.engine._horizon = lambda: SureHorizon(wide)
-        rows.append({"name": "elastic, head's number alone", **_decode(model, report, "elastic", ALL)})
+        model.engine._horizon = lambda: wide
+        rows.append({"name": "elastic, horizon head alone", "threshold": 0.0,
+                     **_decode(model, report, "elastic", 0.0)})
     for drafts in range(1, size + 1) if "fixed" in wanted else ():
-        fixed = SureHorizon(wide, drafts)
+        fixed = FixedHorizon(wide, drafts)
         model.engine._horizon = lambda fixed=fixed: fixed
-        rows.append({"name": f"fixed {drafts}", **_decode(model, report, "elastic", ALL)})
+        rows.append({"name": f"fixed {drafts}", **_decode(model, report, "elastic", 0.0)})
     more, seen_too = _denoised(model, options, base=base) if "diffusion-trust" in wanted else ([], {})
     return rows + more, choosing | seen_too
 

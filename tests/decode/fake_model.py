@@ -67,10 +67,8 @@ class FakeModel:
         """Logits [size + 1] of how many drafts are safe after a prefix."""
         return random_logits(size + 1, self.key, state, 77)
 
-    def horizon(self, prefix: Sequence[int], size: int, count: int) -> float:
-        """How likely at least `count` drafts are safe."""
-        weights = np.exp(self.horizon_from(prefix_state(prefix), size).astype(np.float64))
-        return float(weights[count:].sum() / weights.sum())
+    def horizon(self, prefix: Sequence[int], size: int) -> int:
+        return int(self.horizon_from(prefix_state(prefix), size).argmax())
 
     def noisy(self, prefix: Sequence[int], block: Sequence[int], offset: int, readout: str) -> np.ndarray:
         """Logits [V] of noisy row `offset` of a block anchored after `prefix`."""

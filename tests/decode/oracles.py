@@ -162,10 +162,10 @@ def elastic(
         prefix, suppress = prompt + tokens, [model.mask]
         tokens = [*tokens, pick(model.clean(prefix), params, len(prefix), suppress)[0]]
         taken = 0
-        while taken < size:
+        while taken < model.horizon(prefix, size):
             logits = model.noisy(prefix, [model.mask] * size, taken, "causal")
             token, confidence = pick(logits, params, len(prefix) + 1 + taken, suppress)
-            if model.horizon(prefix, size, taken + 1) * confidence < threshold:
+            if confidence < threshold:
                 break
             tokens.append(token)
             taken += 1

@@ -1,9 +1,9 @@
 """Elastic horizon: every step takes the clean row's token and as many drafts behind it as are predicted to be safe.
 
 A step's clean rows are the tokens that the step before took; behind them lies one block of masked positions. The last
-clean row chooses the next token, which is always taken, and its horizon says how likely so many drafts of the block are
-safe; they follow from the left while that, times their own probability, reaches the threshold. Nothing is verified:
-each taken draft becomes a clean row, and so decides what follows. Contract: docs/semantics.md section 4.
+clean row chooses the next token, which is always taken, and its horizon says how many drafts of the block may follow;
+they do from the left while their confidence holds. Nothing is verified: each taken draft becomes a clean row, and so
+decides what follows. Contract: docs/semantics.md section 4.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..stepper import BlockSpec
 class ElasticMode:
     """State: tokens [rows, 1 + block size] and count [rows], how many of them the next step commits.
 
-    threshold: how sure a draft must be. The program's rows are those of `HorizonProgram`. `Request.ready`:
+    threshold: confidence that a draft must reach. The program's rows are those of `HorizonProgram`. `Request.ready`:
     drafts that were taken with the last token.
     """
 
@@ -60,9 +60,9 @@ class ElasticMode:
         logits, drafted = clean[..., :vocabulary], noisy[..., :vocabulary]
         first, _ = rows.choose(logits, rows.cache.length)
         drafts, confidence = rows.choose(drafted, rows.cache.length + 1, confidence=True)
-        # [rows, size]: how likely at least 1 .. size drafts are safe
-        horizon = clean[:, 0, vocabulary:].float().softmax(dim=1).flip(1).cumsum(dim=1).flip(1)[:, 1:]
-        safe = (horizon * confidence >= self.threshold) & (drafts >= 0)
+        horizon = clean[:, 0, vocabulary:].argmax(dim=1, keepdim=True)
+        slot = torch.arange(size, device=rows.device)
+        safe = (slot < horizon) & (confidence >= self.threshold) & (drafts >= 0)
         taken = safe.long().cumprod(dim=1).sum(dim=1)
         tokens = torch.cat([first, drafts], dim=1)
         rows.state |= {"tokens": tokens.clamp_min(0), "count": taken + 1}
