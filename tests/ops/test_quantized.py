@@ -72,7 +72,7 @@ def test_without_numbers_the_parts_have_their_shapes(kind: str) -> None:
     empty = quantize(weight(96, 1024).to("meta"), kind)  # type: ignore[arg-type]
     assert empty.codes.device.type == "meta"
     if kind == "int8":
-        made = quantize(weight(96, 1024), kind)
+        made = quantize(weight(96, 1024), "int8")
         assert [(value.shape, value.dtype) for value in empty.parts.values()] == [
             (value.shape, value.dtype) for value in made.parts.values()
         ]
