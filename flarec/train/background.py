@@ -22,8 +22,8 @@ from .loop import Trainer
 from .saves import MOMENTS, SavedState
 from .state import StateDirectory
 
-ROOM = 0.8
-"""Of the free main memory a copy may take so much."""
+ROOM = 0.5
+"""Of the free main memory a copy may take so much; writing takes up to as much again, for the bytes of a file."""
 
 
 class _Stopped(Exception):
