@@ -155,13 +155,14 @@ def by_kernel(step: Callable[[], object], count: int) -> dict[str, Any]:
 
 
 def decode(options: argparse.Namespace) -> dict[str, Any]:
-    from flarec.base.generation import GenerationOptions
+    from flarec.base.generation import GenerationOptions, Mode
     from flarec.bench.serving.models import ServingSession
 
     found: dict[str, Any] = {}
     for compiled in (choice == "on" for choice in options.compile):
         session = ServingSession(torch.device(options.device), options.shape, compile=compiled)
-        for requests, mode in ((count, mode) for count in options.requests for mode in ("causal", "ar-trust")):
+        modes: tuple[Mode, ...] = ("causal", "ar-trust")
+        for requests, mode in ((count, mode) for count in options.requests for mode in modes):
             name = f"{mode} {'compiled' if compiled else 'eager'}" + (f", {requests} requests" if requests > 1 else "")
             start, engine = time.perf_counter(), session.engine(requests)
             for prompt in session.prompts(requests):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from flarec.base.generation import GenerationOptions, Mode
 from flarec.decode import Engine
 from flarec.decode.horizon import HorizonProgram
 from flarec.decode.stores import Static
@@ -114,9 +115,10 @@ def test_compiled_graphs_give_the_tokens_of_plain_causal_steps() -> None:
     )
     prompts = [[5, 17, 33, 2, 8], [7], [101, 4, 4, 9]]
     for temperature in (0.0, 1.0):
-        each = {"max_new_tokens": 40, "temperature": temperature, "eos_ids": ()}
-        wanted = [item.token_ids for item in plain.generate(prompts, mode="causal", **each)]
-        for mode, batch in (("causal", 1), ("ar-trust", 1), ("ar-trust", 3)):
-            found = [item.token_ids for item in engine.generate(prompts, mode=mode, batch=batch, **each)]
+        each = GenerationOptions(max_new_tokens=40, temperature=temperature, eos_ids=frozenset())
+        wanted = [item.token_ids for item in plain.generate(prompts, each, mode="causal")]
+        ways: list[tuple[Mode, int]] = [("causal", 1), ("ar-trust", 1), ("ar-trust", 3)]
+        for mode, batch in ways:
+            found = [item.token_ids for item in engine.generate(prompts, each, mode=mode, batch=batch)]
             assert found == wanted, (mode, batch, temperature)
     assert engine.stats.replays > 100 and not engine.stats.eager

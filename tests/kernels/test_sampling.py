@@ -129,15 +129,18 @@ def test_rows_of_logits_and_shared_settings(sampled: bool) -> None:
     given, logits = rows_of(settings), logits_of(5, vocab, 2, 0.5)
     out = torch.zeros(5, vocab, dtype=torch.bool)
     out[3, logits[3].argmax()] = True
-    alone = [x.repeat_interleave(per) for x in given]
-    alone[-1] += torch.arange(per).repeat(2)
-    wanted = torch_choice.choose_rows(logits[source], *alone, out[source], True, sampled)
-    hints = {"sampled": sampled, "per": per}
+    *alone, position = (x.repeat_interleave(per) for x in given)
+    hot, top_k, top_p, seed = alone
+    position += torch.arange(per).repeat(2)
+    wanted = torch_choice.choose_rows(
+        logits[source], hot, top_k, top_p, seed, position, out[source], True, sampled
+    )
     moved, there = rows_of(settings, device=DEVICE), (logits.to(DEVICE), source.to(DEVICE), out.to(DEVICE))
     for confidence in (True, False):
         for name in ("torch", "triton"):
             found = choose(
-                there[0], *moved, there[2], **hints, source=there[1], confidence=confidence, implementation=name
+                there[0], *moved, there[2], sampled=sampled, per=per, source=there[1], confidence=confidence,
+                implementation=name,
             )
             assert torch.equal(found.token.cpu(), wanted[0])
             assert torch.equal(found.probability.cpu(), wanted[1] if confidence else torch.zeros(6))
