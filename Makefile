@@ -18,15 +18,18 @@ export HF_HUB_OFFLINE ?= 1
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
+# Python compiles a module when it is imported first: pip would compile all 16,000, of which a run needs few.
+INSTALL := $(PIP) install -q --no-compile -c constraints.txt
+
 # torch comes first and alone, so that nothing installed later can choose another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt torch==2.13.0
-	$(PIP) install -q -c constraints.txt -e .
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) -e .
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e '.[test]'
+	$(INSTALL) -e '.[test]'
 	@touch $@
 
 install: $(VENV)/.installed-test  ## create .venv with everything that the tests need

@@ -89,6 +89,18 @@ def keep_types() -> None:
         whole = core.tensor(None, core.block_type(core.int1, shape)) if shape else core.tensor(None, core.int1)
         return whole.shape, whole.numel
 
+    blocks: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    typed = core.block_type.__init__
+
+    def block(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *shape)
+        if key in blocks:
+            self.element_ty = element_ty
+            self.shape, self.numel, self.name = blocks[key]
+        else:
+            typed(self, element_ty, shape)
+            blocks[key] = self.shape, self.numel, self.name
+
     made = core.tensor.__init__
 
     def init(self: Any, handle: Any, type: Any) -> None:
@@ -99,4 +111,5 @@ def keep_types() -> None:
         self.shape, self.numel = described(type.shape if type.is_block() else ())
 
     interpreter._get_np_dtype = np_dtype
+    core.block_type.__init__ = block
     core.tensor.__init__ = init

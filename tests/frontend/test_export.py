@@ -201,7 +201,7 @@ def test_capture_leaves_the_model_as_it_was(family: str) -> None:
 @pytest.mark.parametrize("family", ["qwen3_5_text", "kimi_linear", "zamba2"])
 def test_the_model_is_traced_once_and_export_is_the_work(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What capture does around `torch.export` are about 470 calls of Python functions per node; tracing needs 8 000."""
-    captured(family)  # the first of a process imports much
+    traced(family)  # the first of a process imports much
     model, counter = tiny_model(family), CallCounter()
     forwards: list[nn.Module] = []
     model.register_forward_pre_hook(lambda module, _: forwards.append(module))
@@ -214,7 +214,7 @@ def test_the_model_is_traced_once_and_export_is_the_work(family: str, monkeypatc
 
 def test_the_work_of_capture_is_linear_in_the_layers() -> None:
     """In calls of Python functions, which the load of the machine does not change: for 1, 2 and 4 layers."""
-    captured("lfm2")
+    traced("lfm2")
     models = [tiny_model("lfm2", num_hidden_layers=n, layer_types=["full_attention"] * n) for n in (1, 2, 4)]
     one, two, four = (calls_of(capture, model) for model in models)
     assert four - two < 1.1 * 2 * (two - one)
@@ -239,7 +239,7 @@ def test_dropout_is_left_out() -> None:
 
 
 def test_nodes_know_where_they_come_from() -> None:
-    program = captured("qwen3_5_text")
+    program = traced("qwen3_5_text")
     node = program.calls(ops.SOFTMAX_ATTENTION.op)[0]
     assert layer_of(node) == 3
     assert module_of(node) == ("model.layers.3.self_attn", "Qwen3_5Attention")
