@@ -16,7 +16,7 @@ LARGEST = torch.iinfo(torch.int32).max
 
 
 @triton.jit
-def products(x_pointer, y_pointer, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+def products(x_pointer, y_pointer, COUNT: tl.constexpr):
     at = tl.arange(0, COUNT)
     x = tl.load(x_pointer + at)
     tl.store(y_pointer + at, x * 2 + 1)
@@ -37,7 +37,7 @@ def test_an_integer_that_leaves_its_dtype_is_an_error(largest: int, dtype: torch
 
 
 @triton.jit
-def shapes(x_pointer, y_pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def shapes(x_pointer, y_pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     x = tl.load(x_pointer + rows[:, None] * COLUMNS + columns[None, :])
     tl.static_assert(x.shape[0] == ROWS and x.shape[1] == COLUMNS and x.numel == ROWS * COLUMNS)
