@@ -27,7 +27,7 @@ from .shapes import BEHIND, EVERY, MICRO, SHAPE_OF, PartPlan
 
 PART_LIMIT, BEHIND_LIMIT = 120.0, 40.0
 """Seconds of a process, and of each part that is measured in it behind the first."""
-AT_ONCE = 4
+AT_ONCE = 6
 """Processes that compile ahead at a time: they share the memory of one GPU, and the cores."""
 AHEAD_SHARE = 0.35
 """Of the time limit, for compiling ahead."""
@@ -191,7 +191,7 @@ class TrainingSession(Session):
         """What starts the processes that compile ahead, those that need little memory first."""
         found: dict[str, Callable[[], subprocess.Popen[str]]] = {}
         for part in sorted(parts, key=lambda part: not part.endswith("-recompute")):
-            if part in (FIRST, DOCTOR, "stock"):
+            if part in (FIRST, DOCTOR) or part.startswith("stock"):
                 continue
             plan = self.plan(part)
             for micro in sorted(plan.micro) if plan.every else plan.micro[:1]:

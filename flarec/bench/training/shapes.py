@@ -31,7 +31,7 @@ MICRO: dict[str, tuple[int, ...]] = {
 """Rows of a micro batch that are tried, by part: one after the other until one fits, those of `EVERY` all."""
 EVERY = ("flare", "doctor")
 """Of these all are of interest: fewer rows for their peak, more for their speed."""
-BEHIND = {"stock-compiled": "stock", "ar-recompute": "ar", "flare-recompute": "flare", "adapter-recompute": "adapter"}
+BEHIND = {"ar-recompute": "ar", "flare-recompute": "flare", "adapter-recompute": "adapter"}
 """Parts that are measured in the process of another one, behind it: they share its model and what is compiled."""
 PREDICTED = ("ar", "flare", "adapter")
 """Processes that also say what `train.memory = auto` expects of their tries: that takes seconds."""
