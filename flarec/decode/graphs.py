@@ -347,6 +347,9 @@ def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     for buffer, new in pairs:
         if new is buffer or not new.numel():
             continue
+        # along an axis of one element no stride is taken; one request's first rows lie together
+        sizes = zip(new.shape, new.stride(), buffer.stride(), strict=True)
+        buffer = buffer.as_strided(new.shape, [mine if size == 1 else own for size, mine, own in sizes])
         if new.dtype == buffer.dtype and new.stride() == buffer.stride() and _is_dense(new):
             together.setdefault(new.dtype, []).append((buffer, new))
         else:

@@ -8,9 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from flarec.base.generation import GenerationOptions
-from flarec.decode import Engine
+from flarec.decode import Engine, graphs
 from flarec.decode.graphs import Function, PlainReplays, StaticRows
 from flarec.decode.stores import Shelf
 from tests.decode.fake_model import FakeModel
@@ -170,3 +172,22 @@ def test_what_graphs_read_lives_as_long_as_they_do() -> None:
             engine.step()
     assert stores[0] is stores[1] and masks[0] is masks[1]
     assert all(plans[1][shape] is plan for shape, plan in plans[0].items())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_buffers_are_filled_together_where_they_can_be(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one request all of them, also where a step leaves fewer pending rows than the buffers hold."""
+    together: list[int] = []
+    copy = torch._foreach_copy_
+
+    def counted(buffers: list[Tensor], new: list[Tensor]) -> None:
+        together.append(len(new))
+        copy(buffers, new)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", counted)
+    windows, pending = torch.zeros(rows, 7, 5).transpose(1, 2), torch.zeros(rows, 4, 2, 3)
+    new = [torch.randn(rows, 4, 5).transpose(1, 2), torch.randn(rows, 1, 2, 3)]
+    graphs._copy([(windows.narrow(2, 0, 4), new[0]), (pending.narrow(1, 0, 1), new[1])])
+    assert torch.equal(windows[:, :, :4], new[0]) and torch.equal(pending[:, :1], new[1])
+    assert not windows[:, :, 4:].any() and not pending[:, 1:].any()
+    assert together == ([2] if rows == 1 else [])
