@@ -112,8 +112,8 @@ def convert(place: Path, out: str, *more: str, kill_at: int | None = None, seed:
             more = (*more, "--set", "save.background=on")
         words = ["convert", "../source", "--data", "../data.jsonl", "--out", out, *QUICK, "--steps", "5", *more]
         try:
-            command.main(words, standalone_mode=False)
-            code = 0
+            ended = command.main(words, standalone_mode=False)  # an error's exit code is returned here
+            code = ended if isinstance(ended, int) else 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
         except BaseException:

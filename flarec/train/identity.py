@@ -49,9 +49,23 @@ def identity_of(run: Run) -> dict[str, Any]:
 
 
 def name_of(identity: Mapping[str, Any], written_at: int | None = None) -> str:
-    """How the manifest names the run that made a checkpoint. written_at: the step of one that was written early."""
+    """How the manifest names the run that made a checkpoint, whatever the keys of `FREE` are.
+
+    written_at: the step of one that was written early.
+    """
     early = {} if written_at is None else {"written_at": written_at}
-    return hashlib.sha256(json.dumps({**identity, **early}, sort_keys=True).encode()).hexdigest()
+    named = {**identity, "recipe": _without_free_keys(identity.get("recipe")), **early}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+
+def _without_free_keys(recipe: Any) -> Any:
+    if not isinstance(recipe, dict):
+        return recipe
+    return {
+        section: {key: value for key, value in table.items() if (section, key) not in FREE}
+        if isinstance(table, dict) else table
+        for section, table in recipe.items()
+    }
 
 
 def with_steps(identity: Mapping[str, Any], steps: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from flarec.base.lock import OutputLock, lock_path
 from flarec.checkpoint import place as placing
 from flarec.checkpoint.manifest import Manifest
 from flarec.errors import UsageError
+from flarec.train.identity import FREE
 from flarec.train.loop import Trainer
 from flarec.train.metrics import MetricsLog, read_metrics
 from flarec.train.prepare import prepare
@@ -79,11 +80,13 @@ def test_complete_runs_say_so(place: Path, monkeypatch: pytest.MonkeyPatch) -> N
     before = tree(place / "out")
     state = place / "out.partial"
     record = (state / "run.json").read_text()
-    for step in ("nothing is gone", "half is gone", "all is gone"):
+    free = [("save.background", "on"), ("train.shard", "optimizer"), None]  # those change no bit: it is the same run
+    assert {setting[0] for setting in free if setting} == {".".join(key) for key in FREE}
+    for step, setting in zip(("nothing is gone", "half is gone", "all is gone"), free, strict=True):
         if step == "half is gone":
             state.mkdir()
             (state / "run.json").write_text(record)
-        result = flarec(*command)
+        result = flarec(*command, *(["--set", "=".join(setting)] if setting else []))
         assert result.exit_code == 0, (step, result.output)
         assert "out is complete: this run ended before, nothing is left to do" in result.stderr
         assert names(place) == ["data.jsonl", "out", "source"]
