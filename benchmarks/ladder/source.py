@@ -50,9 +50,9 @@ def train_source(
     )
     finished = time.perf_counter()
     # the configuration of the untrained model: that of a conversion says that it is one
-    model.load_state_dict(AutoModelForCausalLM.from_pretrained(trained).state_dict())
+    model.load_state_dict(AutoModelForCausalLM.from_pretrained(trained, trust_remote_code=False).state_dict())
     model.to(torch.bfloat16).save_pretrained(out / "source")
-    AutoTokenizer.from_pretrained(data / "tokenizer").save_pretrained(out / "source")
+    AutoTokenizer.from_pretrained(data / "tokenizer", trust_remote_code=False).save_pretrained(out / "source")
     return {
         "shape": shape, "parameters": sum(value.numel() for value in model.parameters()), "steps": steps, "rows": rows,
         "length": length, "data": part, "tasks_share": TASKS_SHARE, "seed": seed,
@@ -69,7 +69,7 @@ def mix(data: Path, part: str) -> list[str]:
 
 def _blank(data: Path, folder: Path, shape: str, seed: int) -> Any:
     """Random weights on disk, with the tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer", trust_remote_code=False)
     sizes = SHAPES[shape]
     quarter = sizes["head_dim"] // 4
     config = Qwen3_5TextConfig(

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from flarec import doctor, ops
 from flarec.cli import main
 from flarec.cli.doctor import size_text
-from flarec.doctor import diagnosis, estimates
+from flarec.doctor import diagnosis, estimates, steps
 from flarec.doctor.kernels import REFUSED, sites
 from flarec.doctor.report import Rates
 from flarec.doctor.simulate import ATTENTION, BATCHED, GATHER, MATMUL, MEMORY
@@ -179,7 +179,7 @@ def test_a_pass_that_refuses_is_told(error: type[Exception], small: Path, monkey
         assert target == "train"
         raise error("a noisy token could reach a clean one")
 
-    monkeypatch.setattr(diagnosis, "lower", refuses)
+    monkeypatch.setattr(steps, "lower", refuses)
     done = run(small, "--json")
     assert done.exit_code == 1, done.output
     found = json.loads(done.stdout)
