@@ -93,7 +93,8 @@ class GeneratedIds:
         if given.tokenizer != self.vocabulary:
             return None, OTHER_TOKENIZER
         ids, spans = text
-        if answer is None or not spans or decode_tokens(self.tokenizer, given.ids) != answer:
+        stopped = not any(i in ends for i in given.ids[:-1])  # nothing is written behind an end token
+        if answer is None or not spans or not stopped or decode_tokens(self.tokenizer, given.ids) != answer:
             return None, OTHER_TEXT
         try:
             prompt = self._prompt(shape)

@@ -100,6 +100,8 @@ CHANGED: dict[str, tuple[Any, str]] = {
              generated.OTHER_TEXT),
     "prompt": (lambda found: {**found, "messages": [EARLIER[0], *found["messages"][-1:]]}, generated.OTHER_PROMPT),
     "tokenizer": (lambda found: {**found, KEY: {**found[KEY], "tokenizer": "0"}}, generated.OTHER_TOKENIZER),
+    "an end within": (lambda found: {**found, KEY: {**found[KEY], "ids": [*letters("wo"), END, *letters("rld"), END]}},
+                      generated.OTHER_TEXT),
     "not trained": (lambda found: {**found, "messages": [*EARLIER, {**found["messages"][-1], "weight": 0}]},
                     generated.OTHER_TEXT),
 }
