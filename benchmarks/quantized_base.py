@@ -85,6 +85,7 @@ def step(options: argparse.Namespace, keep: Keep) -> None:
     stored, so they are measured behind it."""
     cuda = options.device.startswith("cuda")
     captured: Any
+    trainer: Any
     for shape in options.shapes.split(","):
         recipe = load_recipe("draft").override([
             "adapter.rank=64", "adapter.alpha=64", "objective.ar_weight=0", "mask_token=vector",
@@ -119,7 +120,7 @@ def step(options: argparse.Namespace, keep: Keep) -> None:
                 })
             except Exception as error:  # the other measurements go on
                 keep({"shape": shape, "base": base, "error": f"{type(error).__name__}: {str(error)[:300]}"})
-            trainer = None  # type: ignore[assignment]
+            trainer = None
             gc.collect()
         captured = None
         gc.collect()

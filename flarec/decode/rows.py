@@ -6,9 +6,9 @@ elsewhere come in (`join`). What a row computes depends on no other row and on n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter as clock
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from .plan import DecodeProgram, StepPlan, StepShape
 from .request import Request
 from .sampling import SamplingRows, choose
 from .stepper import BlockSpec, Stepper
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class Mode(Protocol):
@@ -71,7 +74,7 @@ class Rows(Stepper):
     sampling  parameters of each row
     suppress  [V] bool ids that are never chosen, or None
     plans     shared between the rows of a scheduler, of which `most_plans` are kept (None: all of them)
-    constants of `constant`
+    constants of `constant`, as many
     active    [rows] bool: rows of a request; None: all of them
     overwrites   whether steps may put new states in the place of the old ones
     logprobs  alternatives per token whose log-probabilities all of its requests want; None: they want none
@@ -140,10 +143,9 @@ class Rows(Stepper):
 
     def constant(self, value: int, *sizes: int) -> Tensor:
         """int64 of one value, made once: nobody writes into it."""
-        key = value, sizes
-        if key not in self.constants:
-            self.constants[key] = torch.full(sizes, value, dtype=torch.int64, device=self.device)
-        return self.constants[key]
+        return self._kept(
+            self.constants, (value, sizes), lambda: torch.full(sizes, value, dtype=torch.int64, device=self.device)
+        )
 
     def accept(self, rows: Tensor) -> None:
         """Keep the first `rows[b]` clean rows of the step that just ran."""
@@ -165,7 +167,7 @@ class Rows(Stepper):
 
     def compute(self, shape: StepShape) -> Tensor:
         """The part of a step that is a function of tensors; returns what `Mode.report` is given [rows, n] int64."""
-        plan = self._plan(shape)
+        plan = self._kept(self.plans, shape, lambda: StepPlan(shape, self.device))
         ids, anchors = self.mode.inputs(self, shape)
         layout = plan.layout(self.cache.length, anchors)
         if self.overwrites:
@@ -173,14 +175,14 @@ class Rows(Stepper):
         clean, noisy = plan.split(self.program.step(ids, layout, plan.head_rows, self.cache))
         return self.mode.read(self, shape, clean, noisy)
 
-    def _plan(self, shape: StepShape) -> StepPlan:
-        """The plan of a shape. The oldest ones go: requests that end one by one make as many shapes as they are."""
-        plan = self.plans.get(shape)
-        if plan is None:
-            if self.most_plans is not None and len(self.plans) >= self.most_plans:
-                del self.plans[next(iter(self.plans))]
-            plan = self.plans[shape] = StepPlan(shape, self.device)
-        return plan
+    def _kept(self, table: dict[K, V], key: K, make: Callable[[], V]) -> V:
+        """What was made for a key. The oldest go: requests that end one by one make as many shapes as they are."""
+        found = table.get(key)
+        if found is None:
+            if self.most_plans is not None and len(table) >= self.most_plans:
+                del table[next(iter(table))]
+            found = table[key] = make()
+        return found
 
     def _report(self, values: list[list[int]]) -> None:
         """Tell the mode. A request whose report fails ends; the others go on."""

@@ -83,7 +83,7 @@ def test_they_are_made_once(family: str) -> None:
         assert all(torch.equal(a, b) for a, b in values if isinstance(a, Tensor))
 
 
-def test_few_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_plans_and_constants_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that end one by one step in as many shapes as they are; what is kept of them is bounded."""
     alive: weakref.WeakSet[StepPlan] = weakref.WeakSet()
 
@@ -95,8 +95,19 @@ def test_few_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     made: list[int] = []
     monkeypatch.setattr("flarec.decode.rows.StepPlan", Known)
+    sizes, held, constant = set[tuple[int, ...]](), list[int](), Rows.constant
+
+    def counted(rows: Rows, value: int, *size: int) -> Tensor:
+        found = constant(rows, value, *size)
+        sizes.add(size)
+        held.append(len(rows.constants))
+        assert found.shape == size and bool((found == value).all())
+        return found
+
+    monkeypatch.setattr(Rows, "constant", counted)
     engine, _ = make_engine(FakeModel(agreement=0.5), 3)
     each = [GenerationOptions(mode="ar-trust", max_new_tokens=1 + n) for n in range(40)]
     results = engine.generate([[1, 2, 3]] * 40, each, batch=40)
     assert [len(item.token_ids) for item in results] == [1 + n for n in range(40)]
     assert Rows.most_plans and len(made) > Rows.most_plans >= max(made)
+    assert len(sizes) > Rows.most_plans >= max(held)
