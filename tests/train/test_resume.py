@@ -160,8 +160,10 @@ def test_more_saves_can_be_kept(directory: StateDirectory) -> None:
 
 @pytest.mark.parametrize("limit", [0, 100, 10_000])
 def test_a_full_disk_keeps_the_last_good_save(directory: StateDirectory, limit: int) -> None:
+    with full_disk(limit), pytest.raises(TrainingError, match=r"and start again with --resume \(there is no save yet"):
+        directory.save(3, values(3))
     directory.save(3, values(3))
-    with full_disk(limit), pytest.raises(TrainingError, match=r"cannot write .*continue with --resume"):
+    with full_disk(limit), pytest.raises(TrainingError, match=r"and continue with --resume from the save of step 3$"):
         directory.save(6, values(6))
     assert step_of(directory) == 3
     assert not list(directory.path.glob("*06*")), "nothing half-written stays"
@@ -195,6 +197,9 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"cannot make .*choose another --out"):
         StateDirectory(tmp_path / "file" / "out.partial").create({})
+    with full_disk(0), pytest.raises(TrainingError, match=r"cannot write .* and start again$"):
+        StateDirectory(tmp_path / "out.partial").create({})
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_metrics_continue_at_the_save(tmp_path: Path) -> None:
