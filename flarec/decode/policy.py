@@ -29,8 +29,9 @@ SWITCH = 0.5
 """Steps of causal decoding that it takes to begin to draft, besides the steps: buffers are spread (`Store.spread`)."""
 GUESS = 1.0
 """Steps of causal decoding that a step is believed to take longer than one before any like it was measured."""
-PATIENCE = 512
-"""Steps with drafts, after which a causal one measures what that costs now, or larger blocks are tried."""
+PATIENCE, CLOSE = (256, 512), 1.5
+"""Steps with drafts, after which a causal one measures what that costs now: the first where drafts yield less than
+CLOSE times as much per second. Every fourth time larger blocks are tried instead."""
 PAUSES = (64, 1024)
 """Causal steps until drafts are tried, doubled where they did not pay."""
 SOON = 16
@@ -40,19 +41,21 @@ LOOK = 8
 TRIAL = 6
 LEAST = 3
 """Steps of a trial, and of the shortest one: nothing is verified in the first."""
-WARM = 2
-"""Timings of blocks before they are judged."""
-MEMORY = 32.0
+WARM = 3
+"""Timings of blocks before they are judged; of causal steps, by which all others are judged, twice as many."""
+STALE = 2 * WARM
+"""Timings that count, of what was not used for a while."""
+DELAYED = 1.5
+"""Of the mean: a step that takes longer was delayed by something else, and tells no more than that."""
+MEMORY = 64.0
 LONG = 10
 """Drafts of a depth that count, or those of so many steps if these are more."""
 LEARN = 0.1
 """Weight of a timing in the running mean, once there are more of them."""
-STALE = 4
-"""Timings that count, of what was not used for a while."""
-KEEP = 1.02
-"""Drafts begin, and other blocks are taken, where they yield so much more per second."""
+KEEP = 1.03
+"""Other blocks than those in use are taken where they yield so much more per second."""
 NEW = 1.02
-"""The same for blocks that were never measured: on a GPU every kind of step is recorded once."""
+"""The same on top for blocks that were never measured: on a GPU every kind of step is recorded once."""
 PRIOR = 4.0
 """Accepted drafts, and as many rejected ones, that every depth is believed to have had at first."""
 
@@ -63,6 +66,12 @@ class Drafting(NamedTuple):
 
     size: int
     branches: bool = True
+
+    @property
+    def rows(self) -> int:
+        """Of each request."""
+        clean = 1 + self.size
+        return clean + self.size * (clean if self.branches else 1)
 
 
 CAUSAL = Drafting(0)
@@ -92,8 +101,9 @@ class DraftPolicy:
         self._wait = 0  # steps until a choice is made
         self._left: tuple[Drafting, float, int] | None = None  # what a causal step interrupts
         self._pause = PAUSES[0]
-        self._drafted = 0  # steps with drafts since a causal one, or larger blocks
-        self._deeper = False
+        self._drafted = 0  # steps with drafts since the costs were looked at
+        self._patience = PATIENCE[0]
+        self._looks = 0
 
     def acceptance(self, depth: int) -> float:
         """Share of the drafts at a depth (from 1) that are right when those before them are."""
@@ -141,8 +151,7 @@ class DraftPolicy:
         rows = _bucket(rows)
         mean, count = self._costs.get((rows, drafting), (0.0, 0))
         weight = max(1 / (count + 1), LEARN)
-        # a step that something else has delayed tells nothing
-        seconds = min(seconds, 3 * mean) if count >= WARM else seconds
+        seconds = min(seconds, DELAYED * mean) if count >= WARM else seconds
         self._costs[rows, drafting] = mean + weight * (seconds - mean), count + 1
         gain = SLACK
         if drafting != CAUSAL and (plain := self._costs.get((rows, CAUSAL))) is not None and plain[0] > 0:
@@ -150,13 +159,13 @@ class DraftPolicy:
         self.purse = min(PURSE, self.purse + gain)
 
     def cost(self, rows: int, drafting: Drafting) -> float | None:
-        """Seconds of a step; between two sizes of the same kind that were measured, on the line. None if unknown."""
-        return _between(self._known(_bucket(rows), drafting.branches), drafting.size)
+        """Seconds of a step; between two of the same kind that were measured, by the rows of each. None if unknown."""
+        return _between(self._known(_bucket(rows), drafting.branches), drafting.rows)
 
     def _known(self, rows: int, branches: bool) -> list[tuple[int, float]]:
-        """Sizes of one kind of block that were measured, in order, and their costs."""
+        """Rows of each request with one kind of block, where that was measured, in order, and their costs."""
         alike = [item for item in self.choices if item == CAUSAL or item.branches == branches]
-        return [(item.size, self._costs[rows, item][0]) for item in alike if (rows, item) in self._costs]
+        return [(item.rows, self._costs[rows, item][0]) for item in alike if (rows, item) in self._costs]
 
     def _timings(self, drafting: Drafting) -> int:
         return self._costs.get((self._rows, drafting), (0.0, 0))[1]
@@ -181,20 +190,21 @@ class DraftPolicy:
 
     def _choose(self) -> None:
         self._learn()
-        if self._timings(CAUSAL) < WARM:
+        if self._timings(CAUSAL) < 2 * WARM:
             return self._take(CAUSAL)
-        needed = LEAST * GUESS + SWITCH * (self.drafting == CAUSAL)
-        for item in self._first:
-            if self._timings(item) < WARM and self.purse >= needed:
-                return self._take(item)
         costs = self._relative()
-        if self.drafting != CAUSAL and self._drafted >= PATIENCE:
+        for item in self._first:
+            extra = costs[item] - 1 if item in costs else GUESS
+            if self._timings(item) < WARM and self.purse >= LEAST * extra + SWITCH * (self.drafting == CAUSAL):
+                return self._take(item, extra)
+        if self.drafting != CAUSAL and self._drafted >= self._patience:
             return self._again(costs)
         return self._judge(costs)
 
     def _judge(self, costs: Mapping[Drafting, float]) -> None:
         """Go on drafting while that pays; else rest, and then see whether it does now."""
-        used, best, pays = self.drafting, *self._best(costs)
+        used, best, gain = self.drafting, *self._best(costs)
+        pays, self._patience = gain > 1.0, PATIENCE[gain > CLOSE]
         if used != CAUSAL:
             if pays:
                 self._pause = PAUSES[0]
@@ -208,10 +218,11 @@ class DraftPolicy:
             self._wait = ceil((need - self.purse) / SLACK)
         else:
             self._doubt()
+            self._forget(best)
             self._take(best, costs[best] - 1, TRIAL - 1)
 
-    def _best(self, costs: Mapping[Drafting, float]) -> tuple[Drafting, bool]:
-        """The blocks that yield most, of those that may be tried, and whether that is more than without any."""
+    def _best(self, costs: Mapping[Drafting, float]) -> tuple[Drafting, float]:
+        """The blocks that yield most per second, of those that may be tried, and how much, a causal step being 1."""
         runs = self._runs()
         totals, rates = list(accumulate(runs)), dict[Drafting, float]()
         for item, cost in costs.items():
@@ -219,16 +230,17 @@ class DraftPolicy:
                 favour = KEEP if item == self.drafting else 1.0 if self._timings(item) else 1 / NEW
                 rates[item] = favour * _expected(item, runs, totals) / cost
         best = max(rates, key=lambda item: rates[item], default=CAUSAL)
-        return best, best != CAUSAL and _expected(best, runs, totals) / costs[best] > 1.0
+        return best, _expected(best, runs, totals) / costs.get(best, 1.0)
 
     def _again(self, costs: Mapping[Drafting, float]) -> None:
-        """What is not used for long is measured anew: in turn what a causal step costs, and how many drafts are right in
-        the largest blocks."""
-        self._drafted, self._deeper = 0, not self._deeper
+        """What is not used for long is measured anew: what a causal step costs, and now and then how many drafts are
+        right in the largest blocks."""
+        self._drafted, self._looks = 0, self._looks + 1
         largest = max(item for item in self.choices if item.branches == self.drafting.branches)
-        if not self._deeper:
+        if self._looks % 4:
             self._left = self.drafting, self._extra, 0
-            self.drafting, self._extra = CAUSAL, 0.0
+            self._forget(CAUSAL)
+            self._take(CAUSAL)
         elif largest != self.drafting and costs.get(largest, inf) - 1 < self.purse:
             self._take(largest, costs[largest] - 1, TRIAL - 1)
 
@@ -236,9 +248,12 @@ class DraftPolicy:
         """From the next step on, for so many steps behind it."""
         if self.drafting == CAUSAL != drafting and self._left is None:
             self.purse -= SWITCH
-        if drafting != self.drafting and (known := self._costs.get((self._rows, drafting))) is not None:
-            self._costs[self._rows, drafting] = known[0], min(known[1], STALE)
         self.drafting, self._extra, self._wait = drafting, max(0.0, extra), wait
+
+    def _forget(self, drafting: Drafting) -> None:
+        """What a step costs was measured a while ago."""
+        if (known := self._costs.get((self._rows, drafting))) is not None:
+            self._costs[self._rows, drafting] = known[0], min(known[1], STALE)
 
     def _rest(self) -> None:
         """Causal steps until drafts are tried again."""
@@ -247,7 +262,7 @@ class DraftPolicy:
     def _relative(self) -> dict[Drafting, float]:
         """Costs of steps, a causal one being 1; of those about which something is known."""
         known = {branches: self._known(self._rows, branches) for branches in (False, True)}
-        costs = {item: _between(known[item.branches], item.size) for item in self.choices}
+        costs = {item: _between(known[item.branches], item.rows) for item in self.choices}
         plain = costs[CAUSAL] or 1.0
         return {item: cost / plain for item, cost in costs.items() if cost}
 
@@ -265,15 +280,15 @@ def _expected(drafting: Drafting, runs: Sequence[float], totals: Sequence[float]
     return drafted * totals[drafting.size] + 1 - drafted
 
 
-def _between(known: Sequence[tuple[int, float]], size: int) -> float | None:
-    """The cost of a size, on the line between those around it that are known; None beyond them."""
-    place = bisect_left(known, (size,))
-    if place < len(known) and known[place][0] == size:
+def _between(known: Sequence[tuple[int, float]], rows: int) -> float | None:
+    """The cost of so many rows, on the line between those around them that are known; None beyond them."""
+    place = bisect_left(known, (rows,))
+    if place < len(known) and known[place][0] == rows:
         return known[place][1]
     if not 0 < place < len(known):
         return None
     (low, below), (high, above) = known[place - 1], known[place]
-    return below + (above - below) * (size - low) / (high - low)
+    return below + (above - below) * (rows - low) / (high - low)
 
 
 def _bucket(rows: int) -> int:

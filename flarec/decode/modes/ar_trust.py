@@ -15,10 +15,13 @@ from torch.nn.functional import pad
 from flarec.kernels import drafts
 
 from ..plan import StepShape
-from ..policy import Drafting, DraftPolicy
+from ..policy import CAUSAL, Drafting, DraftPolicy
 from ..request import Origin, Request
 from ..rows import Rows
 from ..stepper import BlockSpec
+
+
+CLEAN: list[Origin] = ["clean"]
 
 
 class ARTrustMode:
@@ -53,11 +56,12 @@ class ARTrustMode:
         return torch.cat([torch.full_like(token, -1), rows.state["have"][:, None], token], dim=1)
 
     def shape(self, rows: Rows) -> StepShape:
-        clean = 1 + max(request.ready for request in rows.requests)
         size, branches = self.blocks.size, self.branches
         if self.policy is not None:  # a step verifies as many drafts as a block of its has: one graph per choice
             size, branches = self.policy.next(rows.width) if rows.timed else self.policy.drafting
             clean = 1 + size
+        else:
+            clean = 1 + max(request.ready for request in rows.requests)
         self.verified = clean - 1
         self._served = self._gave = 0
         blocks = (clean if branches else 1) if size else 0
@@ -110,8 +114,8 @@ class ARTrustMode:
     def report(self, request: Request, values: list[int]) -> None:
         if len(values) == 1:  # a step without drafts
             request.ready = 0
-            request.count(0, 0)
-            request.emit(values, ["clean"])
+            request.undrafted += 1
+            request.emit(values, CLEAN)
             return
         accepted, have, *tokens = values
         held, request.ready = request.ready, have
@@ -130,6 +134,5 @@ class ARTrustMode:
 
     def timed(self, shape: StepShape, seconds: float) -> None:
         if self.policy is not None:
-            branches = shape.blocks in (0, shape.clean)
-            tokens = self._gave / self._served if self._served else 1.0
-            self.policy.timed(shape.rows, Drafting(shape.block_heads, branches), seconds, tokens)
+            drafting = Drafting(shape.block_heads, shape.blocks > 1) if shape.blocks else CAUSAL
+            self.policy.timed(shape.rows, drafting, seconds, self._gave / self._served if self._served else 1.0)
