@@ -20,7 +20,6 @@ from ..request import Origin, Request
 from ..rows import Rows
 from ..stepper import BlockSpec
 
-
 CLEAN: list[Origin] = ["clean"]
 
 
