@@ -77,8 +77,6 @@ def _kernels(session: ServingSession, step: Any, count: int = 4) -> dict[str, An
     """Of a step: how many kernels and copies, how long they are busy, and the longest by name (microseconds)."""
     if not session.on_gpu:
         return {}
-    from torch.autograd import DeviceType
-
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(count):
             step()
@@ -86,7 +84,7 @@ def _kernels(session: ServingSession, step: Any, count: int = 4) -> dict[str, An
     times: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     for event in profile.events() or []:
-        if event.device_type == DeviceType.CUDA:
+        if str(event.device_type).endswith("CUDA"):
             times[event.name[:90]] += event.device_time
             calls[event.name[:90]] += 1
     most = {name: [calls[name] / count, round(us / count, 2)] for name, us in times.most_common(45)}
@@ -146,6 +144,7 @@ class Watched:
 def of_requests(session: ServingSession, requests: int, turns: int, acceptances: list[float], note: Any) -> None:
     """Turns of 50 steps."""
     plain, auto = session.engine(requests), session.engine(requests, kind=ReplayingEngine)
+    assert isinstance(auto, ReplayingEngine)
     auto.share = torch.zeros(1, device=session.device)
     policy = auto.__dict__["_policy"] = HeldPolicy(choices_of(session.block, "causal"))
     policy.held = CAUSAL

@@ -222,14 +222,15 @@ class Store:
         """Let more pending rows per slot lie there: those that do, and zeros behind them."""
         if held <= self.held:
             return
-        for slot in self.cache.slots:
-            axis = slot.pending_dim()
-            if axis is None:
-                continue
-            old, new = (self._view(slot, self.slots, self.cache.capacity, rows) for rows in (self.held, held))
-            old = old.clone()
-            new.zero_()
-            new.narrow(axis, 0, old.shape[axis]).copy_(old)
+        slots = [slot for slot in self.cache.slots if slot.pending_dim() is not None]
+        old, new = (
+            [self._view(slot, self.slots, self.cache.capacity, rows) for slot in slots] for rows in (self.held, held)
+        )
+        kept = [torch.empty_like(tensor) for tensor in old]
+        _copy(zip(kept, old, strict=True))
+        for tensor in new:
+            tensor.zero_()
+        _copy(map(_place, zip(new, kept, slots, strict=True)))
         self.held = held
 
     def per_slot(self) -> list[tuple[Tensor, int]]:
