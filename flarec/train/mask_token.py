@@ -59,9 +59,11 @@ def regular_ids(tokenizer: Any, reserved: Collection[int]) -> tuple[tuple[int, i
     """The ranges [first, end) of ids of tokens that are not special and not `reserved`."""
     added = {number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
     ids = sorted({*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids} - added - {*reserved})
-    firsts = [i for before, i in zip([None, *ids], ids, strict=False) if before is None or i != before + 1]
-    lasts = [i for i, after in zip(ids, [*ids[1:], None], strict=True) if after is None or after != i + 1]
-    return tuple((first, last + 1) for first, last in zip(firsts, lasts, strict=True))
+    ranges: list[tuple[int, int]] = []
+    for i in ids:
+        first = ranges.pop()[0] if ranges and ranges[-1][1] == i else i
+        ranges.append((first, i + 1))
+    return tuple(ranges)
 
 
 def _reserved_ids(config: Mapping[Any, Any]) -> Iterator[int]:

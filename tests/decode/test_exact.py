@@ -1,9 +1,10 @@
 """AR-Trust gives the tokens of causal decoding, whatever runs beside it: random scenarios on real (tiny) models.
 
 A scenario draws a family, a readout, a policy of drafts, a block size, slots, chunks of prompts, whether steps go
-through the buffers of graphs, and whether prompts come from a prefix cache; the noise of every third is random ids; its requests arrive, stop and are cancelled
-at random. A case is a request. The default suite runs a sample; `make test-exact CASES=10000` runs as many as one
-likes, in parts of a few families each, so that several processes share them.
+through the buffers of graphs, and whether prompts come from a prefix cache; the noise of every third is random ids; its
+requests arrive, stop and are cancelled at random. A case is a request. The default suite runs a sample; `make
+test-exact CASES=10000` runs as many as one likes, in parts of a few families each, so that several processes share
+them.
 """
 
 from __future__ import annotations
