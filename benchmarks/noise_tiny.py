@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -20,13 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("FLAREC_CACHE_DIR", "off")
-
 import torch
 import transformers
 
 import flarec
 from flarec.checkpoint.directory import open_checkpoint
+from flarec.device import resolve_kernels
 from flarec.frontend.export import capture
 from flarec.passes import lower
 from flarec.recipe import Recipe, load_recipe
@@ -43,19 +41,23 @@ SETTINGS = ("optimizer.warmup_steps=10", "data.max_length=512", "evaluation.ever
 LAST = 10
 
 
-def run(recipe: Recipe, kind: str, seed: int, tasks: int, new_tokens: int) -> dict[str, Any]:
+def run(recipe: Recipe, kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """A training and its measurement, as `flarec convert` makes them."""
     start = time.process_time()
+    device = torch.device(options.device)
     source = open_checkpoint(TINY / "model")
-    tokenizer, model = source.load_tokenizer(), source.load_model(torch.float32)
+    tokenizer, model = source.load_tokenizer(), source.load_model(torch.float32, device)
     config = source.load_config()
-    captured = capture(model)
+    captured = capture(model, cache=True)
     mask: MaskToken = choose_mask_token(kind, config, tokenizer)
     if kind != "row":
         initialise_mask_token(mask, model, captured, tokenizer)
     start_adapter(captured, recipe, seed, lambda line: None)
     vector, adapter = mask.kind == "vector", adapter_of(recipe)
-    train, decode = (lower(captured, target, mask_vector=vector, adapter=adapter) for target in ("train", "decode"))
+    train, decode = (
+        lower(captured, target, mask_vector=vector, adapter=adapter, kernels=resolve_kernels("auto", device))
+        for target in ("train", "decode")
+    )
 
     def load(name: str, most: int | None = None) -> Any:
         path = parse_source(str(TINY / "data" / name))
@@ -68,14 +70,16 @@ def run(recipe: Recipe, kind: str, seed: int, tasks: int, new_tokens: int) -> di
     trainer = Trainer(train, recipe, mask, rows, seed)
     steps = [trainer.advance().read(tokenizer) for _ in range(recipe.optimizer.steps)]
     trained = time.process_time()
-    held = HeldOut(load("test.jsonl", tasks), train, decode, recipe, mask, source.eos_ids(config, tokenizer), 4096)
+    held = HeldOut(load("test.jsonl", options.tasks), train, decode, recipe, mask, source.eos_ids(config, tokenizer), 4096)
     engine, prompts = held.engine(), [prompt_of(document) for document in held.documents]
     found: dict[str, Any] = {
         "kind": kind, "seed": seed, "trained_numbers": sum(p.numel() for p in trainer.parameters.values()),
         "expected_accepted": statistics.mean(step["expected_accepted"] for step in steps[-LAST:]),
     }
     for temperature in (0.0, 1.0):
-        made = engine.generate(prompts, mode="ar-trust", max_new_tokens=new_tokens, temperature=temperature, seed=seed)
+        made = engine.generate(
+            prompts, mode="ar-trust", max_new_tokens=options.new_tokens, temperature=temperature, seed=seed
+        )
         total = sum(one.new_tokens for one in made)
         found[f"T={temperature:.0f}"] = {
             "tokens_per_forward": total / sum(one.forwards for one in made), "new_tokens": total,
@@ -100,28 +104,34 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tasks", type=int, default=20)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--tasks", type=int, default=12)
+    parser.add_argument("--new-tokens", type=int, default=40)
+    parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="S", help="begin no run after S seconds")
+    parser.add_argument("--commit", help="of the tree, where git cannot tell")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    options = parser.parse_args()
+    options, start = parser.parse_args(), time.monotonic()
     recipe = load_recipe("adapter").override([
         *SETTINGS, f"optimizer.steps={options.steps}", f"optimizer.batch_rows={options.rows}",
         f"optimizer.micro_rows={options.rows}", *options.set,
     ])
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=TINY, capture_output=True, text=True, check=False)
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=TINY, capture_output=True, text=True, check=False)
     table: dict[str, Any] = {
-        "command": "python benchmarks/noise_tiny.py " + " ".join(sys.argv[1:]), "commit": commit.stdout.strip() or None,
-        "device": f"CPU, {torch.get_num_threads()} threads",
+        "command": "python benchmarks/noise_tiny.py " + " ".join(sys.argv[1:]), "commit": options.commit or found.stdout.strip() or None,
+        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else
+                  f"CPU, {torch.get_num_threads()} threads",
         "versions": {"flarec": flarec.__version__, "torch": torch.__version__,
                      "transformers": transformers.__version__, "python": platform.python_version()},
         "recipe": recipe.to_dict(), "runs": [],
     }
     for seed in range(options.seeds):
         for kind in KINDS:
-            table["runs"].append(run(recipe, kind, seed, options.tasks, options.new_tokens))
+            if time.monotonic() - start > options.time_limit:
+                continue
+            table["runs"].append(run(recipe, kind, seed, options))
             print(json.dumps(table["runs"][-1]), flush=True)
             table["summary"] = summary(table["runs"])
             options.out.write_text(json.dumps(table, indent=1) + "\n")

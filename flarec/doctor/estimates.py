@@ -72,7 +72,10 @@ def estimated(
     say(f"measuring {device}")
     width = int(config.get_text_config().hidden_size)
     rates = {dtype: measure(device, dtype, width) for dtype in dict.fromkeys((train.dtype, decode.dtype))}
-    served = {name: seconds_of(work, rates[decode.dtype]) for name, work in serving.steps.items()}
+    left_out = () if "diffusion-trust" in recipe.readouts() else ("Diffusion-Trust",)
+    served = {
+        name: seconds_of(work, rates[decode.dtype]) for name, work in serving.steps.items() if name not in left_out
+    }
     return replace(
         report,
         convert=convert,
