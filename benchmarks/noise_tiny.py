@@ -48,6 +48,7 @@ def run(recipe: Recipe, kind: str, seed: int, options: argparse.Namespace) -> di
     source = open_checkpoint(TINY / "model")
     tokenizer, model = source.load_tokenizer(), source.load_model(torch.float32, device)
     config = source.load_config()
+    ends = source.eos_ids(config, tokenizer)
     captured = capture(model, cache=True)
     mask: MaskToken = choose_mask_token(kind, config, tokenizer)
     if kind != "row":
@@ -61,7 +62,6 @@ def run(recipe: Recipe, kind: str, seed: int, options: argparse.Namespace) -> di
 
     def load(name: str, most: int | None = None) -> Any:
         path = parse_source(str(TINY / "data" / name))
-        ends = source.eos_ids(config, tokenizer)
         (made,) = load_sources([path], tokenizer, max_length=recipe.data.max_length, end_ids=ends)
         return made if most is None else [made.document(index) for index in range(most)]
 
@@ -70,7 +70,7 @@ def run(recipe: Recipe, kind: str, seed: int, options: argparse.Namespace) -> di
     trainer = Trainer(train, recipe, mask, rows, seed)
     steps = [trainer.advance().read(tokenizer) for _ in range(recipe.optimizer.steps)]
     trained = time.process_time()
-    held = HeldOut(load("test.jsonl", options.tasks), train, decode, recipe, mask, source.eos_ids(config, tokenizer), 4096)
+    held = HeldOut(load("test.jsonl", options.tasks), train, decode, recipe, mask, ends, 4096)
     engine, prompts = held.engine(), [prompt_of(document) for document in held.documents]
     found: dict[str, Any] = {
         "kind": kind, "seed": seed, "trained_numbers": sum(p.numel() for p in trainer.parameters.values()),
@@ -85,6 +85,10 @@ def run(recipe: Recipe, kind: str, seed: int, options: argparse.Namespace) -> di
             "tokens_per_forward": total / sum(one.forwards for one in made), "new_tokens": total,
         }
     return {**found, "train_cpu_seconds": trained - start, "decode_cpu_seconds": time.process_time() - trained}
+
+
+def device_text(device: str) -> str:
+    return torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -110,7 +114,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tasks", type=int, default=12)
     parser.add_argument("--new-tokens", type=int, default=40)
-    parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="S", help="begin no run after S seconds")
+    parser.add_argument("--time-limit", type=float, default=1e9, metavar="S", help="begin no run after S seconds")
     parser.add_argument("--commit", help="of the tree, where git cannot tell")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options, start = parser.parse_args(), time.monotonic()
@@ -120,9 +124,9 @@ def main() -> None:
     ])
     found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=TINY, capture_output=True, text=True, check=False)
     table: dict[str, Any] = {
-        "command": "python benchmarks/noise_tiny.py " + " ".join(sys.argv[1:]), "commit": options.commit or found.stdout.strip() or None,
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else
-                  f"CPU, {torch.get_num_threads()} threads",
+        "command": "python benchmarks/noise_tiny.py " + " ".join(sys.argv[1:]),
+        "commit": options.commit or found.stdout.strip() or None,
+        "device": device_text(options.device),
         "versions": {"flarec": flarec.__version__, "torch": torch.__version__,
                      "transformers": transformers.__version__, "python": platform.python_version()},
         "recipe": recipe.to_dict(), "runs": [],
