@@ -256,6 +256,10 @@ def test_random_ids_are_those_of_the_loop_and_uniform() -> None:
     ]
     assert found.tolist() == wanted
 
+    if CUDA:
+        there = random_ids(torch.tensor(seeds).cuda(), torch.tensor(places).cuda(), torch.tensor(pool).cuda())
+        assert there.tolist() == wanted
+
     many = random_ids(torch.arange(40), torch.arange(1000).expand(40, -1), torch.arange(7))
     counts = torch.bincount(many.flatten(), minlength=7).double()
     expected = many.numel() / 7
