@@ -81,8 +81,10 @@ def test_the_ids_are_of_seed_step_and_place_alone() -> None:
 
 
 def test_every_id_is_as_likely() -> None:
-    found = torch.cat([ids for step in range(60) for ids in [built(recipe(), step)[0]]
-                       for ids in [ids.input_ids[:, ids.layout.clean_length :][ids.layout.noisy_block >= 0]]])
+    batches = [built(recipe(), step)[0] for step in range(60)]
+    found = torch.cat([
+        batch.input_ids[:, batch.layout.clean_length :][batch.layout.noisy_block >= 0] for batch in batches
+    ])
     pool = pool_of(RANGES)
     counts = torch.bincount(found, minlength=MASK)[pool].double()
     expected = len(found) / len(pool)
