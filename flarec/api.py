@@ -24,6 +24,7 @@ from .checkpoint.lowered import lowered, lowered_elastic, lowered_source
 from .checkpoint.manifest import Manifest
 from .collector import collector_paused
 from .decode import DecodeProgram, Engine, Generation, TextStream
+from .decode.engine import NO_DENOISING
 from .decode.horizon import HorizonProgram
 from .decode.request import OnTokens, Origin, Prompts
 from .decode.stores import EXACT, Static
@@ -145,6 +146,7 @@ class Model:
         return Engine(
             self.decode_program,
             mask_token_id=manifest.mask.token_id if manifest else None,
+            noise_ids=manifest.mask.ids if manifest else (),
             block_size=manifest.decode.block_size if manifest else None,
             readouts=manifest.decode.readouts if manifest else {},
             eos_ids=self.eos_ids,
@@ -348,6 +350,8 @@ def check_mode(mode: str | None, manifest: Manifest | None) -> None:
             f"this model is not converted, so it cannot decode in mode {mode}; run `flarec convert`, use mode causal, "
             "or give mask_token_id and block_size of a dual-mode checkpoint that another program wrote"
         )
+    if mode == "diffusion-trust" and manifest is not None and manifest.mask.kind == "random":
+        raise GenerationError(NO_DENOISING)
     if mode == "elastic" and manifest is not None and horizon_of(manifest) is None:
         raise GenerationError(
             "this checkpoint has no head that says how many drafts are safe, which mode 'elastic' needs: train one "

@@ -24,6 +24,7 @@ from .modes.ar_trust import ARTrustMode
 from .modes.causal import CausalMode
 from .modes.diffusion_trust import DiffusionTrustMode
 from .modes.elastic import ElasticMode
+from .noise_ids import NoiseIds, Ranges, pool_of
 from .plan import DecodeProgram
 from .policy import DraftPolicy, choices_of
 from .prefix import PrefixCache
@@ -39,6 +40,10 @@ SLOTS = 64
 OF_A_LANE = ("mode", "drafts", "threshold", "denoising_steps", "suppress")
 """What requests that share a forward agree in."""
 GRAPHS = ("auto", "off")
+NO_DENOISING = (
+    "the noise of this checkpoint is random ids, which do not say what positions of a block are still masked, and mode "
+    "'diffusion-trust' needs that; use ar-trust, or convert with mask_token = \"vector\""
+)
 OnEnd = Callable[[int, Generation], None]
 
 
@@ -50,6 +55,8 @@ class Engine:
 
     program        runs forwards (`DecodeProgram`)
     mask_token_id  input id of a masked position; None for a model that was not converted
+    noise_ids      ranges [first, end) of the ids that masked positions show, drawn at random, in the place of that one
+                   (docs/semantics.md section 3); none: they show it
     block_size     noisy positions per block; None for a model that was not converted (causal mode only)
     readouts       mode -> "causal" or "block_end", from the checkpoint
     eos_ids        ids that end a request, unless its options name others
@@ -72,6 +79,7 @@ class Engine:
         program: DecodeProgram,
         *,
         mask_token_id: int | None,
+        noise_ids: Ranges = (),
         block_size: int | None,
         readouts: Mapping[str, str],
         eos_ids: Collection[int],
@@ -99,6 +107,7 @@ class Engine:
         self._causal = causal if causal is not None else lambda: program
         self._horizon = horizon
         self.mask_token_id = mask_token_id
+        self.noise = NoiseIds(pool_of(noise_ids, program.device)) if noise_ids else None
         self.block_size = block_size
         self.readouts = dict(readouts)
         self.eos_ids = frozenset(token_ids(eos_ids, "eos_ids"))
@@ -265,11 +274,13 @@ class Engine:
         """The noisy blocks of a mode that has some."""
         if self.block_size is None or self.mask_token_id is None:
             raise GenerationError(f"this model is not converted and cannot decode in mode {mode!r}: run flarec convert")
+        if mode == "diffusion-trust" and self.noise is not None:
+            raise GenerationError(NO_DENOISING)
         if mode not in self.readouts:
             raise GenerationError(f"the checkpoint names no readout for mode {mode!r}: convert it again")
         # the last row of a denoised block would choose the next block's first token, which a clean row chooses
         heads = self.block_size if mode == "ar-trust" else self.block_size - 1
-        return BlockSpec(self.block_size, heads, self.readouts[mode], self.mask_token_id)
+        return BlockSpec(self.block_size, heads, self.readouts[mode], self.mask_token_id, self.noise)
 
     def _elastic_blocks(self) -> BlockSpec:
         """The drafts of AR-Trust, where a part of them may be taken."""

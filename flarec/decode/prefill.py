@@ -80,8 +80,8 @@ class Prefill:
                 self.prefixes.add_page(self.rows.program, request.prompt, at, self.rows.cache, row)
 
     def _keep_ends(self, pending: Sequence[int], clean: Tensor, noisy: Tensor) -> None:
-        if self.prefixes is None:
-            return
+        if self.prefixes is None or (self.rows.blocks is not None and self.rows.blocks.noise is not None):
+            return  # what a block of random ids gives belongs to the request's seed
         for row, (request, count) in enumerate(zip(self.rows.requests, pending, strict=True)):
             logits = clean[row : row + 1], noisy[row : row + 1]
             self.prefixes.add_end(

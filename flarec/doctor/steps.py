@@ -53,7 +53,7 @@ class Serving:
 def training_program(captured: Program, recipe: Recipe, device: torch.device) -> Program:
     """What `flarec convert` trains on a device: with its kernels, where they run this model, and its regions."""
     adapter = adapter_of(recipe)
-    options: dict[str, Any] = {"mask_vector": adapter is not None, "adapter": adapter,
+    options: dict[str, Any] = {"mask_vector": recipe.mask_choice == "vector", "adapter": adapter,
                                "regions": resolve_compile(recipe.train.compile, device)}
     try:
         return lower(captured, "train", kernels=resolve_kernels("auto", device), **options)
@@ -73,8 +73,10 @@ def simulate_training(program: Program, recipe: Recipe, *, length: int, batch: i
     ])
     vector = PARAMETER in program.extra
     mask = MaskToken("vector", program.vocab_size) if vector else MaskToken("row", program.vocab_size - 1)
+    if recipe.mask_choice == "random":
+        mask = MaskToken("random", program.vocab_size, ((0, program.vocab_size),))
     rows = full_rows(length, batch)
-    batches = Feed(program, recipe, mask.token_id, rows, 0, ahead=False).take(0).batches
+    batches = Feed(program, recipe, mask, rows, 0, ahead=False).take(0).batches
     with Simulation() as simulation:
         program = with_fake_weights(program, simulation, HOST)
         trainer = Trainer(program, recipe, mask, rows, seed=0, codes=counted_codes(simulation))

@@ -140,7 +140,7 @@ class Trainer:
         self.recipe = recipe
         self.mask = mask
         self.rows = rows
-        self.feed = Feed(program, recipe, mask.token_id, rows, seed, ranks=self.ranks)
+        self.feed = Feed(program, recipe, mask, rows, seed, ranks=self.ranks)
         self.step = 0
         self.weights: Weights
         if cut:

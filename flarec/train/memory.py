@@ -311,7 +311,7 @@ def _bound(program: Program, recipe: Recipe, mask: MaskToken) -> int:
 def _feed(program: Program, recipe: Recipe, mask: MaskToken) -> Feed:
     """Steps of one full row."""
     one = replace(recipe, optimizer=replace(recipe.optimizer, batch_rows=1, micro_rows=1))
-    return Feed(program, one, mask.token_id, full_rows(recipe.data.max_length, 1), 0, ahead=False)
+    return Feed(program, one, mask, full_rows(recipe.data.max_length, 1), 0, ahead=False)
 
 
 def _rows(count: int) -> str:
