@@ -14,7 +14,7 @@ import torch
 from flarec.base.generation import GenerationOptions, Mode
 from flarec.decode import Engine
 from flarec.decode.horizon import HorizonProgram
-from flarec.decode.policy import choices_of
+from flarec.decode.policy import CAUSAL, Drafting
 from flarec.decode.stores import Static
 from flarec.ir.compiled import Codes, compiled_by_region
 from flarec.ir.program import Program
@@ -76,7 +76,7 @@ def test_shapes_may_follow_one_another_on_a_gpu(family: str) -> None:
     each = [replace(random_options(rng), max_new_tokens=60, eos_ids=frozenset()) for _ in prompts]
     expected = [item.token_ids for item in engine_of(program, "off").generate(prompts, each, mode="causal")]
     graphed = engine_of(program, "auto")
-    graphed.__dict__["_policy"] = RandomPolicy(choices_of(SIZE, "causal"), rng)
+    graphed.__dict__["_policy"] = RandomPolicy([CAUSAL, Drafting(1, False), Drafting(SIZE)], rng)
     for batch in (1, 3):
         found = graphed.generate(prompts, each, batch=batch, mode="ar-trust", drafts="auto")
         assert [item.token_ids for item in found] == expected
