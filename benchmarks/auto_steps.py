@@ -167,8 +167,8 @@ def of_requests(session: ServingSession, requests: int, turns: int, acceptances:
         rates = [one.found()["tokens_per_s"] for one in both]
         note(f"auto at {tokens:g}", {"ratio": rates[1] / rates[0], **both[1].found()})
         note(f"auto at {tokens:g}, causal in turn", both[0].found())
-        known = {f"{key[0]} {key[1].size}{'b' if key[1].branches else 's'}": [round(1e3 * value[0], 4), value[1]]
-                 for key, value in policy._costs.items()}
+        known = {f"{key[0]} {key[1].size}{'b' if key[1].branches else 's'}": [round(1e3 * value.cost, 4), value.count]
+                 for key, value in policy._timings.items()}
         note(f"auto at {tokens:g}, believed", {"ms": known, "purse": policy.purse, "acceptance": [
             round(policy.acceptance(depth), 3) for depth in range(1, session.block + 1)]})
         for one in both:

@@ -30,7 +30,7 @@ SWITCH = 0.5
 GUESS = 1.0
 """Steps of causal decoding that a step is believed to take longer than one before any like it was measured."""
 PATIENCE, CLOSE = (256, 512), 1.5
-"""Steps with drafts, after which a causal one measures what that costs now: the first where drafts yield less than
+"""Steps with drafts, after which causal ones measure what those cost now: the first where drafts yield less than
 CLOSE times as much per second. Every fourth time larger blocks are tried instead."""
 PAUSES = (64, 1024)
 """Causal steps until drafts are tried, doubled where they did not pay."""
@@ -41,17 +41,15 @@ LOOK = 8
 TRIAL = 6
 LEAST = 3
 """Steps of a trial, and of the shortest one: nothing is verified in the first."""
-WARM = 3
-"""Timings of blocks before they are judged; of causal steps, by which all others are judged, twice as many."""
-STALE = 2 * WARM
-"""Timings that count, of what was not used for a while."""
-DELAYED = 1.5
-"""Of the mean: a step that takes longer was delayed by something else, and tells no more than that."""
+WARM, FIRST = 3, 5
+"""Timings of blocks before they are judged, and of causal steps, by which all others are judged."""
+RECENT, STALE = 9, 2
+"""Timings of which the middle one counts, and how many are left of those that were made a while ago."""
+AGAIN = 3
+"""Causal steps in a row that measure anew what they cost: the first finds other buffers than those that follow."""
 MEMORY = 64.0
 LONG = 10
 """Drafts of a depth that count, or those of so many steps if these are more."""
-LEARN = 0.1
-"""Weight of a timing in the running mean, once there are more of them."""
 KEEP = 1.03
 """Other blocks than those in use are taken where they yield so much more per second."""
 NEW = 1.02
@@ -77,6 +75,25 @@ class Drafting(NamedTuple):
 CAUSAL = Drafting(0)
 
 
+class Timings:
+    """Seconds of steps of one kind. cost = the middle one of the last: what delays some of them does not count."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.cost = 0.0
+        self._recent: list[float] = []
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        self._recent.append(seconds)
+        del self._recent[:-RECENT]
+        self.cost = sorted(self._recent)[(len(self._recent) - 1) // 2]
+
+    def forget(self) -> None:
+        """They were made a while ago."""
+        del self._recent[:-STALE]
+
+
 class DraftPolicy:
     """choices = what a step may draft, `CAUSAL` among them.
 
@@ -95,11 +112,11 @@ class DraftPolicy:
         largest = max(self.choices).size
         self._right, self._tried = [PRIOR] * largest, [2 * PRIOR] * largest
         self._news = [[0, 0] for _ in range(largest)]
-        self._costs: dict[tuple[int, Drafting], tuple[float, int]] = {}
+        self._timings: dict[tuple[int, Drafting], Timings] = {}
         self._rows = 0
         self._extra = 0.0  # of a step that is drafted now
         self._wait = 0  # steps until a choice is made
-        self._left: tuple[Drafting, float, int] | None = None  # what a causal step interrupts
+        self._left: tuple[Drafting, float] | None = None  # what causal steps interrupt
         self._pause = PAUSES[0]
         self._drafted = 0  # steps with drafts since the costs were looked at
         self._patience = PATIENCE[0]
@@ -149,13 +166,12 @@ class DraftPolicy:
     def timed(self, rows: int, drafting: Drafting, seconds: float, tokens: float) -> None:
         """A step of `rows` rows with these blocks took `seconds`, and gave so many tokens per request."""
         rows = _bucket(rows)
-        mean, count = self._costs.get((rows, drafting), (0.0, 0))
-        weight = max(1 / (count + 1), LEARN)
-        seconds = min(seconds, DELAYED * mean) if count >= WARM else seconds
-        self._costs[rows, drafting] = mean + weight * (seconds - mean), count + 1
+        if (own := self._timings.get((rows, drafting))) is None:
+            own = self._timings[rows, drafting] = Timings()
+        own.add(seconds)
         gain = SLACK
-        if drafting != CAUSAL and (plain := self._costs.get((rows, CAUSAL))) is not None and plain[0] > 0:
-            gain += tokens - seconds / plain[0]
+        if drafting != CAUSAL and (plain := self._timings.get((rows, CAUSAL))) is not None:
+            gain += tokens - own.cost / plain.cost
         self.purse = min(PURSE, self.purse + gain)
 
     def cost(self, rows: int, drafting: Drafting) -> float | None:
@@ -165,10 +181,11 @@ class DraftPolicy:
     def _known(self, rows: int, branches: bool) -> list[tuple[int, float]]:
         """Rows of each request with one kind of block, where that was measured, in order, and their costs."""
         alike = [item for item in self.choices if item == CAUSAL or item.branches == branches]
-        return [(item.rows, self._costs[rows, item][0]) for item in alike if (rows, item) in self._costs]
+        return [(item.rows, self._timings[rows, item].cost) for item in alike if (rows, item) in self._timings]
 
-    def _timings(self, drafting: Drafting) -> int:
-        return self._costs.get((self._rows, drafting), (0.0, 0))[1]
+    def _count(self, drafting: Drafting) -> int:
+        found = self._timings.get((self._rows, drafting))
+        return 0 if found is None else found.count
 
     def next(self, rows: int) -> Drafting:
         """The blocks of the next step."""
@@ -176,26 +193,26 @@ class DraftPolicy:
         if rows != self._rows:  # its steps have other costs
             self._rows, self._wait, self._left = rows, 0, None
         self._drafted += self.drafting != CAUSAL
-        if self._left is not None:
+        if self._wait > 0 and self.purse >= self._extra:
+            self._wait -= 1
+        elif self._left is not None:
             self._take(*self._left)
             self._left = None
         elif self.purse < self._extra:
             self._take(CAUSAL)
             self._rest()
-        elif self._wait > 0:
-            self._wait -= 1
         else:
             self._choose()
         return self.drafting
 
     def _choose(self) -> None:
         self._learn()
-        if self._timings(CAUSAL) < 2 * WARM:
+        if self._count(CAUSAL) < FIRST:
             return self._take(CAUSAL)
         costs = self._relative()
         for item in self._first:
             extra = costs[item] - 1 if item in costs else GUESS
-            if self._timings(item) < WARM and self.purse >= LEAST * extra + SWITCH * (self.drafting == CAUSAL):
+            if self._count(item) < WARM and self.purse >= LEAST * extra + SWITCH * (self.drafting == CAUSAL):
                 return self._take(item, extra)
         if self.drafting != CAUSAL and self._drafted >= self._patience:
             return self._again(costs)
@@ -227,7 +244,7 @@ class DraftPolicy:
         totals, rates = list(accumulate(runs)), dict[Drafting, float]()
         for item, cost in costs.items():
             if item != CAUSAL and (self.drafting != CAUSAL or _need(cost) <= PURSE):
-                favour = KEEP if item == self.drafting else 1.0 if self._timings(item) else 1 / NEW
+                favour = KEEP if item == self.drafting else 1.0 if self._count(item) else 1 / NEW
                 rates[item] = favour * _expected(item, runs, totals) / cost
         best = max(rates, key=lambda item: rates[item], default=CAUSAL)
         return best, _expected(best, runs, totals) / costs.get(best, 1.0)
@@ -238,9 +255,9 @@ class DraftPolicy:
         self._drafted, self._looks = 0, self._looks + 1
         largest = max(item for item in self.choices if item.branches == self.drafting.branches)
         if self._looks % 4:
-            self._left = self.drafting, self._extra, 0
+            self._left = self.drafting, self._extra
             self._forget(CAUSAL)
-            self._take(CAUSAL)
+            self._take(CAUSAL, wait=AGAIN - 1)
         elif largest != self.drafting and costs.get(largest, inf) - 1 < self.purse:
             self._take(largest, costs[largest] - 1, TRIAL - 1)
 
@@ -252,8 +269,8 @@ class DraftPolicy:
 
     def _forget(self, drafting: Drafting) -> None:
         """What a step costs was measured a while ago."""
-        if (known := self._costs.get((self._rows, drafting))) is not None:
-            self._costs[self._rows, drafting] = known[0], min(known[1], STALE)
+        if (found := self._timings.get((self._rows, drafting))) is not None:
+            found.forget()
 
     def _rest(self) -> None:
         """Causal steps until drafts are tried again."""

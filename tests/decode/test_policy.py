@@ -69,9 +69,10 @@ def test_never_slower_than_causal(rows: int, tokens: float) -> None:
 
 @pytest.mark.parametrize("tokens", [1.3, 1.7])
 def test_it_does_not_waver(tokens: float) -> None:
-    """Every other kind of step costs a GPU a graph: besides trials (one in 256 steps) it stays with what it uses."""
+    """Every other kind of step costs a GPU a graph: it stays with what it uses, besides the first steps and three in
+    256."""
     _, used = run(DraftPolicy(choices_of(3, "causal")), 1, share_for(tokens), 4000, random.Random(1))
-    assert sum(drafting == CAUSAL for drafting in used) < 40
+    assert sum(drafting == CAUSAL for drafting in used) < 60
     drafted = [drafting for drafting in used if drafting != CAUSAL]
     assert sum(before != after for before, after in itertools.pairwise(drafted)) < 40
 
@@ -131,12 +132,11 @@ def test_a_new_request_is_tried_soon() -> None:
     assert sum(drafting != CAUSAL for drafting in used) > 20
 
 
-def test_a_delayed_step_tells_little() -> None:
+def test_a_delayed_step_tells_nothing() -> None:
     policy = DraftPolicy(KINDS)
     for seconds in (1.0, 1.0, 1.0, 1.0, 50.0):
         policy.timed(1, CAUSAL, seconds, 1.0)
-    found = policy.cost(1, CAUSAL)
-    assert found is not None and 1.0 < found <= 1.1
+    assert policy.cost(1, CAUSAL) == 1.0
 
 
 def test_it_follows_the_text() -> None:
