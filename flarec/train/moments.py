@@ -191,11 +191,9 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 def _start(value: Tensor, is_coded: bool) -> dict[str, Tensor]:
-    made = {
-        name: torch.zeros(kind.shape(value), dtype=kind.dtype, device=value.device)
-        for name, kind in kinds(value.dtype, is_coded).items()
-    }
-    return {STEP: torch.zeros((), device=value.device), **made}
+    made = {name: value.new_zeros(kind.shape(value), dtype=kind.dtype)
+            for name, kind in kinds(value.dtype, is_coded).items()}
+    return {STEP: value.new_zeros((), dtype=torch.float32), **made}
 
 
 def _pieces(value: Tensor, state: Mapping[str, Tensor]) -> Iterator[_Piece]:
