@@ -5,7 +5,8 @@
 
 One process, one model: both trainers change the same weights, one after the other. "update": seconds of
 `optimizer.step()` over gradients that are there; "state": bytes that the optimizer keeps; "peak": of a whole step. A
-part that fails is recorded, and the others go on; none is begun after `--time-limit` seconds.
+part that fails is recorded, and the others go on; none is begun after `--time-limit` seconds. `--compiled` measures 8
+bits once more with `torch.compile` around what decodes and encodes: what fused kernels would gain.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from flarec.bench.training.part import GIB, Steps, lowered, measured, stream
 from flarec.bench.training.profile import seconds_of
 from flarec.bench.training.shapes import RECIPES, PartPlan
 from flarec.train.loop import Trainer
+from flarec.train.moments import Table
 
 MOMENTS = ("float32", "8bit")
 
@@ -65,6 +67,7 @@ def main() -> int:
     parser.add_argument("--micro", type=int, default=1)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="off")
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--time-limit", type=float, default=60.0)
     options = parser.parse_args()
@@ -74,18 +77,22 @@ def main() -> int:
     model = build(options.shape, options.device)
     steps = Steps(plan, model, *lowered(plan, model, *RECIPES[options.part]))
     found: dict[str, Any] = {}
-    for moments in MOMENTS:
+    for name in (*MOMENTS, *(["8bit, compiled"] if options.compiled else [])):
+        moments, _, compiled = name.partition(", ")
+        if compiled:
+            for call in ("decode", "encode"):
+                setattr(Table, call, torch.compile(getattr(Table, call), dynamic=True))
         if time.monotonic() - start > options.time_limit:
-            found[moments] = {"error": "no time left"}
+            found[name] = {"error": "no time left"}
             continue
         try:
-            found[moments] = measure(steps, moments, options.micro)
+            found[name] = measure(steps, moments, options.micro)
         except Exception as error:
-            found[moments] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+            found[name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
-        print(moments, json.dumps(found[moments]), flush=True)
+        print(name, json.dumps(found[name]), flush=True)
     record = {
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -77,7 +77,8 @@ class Run:
 
     def saved(self) -> SavedState:
         model, optimizer = self.weights.saved(self.optimizer)
-        return SavedState(*({name: value.clone() for name, value in part.items()} for part in (model, optimizer)), {})
+        model, optimizer = ({name: value.clone() for name, value in part.items()} for part in (model, optimizer))
+        return SavedState(model, optimizer, {})
 
 
 def whole(dtype: torch.dtype) -> Run:
