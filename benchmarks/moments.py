@@ -30,7 +30,7 @@ from flarec.bench.training.part import GIB, Steps, lowered, measured, stream
 from flarec.bench.training.profile import seconds_of
 from flarec.bench.training.shapes import RECIPES, PartPlan
 from flarec.train.loop import Trainer
-from flarec.train.moments import Table
+from flarec.train.moments import CodeTable
 
 MOMENTS = ("float32", "8bit")
 
@@ -81,7 +81,7 @@ def main() -> int:
         moments, _, compiled = name.partition(", ")
         if compiled:
             for call in ("decode", "encode"):
-                setattr(Table, call, torch.compile(getattr(Table, call), dynamic=True))
+                setattr(CodeTable, call, torch.compile(getattr(CodeTable, call), dynamic=True))
         if time.monotonic() - start > options.time_limit:
             found[name] = {"error": "no time left"}
             continue

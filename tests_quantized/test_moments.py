@@ -10,7 +10,7 @@ from torchao.optim.adam import single_param_adam
 from torchao.optim.quant_utils import dequant_with_qmap, quantize_8bit_with_qmap, scale_tensor
 from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned
 
-from flarec.train.moments import BLOCK, MOMENTS, SCALE, AdamW8bit, Table
+from flarec.train.moments import BLOCK, MOMENTS, SCALE, AdamW8bit, CodeTable
 
 CPU = torch.device("cpu")
 SIZE = 300 * BLOCK
@@ -25,7 +25,7 @@ def values_of(moment: str) -> Tensor:
 
 def ours(values: Tensor, moment: str) -> tuple[Tensor, Tensor]:
     codes, scales = torch.zeros(SIZE, dtype=torch.uint8), torch.zeros(SIZE // BLOCK)
-    Table.of(moment, CPU).encode(values.clone(), codes, scales)
+    CodeTable.of(moment, CPU).encode(values.clone(), codes, scales)
     return codes, scales
 
 
@@ -36,7 +36,7 @@ def check_same_but_for_ties(codes: Tensor, theirs: Tensor, share: float = 1e-4) 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_tables_are_theirs(moment: str) -> None:
-    table = Table.of(moment, CPU).values
+    table = CodeTable.of(moment, CPU).values
     of_torchao = torch.tensor(get_qmap_signed() if moment == MOMENTS[0] else get_qmap_unsigned())
     for theirs in (create_dynamic_map(signed=moment == MOMENTS[0]), of_torchao):
         torch.testing.assert_close(table, theirs, rtol=3e-7, atol=0)
@@ -47,7 +47,7 @@ def test_codes_are_those_of_torchao(moment: str) -> None:
     values = values_of(moment)
     codes, scales = ours(values, moment)
     scaled, scale = scale_tensor(values, BLOCK)
-    table = Table.of(moment, CPU)
+    table = CodeTable.of(moment, CPU)
     check_same_but_for_ties(codes, quantize_8bit_with_qmap(scaled, table.values))
     assert torch.equal(scales, scale)
     assert torch.equal(table.decode(codes, scales), dequant_with_qmap(codes, table.values, scales))
@@ -56,7 +56,7 @@ def test_codes_are_those_of_torchao(moment: str) -> None:
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_codes_are_those_of_bitsandbytes(moment: str) -> None:
     """Its kernel of CPUs takes what is small in a block for other codes than the nearest: ours are never further."""
-    values, table = values_of(moment), Table.of(moment, CPU)
+    values, table = values_of(moment), CodeTable.of(moment, CPU)
     codes, scales = ours(values, moment)
     theirs, state = quantize_blockwise(values, code=table.values, blocksize=BLOCK)
     assert torch.equal(scales, state.absmax)

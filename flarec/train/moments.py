@@ -51,7 +51,7 @@ def blocks_of(elements: int) -> int:
 
 
 @dataclass(frozen=True)
-class Kind:
+class MomentKind:
     """A tensor that the optimizer keeps of a parameter: one value for every `unit` elements."""
 
     dtype: torch.dtype
@@ -64,11 +64,11 @@ class Kind:
         return -(-elements // self.unit) * self.dtype.itemsize
 
 
-def kinds(dtype: torch.dtype, is_coded: bool) -> dict[str, Kind]:
+def kinds(dtype: torch.dtype, is_coded: bool) -> dict[str, MomentKind]:
     """What AdamW keeps of a parameter whose master has this dtype, its count of steps apart."""
     if not is_coded:
-        return dict.fromkeys(MOMENTS, Kind(dtype))
-    codes, scales = Kind(torch.uint8), Kind(torch.float32, BLOCK)
+        return dict.fromkeys(MOMENTS, MomentKind(dtype))
+    codes, scales = MomentKind(torch.uint8), MomentKind(torch.float32, BLOCK)
     return {**dict.fromkeys(MOMENTS, codes), **{moment + SCALE: scales for moment in MOMENTS}}
 
 
@@ -78,7 +78,7 @@ def moment_bytes(elements: int, dtype: torch.dtype, is_coded: bool) -> int:
 
 
 @dataclass(frozen=True)
-class Table:
+class CodeTable:
     """What codes stand for.
 
     values   [256] float32, rising
@@ -89,7 +89,7 @@ class Table:
     middles: Tensor
 
     @staticmethod
-    def of(moment: str, device: torch.device) -> Table:
+    def of(moment: str, device: torch.device) -> CodeTable:
         """0, 1, and for every power of ten from 1e-6 to 1 the middles of equal parts of 0.1 to 1 of it, each time twice
         as many. The first moment has the negative ones as well, the second one twice as many parts."""
         signed = moment == MOMENTS[0]
@@ -99,7 +99,7 @@ class Table:
             middles = [10.0 ** (power - 6) * (0.1 + 0.9 * (part + 0.5) / parts) for part in range(parts)]
             values += middles + ([-value for value in middles] if signed else [])
         exact = torch.tensor(sorted(values), dtype=torch.float64)
-        return Table(exact.float().to(device), (exact[1:] + exact[:-1]).div(2).float().to(device))
+        return CodeTable(exact.float().to(device), (exact[1:] + exact[:-1]).div(2).float().to(device))
 
     def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
         """[n] float32 of codes [n] uint8 and scales [blocks] float32."""
@@ -159,7 +159,7 @@ class AdamW8bit(torch.optim.Optimizer):
         ]
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__([group for group in groups if group["params"]], defaults)
-        self.tables = {moment: Table.of(moment, every[0].device) for moment in MOMENTS}
+        self.tables = {moment: CodeTable.of(moment, every[0].device) for moment in MOMENTS}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .moments import BLOCK, KINDS, STEP, Kind, kinds
+from .moments import BLOCK, KINDS, STEP, MomentKind, kinds
 from .precision import Weights
 from .ranks.group import Ranks
 from .saves import SavedState
@@ -197,7 +197,7 @@ class ShardedWeights(Weights):
         """Of this rank."""
         return sum(kind.nbytes(len(bucket.master)) for bucket in self.buckets for kind in bucket.kinds.values())
 
-    def _whole(self, bucket: Bucket, kind: Kind) -> Tensor:
+    def _whole(self, bucket: Bucket, kind: MomentKind) -> Tensor:
         """Space for a whole bucket, with any values."""
         return self._spaces[0][: kind.nbytes(bucket.length)].view(kind.dtype)
 
@@ -278,7 +278,7 @@ class ShardedWeights(Weights):
 
     def _spread(self, bucket: Bucket) -> None:
         """The parameters of a bucket on every rank, from the masters of all."""
-        whole = self._whole(bucket, Kind(bucket.dtype))
+        whole = self._whole(bucket, MomentKind(bucket.dtype))
         self.ranks.all_gather(whole, bucket.rounded())
         for span in bucket.spans:
             self.parameters[span.name].view(-1)[span.start : span.stop].copy_(whole[span.place])
@@ -312,7 +312,7 @@ class ShardedWeights(Weights):
             moments |= {f"{name}.step": torch.tensor(float(steps)) for name, steps in self.moved.items() if steps}
         return model, moments
 
-    def _part(self, bucket: Bucket, kind: Kind) -> Tensor:
+    def _part(self, bucket: Bucket, kind: MomentKind) -> Tensor:
         """Zeros for this rank's part of what the optimizer keeps."""
         return torch.zeros(len(bucket.master) // kind.unit, dtype=kind.dtype, device=self._device)
 
@@ -327,10 +327,10 @@ class ShardedWeights(Weights):
         return part
 
     def _masters(self, device: torch.device) -> dict[str, Tensor]:
-        return self._gathered([(bucket, Kind(bucket.wide), bucket.master) for bucket in self.buckets], device)
+        return self._gathered([(bucket, MomentKind(bucket.wide), bucket.master) for bucket in self.buckets], device)
 
     def _gathered(
-        self, parts: Iterable[tuple[Bucket, Kind, Tensor]], device: torch.device
+        self, parts: Iterable[tuple[Bucket, MomentKind, Tensor]], device: torch.device
     ) -> dict[str, Tensor]:
         """Whole tensors by name from the parts of buckets, on the first rank; nothing on the others."""
         found: dict[str, Tensor] = {}
@@ -351,7 +351,7 @@ class ShardedWeights(Weights):
         counted = {name: state.optimizer.get(f"{name}.step") for name in self.parameters}
         self.moved = self.ranks.from_first(lambda: {name: int(step or 0) for name, step in counted.items()})
         for bucket in self.buckets:
-            self._scatter(bucket.master, bucket, Kind(bucket.wide), state.model, "")
+            self._scatter(bucket.master, bucket, MomentKind(bucket.wide), state.model, "")
             moments = {name: self._part(bucket, kind) for name, kind in bucket.kinds.items()}
             for name, part in moments.items():
                 self._scatter(part, bucket, bucket.kinds[name], state.optimizer, f".{name}")
@@ -365,7 +365,7 @@ class ShardedWeights(Weights):
         self.round()
 
     def _scatter(
-        self, part: Tensor, bucket: Bucket, kind: Kind, tensors: Mapping[str, Tensor], suffix: str
+        self, part: Tensor, bucket: Bucket, kind: MomentKind, tensors: Mapping[str, Tensor], suffix: str
     ) -> None:
         """A bucket of the first rank's whole tensors, the part of each rank to it; 0 where there is none."""
         if not self.ranks.first:

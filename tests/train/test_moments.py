@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flarec.recipe import load_recipe
 from flarec.train import moments
-from flarec.train.moments import BLOCK, LEAST, MOMENTS, SCALE, STEP, AdamW8bit, Table, moment_bytes, names_in_codes
+from flarec.train.moments import BLOCK, LEAST, MOMENTS, SCALE, STEP, AdamW8bit, CodeTable, moment_bytes, names_in_codes
 
 CPU = torch.device("cpu")
 SIZES = [1, 255, 256, 257, 5 * 256 + 77, 16 * 256]
@@ -43,13 +43,13 @@ def spread(size: int, moment: str, seed: int = 0) -> Tensor:
 
 def encoded(values: Tensor, moment: str) -> tuple[Tensor, Tensor]:
     codes, scales = torch.zeros(len(values), dtype=torch.uint8), torch.zeros(moments.blocks_of(len(values)))
-    Table.of(moment, CPU).encode(values.clone(), codes, scales)
+    CodeTable.of(moment, CPU).encode(values.clone(), codes, scales)
     return codes, scales
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_the_table_is_the_dynamic_tree(moment: str) -> None:
-    exact, table = dynamic_tree(moment), Table.of(moment, CPU)
+    exact, table = dynamic_tree(moment), CodeTable.of(moment, CPU)
     assert len(exact) == 256 and torch.equal(table.values, exact.float())
     assert torch.equal(table.middles, ((exact[1:] + exact[:-1]) / 2).float())
 
@@ -60,7 +60,7 @@ def test_the_table_is_the_dynamic_tree(moment: str) -> None:
 def test_a_code_is_the_nearest_value_times_the_largest_of_its_block(moment: str, size: int, factor: float) -> None:
     values = spread(size, moment) * factor
     codes, scales = encoded(values, moment)
-    table, found = dynamic_tree(moment), Table.of(moment, CPU).decode(codes, scales)
+    table, found = dynamic_tree(moment), CodeTable.of(moment, CPU).decode(codes, scales)
     assert found.dtype == torch.float32 and len(scales) == -(-size // BLOCK)
     for block, code, scale in zip(values.split(BLOCK), codes.split(BLOCK), scales, strict=True):
         assert scale == block.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
@@ -80,7 +80,7 @@ def test_blocks_do_not_see_each_other(moment: str) -> None:
     for part, start in zip(values.split(BLOCK), range(0, len(values), BLOCK), strict=True):
         alone, scale = encoded(part, moment)
         assert torch.equal(codes[start : start + BLOCK], alone) and scale[0] == scales[start // BLOCK]
-    assert (Table.of(moment, CPU).decode(codes, scales)[BLOCK : 2 * BLOCK] == 0).all()
+    assert (CodeTable.of(moment, CPU).decode(codes, scales)[BLOCK : 2 * BLOCK] == 0).all()
 
 
 def made(value: Tensor) -> AdamW8bit:
@@ -95,10 +95,9 @@ def parameter_of(optimizer: AdamW8bit) -> nn.Parameter:
 
 def decoded(optimizer: AdamW8bit) -> dict[str, Tensor]:
     state = optimizer.state[parameter_of(optimizer)]
-    return {
-        moment: Table.of(moment, CPU).decode(state[moment].view(-1), state[moment + SCALE]).view(state[moment].shape)
-        for moment in MOMENTS
-    }
+    codes = {moment: (state[moment].view(-1), state[moment + SCALE]) for moment in MOMENTS}
+    shape = parameter_of(optimizer).shape
+    return {moment: CodeTable.of(moment, CPU).decode(*given).view(shape) for moment, given in codes.items()}
 
 
 def gradient(shape: tuple[int, ...], step: int) -> Tensor:
