@@ -79,6 +79,11 @@ class Optimizer(Section):
         "bf16: compute in bfloat16, with float32 weights, gradient sums and moments in the optimizer; float32: compute "
         "in float32, too; auto: bf16 on a GPU, float32 on a CPU",
     )
+    moments: Literal["float32", "8bit"] = key(
+        "float32",
+        "AdamW's two moments: float32: 8 bytes of a trained parameter; 8bit: 2 bytes, codes with a scale per block of "
+        "256 (AdamW8bit of bitsandbytes and torchao); parameters of less than 4096 elements stay in float32",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

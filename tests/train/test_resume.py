@@ -57,6 +57,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(choice: str, dtype: torch.dty
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_with_8_bit_moments_equals_an_uninterrupted_one(dtype: torch.dtype, tmp_path: Path) -> None:
+    chosen, set_up = recipe("dual", "optimizer.moments=8bit"), small("qwen3_5_text", dtype=dtype)
+    resumed_equals_uninterrupted(set_up, chosen, 3, tmp_path)
+    trainer = set_up.trainer(chosen)
+    directory = StateDirectory(tmp_path / "out.partial")
+    state = directory.latest()
+    assert state is not None
+    whole = sum(value.numel() for value in state.model.values())
+    codes = [value for value in state.optimizer.values() if value.dtype == torch.uint8]
+    assert 0.9 < sum(value.numel() for value in codes) / (2 * whole) < 1
+    assert 2.03 * whole < sum(value.nbytes for value in state.optimizer.values()) < 2.6 * whole, "of 8 bytes"
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        set_up.trainer(recipe("dual")).load(state)
+    trainer.load(state)
+
+
 @pytest.mark.parametrize(("dtype", "base"), [(torch.float32, "stored"), (torch.bfloat16, "int8")])
 def test_a_resumed_adapter_equals_an_uninterrupted_one(dtype: torch.dtype, base: str, tmp_path: Path) -> None:
     chosen = adapter_recipe("optimizer.warmup_steps=5", f"adapter.base={base}")
