@@ -32,6 +32,7 @@ from flarec.kernels.sampling import triton_choice
 from flarec.kernels.short_conv.triton_conv import ConvSchedule
 from flarec.kernels.softmax_attention import triton_attention
 from flarec.kernels.softmax_attention.attention_schedule import AttentionSchedule
+from flarec.kernels.softmax_attention.step.launch import MANY_ROWS
 from flarec.kernels.softmax_attention.step.launch import step as attention_step
 from flarec.layout import Block, build_layout
 from tools.compiled_code import faults, nvdisasm
@@ -153,6 +154,16 @@ def compile_attention_step(problem: Softmax) -> None:
         attention_step(q, k, v, cache, cache.clone(), layout, scale=problem.scale)
 
 
+def compile_attention_prefill(problem: Softmax) -> None:
+    """So many clean rows that they are a prefill, over a short cache and a long one, which is split; windows too."""
+    layout = build_layout([[MANY_ROWS]], [[]], cached=[200])
+    for capacity, window in ((2048, None), (2048, 512), (32768, None)):
+        heads = (problem.heads, problem.key_heads, problem.key_heads)
+        q, k, v = (torch.zeros(1, n, layout.length, problem.dim, dtype=problem.dtype) for n in heads)
+        cache = torch.zeros(1, problem.key_heads, capacity, problem.dim, dtype=problem.dtype)
+        attention_step(q, k, v, cache, cache.clone(), layout, scale=problem.scale, window=window)
+
+
 def compile_decode(problem: DecodeStep) -> None:
     decode.step(replace(problem, batch=1), torch.device("cpu"), 0)()
 
@@ -171,6 +182,8 @@ OPS: dict[str, tuple[Callable[[Any], None], Any]] = {
     "attention": (compile_attention, ATTENTION),
     "attention-step": (compile_attention_step, ATTENTION),
     "attention-step-wide": (compile_attention_step, WIDE_ATTENTION),
+    "attention-prefill": (compile_attention_prefill, ATTENTION),
+    "attention-prefill-wide": (compile_attention_prefill, WIDE_ATTENTION),
     "decode": (compile_decode, STEP),
     "sampling": (compile_sampling, Sampling()),
 }

@@ -12,35 +12,50 @@ from flarec.errors import UsageError
 from flarec.layout import Layout
 
 from ..triton_attention import supports
-from ..triton_tiles import precision, score_factors
+from ..triton_tiles import launch_table, precision, score_factors
 from .kernel import FAR, attention_kernel, combine_kernel
+from .prefill import prefill_kernel
 
 PROCESSORS = 132  # of an H100
 MOST_SPLITS = 64
+MANY_ROWS = 1024
+"""(token, head) rows of a (request, key head) pair from which on a step is a prefill."""
 
 
 @dataclass(frozen=True)
 class StepLaunch:
-    """queries: (token, head) rows of a program; keys: of a tile; splits: programs that share a row's cache."""
+    """queries: (token, head) rows of a program; keys: of a tile; splits: programs that share a row's cache; many: there
+    are so many rows that most tiles of keys are read by all rows of a program (`prefill_kernel`)."""
 
     queries: int
     keys: int
     splits: int
     warps: int = 4
     stages: int = 2
+    many: bool = False
 
 
 def launch_of(dtype: torch.dtype, dim: int, rows: int, pairs: int, capacity: int) -> StepLaunch:
     """For `rows` (token, head) rows of each of `pairs` (request, key head) pairs, and a cache of `capacity` positions.
 
-    Two programs per multiprocessor, if each gets four tiles of keys where the cache is full.
+    Two programs per multiprocessor, if each gets four tiles of keys where the cache is full. Many rows have the tiles
+    of training.
     """
+    if rows >= MANY_ROWS:
+        of = launch_table(dim, dim, dtype).forward
+        return StepLaunch(
+            of.queries, of.keys, _splits(pairs * -(-rows // of.queries), capacity, of.keys), of.warps, of.stages, True
+        )
     wide, exact = dim > 128, dtype == torch.float32
     most, keys = (16 if wide else 32, 16 if wide else 32) if exact else (64, 32 if wide else 64)
     queries = min(most, max(16, triton.next_power_of_2(rows)))
     tiles = -(-rows // queries)
-    splits = max(1, min(-(-2 * PROCESSORS // (pairs * tiles)), capacity // (4 * keys), MOST_SPLITS))
+    splits = _splits(pairs * tiles, capacity, keys)
     return StepLaunch(queries, keys, splits, warps=8 if exact or queries == 64 else 4, stages=1 if exact else 2)
+
+
+def _splits(programs: int, capacity: int, keys: int) -> int:
+    return max(1, min(-(-2 * PROCESSORS // max(programs, 1)), capacity // (4 * keys), MOST_SPLITS))
 
 
 def step(
@@ -151,12 +166,13 @@ def run(
     tiles = -(-length * group // launch.queries)
     strides = [stride for x in (q, k, v, k_cache, v_cache) for stride in x.stride()[:3]]
     value_block = triton.next_power_of_2(value_dim)
-    attention_kernel[(rows * key_heads * tiles, launch.splits)](
+    kernel, more = (prefill_kernel, {"WINDOW": window is not None}) if launch.many else (attention_kernel, {})
+    kernel[(rows * key_heads * tiles, launch.splits)](
         q, k, v, k_cache, v_cache, *layout, part, *sums, *strides, *score_factors(scale, softcap),
         key_heads, clean, noisy, blocks, k_cache.shape[2], window or FAR.value, tiles,
         GROUP=group, D=dim, DV=value_dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_DV=value_block,
         BLOCK_M=launch.queries, BLOCK_N=launch.keys, SPLITS=launch.splits, SOFTCAP=softcap is not None,
-        PRECISION=precision(q), num_warps=launch.warps, num_stages=launch.stages,
+        PRECISION=precision(q), num_warps=launch.warps, num_stages=launch.stages, **more,
     )
     if split:
         combine_kernel[(rows * length * heads,)](
