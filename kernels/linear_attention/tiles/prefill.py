@@ -9,9 +9,9 @@ from torch import Tensor
 from ..panels.commit import commit
 from ..reference import l2_normalise
 from . import launch
-from .clean import clean_inverse_kernel, clean_outputs_kernel
+from .clean import clean_outputs_kernel
 from .noisy import noisy_outputs_kernel
-from .prefill_states import pending_keys_kernel, prefill_states_kernel
+from .prefill_kernels import pending_keys_kernel, prefill_solve_kernel, prefill_states_kernel
 from .problem import Problem
 from .schedule import TileSchedule
 
@@ -38,22 +38,15 @@ def linear_attention_prefill(
     """As `step.launch.linear_attention_step`, with its arguments and results, for any number of clean slots.
 
     clean_padding [B, Lc] bool: clean slots that hold no token; their pending rows are 0. Inputs are bfloat16, float16
-    or float32; what is left pending is as good as float32 whatever they are, because it becomes the state.
+    or float32. What is left pending becomes the state: it is computed in float32, or, where all inputs are bfloat16 and
+    there is no more than one decay per head, from numbers of 16 bits (`prefill_kernels`).
     """
     state = commit(state, pending_k, pending_d, pending_g, accepted)
-    run = _of_short_numbers if computes_in(q, k, v, g).itemsize == 2 else _in_float32
+    run = _in_bfloat16 if all(x.dtype == torch.bfloat16 for x in (q, k, v)) and (g is None or g.ndim == 3) else _in_float32
     out, *pending = run(
         q, k, v, g, beta, state, schedule, clean_padding=clean_padding, scale=scale, delta=delta, l2norm=l2norm
     )
     return (out, state, *pending)
-
-
-def computes_in(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> torch.dtype:
-    """The dtype of the inputs if it has 16 bits, no more than two axes of decay come with them, and products of it can
-    be computed (Triton's interpreter takes the bits of bfloat16 for integers); else float32."""
-    known = q.dtype == k.dtype == v.dtype and (g is None or g.ndim == 3)
-    interpreted = q.dtype == torch.bfloat16 and triton.knobs.runtime.interpret
-    return q.dtype if known and q.dtype.itemsize == 2 and not interpreted else torch.float32
 
 
 def _in_float32(
@@ -73,39 +66,40 @@ def _in_float32(
     return out.to(dtype), *(_without(clean_padding, x) for x in rows)
 
 
-def _of_short_numbers(
+def _in_bfloat16(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, state: Tensor, schedule: TileSchedule, *,
     clean_padding: Tensor, scale: float, delta: bool, l2norm: bool,
 ) -> tuple[Tensor, ...]:
-    """16-bit rows as they lie in memory: what is left pending is as good as float32, what outputs read of it is rounded
-    as in training."""
+    """Rows as they lie in memory; see `prefill_kernels`."""
+    dtype, device, clean = q.dtype, q.device, clean_padding.shape[1]
+    if triton.knobs.runtime.interpret:  # it takes the bits of bfloat16 for integers in the kernels of training
+        q, k, v = q.float(), k.float(), v.float()
     p = Problem.of(q, v, g, schedule, delta, l2norm)
-    chunks, heads, size, clean = schedule.chunks, p.heads, p.chunk_size, clean_padding.shape[1]
+    chunks, heads, size = schedule.chunks, p.heads, p.chunk_size
     q, k, v, beta = (launch.flat_tokens(x) for x in (q, k, v, beta))
     decay = None if g is None else launch.flat_tokens(g)
-    values = torch.empty_like(v, memory_format=torch.contiguous_format) if delta else v
+    values = v.new_empty(v.shape) if delta else v
     operands = launch.operands_of(p, q, k, v, values, schedule, scale)
     launch.fill_gates(p, decay, beta, operands, schedule)
     make = torch.zeros if schedule.tokens_padded else torch.empty  # no kernel writes what belongs to padding
-    kept_k, kept_d = (
-        make(schedule.rows, clean, *x.shape[2:], dtype=torch.float32, device=q.device) for x in (k, v)
-    )
-    out = launch.new_tokens(q, schedule, heads, p.value_dim)
+    kept_k, kept_d = (make(schedule.rows, clean, *x.shape[2:], dtype=torch.float32, device=device) for x in (k, v))
+    solved = chunks * heads if delta else 0
     operands |= {
         "states": q.new_empty(chunks, heads, p.key_dim, p.value_dim),
-        "inverse": q.new_empty((chunks, heads, size, size) if delta else 0, dtype=torch.float32),
-        "initial": state.contiguous(), "pending_k": kept_k, "pending_d": kept_d, "out": out, "noisy_values": values,
-        "slots": schedule.length, "noisy_slots": schedule.length - clean,
+        "solved_k": torch.empty(solved, 2, size, p.key_dim, dtype=torch.bfloat16, device=device),
+        "solved_v": torch.empty(solved, size, p.value_dim, dtype=torch.float32, device=device),
+        "out": launch.new_tokens(q, schedule, heads, p.value_dim),
+        "initial": state.contiguous(), "noisy_values": values, "pending_k": kept_k, "pending_d": kept_d,
+        "slots": schedule.length, "noisy_slots": schedule.length - clean, "KEY_HEADS": k.shape[2],
     }
+    p.launch("pending_keys", pending_keys_kernel, chunks * k.shape[2], operands)
     if delta:
-        p.launch("clean_inverse", clean_inverse_kernel, chunks * heads, operands, PRECISION="tf32x3")
+        p.launch("prefill_solve", prefill_solve_kernel, solved, operands)
     p.launch("prefill_states", prefill_states_kernel, schedule.documents * heads, operands)
-    p.launch("pending_keys", pending_keys_kernel, chunks * k.shape[2], operands, KEY_HEADS=k.shape[2])
     p.launch("clean_outputs", clean_outputs_kernel, chunks * heads, operands)
     p.launch("noisy_outputs", noisy_outputs_kernel, schedule.tiles * heads, operands)
-    if g is None:
-        return out, kept_k, kept_d
-    return out, kept_k, kept_d, _without(clean_padding, g[:, :clean].float())
+    rows = [kept_k, kept_d] if g is None else [kept_k, kept_d, _without(clean_padding, g[:, :clean].float())]
+    return operands["out"].to(dtype), *rows
 
 
 def _without(padding: Tensor, rows: Tensor) -> Tensor:

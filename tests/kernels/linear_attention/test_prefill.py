@@ -26,7 +26,7 @@ def result_names(results: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.gate}-{case.delta}")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_equals_the_cached_reference(case: Case, dtype: torch.dtype) -> None:
     """Rows of unequal length, NaN on padding, pending rows of which some are accepted, blocks inside and at the end."""
     layout = build_layout(
