@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ...base.generation import Mode
+from ...decode.engine import chunk_on
 from ..measure import NotMeasured
 from ..session import Case, Measured, Session, named
 from . import first_token, ours, stock
@@ -60,9 +61,16 @@ def _sampling(session: ServingSession) -> Measured:
 
 
 def _prefill(session: ServingSession) -> Measured:
-    tokens = PROMPT if session.on_gpu else session.context
+    tokens, chunk = PROMPT if session.on_gpu else session.context, chunk_on(session.device)
     mine, theirs = ours.prefill_ms(session, tokens), stock.prefill_ms(session, tokens)
-    return Measured(mine / theirs, {"ours_ms": mine, "stock_ms": theirs, "tokens": float(tokens)})
+    return Measured(mine / theirs, {
+        "ours_ms": mine,
+        "stock_ms": theirs,
+        "first_prompts_ms": ours.prefill_ms(session, tokens, early=True),
+        "default_chunks_ms": ours.prefill_ms(session, tokens, chunk),
+        "default_chunk": float(chunk),
+        "tokens": float(tokens),
+    })
 
 
 def _waits(session: ServingSession) -> Measured:
