@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flarec.kernels.linear_attention.reference_step import reference_step
 from flarec.kernels.linear_attention.tiles.schedule import TileSchedule
@@ -70,3 +72,30 @@ def test_equals_the_cached_reference(case: Case, dtype: torch.dtype) -> None:
         if dtype == torch.bfloat16 and mine.dtype == torch.float32:
             allowed = 2**-14  # sums of numbers of 16 bits
         assert float((mine.double() - wanted).norm()) <= allowed * float(wanted.norm()), name
+
+
+def test_no_tensor_of_all_rows_is_copied_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels read the rows where they lie, parts of a larger tensor, and write what is left pending; nothing else of
+    this size is made."""
+    launched: list[str] = []
+    monkeypatch.setattr(triton_prefill.Problem, "launch", lambda p, name, *given, **more: launched.append(name))
+    monkeypatch.setattr(triton_prefill.triton.knobs.runtime, "interpret", False)
+    layout = build_layout([[80]], [[]], cached=[0])
+    q, k, v = torch.zeros(1, 80, 3, 2, 32, dtype=torch.bfloat16).unbind(2)
+    g, beta, state = torch.zeros(1, 80, 2), torch.zeros(1, 80, 2, dtype=torch.bfloat16), torch.zeros(1, 2, 32, 32)
+    made: list[tuple[str, int]] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            made.extend((str(func), x.numel()) for x in pytree.tree_leaves(out) if isinstance(x, Tensor))
+            return out
+
+    with Noting():
+        triton_prefill.linear_attention_prefill(
+            q, k, v, g, beta, state, k[:, :0].float(), v[:, :0].float(), g[:, :0], torch.zeros(1, dtype=torch.int64),
+            TileSchedule.from_layout(layout, 16), clean_padding=torch.zeros(1, 80, dtype=torch.bool), scale=1.0,
+            delta=True, l2norm=True,
+        )
+    assert {name for name, count in made if count >= q.numel()} <= {"aten.empty.memory_format", "aten.new_empty.default"}
+    assert launched[-4:] == ["prefill_solve", "prefill_states", "clean_outputs", "noisy_outputs"]
