@@ -160,6 +160,9 @@ def test_launches_fill_the_device_and_leave_short_caches_whole() -> None:
                     assert launch.many == (rows >= MANY_ROWS)
                     assert 16 <= launch.queries <= (128 if launch.many else 64) and 1 <= launch.splits <= MOST_SPLITS
                     assert launch.splits == 1 or launch.splits * 4 * launch.keys <= capacity
+    for room, tiles in ((227, (128, 64)), (163, (128, 32)), (99, (64, 32))):  # KiB of an H100, an A100, an L40S
+        launch = launch_of(torch.bfloat16, 256, 32768, 2, 8192, room << 10)
+        assert (launch.queries, launch.keys) == tiles
     assert launch_of(torch.bfloat16, 256, 64, 2, 32768).splits == MOST_SPLITS
     assert launch_of(torch.bfloat16, 256, 4, 2, 64).splits == 1
 

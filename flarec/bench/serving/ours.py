@@ -94,16 +94,10 @@ def prefill_ms(session: ServingSession, tokens: int, chunk: int | None = None, *
     """
 
     def once() -> float:
-        engine = session.engine(1)
-        request = engine.add(session.prompts(1, tokens)[0], mode="causal", max_new_tokens=2)
-        rows = Rows(session.program, engine._mode(request.options), [request], [request.options], None)
-        program = session.program if early else session.reader(session.program)
-        prefill = Prefill(rows, chunk or tokens, program=program)
+        read = reading(session, tokens, chunk, early=early)
         session.wait()
         start = time.perf_counter()
-        with torch.no_grad():
-            while not prefill.advance():
-                pass
+        read()
         session.wait()
         return 1e3 * (time.perf_counter() - start)
 
@@ -112,6 +106,23 @@ def prefill_ms(session: ServingSession, tokens: int, chunk: int | None = None, *
         return min(once() for _ in range(3))
 
     return session.measured(("prefill", tokens, chunk, early), measure)
+
+
+@torch.no_grad()
+def reading(session: ServingSession, tokens: int, chunk: int | None, *, early: bool) -> Callable[[], None]:
+    """The forwards of `prefill_ms`, once."""
+    engine = session.engine(1)
+    request = engine.add(session.prompts(1, tokens)[0], mode="causal", max_new_tokens=2)
+    rows = Rows(session.program, engine._mode(request.options), [request], [request.options], None)
+    program = session.program if early else session.reader(session.program)
+    prefill = Prefill(rows, chunk or tokens, program=program)
+
+    @torch.no_grad()
+    def read() -> None:
+        while not prefill.advance():
+            pass
+
+    return read
 
 
 def sampler(session: ServingSession, rows: int) -> Callable[[], tuple[Tensor, ...]]:

@@ -42,7 +42,8 @@ def linear_attention_prefill(
     there is no more than one decay per head, from numbers of 16 bits (`prefill_kernels`).
     """
     state = commit(state, pending_k, pending_d, pending_g, accepted)
-    run = _in_bfloat16 if all(x.dtype == torch.bfloat16 for x in (q, k, v)) and (g is None or g.ndim == 3) else _in_float32
+    short = all(x.dtype == torch.bfloat16 for x in (q, k, v)) and (g is None or g.ndim == 3)
+    run = _in_bfloat16 if short else _in_float32
     out, *pending = run(
         q, k, v, g, beta, state, schedule, clean_padding=clean_padding, scale=scale, delta=delta, l2norm=l2norm
     )

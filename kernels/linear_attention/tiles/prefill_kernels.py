@@ -127,7 +127,8 @@ def prefill_states_kernel(
             read = _product(read_low, high, tl.zeros([C, BV], tl.float32))
             read = _product(read_high, low, read)
             result -= _product(read_high, high, read)
-            store_tile(values + head * value_dim + tile * BV, result, first, count, H * value_dim, width, C, BV, EXACT_V)
+            store_tile(values + head * value_dim + tile * BV, result, first, count, H * value_dim, width, C, BV,
+                       EXACT_V)
         else:
             result = load_tile(v + head * v_head + tile * BV, first, count, v_token, width, C, BV, EXACT_V)
         added = result.to(tl.float32) * b[:, None]

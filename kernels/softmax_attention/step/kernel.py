@@ -67,7 +67,8 @@ def write(
     cache, new, cache_slot, new_slot, clean_document, clean_position, begin, stop, capacity,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """Copy this step's clean rows begin .. stop into the cache at their positions; pointers are those of the row and key head."""
+    """Copy this step's clean rows begin .. stop into the cache at their positions; pointers are those of the row and
+    key head."""
     columns = tl.arange(0, BLOCK_D)
     for start in range(begin, stop, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
