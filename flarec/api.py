@@ -153,7 +153,7 @@ class Model:
             max_positions=context_of(self.program.config, self.tokenizer),
             suppress=suppress,
             graphs=graphs,
-            static=Static(self._static, after) if self.compiles else None,
+            static=Static(self._static, after, self._reader) if self.compiles else None,
             causal=self._causal if adapter_parameters(self.program) and not self._foreign else None,
             horizon=self._horizon if self._checkpoint.has_horizon else None,
         )
@@ -170,14 +170,25 @@ class Model:
 
     def _static(self, program: DecodeProgram) -> DecodeProgram:
         """What runs steps of one of its programs, compiled; elastic decoding runs its own as it is."""
+        return self._compiled(program, self._codes)
+
+    def _reader(self, program: DecodeProgram) -> DecodeProgram:
+        """What reads prompts for one of its programs, compiled for pieces of any size."""
+        return self._compiled(program, self._reading_codes)
+
+    def _compiled(self, program: DecodeProgram, codes: Codes) -> DecodeProgram:
         if isinstance(program, HorizonProgram):
             return program
         assert isinstance(program, Program)
-        return compiled_by_region(program, self._codes)
+        return compiled_by_region(program, codes)
 
     @cached_property
     def _codes(self) -> Codes:
         return Codes(exact=EXACT)
+
+    @cached_property
+    def _reading_codes(self) -> Codes:
+        return Codes(dynamic=True)
 
     def _horizon(self) -> HorizonProgram:
         """What runs elastic decoding."""

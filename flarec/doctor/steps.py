@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from flarec.decode import BlockSpec, Cache, Stepper
-from flarec.decode.engine import PREFILL_CHUNK
+from flarec.decode.engine import chunk_on
+from flarec.decode.scheduler import PREFILL_ROWS
 from flarec.device import resolve_compile, resolve_kernels
 from flarec.errors import PassError
 from flarec.ir.program import Program
@@ -109,6 +110,7 @@ def simulate_serving(
     program: lowered for decoding, on the meta device, in the dtype that serves. Raises `CaptureError` as above.
     """
     steps: dict[str, Work] = {}
+    chunk = min(chunk_on(device), length - 1, max(1, PREFILL_ROWS // batch))
     with Simulation() as simulation, torch.no_grad():
         program, device = with_fake_weights(program, simulation, HOST), HOST
         weights = simulation.live
@@ -116,7 +118,6 @@ def simulate_serving(
         cache.tensors = {name: _unknown(simulation, tensor) for name, tensor in cache.tensors.items()}
         caches = simulation.live - weights
         simulation.forget_peak()
-        chunk = min(PREFILL_CHUNK, length - 1)
         cache.length = torch.full((batch,), max(0, length - 1 - chunk - 4 * (block_size + 1)), device=device)
         stepper = Stepper(program, cache, BlockSpec(block_size, block_size, "causal", 0))
         drafts = block_size + 1
