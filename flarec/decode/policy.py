@@ -5,28 +5,54 @@ request, `pi` being the share of drafts at depth `i` that are right when those b
 the last draft, a step that rejects leaves nothing to verify in the next one: if `q = p1..pb` of the steps accept all
 drafts, a share of `1 / (2 - q)` of the steps has drafts and yields `E(b)`, the others yield 1. The blocks with most
 tokens per second are used; none at all is plain causal decoding. Costs and shares are running means, and what is not
-used is tried again now and then: blocks that draft for a few steps after `PATIENCE` steps, or a causal step if those
-had drafts. The text does not depend on the choice (docs/semantics.md section 4).
+used is tried again now and then. The text does not depend on the choice (docs/semantics.md section 4).
+
+Beliefs may be wrong, and texts change. So the time that drafting has lost to causal decoding is kept in a purse, in
+steps of causal decoding: a step that drafts takes out what it took longer than the tokens it gave would have taken
+there, or puts in what it gained, up to `PURSE`; every step puts in `SLACK`. What the purse does not hold is not risked.
+Over any steps drafting loses at most `PURSE`, `SLACK` of each, and once for every kind of step what its first
+measurement was above its estimate.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from math import ceil, inf
 from operator import mul, truediv
 from typing import NamedTuple
 
+PURSE = 4.0
+SLACK = 0.004
+SWITCH = 0.5
+"""Steps of causal decoding that it takes to begin to draft, besides the steps: buffers are spread (`Store.spread`)."""
+GUESS = 1.0
+"""Steps of causal decoding that a step is believed to take longer than one before any like it was measured."""
 PATIENCE = 512
+"""Steps with drafts, after which a causal one measures what that costs now, or larger blocks are tried."""
+PAUSES = (64, 1024)
+"""Causal steps until drafts are tried, doubled where they did not pay."""
+SOON = 16
+"""Causal steps until they are tried for a request that is new."""
+LOOK = 8
+"""Steps with drafts from one choice to the next."""
 TRIAL = 6
-"""Steps for which blocks are tried: 1.2 % of PATIENCE, at a cost per step of at most about twice a causal one's."""
+LEAST = 3
+"""Steps of a trial, and of the shortest one: nothing is verified in the first."""
 WARM = 2
 """Timings of blocks before they are judged."""
-FORGET = 0.95
+MEMORY = 32.0
+LONG = 10
+"""Drafts of a depth that count, or those of so many steps if these are more."""
 LEARN = 0.1
 """Weight of a timing in the running mean, once there are more of them."""
+STALE = 4
+"""Timings that count, of what was not used for a while."""
 KEEP = 1.02
-"""What is used stays unless others yield so much more per second: on a GPU every kind of step is recorded once."""
+"""Drafts begin, and other blocks are taken, where they yield so much more per second."""
+NEW = 1.02
+"""The same for blocks that were never measured: on a GPU every kind of step is recorded once."""
 PRIOR = 4.0
 """Accepted drafts, and as many rejected ones, that every depth is believed to have had at first."""
 
@@ -52,19 +78,26 @@ class DraftPolicy:
     def __init__(self, choices: Sequence[Drafting]) -> None:
         assert CAUSAL in choices
         self.choices = tuple(sorted(choices))
-        self.drafting = max(self.choices)
+        self.drafting = CAUSAL
+        self.purse = PURSE
         kinds = {item.branches: item for item in self.choices if item != CAUSAL}
-        # the largest blocks of every kind, and none, are measured first: costs of the others lie between them
-        self._first = [*(kinds[branches] for branches in sorted(kinds, reverse=True)), CAUSAL]
-        largest = self.drafting.size
-        self._right = [PRIOR] * largest
-        self._tried = [2 * PRIOR] * largest
+        # of the blocks the largest of every kind are measured first: costs of the others lie between them
+        self._first = [kinds[branches] for branches in sorted(kinds)]
+        largest = max(self.choices).size
+        self._right, self._tried = [PRIOR] * largest, [2 * PRIOR] * largest
+        self._news = [[0, 0] for _ in range(largest)]
         self._costs: dict[tuple[int, Drafting], tuple[float, int]] = {}
-        self._steps = 0
-        self._trial = 0
+        self._rows = 0
+        self._extra = 0.0  # of a step that is drafted now
+        self._wait = 0  # steps until a choice is made
+        self._left: tuple[Drafting, float, int] | None = None  # what a causal step interrupts
+        self._pause = PAUSES[0]
+        self._drafted = 0  # steps with drafts since a causal one, or larger blocks
+        self._deeper = False
 
     def acceptance(self, depth: int) -> float:
         """Share of the drafts at a depth (from 1) that are right when those before them are."""
+        self._learn()
         return self._right[depth - 1] / self._tried[depth - 1]
 
     def tokens(self, drafting: Drafting) -> float:
@@ -76,59 +109,152 @@ class DraftPolicy:
         """[n]: the share of steps that accept all of n drafts; 1 for none."""
         return list(accumulate(map(truediv, self._right, self._tried), mul, initial=1.0))
 
+    def begun(self) -> None:
+        """A request is new, and its text may be another one."""
+        self._pause, self._wait = PAUSES[0], min(self._wait, SOON)
+
     def accepted(self, held: int, right: int) -> None:
         """A request had `held` drafts in a step, of which the first `right` were accepted."""
-        for depth in range(1, min(held, right + 1) + 1):
-            self._right[depth - 1] = FORGET * self._right[depth - 1] + (depth <= right)
-            self._tried[depth - 1] = FORGET * self._tried[depth - 1] + 1
+        for depth in range(min(held, right + 1)):
+            news = self._news[depth]
+            news[0] += depth < right
+            news[1] += 1
 
-    def timed(self, rows: int, drafting: Drafting, seconds: float) -> None:
-        """A step of `rows` rows with these blocks took `seconds`."""
+    def _learn(self) -> None:
+        """From the last step's drafts."""
+        for depth, news in enumerate(self._news):
+            right, tried = news
+            if tried:
+                kept = 1 - 1 / max(MEMORY / tried, LONG)
+                self._right[depth] = kept * self._right[depth] + right
+                self._tried[depth] = kept * self._tried[depth] + tried
+                news[:] = 0, 0
+
+    def _doubt(self) -> None:
+        """What was seen counts as little as what was believed at first."""
+        for depth, tried in enumerate(self._tried):
+            share = min(1.0, 2 * PRIOR / tried)
+            self._right[depth], self._tried[depth] = share * self._right[depth], share * tried
+
+    def timed(self, rows: int, drafting: Drafting, seconds: float, tokens: float) -> None:
+        """A step of `rows` rows with these blocks took `seconds`, and gave so many tokens per request."""
         rows = _bucket(rows)
         mean, count = self._costs.get((rows, drafting), (0.0, 0))
         weight = max(1 / (count + 1), LEARN)
         # a step that something else has delayed tells nothing
         seconds = min(seconds, 3 * mean) if count >= WARM else seconds
         self._costs[rows, drafting] = mean + weight * (seconds - mean), count + 1
+        gain = SLACK
+        if drafting != CAUSAL and (plain := self._costs.get((rows, CAUSAL))) is not None and plain[0] > 0:
+            gain += tokens - seconds / plain[0]
+        self.purse = min(PURSE, self.purse + gain)
 
     def cost(self, rows: int, drafting: Drafting) -> float | None:
         """Seconds of a step; between two sizes of the same kind that were measured, on the line. None if unknown."""
-        return _between(self._known(rows, drafting.branches), drafting.size)
+        return _between(self._known(_bucket(rows), drafting.branches), drafting.size)
 
     def _known(self, rows: int, branches: bool) -> list[tuple[int, float]]:
         """Sizes of one kind of block that were measured, in order, and their costs."""
         alike = [item for item in self.choices if item == CAUSAL or item.branches == branches]
         return [(item.size, self._costs[rows, item][0]) for item in alike if (rows, item) in self._costs]
 
+    def _timings(self, drafting: Drafting) -> int:
+        return self._costs.get((self._rows, drafting), (0.0, 0))[1]
+
     def next(self, rows: int) -> Drafting:
         """The blocks of the next step."""
         rows = _bucket(rows)
-        self._steps += 1
-        if self._trial > 0:
-            self._trial -= 1
-            return self.drafting
-        unknown = [item for item in self._first if self._costs.get((rows, item), (0, 0))[1] < WARM]
-        if unknown:
-            return self._try(unknown[0])
-        if self._steps >= PATIENCE:
-            self._steps = 0
-            if self.drafting != CAUSAL:
-                return self._try(CAUSAL, 1)
-            return self._try(self._best(rows, [item for item in self.choices if item != CAUSAL]))
-        self.drafting = self._best(rows, self.choices, self.drafting)
+        if rows != self._rows:  # its steps have other costs
+            self._rows, self._wait, self._left = rows, 0, None
+        self._drafted += self.drafting != CAUSAL
+        if self._left is not None:
+            self._take(*self._left)
+            self._left = None
+        elif self.purse < self._extra:
+            self._take(CAUSAL)
+            self._rest()
+        elif self._wait > 0:
+            self._wait -= 1
+        else:
+            self._choose()
         return self.drafting
 
-    def _try(self, drafting: Drafting, steps: int = TRIAL) -> Drafting:
-        self.drafting, self._trial = drafting, steps - 1
-        return drafting
+    def _choose(self) -> None:
+        self._learn()
+        if self._timings(CAUSAL) < WARM:
+            return self._take(CAUSAL)
+        needed = LEAST * GUESS + SWITCH * (self.drafting == CAUSAL)
+        for item in self._first:
+            if self._timings(item) < WARM and self.purse >= needed:
+                return self._take(item)
+        costs = self._relative()
+        if self.drafting != CAUSAL and self._drafted >= PATIENCE:
+            return self._again(costs)
+        return self._judge(costs)
 
-    def _best(self, rows: int, choices: Sequence[Drafting], used: Drafting | None = None) -> Drafting:
-        known, runs = {branches: self._known(rows, branches) for branches in (False, True)}, self._runs()
-        totals = list(accumulate(runs))
-        costs = {item: _between(known[item.branches], item.size) for item in choices}
-        rates = {item: _expected(item, runs, totals) / cost for item, cost in costs.items() if cost}
+    def _judge(self, costs: Mapping[Drafting, float]) -> None:
+        """Go on drafting while that pays; else rest, and then see whether it does now."""
+        used, best, pays = self.drafting, *self._best(costs)
+        if used != CAUSAL:
+            if pays:
+                self._pause = PAUSES[0]
+                self._take(best, costs[best] - 1, LOOK - 1)
+            else:
+                self._take(CAUSAL)
+                self._rest()
+        elif best == CAUSAL:  # no blocks are known, or those that are would take more than a full purse
+            self._rest()
+        elif (need := _need(costs[best])) > self.purse:
+            self._wait = ceil((need - self.purse) / SLACK)
+        else:
+            self._doubt()
+            self._take(best, costs[best] - 1, TRIAL - 1)
+
+    def _best(self, costs: Mapping[Drafting, float]) -> tuple[Drafting, bool]:
+        """The blocks that yield most, of those that may be tried, and whether that is more than without any."""
+        runs = self._runs()
+        totals, rates = list(accumulate(runs)), dict[Drafting, float]()
+        for item, cost in costs.items():
+            if item != CAUSAL and (self.drafting != CAUSAL or _need(cost) <= PURSE):
+                favour = KEEP if item == self.drafting else 1.0 if self._timings(item) else 1 / NEW
+                rates[item] = favour * _expected(item, runs, totals) / cost
         best = max(rates, key=lambda item: rates[item], default=CAUSAL)
-        return used if used in rates and rates[best] < KEEP * rates[used] else best
+        return best, best != CAUSAL and _expected(best, runs, totals) / costs[best] > 1.0
+
+    def _again(self, costs: Mapping[Drafting, float]) -> None:
+        """What is not used for long is measured anew: in turn what a causal step costs, and how many drafts are right in
+        the largest blocks."""
+        self._drafted, self._deeper = 0, not self._deeper
+        largest = max(item for item in self.choices if item.branches == self.drafting.branches)
+        if not self._deeper:
+            self._left = self.drafting, self._extra, 0
+            self.drafting, self._extra = CAUSAL, 0.0
+        elif largest != self.drafting and costs.get(largest, inf) - 1 < self.purse:
+            self._take(largest, costs[largest] - 1, TRIAL - 1)
+
+    def _take(self, drafting: Drafting, extra: float = 0.0, wait: int = 0) -> None:
+        """From the next step on, for so many steps behind it."""
+        if self.drafting == CAUSAL != drafting and self._left is None:
+            self.purse -= SWITCH
+        if drafting != self.drafting and (known := self._costs.get((self._rows, drafting))) is not None:
+            self._costs[self._rows, drafting] = known[0], min(known[1], STALE)
+        self.drafting, self._extra, self._wait = drafting, max(0.0, extra), wait
+
+    def _rest(self) -> None:
+        """Causal steps until drafts are tried again."""
+        self._wait, self._pause = self._pause, min(2 * self._pause, PAUSES[1])
+
+    def _relative(self) -> dict[Drafting, float]:
+        """Costs of steps, a causal one being 1; of those about which something is known."""
+        known = {branches: self._known(self._rows, branches) for branches in (False, True)}
+        costs = {item: _between(known[item.branches], item.size) for item in self.choices}
+        plain = costs[CAUSAL] or 1.0
+        return {item: cost / plain for item, cost in costs.items() if cost}
+
+
+def _need(cost: float) -> float:
+    """What a purse has to hold for a trial of steps that cost so many causal ones; of the dearest, a short trial."""
+    return max(SWITCH + LEAST * (cost - 1), min(SWITCH + TRIAL * (cost - 1), PURSE))
 
 
 def _expected(drafting: Drafting, runs: Sequence[float], totals: Sequence[float]) -> float:

@@ -73,6 +73,8 @@ class Lane:
         middle = time.perf_counter()
         if self.running is None and self.stores is None:
             self.running, fresh = fresh, None
+        if fresh is not None:
+            fresh.timed = False  # its one step by itself
         for rows in (self.running, fresh):
             if rows is not None:
                 rows.step()

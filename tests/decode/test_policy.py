@@ -40,7 +40,7 @@ def run(policy: DraftPolicy, rows: int, share: float, steps: int, rng: random.Ra
     for _ in range(steps):
         drafting = policy.next(rows)
         used.append(drafting)
-        seconds = cost(rows, drafting)
+        seconds, before = cost(rows, drafting), tokens
         for row in range(rows):
             had, right = min(held[row], drafting.size), 0
             while right < had and rng.random() < share:
@@ -48,7 +48,7 @@ def run(policy: DraftPolicy, rows: int, share: float, steps: int, rng: random.Ra
             tokens += 1 + right
             policy.accepted(had, right)
             held[row] = drafting.size if drafting.branches or right == had else 0
-        policy.timed(rows, drafting, seconds * rng.uniform(0.97, 1.03))
+        policy.timed(rows, drafting, seconds * rng.uniform(0.97, 1.03), (tokens - before) / rows)
         time += seconds
     return tokens / rows / time, used
 
@@ -91,7 +91,7 @@ def test_short_blocks_where_depth_does_not_pay() -> None:
         used.append(drafting)
         had = min(held, drafting.size)
         policy.accepted(had, min(had, 1))
-        policy.timed(8, drafting, cost(8, drafting))
+        policy.timed(8, drafting, cost(8, drafting), 1 + min(had, 1))
         held = drafting.size if drafting.branches or had <= 1 else 0
     assert share_of_steps(used, 1) > 0.9
 
@@ -108,7 +108,7 @@ def test_one_block_where_branches_are_dear(share: float, dear: float, branches: 
         policy.accepted(had, right)
         held = drafting.size if drafting.branches or right == had else 0
         extra = (dear - 1 if drafting.branches else 0.2) * drafting.size / 3
-        policy.timed(1, drafting, 1 + extra)
+        policy.timed(1, drafting, 1 + extra, 1 + right)
     drafted = [drafting for drafting in used[-400:] if drafting != CAUSAL]
     assert len(drafted) > 380 and sum(drafting.branches == branches for drafting in drafted) > 0.9 * len(drafted)
 
