@@ -19,11 +19,13 @@ from flarec.base.generation import (
 from flarec.errors import GenerationError
 from flarec.layout import READOUTS
 
+from .ends import PLACED
 from .graphs import CudaReplays, PlainReplays
 from .modes.ar_trust import ARTrustMode
 from .modes.causal import CausalMode
 from .modes.diffusion_trust import DiffusionTrustMode
 from .modes.elastic import ElasticMode
+from .modes.placed_trust import PlacedTrustMode
 from .plan import DecodeProgram
 from .policy import DraftPolicy, choices_of
 from .prefix import PrefixCache
@@ -63,6 +65,7 @@ class Engine:
                    is compiled for them; None: the program itself
     horizon        gives the program of elastic decoding (`flarec.decode.horizon`); None: the checkpoint has no head
                    that says how many drafts are safe
+    placed         whether drafts="auto" of ar-trust asks that head where to draft (`flarec.decode.ends`)
     prefix_cache   bytes for prompts that were read before (`flarec.decode.prefix`); 0: every prompt is read anew
     stats          what it has done so far
     """
@@ -82,6 +85,7 @@ class Engine:
         causal: Callable[[], DecodeProgram] | None = None,
         static: Static | None = None,
         horizon: Callable[[], DecodeProgram] | None = None,
+        placed: bool = False,
         prefix_cache: int = 0,
     ) -> None:
         if block_size is not None:
@@ -101,6 +105,7 @@ class Engine:
         self.mask_token_id = mask_token_id
         self.block_size = block_size
         self.readouts = dict(readouts)
+        self.placed = placed and horizon is not None and self.readouts.get("ar-trust") == "causal"
         self.eos_ids = frozenset(token_ids(eos_ids, "eos_ids"))
         self.max_positions = max_positions
         self.suppress: Collection[int] = frozenset(token_ids(suppress, "suppress"))
@@ -226,22 +231,28 @@ class Engine:
         def lane(request: Request, key: Hashable) -> Lane:
             mode, suppress = self._mode(request.options), self._suppressed(request.options.suppress)
             stores = self.shelf.of(key) if self.shelf is not None and request.logprobs is None else None
-            program = self._program(request.options.mode)
+            program = self._program(request.options)
             return Lane(program, mode, suppress, slots, chunk, self.stats, stores, self.prefixes)
 
         return Scheduler(lane, key)
 
-    def _program(self, mode: str | None) -> DecodeProgram:
-        """What runs a mode."""
-        if mode == "elastic":
+    def _program(self, options: GenerationOptions) -> DecodeProgram:
+        """What runs a request."""
+        if options.mode == "elastic" or self._places(options):
             assert self._horizon is not None, "the request was refused"
             return self._horizon()
-        return self._causal() if mode == "causal" else self.program
+        return self._causal() if options.mode == "causal" else self.program
+
+    def _places(self, options: GenerationOptions) -> bool:
+        """Whether the horizon head says where drafts stand."""
+        return self.placed and options.mode == "ar-trust" and options.drafts == "auto"
 
     def _mode(self, options: GenerationOptions) -> Mode:
         """What decodes a request whose options are complete."""
         assert options.drafts is not None and options.threshold is not None and options.denoising_steps is not None
         if options.mode == "ar-trust":
+            if self._places(options):
+                return PlacedTrustMode(self._blocks("ar-trust"), self._policy, self.program.vocab_size)
             policy = self._policy if options.drafts == "auto" else None
             return ARTrustMode(self._blocks("ar-trust"), branches=options.drafts != "single", policy=policy)
         if options.mode == "diffusion-trust":
@@ -254,7 +265,7 @@ class Engine:
     def _policy(self) -> DraftPolicy:
         """What one call learns about this model here serves the next one."""
         blocks = self._blocks("ar-trust")
-        return DraftPolicy(choices_of(blocks.size, blocks.readout))
+        return DraftPolicy(choices_of(blocks.size, blocks.readout, PLACED if self.placed else ()))
 
     def _filled(self, options: GenerationOptions) -> GenerationOptions:
         steps = self.block_size or 1
