@@ -1,4 +1,4 @@
-"""`--drafts auto` with and without the horizon head, on the bundled tiny model: tokens per forward and per CPU second.
+"""`--drafts auto` and `--drafts horizon`, on the bundled tiny model: tokens per forward and per CPU second.
 
     python benchmarks/elastic_tiny.py --keep out/elastic ...        # makes the checkpoint
     python benchmarks/placed_drafts.py --checkpoint out/elastic/elastic --out benchmarks/results/placed-tiny-cpu.json
@@ -33,8 +33,9 @@ from flarec.evaluate import read_examples
 
 ROOT = Path(__file__).parents[1]
 TASKS = ROOT / "examples" / "tiny" / "data" / "test.jsonl"
-PLACED: dict[str, tuple[int, ...]] = {"auto": (), "auto, 1": (1,), "auto, 2": (2,), "auto, 1 or 2": (1, 2),
-                                      "auto, 1 to 3": (1, 2, 3)}
+PLACED: dict[str, tuple[int, ...]] = {
+    "auto": (), "horizon, 1": (1,), "horizon, 2": (2,), "horizon, 1 or 2": (1, 2), "horizon, 1 to 3": (1, 2, 3),
+}
 """Ways with the policy, and the numbers of placed blocks that it may choose."""
 
 
@@ -65,9 +66,9 @@ class Way:
 
     def decode(self, numbers: list[int], prompts: list[list[int]], new_tokens: int) -> None:
         engine = self.model.engine
-        engine.__dict__["_policy"], engine.placed = self.policy, bool(self.placed)
+        engine.__dict__["_placed_policy" if self.placed else "_policy"] = self.policy
         mode = "causal" if self.name == "causal" else "ar-trust"
-        drafts = "branches" if self.placed is None else "auto"
+        drafts = "branches" if self.placed is None else "horizon" if self.placed else "auto"
         start = time.process_time()
         outputs = self.model.generate_ids(
             prompts, mode=mode, drafts=drafts, max_new_tokens=new_tokens, batch=self.width  # type: ignore[arg-type]
@@ -125,7 +126,7 @@ def main() -> None:
     model = flarec.load(options.checkpoint, device="cpu", dtype="float32", graphs="off", compile="off")
     examples = read_examples(TASKS, model, limit=options.tasks)
     prompts = [list(example.ids[: example.responses[0][0]]) for example in examples]
-    Way(model, "auto, 1 to 3", 1).decode([0], prompts[:1], 8)  # lowered once
+    Way(model, "horizon, 1 to 3", 1).decode([0], prompts[:1], 8)  # lowered once
     found: dict[str, Any] = {"choose": [], "report": []}
     for width in map(int, options.requests.split(",")):
         names = ["causal", "branches", *PLACED]

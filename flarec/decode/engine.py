@@ -65,7 +65,6 @@ class Engine:
                    is compiled for them; None: the program itself
     horizon        gives the program of elastic decoding (`flarec.decode.horizon`); None: the checkpoint has no head
                    that says how many drafts are safe
-    placed         whether drafts="auto" of ar-trust asks that head where to draft (`flarec.decode.ends`)
     prefix_cache   bytes for prompts that were read before (`flarec.decode.prefix`); 0: every prompt is read anew
     stats          what it has done so far
     """
@@ -85,7 +84,6 @@ class Engine:
         causal: Callable[[], DecodeProgram] | None = None,
         static: Static | None = None,
         horizon: Callable[[], DecodeProgram] | None = None,
-        placed: bool = False,
         prefix_cache: int = 0,
     ) -> None:
         if block_size is not None:
@@ -105,7 +103,6 @@ class Engine:
         self.mask_token_id = mask_token_id
         self.block_size = block_size
         self.readouts = dict(readouts)
-        self.placed = placed and horizon is not None and self.readouts.get("ar-trust") == "causal"
         self.eos_ids = frozenset(token_ids(eos_ids, "eos_ids"))
         self.max_positions = max_positions
         self.suppress: Collection[int] = frozenset(token_ids(suppress, "suppress"))
@@ -238,34 +235,37 @@ class Engine:
 
     def _program(self, options: GenerationOptions) -> DecodeProgram:
         """What runs a request."""
-        if options.mode == "elastic" or self._places(options):
+        if options.mode == "elastic" or (options.mode == "ar-trust" and options.drafts == "horizon"):
             assert self._horizon is not None, "the request was refused"
             return self._horizon()
         return self._causal() if options.mode == "causal" else self.program
-
-    def _places(self, options: GenerationOptions) -> bool:
-        """Whether the horizon head says where drafts stand."""
-        return self.placed and options.mode == "ar-trust" and options.drafts == "auto"
 
     def _mode(self, options: GenerationOptions) -> Mode:
         """What decodes a request whose options are complete."""
         assert options.drafts is not None and options.threshold is not None and options.denoising_steps is not None
         if options.mode == "ar-trust":
-            if self._places(options):
-                return PlacedTrustMode(self._blocks("ar-trust"), self._policy, self.program.vocab_size)
+            if options.drafts == "horizon":
+                blocks = self._told_blocks("drafts 'horizon'")
+                return PlacedTrustMode(blocks, self._placed_policy, self.program.vocab_size)
             policy = self._policy if options.drafts == "auto" else None
             return ARTrustMode(self._blocks("ar-trust"), branches=options.drafts != "single", policy=policy)
         if options.mode == "diffusion-trust":
             return DiffusionTrustMode(self._blocks("diffusion-trust"), options.threshold, options.denoising_steps)
         if options.mode == "elastic":
-            return ElasticMode(self._elastic_blocks(), options.threshold, self.program.vocab_size)
+            return ElasticMode(self._told_blocks("mode 'elastic'"), options.threshold, self.program.vocab_size)
         return CausalMode()
 
     @cached_property
     def _policy(self) -> DraftPolicy:
         """What one call learns about this model here serves the next one."""
         blocks = self._blocks("ar-trust")
-        return DraftPolicy(choices_of(blocks.size, blocks.readout, PLACED if self.placed else ()))
+        return DraftPolicy(choices_of(blocks.size, blocks.readout))
+
+    @cached_property
+    def _placed_policy(self) -> DraftPolicy:
+        """The same, with blocks where the horizon head says."""
+        blocks = self._blocks("ar-trust")
+        return DraftPolicy(choices_of(blocks.size, blocks.readout, PLACED))
 
     def _filled(self, options: GenerationOptions) -> GenerationOptions:
         steps = self.block_size or 1
@@ -282,18 +282,18 @@ class Engine:
         heads = self.block_size if mode == "ar-trust" else self.block_size - 1
         return BlockSpec(self.block_size, heads, self.readouts[mode], self.mask_token_id)
 
-    def _elastic_blocks(self) -> BlockSpec:
-        """The drafts of AR-Trust, where a part of them may be taken."""
+    def _told_blocks(self, what: str) -> BlockSpec:
+        """The drafts of AR-Trust, where a part of them stands alone, and a head says how many are safe."""
         blocks = self._blocks("ar-trust")
         if blocks.readout != "causal":
             raise GenerationError(
                 f"this checkpoint's drafts read their whole block ({blocks.readout}), so that no part of them stands "
-                "alone, and mode 'elastic' needs causal ones: convert with the recipe fluid, adapter or draft"
+                f"alone, and {what} needs causal ones: convert with the recipe fluid, adapter or draft"
             )
         if self._horizon is None:
             raise GenerationError(
-                "this checkpoint has no head that says how many drafts are safe, which mode 'elastic' needs: train one "
-                "with flarec train-head"
+                f"this checkpoint has no head that says how many drafts are safe, which {what} needs: train one with "
+                "flarec train-head"
             )
         return blocks
 

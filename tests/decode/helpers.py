@@ -46,7 +46,6 @@ def make_engine(
     readout: str = "causal",
     eos: Collection[int] = (),
     max_positions: int = 10_000,
-    placed: bool = False,
 ) -> tuple[Engine, FakeProgram]:
     program = FakeProgram(model)
     wide = FakeProgram(model, calls=program.calls, horizon=size)
@@ -59,7 +58,6 @@ def make_engine(
         max_positions=max_positions,
         suppress=[model.mask],
         horizon=None if size is None else lambda: wide,
-        placed=placed,
     )
     return engine, program
 

@@ -17,6 +17,7 @@ from flarec.decode.horizon import HorizonProgram
 from flarec.decode.policy import CAUSAL, Drafting, DraftPolicy, choices_of
 from flarec.decode.request import Request, Stopping
 from flarec.decode.rows import Rows
+from flarec.errors import GenerationError
 from flarec.passes import lower
 from tests.decode.fake_model import FakeModel, prefix_state
 from tests.decode.helpers import HeldPolicy, RandomPolicy, make_engine, random_options, random_prompts
@@ -28,7 +29,7 @@ from tests.models import VOCABULARY
 from tests.passes.test_predict_horizon import SIZE, with_head
 
 CHOICES = choices_of(3, "causal", (1, 2))
-OPTIONS: dict[str, Any] = {"mode": "ar-trust", "drafts": "auto"}
+OPTIONS: dict[str, Any] = {"mode": "ar-trust", "drafts": "horizon"}
 
 
 def ends_of(share: list[float], have: int, count: int, blocks: int) -> list[int]:
@@ -126,8 +127,8 @@ def forwards(model: FakeModel, prompt: list[int], options: GenerationOptions, li
 @pytest.mark.parametrize("drafting", [item for item in CHOICES if item.placed])
 def test_the_text_of_causal_decoding_in_the_forwards_of_the_places(drafting: Drafting, graphs: bool) -> None:
     rng, model = random.Random(drafting.size), FakeModel(agreement=0.8, key=drafting.placed)
-    engine, _ = make_engine(model, 3, placed=True)
-    engine.__dict__["_policy"] = policy = HeldPolicy(CHOICES, drafting)
+    engine, _ = make_engine(model, 3)
+    engine.__dict__["_placed_policy"] = policy = HeldPolicy(CHOICES, drafting)
     policy.drafting = drafting
     if graphs:
         with_graphs(engine)
@@ -144,8 +145,8 @@ def test_the_text_of_causal_decoding_in_the_forwards_of_the_places(drafting: Dra
 def test_any_blocks_may_follow_one_another(seed: int) -> None:
     """As they come, with requests that join and leave, and recorded."""
     rng, model = random.Random(seed), FakeModel(agreement=0.8, key=seed)
-    engine, _ = make_engine(model, 3, placed=True)
-    engine.__dict__["_policy"] = policy = RandomPolicy(CHOICES, random.Random(seed))
+    engine, _ = make_engine(model, 3)
+    engine.__dict__["_placed_policy"] = policy = RandomPolicy(CHOICES, random.Random(seed))
     with_graphs(engine)
     prompts = random_prompts(rng, model, 9)
     each = [random_options(rng) for _ in prompts]
@@ -160,9 +161,9 @@ def test_a_real_head_never_changes_the_text(family: str) -> None:
     program, wide, _ = with_head(family)
     engine = Engine(
         lower(program, "decode"), mask_token_id=VOCABULARY - 1, block_size=SIZE, readouts={"ar-trust": "causal"},
-        eos_ids=(), max_positions=400, suppress=[VOCABULARY - 1], horizon=lambda: HorizonProgram(wide), placed=True,
+        eos_ids=(), max_positions=400, suppress=[VOCABULARY - 1], horizon=lambda: HorizonProgram(wide),
     )
-    engine.__dict__["_policy"] = policy = RandomPolicy(CHOICES, random.Random(1))
+    engine.__dict__["_placed_policy"] = policy = RandomPolicy(CHOICES, random.Random(1))
     prompts = [[5, 17, 33], [7], [101, 4, 4, 9]]
     each = [GenerationOptions(temperature=temperature, seed=3) for temperature in (0.0, 0.8, 1.0)]
     expected = [item.token_ids for item in engine.generate(prompts, each, mode="causal", max_new_tokens=30)]
@@ -172,14 +173,16 @@ def test_a_real_head_never_changes_the_text(family: str) -> None:
     assert {item.placed for item in policy.used} == {0, 1, 2}
 
 
-def test_without_a_head_nothing_is_placed() -> None:
-    """Nor for drafts that read their whole block, or that are not left to the policy."""
+def test_it_is_refused_where_nobody_tells() -> None:
     model = FakeModel()
-    for engine in (make_engine(model, 3)[0], make_engine(model, 3, readout="block_end", placed=True)[0]):
-        assert not engine._places(GenerationOptions(**OPTIONS)) and not any(i.placed for i in engine._policy.choices)
-    placed, _ = make_engine(model, 3, placed=True)
-    assert placed._places(GenerationOptions(**OPTIONS)) and not placed._places(GenerationOptions(mode="ar-trust"))
-    assert placed._policy.choices == CHOICES or set(CHOICES) == set(placed._policy.choices)
+    whole, plain = make_engine(model, 3, readout="block_end")[0], make_engine(model, 3)[0]
+    with pytest.raises(GenerationError, match=r"whole block.*drafts 'horizon' needs causal ones"):
+        whole.generate([[1]], **OPTIONS)
+    assert set(CHOICES) == set(plain._placed_policy.choices) and not any(i.placed for i in plain._policy.choices)
+    plain._horizon = None
+    with pytest.raises(GenerationError, match=r"no head.*drafts 'horizon' needs"):
+        plain.generate([[1]], **OPTIONS)
+    assert plain.generate([[1]], mode="ar-trust", drafts="auto", max_new_tokens=4)[0].new_tokens == 4
 
 
 @pytest.mark.parametrize("drafting", [*[item for item in CHOICES if item.placed], Drafting(3), CAUSAL])
@@ -188,9 +191,9 @@ def test_a_step_asks_the_device_nothing(drafting: Drafting) -> None:
     program = ValuelessProgram(VALUES + 4)
     engine = Engine(
         program, mask_token_id=VALUES - 1, block_size=3, eos_ids=(), max_positions=1000,
-        readouts={"ar-trust": "causal"}, horizon=lambda: program, placed=True,
+        readouts={"ar-trust": "causal"}, horizon=lambda: program,
     )
-    engine.__dict__["_policy"] = HeldPolicy(CHOICES, drafting)
+    engine.__dict__["_placed_policy"] = HeldPolicy(CHOICES, drafting)
     options = engine._filled(GenerationOptions(**OPTIONS))
     requests = [Request(index, [1, 2, 3], 20, Stopping(), options) for index in range(3)]
     rows = Rows(program, engine._mode(options), requests, [options] * 3, None)
