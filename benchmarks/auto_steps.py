@@ -1,11 +1,12 @@
 """Where the time of `--drafts auto` goes, step by step: kinds of steps, what each cost, kernels, work on the host.
 
     python benchmarks/auto_steps.py --out benchmarks/results/auto-steps.json --commit $(git rev-parse HEAD)
-    python benchmarks/auto_steps.py --shape tiny --device cpu --requests 2 --steps 40     # does it run?
+    python benchmarks/auto_steps.py --shape tiny --device cpu --requests 2 --turns 1     # does it run?
 
-For every number of requests: plain causal steps, then those of `--drafts auto` held at no drafts, then as it chooses
-them over replayed acceptance. Of each: the milliseconds of a step, those of the host (its choice of blocks, its
-report), and the kernels of a replay. The limit is on the time, and the file is written after every part.
+For every number of requests plain causal steps, those of `--drafts auto` held at no drafts, and those that it chooses
+over replayed acceptance, in turns so that they meet the same host. Of each: the milliseconds of a step by kind and by
+the kind before, those of the host (its choice of blocks, its report), and the kernels of a replay. The limit is on the
+time, and the file is written after every part.
 """
 
 from __future__ import annotations
@@ -76,8 +77,6 @@ def _kernels(session: ServingSession, step: Any, count: int = 4) -> dict[str, An
     """Of a step: how many kernels and copies, how long they are busy, and the longest by name (microseconds)."""
     if not session.on_gpu:
         return {}
-    from torch.autograd import DeviceType
-
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(count):
             step()
@@ -85,78 +84,95 @@ def _kernels(session: ServingSession, step: Any, count: int = 4) -> dict[str, An
     times: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     for event in profile.events() or []:
-        if event.device_type == DeviceType.CUDA:
+        if str(event.device_type).endswith("CUDA"):
             times[event.name[:90]] += event.device_time
             calls[event.name[:90]] += 1
     most = {name: [calls[name] / count, round(us / count, 2)] for name, us in times.most_common(45)}
     return {"kernels": sum(calls.values()) / count, "busy_us": round(sum(times.values()) / count, 1), "by_name": most}
 
 
-def _steps(engine: Any, running: list[Any], count: int) -> dict[str, Any]:
-    """Steps by kind and by the kind before, those that were recorded or run apart; and the host's part."""
-    policy = engine.__dict__.get("_policy")
-    by_kind: dict[str, list[float]] = defaultdict(list)
-    before, tokens, seconds, stats = "", 0, 0.0, engine.stats
-    HOST.seconds.clear()
-    for _ in range(count):
-        replays, graphs, made = stats.replays, stats.graphs, sum(len(r.tokens) for r in running)
-        start = time.perf_counter()
-        engine.step()
-        took = time.perf_counter() - start
-        drafting = policy.drafting if policy is not None else CAUSAL
-        kind = f"{drafting.size}{'b' if drafting.branches else 's'}" if drafting != CAUSAL else "causal"
-        steady = (stats.replays > replays and stats.graphs == graphs) or not stats.graphs
-        by_kind[f"{before or kind} -> {kind}" + ("" if steady else " (not replayed)")].append(1e3 * took)
-        before = kind
-        if steady:
-            tokens, seconds = tokens + sum(len(r.tokens) for r in running) - made, seconds + took
-    host = {name: round(1e6 * value / count, 2) for name, value in HOST.seconds.items()}
-    return {"tokens_per_s": tokens / seconds if seconds else 0.0, "host_us_per_step": host,
-            "by_kind": {name: _spread(values) for name, values in sorted(by_kind.items())}}
+class Watched:
+    """Requests that an engine serves: their steps by kind and by the kind before, those that were recorded or run
+    apart; and the host's part."""
+
+    def __init__(self, session: ServingSession, engine: Any, requests: int, mode: Any, warm: int) -> None:
+        self.session, self.engine = session, engine
+        self.policy = engine.__dict__.get("_policy")
+        options = GenerationOptions(mode=mode, drafts="auto", max_new_tokens=1 << 14)
+        self.running = [engine.add(prompt, options) for prompt in session.prompts(requests)]
+        while any(not request.tokens for request in self.running):
+            engine.step()
+        for _ in range(warm):
+            engine.step()
+        self.by_kind: dict[str, list[float]] = defaultdict(list)
+        self.host: dict[str, float] = defaultdict(float)
+        self.before, self.tokens, self.seconds, self.steps = "", 0, 0.0, 0
+        session.wait()
+
+    def take(self, count: int) -> None:
+        stats = self.engine.stats
+        HOST.seconds.clear()
+        self.session.wait()
+        for _ in range(count):
+            replays, graphs, made = stats.replays, stats.graphs, sum(len(r.tokens) for r in self.running)
+            start = time.perf_counter()
+            self.engine.step()
+            took = time.perf_counter() - start
+            drafting = self.policy.drafting if self.policy is not None else CAUSAL
+            kind = f"{drafting.size}{'b' if drafting.branches else 's'}" if drafting != CAUSAL else "causal"
+            steady = (stats.replays > replays and stats.graphs == graphs) or not stats.graphs
+            self.by_kind[f"{self.before or kind} -> {kind}" + ("" if steady else " (not replayed)")].append(1e3 * took)
+            self.before = kind
+            if steady:
+                self.tokens += sum(len(r.tokens) for r in self.running) - made
+                self.seconds += took
+        self.steps += count
+        for name, value in HOST.seconds.items():
+            self.host[name] += value
+
+    def found(self) -> dict[str, Any]:
+        host = {name: round(1e6 * value / max(1, self.steps), 2) for name, value in self.host.items()}
+        return {"tokens_per_s": self.tokens / self.seconds if self.seconds else 0.0, "host_us_per_step": host,
+                "by_kind": {name: _spread(values) for name, values in sorted(self.by_kind.items())}}
+
+    def end(self) -> None:
+        for request in self.running:
+            self.engine.cancel(request)
+        self.engine.step()
 
 
-def _begin(engine: Any, session: ServingSession, requests: int, options: GenerationOptions, warm: int) -> list[Any]:
-    running = [engine.add(prompt, options) for prompt in session.prompts(requests)]
-    while any(not request.tokens for request in running):
-        engine.step()
-    for _ in range(warm):
-        engine.step()
-    session.wait()
-    return running
-
-
-def _end(engine: Any, running: list[Any]) -> None:
-    for request in running:
-        engine.cancel(request)
-    engine.step()
-
-
-def of_requests(session: ServingSession, requests: int, steps: int, acceptances: list[float], note: Any) -> None:
-    causal, auto = (GenerationOptions(mode="causal", max_new_tokens=1 << 14),
-                    GenerationOptions(mode="ar-trust", drafts="auto", max_new_tokens=1 << 14))
-    engine = session.engine(requests)
-    running = _begin(engine, session, requests, causal, 8)
-    note("causal", _steps(engine, running, steps))
-    note("causal, kernels", _kernels(session, engine.step))
-    _end(engine, running)
-    del engine
-    engine = session.engine(requests, kind=ReplayingEngine)
-    engine.share = torch.zeros(1, device=session.device)
-    policy = engine.__dict__["_policy"] = HeldPolicy(choices_of(session.block, "causal"))
+def of_requests(session: ServingSession, requests: int, turns: int, acceptances: list[float], note: Any) -> None:
+    """Turns of 50 steps."""
+    plain, auto = session.engine(requests), session.engine(requests, kind=ReplayingEngine)
+    assert isinstance(auto, ReplayingEngine)
+    auto.share = torch.zeros(1, device=session.device)
+    policy = auto.__dict__["_policy"] = HeldPolicy(choices_of(session.block, "causal"))
     policy.held = CAUSAL
-    running = _begin(engine, session, requests, auto, 8)
-    note("auto held at no drafts", _steps(engine, running, steps))
-    note("auto held at no drafts, kernels", _kernels(session, engine.step))
-    _end(engine, running)
+    both = (Watched(session, plain, requests, "causal", 8), Watched(session, auto, requests, "ar-trust", 8))
+    for _ in range(turns):
+        for one in both:
+            one.take(50)
+    for name, one in zip(("causal", "auto held at no drafts"), both, strict=True):
+        note(name, one.found())
+    for name, one in zip(("causal", "auto held at no drafts"), both, strict=True):
+        note(f"{name}, kernels", _kernels(session, one.engine.step))
+        one.end()
     policy.held = None
     for tokens in acceptances:
-        engine.share.fill_(share_of(tokens, session.block))
-        running = _begin(engine, session, requests, auto, 100)
-        note(f"auto at {tokens:g}", _steps(engine, running, 2 * steps))
-        known = {str(key): [round(1e3 * value[0], 4), value[1]] for key, value in policy._costs.items()}
-        note(f"auto at {tokens:g}, believed", {"ms": known, "acceptance": [
+        auto.share.fill_(share_of(tokens, session.block))
+        both = (Watched(session, plain, requests, "causal", 8), Watched(session, auto, requests, "ar-trust", 100))
+        for _ in range(2 * turns):
+            for one in both:
+                one.take(50)
+        rates = [one.found()["tokens_per_s"] for one in both]
+        note(f"auto at {tokens:g}", {"ratio": rates[1] / rates[0], **both[1].found()})
+        note(f"auto at {tokens:g}, causal in turn", both[0].found())
+        known = {f"{key[0]} {key[1].size}{'b' if key[1].branches else 's'}": [round(1e3 * value.cost, 4), value.count]
+                 for key, value in policy._timings.items()}
+        note(f"auto at {tokens:g}, believed", {"ms": known, "purse": policy.purse, "acceptance": [
             round(policy.acceptance(depth), 3) for depth in range(1, session.block + 1)]})
-        _end(engine, running)
+        for one in both:
+            one.end()
 
 
 def main() -> int:
@@ -165,7 +181,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 64, 8])
     parser.add_argument("--acceptance", type=float, nargs="+", default=[1.0, 1.5])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--turns", type=int, default=4, help="of 50 steps each")
     parser.add_argument("--uncompiled", action="store_true", help="do not compile steps by region")
     parser.add_argument("--time-limit", type=float, default=110.0, help="begin no other number after so many seconds")
     parser.add_argument("--out", type=Path)
@@ -198,7 +214,7 @@ def main() -> int:
                 options.out.write_text(json.dumps(found, indent=1) + "\n")
 
         try:
-            of_requests(session, requests, options.steps, options.acceptance, note)
+            of_requests(session, requests, options.turns, options.acceptance, note)
         except Exception:
             failed = 1
             traceback.print_exc()

@@ -31,8 +31,9 @@ SWITCH = 0.5
 """Steps of causal decoding that it takes to begin to draft, besides the steps: buffers are spread (`Store.spread`)."""
 GUESS = 1.0
 """Steps of causal decoding that a step is believed to take longer than one before any like it was measured."""
-PATIENCE = 512
-"""Steps with drafts, after which a causal one measures what that costs now, or larger blocks are tried."""
+PATIENCE, CLOSE = (256, 512), 1.5
+"""Steps with drafts, after which causal ones measure what those cost now: the first where drafts yield less than
+CLOSE times as much per second. Every fourth time larger blocks are tried instead."""
 PAUSES = (64, 1024)
 """Causal steps until drafts are tried, doubled where they did not pay."""
 SOON = 16
@@ -42,19 +43,19 @@ LOOK = 8
 TRIAL = 6
 LEAST = 3
 """Steps of a trial, and of the shortest one: nothing is verified in the first."""
-WARM = 2
-"""Timings of blocks before they are judged."""
-MEMORY = 32.0
+WARM, FIRST = 3, 5
+"""Timings of blocks before they are judged, and of causal steps, by which all others are judged."""
+RECENT, STALE = 9, 2
+"""Timings of which the middle one counts, and how many are left of those that were made a while ago."""
+AGAIN = 3
+"""Causal steps in a row that measure anew what they cost: the first finds other buffers than those that follow."""
+MEMORY = 64.0
 LONG = 10
 """Drafts of a depth that count, or those of so many steps if these are more."""
-LEARN = 0.1
-"""Weight of a timing in the running mean, once there are more of them."""
-STALE = 4
-"""Timings that count, of what was not used for a while."""
-KEEP = 1.02
-"""Drafts begin, and other blocks are taken, where they yield so much more per second."""
+KEEP = 1.03
+"""Other blocks than those in use are taken where they yield so much more per second."""
 NEW = 1.02
-"""The same for blocks that were never measured: on a GPU every kind of step is recorded once."""
+"""The same on top for blocks that were never measured: on a GPU every kind of step is recorded once."""
 PRIOR = 4.0
 """Accepted drafts, and as many rejected ones, that every depth is believed to have had at first."""
 
@@ -74,11 +75,35 @@ class Drafting(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        """Of a request."""
+        """Of each request."""
         return (1 + self.size if self.branches else max(1, self.placed)) if self.size else 0
+
+    @property
+    def rows(self) -> int:
+        """Of each request."""
+        return 1 + self.size + self.size * self.blocks
 
 
 CAUSAL = Drafting(0)
+
+
+class Timings:
+    """Seconds of steps of one kind. cost = the middle one of the last: what delays some of them does not count."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.cost = 0.0
+        self._recent: list[float] = []
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        self._recent.append(seconds)
+        del self._recent[:-RECENT]
+        self.cost = sorted(self._recent)[(len(self._recent) - 1) // 2]
+
+    def forget(self) -> None:
+        """They were made a while ago."""
+        del self._recent[:-STALE]
 
 
 class DraftPolicy:
@@ -100,14 +125,15 @@ class DraftPolicy:
         largest = max(self.choices).size
         self._right, self._tried = [PRIOR] * largest, [2 * PRIOR] * largest
         self._news = [[0, 0] for _ in range(largest)]
-        self._costs: dict[tuple[int, Drafting], tuple[float, int]] = {}
+        self._timings: dict[tuple[int, Drafting], Timings] = {}
         self._rows = 0
         self._extra = 0.0  # of a step that is drafted now
         self._wait = 0  # steps until a choice is made
-        self._left: tuple[Drafting, float, int] | None = None  # what a causal step interrupts
+        self._left: tuple[Drafting, float] | None = None  # what causal steps interrupt
         self._pause = PAUSES[0]
-        self._drafted = 0  # steps with drafts since a causal one, or larger blocks
-        self._deeper = False
+        self._drafted = 0  # steps with drafts since the costs were looked at
+        self._patience = PATIENCE[0]
+        self._looks = 0
 
     def acceptance(self, depth: int) -> float:
         """Share of the drafts at a depth (from 1) that are right when those before them are."""
@@ -157,27 +183,26 @@ class DraftPolicy:
     def timed(self, rows: int, drafting: Drafting, seconds: float, tokens: float) -> None:
         """A step of `rows` rows with these blocks took `seconds`, and gave so many tokens per request."""
         rows = _bucket(rows)
-        mean, count = self._costs.get((rows, drafting), (0.0, 0))
-        weight = max(1 / (count + 1), LEARN)
-        # a step that something else has delayed tells nothing
-        seconds = min(seconds, 3 * mean) if count >= WARM else seconds
-        self._costs[rows, drafting] = mean + weight * (seconds - mean), count + 1
+        if (own := self._timings.get((rows, drafting))) is None:
+            own = self._timings[rows, drafting] = Timings()
+        own.add(seconds)
         gain = SLACK
-        if drafting != CAUSAL and (plain := self._costs.get((rows, CAUSAL))) is not None and plain[0] > 0:
-            gain += tokens - seconds / plain[0]
+        if drafting != CAUSAL and (plain := self._timings.get((rows, CAUSAL))) is not None:
+            gain += tokens - own.cost / plain.cost
         self.purse = min(PURSE, self.purse + gain)
 
     def cost(self, rows: int, drafting: Drafting) -> float | None:
-        """Seconds of a step; between two sizes of the same kind that were measured, on the line. None if unknown."""
-        return _between(self._known(_bucket(rows), drafting.kind), drafting.size)
+        """Seconds of a step; between two of the same kind that were measured, by the rows of each. None if unknown."""
+        return _between(self._known(_bucket(rows), drafting.kind), drafting.rows)
 
     def _known(self, rows: int, kind: tuple[bool, int]) -> list[tuple[int, float]]:
-        """Sizes of one kind of block that were measured, in order, and their costs."""
+        """Rows of each request with one kind of block, where that was measured, in order, and their costs."""
         alike = [item for item in self.choices if item == CAUSAL or item.kind == kind]
-        return [(item.size, self._costs[rows, item][0]) for item in alike if (rows, item) in self._costs]
+        return [(item.rows, self._timings[rows, item].cost) for item in alike if (rows, item) in self._timings]
 
-    def _timings(self, drafting: Drafting) -> int:
-        return self._costs.get((self._rows, drafting), (0.0, 0))[1]
+    def _count(self, drafting: Drafting) -> int:
+        found = self._timings.get((self._rows, drafting))
+        return 0 if found is None else found.count
 
     def next(self, rows: int) -> Drafting:
         """The blocks of the next step."""
@@ -185,34 +210,35 @@ class DraftPolicy:
         if rows != self._rows:  # its steps have other costs
             self._rows, self._wait, self._left = rows, 0, None
         self._drafted += self.drafting != CAUSAL
-        if self._left is not None:
+        if self._wait > 0 and self.purse >= self._extra:
+            self._wait -= 1
+        elif self._left is not None:
             self._take(*self._left)
             self._left = None
         elif self.purse < self._extra:
             self._take(CAUSAL)
             self._rest()
-        elif self._wait > 0:
-            self._wait -= 1
         else:
             self._choose()
         return self.drafting
 
     def _choose(self) -> None:
         self._learn()
-        if self._timings(CAUSAL) < WARM:
+        if self._count(CAUSAL) < FIRST:
             return self._take(CAUSAL)
-        needed = LEAST * GUESS + SWITCH * (self.drafting == CAUSAL)
-        for item in self._first:
-            if self._timings(item) < WARM and self.purse >= needed:
-                return self._take(item)
         costs = self._relative()
-        if self.drafting != CAUSAL and self._drafted >= PATIENCE:
+        for item in self._first:
+            extra = costs[item] - 1 if item in costs else GUESS
+            if self._count(item) < WARM and self.purse >= LEAST * extra + SWITCH * (self.drafting == CAUSAL):
+                return self._take(item, extra)
+        if self.drafting != CAUSAL and self._drafted >= self._patience:
             return self._again(costs)
         return self._judge(costs)
 
     def _judge(self, costs: Mapping[Drafting, float]) -> None:
         """Go on drafting while that pays; else rest, and then see whether it does now."""
-        used, best, pays = self.drafting, *self._best(costs)
+        used, best, gain = self.drafting, *self._best(costs)
+        pays, self._patience = gain > 1.0, PATIENCE[gain > CLOSE]
         if used != CAUSAL:
             if pays:
                 self._pause = PAUSES[0]
@@ -226,27 +252,29 @@ class DraftPolicy:
             self._wait = ceil((need - self.purse) / SLACK)
         else:
             self._doubt()
+            self._forget(best)
             self._take(best, costs[best] - 1, TRIAL - 1)
 
-    def _best(self, costs: Mapping[Drafting, float]) -> tuple[Drafting, bool]:
-        """The blocks that yield most, of those that may be tried, and whether that is more than without any."""
+    def _best(self, costs: Mapping[Drafting, float]) -> tuple[Drafting, float]:
+        """The blocks that yield most per second, of those that may be tried, and how much, a causal step being 1."""
         runs = self._runs()
         totals, rates = list(accumulate(runs)), dict[Drafting, float]()
         for item, cost in costs.items():
             if item != CAUSAL and (self.drafting != CAUSAL or _need(cost) <= PURSE):
-                favour = KEEP if item == self.drafting else 1.0 if self._timings(item) else 1 / NEW
+                favour = KEEP if item == self.drafting else 1.0 if self._count(item) else 1 / NEW
                 rates[item] = favour * self._expected(item, runs, totals) / cost
         best = max(rates, key=lambda item: rates[item], default=CAUSAL)
-        return best, best != CAUSAL and self._expected(best, runs, totals) / costs[best] > 1.0
+        return best, self._expected(best, runs, totals) / costs.get(best, 1.0)
 
     def _again(self, costs: Mapping[Drafting, float]) -> None:
-        """What is not used for long is measured anew: in turn what a causal step costs, and how many drafts are right
-        in the largest blocks."""
-        self._drafted, self._deeper = 0, not self._deeper
+        """What is not used for long is measured anew: what a causal step costs, and now and then how many drafts are
+        right in the largest blocks."""
+        self._drafted, self._looks = 0, self._looks + 1
         largest = max(item for item in self.choices if item.kind == self.drafting.kind)
-        if not self._deeper:
-            self._left = self.drafting, self._extra, 0
-            self.drafting, self._extra = CAUSAL, 0.0
+        if self._looks % 4:
+            self._left = self.drafting, self._extra
+            self._forget(CAUSAL)
+            self._take(CAUSAL, wait=AGAIN - 1)
         elif largest != self.drafting and costs.get(largest, inf) - 1 < self.purse:
             self._take(largest, costs[largest] - 1, TRIAL - 1)
 
@@ -262,9 +290,12 @@ class DraftPolicy:
         """From the next step on, for so many steps behind it."""
         if self.drafting == CAUSAL != drafting and self._left is None:
             self.purse -= SWITCH
-        if drafting != self.drafting and (known := self._costs.get((self._rows, drafting))) is not None:
-            self._costs[self._rows, drafting] = known[0], min(known[1], STALE)
         self.drafting, self._extra, self._wait = drafting, max(0.0, extra), wait
+
+    def _forget(self, drafting: Drafting) -> None:
+        """What a step costs was measured a while ago."""
+        if (found := self._timings.get((self._rows, drafting))) is not None:
+            found.forget()
 
     def _rest(self) -> None:
         """Causal steps until drafts are tried again."""
@@ -273,7 +304,7 @@ class DraftPolicy:
     def _relative(self) -> dict[Drafting, float]:
         """Costs of steps, a causal one being 1; of those about which something is known."""
         known = {kind: self._known(self._rows, kind) for kind in {item.kind for item in self.choices}}
-        costs = {item: _between(known[item.kind], item.size) for item in self.choices}
+        costs = {item: _between(known[item.kind], item.rows) for item in self.choices}
         plain = costs[CAUSAL] or 1.0
         return {item: cost / plain for item, cost in costs.items() if cost}
 
@@ -283,15 +314,15 @@ def _need(cost: float) -> float:
     return max(SWITCH + LEAST * (cost - 1), min(SWITCH + TRIAL * (cost - 1), PURSE))
 
 
-def _between(known: Sequence[tuple[int, float]], size: int) -> float | None:
-    """The cost of a size, on the line between those around it that are known; None beyond them."""
-    place = bisect_left(known, (size,))
-    if place < len(known) and known[place][0] == size:
+def _between(known: Sequence[tuple[int, float]], rows: int) -> float | None:
+    """The cost of so many rows, on the line between those around them that are known; None beyond them."""
+    place = bisect_left(known, (rows,))
+    if place < len(known) and known[place][0] == rows:
         return known[place][1]
     if not 0 < place < len(known):
         return None
     (low, below), (high, above) = known[place - 1], known[place]
-    return below + (above - below) * (size - low) / (high - low)
+    return below + (above - below) * (rows - low) / (high - low)
 
 
 def _bucket(rows: int) -> int:

@@ -14,11 +14,12 @@ import torch
 from flarec.base.generation import GenerationOptions, Mode
 from flarec.decode import Engine
 from flarec.decode.horizon import HorizonProgram
+from flarec.decode.policy import choices_of
 from flarec.decode.stores import Static
 from flarec.ir.compiled import Codes, compiled_by_region
 from flarec.ir.program import Program
 from flarec.passes import lower
-from tests.decode.helpers import random_options
+from tests.decode.helpers import RandomPolicy, random_options
 from tests.decode.test_scheduler import WAYS
 from tests.models import VOCABULARY, tiny_model
 from tests.passes.test_predict_horizon import SIZE, add_head, steps_with
@@ -64,6 +65,22 @@ def test_graphs_on_equals_graphs_off_on_a_gpu(family: str) -> None:
             found = [item.token_ids for item in graphed.generate(prompts, each, batch=5, **way)]
             assert found == expected, way
     assert not graphed.stats.eager and graphed.stats.replays > 0.5 * graphed.stats.steps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", GRAPHED)
+def test_shapes_may_follow_one_another_on_a_gpu(family: str) -> None:
+    """Blocks of random sizes: pending rows are spread between replays, and read where wider ones lay."""
+    program, rng = program_of(family), random.Random(0)
+    prompts = [[rng.randrange(3, VOCABULARY - 1) for _ in range(rng.randint(1, 40))] for _ in range(6)]
+    each = [replace(random_options(rng), max_new_tokens=60, eos_ids=frozenset()) for _ in prompts]
+    expected = [item.token_ids for item in engine_of(program, "off").generate(prompts, each, mode="causal")]
+    graphed = engine_of(program, "auto")
+    graphed.__dict__["_policy"] = RandomPolicy(choices_of(SIZE, "causal"), rng)
+    for batch in (1, 3):
+        found = graphed.generate(prompts, each, batch=batch, mode="ar-trust", drafts="auto")
+        assert [item.token_ids for item in found] == expected
+    assert not graphed.stats.eager and graphed.stats.replays > 0.4 * graphed.stats.steps
 
 
 @pytest.mark.gpu

@@ -15,10 +15,12 @@ from torch.nn.functional import pad
 from flarec.kernels import drafts
 
 from ..plan import StepShape
-from ..policy import Drafting, DraftPolicy
+from ..policy import CAUSAL, Drafting, DraftPolicy
 from ..request import Origin, Request
 from ..rows import Rows
 from ..stepper import BlockSpec
+
+CLEAN: list[Origin] = ["clean"]
 
 
 class ARTrustMode:
@@ -53,11 +55,12 @@ class ARTrustMode:
         return torch.cat([torch.full_like(token, -1), rows.state["have"][:, None], token], dim=1)
 
     def shape(self, rows: Rows) -> StepShape:
-        clean = 1 + max(request.ready for request in rows.requests)
-        size, blocks = self.blocks.size, clean if self.branches else 1
         if self.policy is not None:  # a step verifies as many drafts as a block of its has: one graph per choice
             drafting = self.policy.next(rows.width) if rows.timed else self.policy.drafting
             size, blocks, clean = drafting.size, drafting.blocks, 1 + drafting.size
+        else:
+            clean = 1 + max(request.ready for request in rows.requests)
+            size, blocks = self.blocks.size, clean if self.branches else 1
         self.verified = clean - 1
         self._served = self._gave = 0
         return StepShape(rows.width, clean, clean, blocks, max(size, 1), size, self.blocks.readout)
@@ -117,8 +120,8 @@ class ARTrustMode:
     def report(self, request: Request, values: list[int]) -> None:
         if len(values) == 1:  # a step without drafts
             request.ready = 0
-            request.count(0, 0)
-            request.emit(values, ["clean"])
+            request.undrafted += 1
+            request.emit(values, CLEAN)
             return
         accepted, have, *tokens = values
         held, request.ready = request.ready, have
@@ -142,4 +145,4 @@ class ARTrustMode:
 
     def drafting_of(self, shape: StepShape) -> Drafting:
         """What the policy had chosen."""
-        return Drafting(shape.block_heads, shape.blocks in (0, shape.clean))
+        return Drafting(shape.block_heads, shape.blocks > 1) if shape.blocks else CAUSAL

@@ -42,8 +42,7 @@ class PlacedTrustMode(ARTrustMode):
         return super().shape(rows)
 
     def drafting_of(self, shape: StepShape) -> Drafting:
-        placed = shape.blocks if self._placed(shape) else 0
-        return Drafting(shape.block_heads, shape.blocks in (0, shape.clean), placed)
+        return Drafting(shape.block_heads, False, shape.blocks) if self._placed(shape) else super().drafting_of(shape)
 
     def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor | None]:
         ids, anchors = super().inputs(rows, shape)
