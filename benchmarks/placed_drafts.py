@@ -71,7 +71,7 @@ class Way:
         drafts = "branches" if self.placed is None else "horizon" if self.placed else "auto"
         start = time.process_time()
         outputs = self.model.generate_ids(
-            prompts, mode=mode, drafts=drafts, max_new_tokens=new_tokens, batch=self.width  # type: ignore[arg-type]
+            prompts, mode=mode, drafts=drafts, max_new_tokens=new_tokens, batch=self.width
         )
         self.seconds.append(time.process_time() - start)
         self.tokens += sum(output.new_tokens for output in outputs)
