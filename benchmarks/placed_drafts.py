@@ -128,6 +128,7 @@ def main() -> None:
     prompts = [list(example.ids[: example.responses[0][0]]) for example in examples]
     Way(model, "horizon, 1 to 3", 1).decode([0], prompts[:1], 8)  # lowered once
     found: dict[str, Any] = {"choose": [], "report": []}
+    commit = options.commit or _commit()
     for width in map(int, options.requests.split(",")):
         names = ["causal", "branches", *PLACED]
         seen = half(model, prompts[::2], names, width, options)
@@ -137,7 +138,7 @@ def main() -> None:
         assert model.manifest is not None
         record = {
             "command": "python benchmarks/placed_drafts.py " + " ".join(sys.argv[1:]),
-            "commit": options.commit or _commit(), "device": "CPU, one thread, seconds of the process",
+            "commit": commit, "device": "CPU, one thread, seconds of the process",
             "versions": model.manifest.versions, "head": model.manifest.metrics["horizon"], **found,
         }
         options.out.write_text(json.dumps(record, indent=1) + "\n")
