@@ -21,11 +21,13 @@ from flarec.base.generation import (
 from flarec.errors import GenerationError
 from flarec.layout import READOUTS
 
+from .ends import PLACED
 from .graphs import CudaReplays, PlainReplays
 from .modes.ar_trust import ARTrustMode
 from .modes.causal import CausalMode
 from .modes.diffusion_trust import DiffusionTrustMode
 from .modes.elastic import ElasticMode
+from .modes.placed_trust import PlacedTrustMode
 from .noise_ids import NoiseIds, Ranges, pool_of
 from .plan import DecodeProgram
 from .policy import DraftPolicy, choices_of
@@ -243,7 +245,7 @@ class Engine:
         def lane(request: Request, key: Hashable) -> Lane:
             mode, suppress = self._mode(request.options), self._suppressed(request.options.suppress)
             stores = self.shelf.of(key) if self.shelf is not None and request.logprobs is None else None
-            program = self._program(request.options.mode)
+            program = self._program(request.options)
             return Lane(program, mode, suppress, slots, chunk, self.stats, stores, self.prefixes, self._reader)
 
         return Scheduler(lane, key)
@@ -252,23 +254,26 @@ class Engine:
         """What reads the next prompts of a program."""
         return program if self.shelf is None else self.shelf.reader(program, self.stats.prompt_tokens)
 
-    def _program(self, mode: str | None) -> DecodeProgram:
-        """What runs a mode."""
-        if mode == "elastic":
+    def _program(self, options: GenerationOptions) -> DecodeProgram:
+        """What runs a request."""
+        if options.mode == "elastic" or (options.mode == "ar-trust" and options.drafts == "horizon"):
             assert self._horizon is not None, "the request was refused"
             return self._horizon()
-        return self._causal() if mode == "causal" else self.program
+        return self._causal() if options.mode == "causal" else self.program
 
     def _mode(self, options: GenerationOptions) -> Mode:
         """What decodes a request whose options are complete."""
         assert options.drafts is not None and options.threshold is not None and options.denoising_steps is not None
         if options.mode == "ar-trust":
+            if options.drafts == "horizon":
+                blocks = self._told_blocks("drafts 'horizon'")
+                return PlacedTrustMode(blocks, self._placed_policy, self.program.vocab_size)
             policy = self._policy if options.drafts == "auto" else None
             return ARTrustMode(self._blocks("ar-trust"), branches=options.drafts != "single", policy=policy)
         if options.mode == "diffusion-trust":
             return DiffusionTrustMode(self._blocks("diffusion-trust"), options.threshold, options.denoising_steps)
         if options.mode == "elastic":
-            return ElasticMode(self._elastic_blocks(), options.threshold, self.program.vocab_size)
+            return ElasticMode(self._told_blocks("mode 'elastic'"), options.threshold, self.program.vocab_size)
         return CausalMode()
 
     @cached_property
@@ -276,6 +281,12 @@ class Engine:
         """What one call learns about this model here serves the next one."""
         blocks = self._blocks("ar-trust")
         return DraftPolicy(choices_of(blocks.size, blocks.readout))
+
+    @cached_property
+    def _placed_policy(self) -> DraftPolicy:
+        """The same, with blocks where the horizon head says."""
+        blocks = self._blocks("ar-trust")
+        return DraftPolicy(choices_of(blocks.size, blocks.readout, PLACED))
 
     def _filled(self, options: GenerationOptions) -> GenerationOptions:
         steps = self.block_size or 1
@@ -294,18 +305,18 @@ class Engine:
         heads = self.block_size if mode == "ar-trust" else self.block_size - 1
         return BlockSpec(self.block_size, heads, self.readouts[mode], self.mask_token_id, self.noise)
 
-    def _elastic_blocks(self) -> BlockSpec:
-        """The drafts of AR-Trust, where a part of them may be taken."""
+    def _told_blocks(self, what: str) -> BlockSpec:
+        """The drafts of AR-Trust, where a part of them stands alone, and a head says how many are safe."""
         blocks = self._blocks("ar-trust")
         if blocks.readout != "causal":
             raise GenerationError(
                 f"this checkpoint's drafts read their whole block ({blocks.readout}), so that no part of them stands "
-                "alone, and mode 'elastic' needs causal ones: convert with the recipe fluid, adapter or draft"
+                f"alone, and {what} needs causal ones: convert with the recipe fluid, adapter or draft"
             )
         if self._horizon is None:
             raise GenerationError(
-                "this checkpoint has no head that says how many drafts are safe, which mode 'elastic' needs: train one "
-                "with flarec train-head"
+                f"this checkpoint has no head that says how many drafts are safe, which {what} needs: train one with "
+                "flarec train-head"
             )
         return blocks
 

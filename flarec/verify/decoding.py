@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flarec.base.generation import DRAFTS, GenerationOptions
+from flarec.base.generation import HEADLESS, GenerationOptions
 from flarec.decode import Engine
 from flarec.decode.sampling import SamplingRows, choose
 from flarec.ir.program import Program
@@ -59,7 +59,7 @@ def ar_trust_is_causal(
     subject: Subject,
     cases: int = 8,
     *,
-    drafts: Sequence[str] = DRAFTS,
+    drafts: Sequence[str] = HEADLESS,
     new_tokens: int = 24,
     reference: Program | None = None,
 ) -> Result:

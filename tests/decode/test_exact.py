@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from flarec.base.generation import DRAFTS
+from flarec.base.generation import HEADLESS
 from flarec.decode import Engine
 from flarec.decode.prefix import PrefixCache
 from flarec.decode.request import Request
@@ -43,7 +43,7 @@ def scenario(seed: int, families: tuple[str, ...]) -> tuple[int, int, int, list[
     """(cases, prompt tokens that a prefix cache knew, near ties, differences) of one."""
     rng = random.Random(seed)
     family, size, readout = rng.choice(families), rng.choice([1, 2, 3, 5]), rng.choice(sorted(READOUTS))
-    drafts = rng.choice([name for name in DRAFTS if name != "auto" or readout == "causal"])
+    drafts = rng.choice([name for name in HEADLESS if name != "auto" or readout == "causal"])
     made = subject(family)
     engine = Engine(
         made.decode, mask_token_id=MASK, block_size=size, readouts={"ar-trust": readout}, eos_ids=(),

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from flarec.base.generation import GenerationOptions, Mode
+from flarec.base.generation import Drafts, GenerationOptions, Mode
 from flarec.decode import Engine
 from flarec.decode.horizon import HorizonProgram
 from flarec.decode.noise_ids import Ranges
-from flarec.decode.policy import CAUSAL, Drafting
+from flarec.decode.policy import CAUSAL, Drafting, choices_of
 from flarec.decode.stores import Static
 from flarec.ir.compiled import Codes, compiled_by_region
 from flarec.ir.program import Program
@@ -86,17 +86,21 @@ def test_graphs_on_equals_graphs_off_on_a_gpu(family: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("drafts", ["auto", "horizon"])
 @pytest.mark.parametrize("family", GRAPHED)
-def test_shapes_may_follow_one_another_on_a_gpu(family: str) -> None:
+def test_shapes_may_follow_one_another_on_a_gpu(family: str, drafts: Drafts) -> None:
     """Blocks of random sizes: pending rows are spread between replays, and read where wider ones lay."""
     program, rng = program_of(family), random.Random(0)
     prompts = [[rng.randrange(3, VOCABULARY - 1) for _ in range(rng.randint(1, 40))] for _ in range(6)]
     each = [replace(random_options(rng), max_new_tokens=60, eos_ids=frozenset()) for _ in prompts]
     expected = [item.token_ids for item in engine_of(program, "off").generate(prompts, each, mode="causal")]
     graphed = engine_of(program, "auto")
-    graphed.__dict__["_policy"] = RandomPolicy([CAUSAL, Drafting(1, False), Drafting(SIZE)], rng)
+    if drafts == "horizon":
+        graphed.__dict__["_placed_policy"] = RandomPolicy(choices_of(SIZE, "causal", (1, 2)), rng)
+    else:  # each kind of step is captured behind each other one: few of them
+        graphed.__dict__["_policy"] = RandomPolicy([CAUSAL, Drafting(1, False), Drafting(SIZE)], rng)
     for batch in (1, 3):
-        found = graphed.generate(prompts, each, batch=batch, mode="ar-trust", drafts="auto")
+        found = graphed.generate(prompts, each, batch=batch, mode="ar-trust", drafts=drafts)
         assert [item.token_ids for item in found] == expected
     assert not graphed.stats.eager and graphed.stats.replays > 0.4 * graphed.stats.steps
 
