@@ -20,7 +20,7 @@ from flarec.ir.pipeline import pipeline_text
 from flarec.passes import AdaptNoisyStream, pipeline
 from flarec.passes.adapt_noisy_stream import new_adapter
 from flarec.passes.embed_mask import PARAMETER
-from tests.models import TOKENS, VOCABULARY, tiny_checkpoint
+from tests.models import TOKENS, VOCABULARY, few_checkpoint
 
 MASK_ROW = VOCABULARY - 1
 READOUTS = {"ar-trust": "causal", "diffusion-trust": "block_end"}
@@ -49,7 +49,7 @@ def mask_vector(width: int = 64) -> dict[str, nn.Parameter]:
 
 def converted(directory: Path, family: str = "bamba", kind: str = "row", **options: Any) -> tuple[Path, Path]:
     """(source, checkpoint) below `directory`; `options` go to `write_checkpoint`."""
-    source = tiny_checkpoint(directory / "source", family)
+    source = few_checkpoint(directory / "source", family)
     opened = open_checkpoint(source)
     out = write_checkpoint(
         directory / f"{family}-{kind}",
@@ -66,7 +66,7 @@ def adapted(
     directory: Path, family: str = "bamba", alone: bool = False, kind: str = "vector", **options: Any
 ) -> tuple[Path, Path]:
     """(source, checkpoint with an adapter that changes noisy rows); `options` go to `write_adapter_checkpoint`."""
-    source = tiny_checkpoint(directory / "source", family)
+    source = few_checkpoint(directory / "source", family)
     adapter = AdaptNoisyStream(rank=4, alpha=8.0)
     program = capture(open_checkpoint(source).load_model(torch.float32), cache=True)
     extra = new_adapter(program, adapter, seed=3)

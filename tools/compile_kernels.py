@@ -3,7 +3,8 @@
 Triton's interpreter shows what kernels compute, not whether they compile, how many registers they spill, or whether
 ptxas makes right code of them. Here the ops run on small CPU tensors with the sizes of the benchmark, forward and
 backward, and every launch compiles (for sm_90, with the ptxas of the installed Triton) instead of running. A line per
-kernel: registers and bytes of stack of a thread, shared memory, and faults that `compiled_code.py` looks for.
+op, and one per kernel that no op before had: registers and bytes of stack of a thread, shared memory, and faults that
+`compiled_code.py` looks for.
 """
 
 from __future__ import annotations
@@ -231,6 +232,7 @@ def main() -> int:
     compile_only(found)
     for name in options.ops or OPS:
         run, problem = OPS[name]
+        print(f"{name}:", flush=True)
         problem = replace(problem, dtype=getattr(torch, options.dtype))
         if isinstance(problem, Linear):
             problem = replace(problem, **{key: value for key, value in dims.items() if value is not None})

@@ -42,7 +42,7 @@ from flarec.train.loop import Trainer
 from flarec.train.metrics import read_metrics
 from tests.checkpoints import own_folder
 from tests.cli.conversions import QUICK, write_data
-from tests.models import tiny_checkpoint
+from tests.models import few_checkpoint
 
 CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "write", "open", "chmod")
 BEFORE = ("nothing", "empty", "checkpoint", "checkpoint, no exchange")
@@ -195,7 +195,7 @@ def main() -> None:
         top = Path(folder).resolve()
         os.environ["FLAREC_CACHE_DIR"] = str(top / "cache")
         write_data(top / "data.jsonl")
-        tiny_checkpoint(top, "qwen3_5_text").rename(top / "source")
+        few_checkpoint(top, "qwen3_5_text").rename(top / "source")
         events = {}
         for before in BEFORE:
             undisturbed = top / f"undisturbed {before}"

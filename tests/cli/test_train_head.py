@@ -19,7 +19,7 @@ from flarec.checkpoint.write import write_checkpoint
 from flarec.errors import CheckpointError
 from tests.checkpoints import adapted, converted, manifest_for
 from tests.cli.conversions import flarec
-from tests.models import tiny_checkpoint, tiny_tokenizer
+from tests.models import few_checkpoint, tiny_tokenizer
 
 QUICK = ["--rows", "4", "--steps", "60", "--width", "8", "--max-length", "64", "--device", "cpu", "--held-out", "2",
          "--lr", "1e-2"]
@@ -29,7 +29,7 @@ QUICK = ["--rows", "4", "--steps", "60", "--width", "8", "--max-length", "64", "
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`checkpoint`, whose model says "z" whatever it read, and so do its drafts; `data.jsonl`, which it would write."""
     folder = tmp_path_factory.mktemp("head")
-    source = tiny_checkpoint(folder, "bamba", tie_word_embeddings=False)
+    source = few_checkpoint(folder, "bamba", tie_word_embeddings=False)
     opened = open_checkpoint(source)
     model = opened.load_model(torch.float32)
     says = tiny_tokenizer().convert_tokens_to_ids("z")
