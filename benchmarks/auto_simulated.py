@@ -1,7 +1,7 @@
 """What `--drafts auto` gives by the costs of steps alone: the engine and the rows of `flarec bench decode`, on a clock
 that steps advance by what they cost on a GPU.
 
-    python benchmarks/auto_simulated.py --out benchmarks/results/auto-simulated.json --commit $(git rev-parse HEAD)
+    python benchmarks/auto_simulated.py --out benchmarks/results/auto-simulated-cpu.json --commit $(git rev-parse HEAD)
 
 Policy, scheduler, buffers and replays are those that a GPU runs; the program computes nothing. A step costs CAUSAL_MS
 of its requests, times a line in the rows of a request up to WHOLE for 4 clean rows and 4 blocks of 3, and SHIFT for
@@ -126,13 +126,15 @@ def ratios(requests: int, noise: float, seed: int, wanted: Sequence[float] = ACC
         machine.seconds += 1e-3 * SPREAD_MS * (held > store.held)
         spread(store, held)
 
-    Store.spread = timed  # type: ignore[method-assign]
-    ours.time = types.SimpleNamespace(perf_counter=machine.clock)  # type: ignore[assignment]
-    graphs.clock = rows.clock = machine.clock  # type: ignore[assignment,attr-defined]
+    patched: Any = Store
+    patched.spread = timed
+    vars(ours)["time"] = types.SimpleNamespace(perf_counter=machine.clock)
+    for module in (graphs, rows):
+        vars(module)["clock"] = machine.clock
     try:
         return ours.chosen_rates(Session(machine), requests, wanted)  # type: ignore[arg-type]
     finally:
-        Store.spread = spread  # type: ignore[method-assign]
+        patched.spread = spread
 
 
 def main() -> int:
