@@ -22,7 +22,7 @@ from flarec.kernels.sampling import choose
 from .models import TURNS, ServingSession
 
 WARM_STEPS = 6  # run, checked, captured, and a few more
-AUTO_SECONDS = 45.0
+AUTO_SECONDS = 90.0
 """Of `--drafts auto` with one number of requests, after which no other acceptance is begun."""
 
 
