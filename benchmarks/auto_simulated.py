@@ -1,7 +1,7 @@
 """What `--drafts auto` gives by the costs of steps alone: the engine and the rows of `flarec bench decode`, on a clock
 that steps advance by what they cost on a GPU.
 
-    python benchmarks/auto_simulated.py --out benchmarks/results/auto-simulated.json --commit $(git rev-parse HEAD)
+    python benchmarks/auto_simulated.py --out benchmarks/results/auto-simulated-cpu.json --commit $(git rev-parse HEAD)
 
 Policy, scheduler, buffers and replays are those that a GPU runs; the program computes nothing. A step costs CAUSAL_MS
 of its requests, times a line in the rows of a request up to WHOLE for 4 clean rows and 4 blocks of 3, and SHIFT for

@@ -17,10 +17,10 @@ measurement was above its estimate.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, islice
 from math import ceil, inf
-from operator import mul, truediv
+from operator import mul
 from typing import NamedTuple
 
 from .ends import EndsPrior, blind_share
@@ -56,6 +56,8 @@ KEEP = 1.03
 """Other blocks than those in use are taken where they yield so much more per second."""
 NEW = 1.02
 """The same on top for blocks that were never measured: on a GPU every kind of step is recorded once."""
+FADE = 0.97
+"""What is left of the drafts of a depth, from one choice to the next, where blocks are too short for it."""
 PRIOR = 4.0
 """Accepted drafts, and as many rejected ones, that every depth is believed to have had at first."""
 
@@ -138,7 +140,7 @@ class DraftPolicy:
     def acceptance(self, depth: int) -> float:
         """Share of the drafts at a depth (from 1) that are right when those before them are."""
         self._learn()
-        return self._right[depth - 1] / self._tried[depth - 1]
+        return next(islice(self._shares(), depth - 1, None))
 
     def tokens(self, drafting: Drafting) -> float:
         """Expected tokens per step."""
@@ -147,7 +149,15 @@ class DraftPolicy:
 
     def _runs(self) -> list[float]:
         """[n]: the share of steps that accept all of n drafts; 1 for none."""
-        return list(accumulate(map(truediv, self._right, self._tried), mul, initial=1.0))
+        return list(accumulate(self._shares(), mul, initial=1.0))
+
+    def _shares(self) -> Iterator[float]:
+        """Of the drafts at every depth that are right. Of a deep one of which little was seen: as at the one before."""
+        share, weight = 0.0, 0.0
+        for right, tried in zip(self._right, self._tried, strict=True):
+            share = (right + weight * share) / (tried + weight)
+            weight = PRIOR / 2
+            yield share
 
     def begun(self) -> None:
         """A request is new, and its text may be another one."""
@@ -169,6 +179,8 @@ class DraftPolicy:
                 self._right[depth] = kept * self._right[depth] + right
                 self._tried[depth] = kept * self._tried[depth] + tried
                 news[:] = 0, 0
+            elif self.drafting != CAUSAL and depth >= self.drafting.size:
+                self._right[depth], self._tried[depth] = FADE * self._right[depth], FADE * self._tried[depth]
 
     def ended(self, drafting: Drafting, requests: int, missed: int) -> None:
         """So many requests of a step with placed blocks verified all drafts that it can, and some ended at no block."""

@@ -132,6 +132,21 @@ def test_a_new_request_is_tried_soon() -> None:
     assert sum(drafting != CAUSAL for drafting in used) > 20
 
 
+def test_larger_blocks_are_tried_again() -> None:
+    """Where only first drafts were right blocks are short; when the others are right as well they get longer."""
+    policy, held, used = DraftPolicy(KINDS), 0, list[Drafting]()
+    for step in range(3000):
+        drafting = policy.next(8)
+        used.append(drafting)
+        had = min(held, drafting.size)
+        right = min(had, 1 if step < 1500 else 3)
+        policy.accepted(had, right)
+        policy.timed(8, drafting, cost(8, drafting), 1 + right)
+        held = drafting.size if drafting.branches or right == had else 0
+    assert sum(drafting.size == 1 for drafting in used[1100:1500]) > 350
+    assert sum(drafting.size == 3 for drafting in used[2000:]) > 900
+
+
 def test_a_delayed_step_tells_nothing() -> None:
     policy = DraftPolicy(KINDS)
     for seconds in (1.0, 1.0, 1.0, 1.0, 50.0):
