@@ -57,7 +57,7 @@ class Prefill:
         blocks = [[len(piece)] if last and rows.blocks else [] for piece in pieces]
         plan = rows.plan([len(piece) for piece in pieces], blocks, [int(last)] * len(pieces))
         ids = torch.cat([rows.clean(pieces), rows.masked(plan)], dim=1)
-        logits = self.program.step(ids, plan.layout(rows.cache.length), plan.head_rows, rows.cache)
+        logits = rows.run(plan, ids, program=self.program)
         self.forwards += 1
         rows.cache.accept(plan.counts)
         self._keep_pages()

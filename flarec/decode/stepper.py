@@ -84,11 +84,14 @@ class Stepper:
         shape = (self.cache.batch, plan.noisy_length)
         return torch.full(shape, blocks.mask_token_id, dtype=torch.int64, device=self.device)
 
-    def run(self, plan: PiecePlan, ids: Tensor, head_rows: Tensor | None = None) -> Tensor:
-        """One step. ids [requests, T] int64, clean rows first; logits [N, V] of `head_rows` [N] int64 (the plan's)."""
+    def run(
+        self, plan: PiecePlan, ids: Tensor, head_rows: Tensor | None = None, program: DecodeProgram | None = None
+    ) -> Tensor:
+        """One step. ids [requests, T] int64, clean rows first; logits [N, V] of `head_rows` [N] int64 (the plan's).
+        program: another one with the same caches that runs it."""
         wanted = plan.head_rows if head_rows is None else head_rows
         layout = plan.layout(self.cache.length)
-        return self.program.step(self.noised(ids, layout), layout, wanted, self.cache)
+        return (program or self.program).step(self.noised(ids, layout), layout, wanted, self.cache)
 
     @property
     def seeds(self) -> Tensor:

@@ -15,7 +15,7 @@ from flarec.base.generation import Drafts, GenerationOptions, Mode
 from flarec.decode import Engine
 from flarec.decode.horizon import HorizonProgram
 from flarec.decode.noise_ids import Ranges
-from flarec.decode.policy import CAUSAL, Drafting, choices_of
+from flarec.decode.policy import CAUSAL, Drafting
 from flarec.decode.stores import Static
 from flarec.ir.compiled import Codes, compiled_by_region
 from flarec.ir.program import Program
@@ -95,10 +95,8 @@ def test_shapes_may_follow_one_another_on_a_gpu(family: str, drafts: Drafts) -> 
     each = [replace(random_options(rng), max_new_tokens=60, eos_ids=frozenset()) for _ in prompts]
     expected = [item.token_ids for item in engine_of(program, "off").generate(prompts, each, mode="causal")]
     graphed = engine_of(program, "auto")
-    if drafts == "horizon":
-        graphed.__dict__["_placed_policy"] = RandomPolicy(choices_of(SIZE, "causal", (1, 2)), rng)
-    else:  # each kind of step is captured behind each other one: few of them
-        graphed.__dict__["_policy"] = RandomPolicy([CAUSAL, Drafting(1, False), Drafting(SIZE)], rng)
+    placed, name = (1, "_placed_policy") if drafts == "horizon" else (0, "_policy")
+    graphed.__dict__[name] = RandomPolicy([CAUSAL, Drafting(1, False, placed), Drafting(SIZE)], rng)
     for batch in (1, 3):
         found = graphed.generate(prompts, each, batch=batch, mode="ar-trust", drafts=drafts)
         assert [item.token_ids for item in found] == expected
