@@ -55,7 +55,7 @@ def stop_after(place: Path, command: list[str], step: int, signal_number: signal
                 signal.pause()  # a test that is late must not find the run complete
             return advance(trainer)
 
-        Trainer.advance = watched  # type: ignore[method-assign]
+        pytest.MonkeyPatch().setattr(Trainer, "advance", watched)  # for good: in the process alone
 
     with Command(command, place / "errors.txt", watch) as process:
         os.close(writes)

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from flarec.decode import Engine
+from flarec.decode.policy import CAUSAL, Drafting
 from flarec.decode.prefix import PrefixCache
 from flarec.errors import GenerationError
 from flarec.kernels.sampling import reference
 
 from .fake_model import FakeModel, FakeProgram
+from .helpers import RandomPolicy
 from .test_graphs import with_graphs
 
 RANGES = ((2, 6), (9, 14))
@@ -42,6 +44,9 @@ def test_ar_trust_stays_exact_and_shows_the_hash(drafts: str, readout: str, temp
     model = FakeModel(agreement=0.8)
     engine, program = engine_of(model, readout)
     prompts = prompts_of(random.Random(1))
+    if drafts == "auto":  # whatever a policy chooses, without a clock
+        choices = [CAUSAL, Drafting(1, False), Drafting(SIZE)]
+        engine.__dict__["_policy"] = RandomPolicy(choices, random.Random(2))
     options: dict[str, Any] = {"temperature": temperature, "seed": 7, "max_new_tokens": 30, "eos_ids": ()}
     wanted = engine.generate(prompts, mode="causal", **options)
     program.calls.clear()
