@@ -47,7 +47,7 @@ def test_ar_trust_stays_exact_and_shows_the_hash(drafts: str, readout: str, temp
     if drafts == "auto":  # whatever a policy chooses, without a clock
         choices = [CAUSAL, Drafting(1, False), Drafting(SIZE)]
         engine.__dict__["_policy"] = RandomPolicy(choices, random.Random(2))
-    options: dict[str, Any] = {"temperature": temperature, "seed": 7, "max_new_tokens": 30, "eos_ids": ()}
+    options: dict[str, Any] = {"temperature": temperature, "seed": 7, "max_new_tokens": 120, "eos_ids": ()}
     wanted = engine.generate(prompts, mode="causal", **options)
     program.calls.clear()
     found = engine.generate(prompts, mode="ar-trust", drafts=drafts, **options)
