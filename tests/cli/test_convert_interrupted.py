@@ -7,6 +7,7 @@ import shlex
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -55,7 +56,7 @@ def stop_after(place: Path, command: list[str], step: int, signal_number: signal
                 signal.pause()  # a test that is late must not find the run complete
             return advance(trainer)
 
-        Trainer.advance = watched  # type: ignore[method-assign]
+        mock.patch.object(Trainer, "advance", watched).start()
 
     with Command(command, place / "errors.txt", watch) as process:
         os.close(writes)
