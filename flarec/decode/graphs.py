@@ -3,7 +3,12 @@
 The buffers of a `Store` hold the cache, the mode's state and the sampling parameters of all slots. A step of the first
 `n` slots is a function of views of them, without arguments and results: it reads what the step before wrote. Its first
 use runs it, its second one checks that nothing waits for the device, its third one captures it, and from then on it is
-replayed. A graph belongs to a number of slots, a capacity of the key caches, a step shape and the kinds of sampling.
+replayed. A graph belongs to a number of slots, a capacity of the key caches, a step shape, the pending rows that it
+finds and the kinds of sampling.
+
+What a step leaves pending lies in its buffers without gaps, where the mode keeps its shapes for long (`Mode.lasting`):
+a step of one clean row per request then fills and reads them as it would fill and read buffers of one row, in a copy or
+two for all layers. A step with more rows finds them spread (`Store.spread`), one with fewer has a graph of its own.
 
 `Replays` records and replays. `CudaReplays` needs a GPU; `PlainReplays` calls the function, for tests of all
 the rest.
@@ -14,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from time import perf_counter as clock
 from typing import Any, Protocol
 
@@ -34,10 +40,12 @@ Function = Callable[[], None]
 
 @dataclass(frozen=True)
 class GraphKey:
-    """What a graph is made for: a change of any of these is another graph. static: of `Store.static`."""
+    """What a graph is made for: a change of any of these is another graph. held: pending rows per slot that it finds;
+    static: of `Store.static`."""
 
     shape: StepShape
     capacity: int
+    held: int
     truncated: bool
     sampled: bool
     static: bool = False
@@ -144,6 +152,7 @@ class Store:
     program   runs the steps
     static    runs them in its place once the engine has made `after` steps; None: nothing does
     cache     room for `cache.capacity` positions and `pending` clean rows per slot
+    held      how many pending rows per slot lie there now, one slot's behind the other's; at first all that have room
     state     what the mode keeps
     active    [slots] bool: whether a request is in the slot
     results   [slots * width] int64: what `Mode.read` returned, row behind row
@@ -167,6 +176,7 @@ class Store:
     replays: dict[GraphKey, Function] = field(default_factory=dict)
     static: DecodeProgram | None = None
     after: int = 0
+    held: int = 0
     functions: dict[GraphKey, Function] = field(default_factory=dict)
     """What was recorded. A graph knows addresses only; these keep alive what lies there."""
 
@@ -182,11 +192,51 @@ class Store:
         active = torch.zeros(slots, dtype=torch.bool, device=device)
         results = torch.zeros(slots * (pending + 4), dtype=torch.int64, device=device)
         kept = None if like.suppress is None else like.suppress.clone()
-        return Store(program, slots, pending, recorder, cache, state, sampling, active, results, kept, {})
+        return Store(
+            program, slots, pending, recorder, cache, state, sampling, active, results, kept, {}, held=pending
+        )
+
+    def views(self, slots: int, capacity: int, held: int) -> dict[str, Tensor]:
+        """The cache of the first slots and positions, with that many pending rows per slot."""
+        return {slot.name: self._view(slot, slots, capacity, held) for slot in self.cache.slots}
+
+    def _view(self, slot: CacheSlot, slots: int, capacity: int, held: int) -> Tensor:
+        tensor, axis = self.cache.tensors[slot.name], slot.pending_dim()
+        if axis is not None:
+            tensor = _without_gaps(tensor, axis, tensor.shape[axis] - self.pending + held)
+        tensor = tensor.narrow(slot.batch_dim(), 0, slots)
+        return tensor.narrow(slot.shape.index("capacity"), 0, capacity) if slot.in_place else tensor
+
+    @cached_property
+    def leaves_pending(self) -> bool:
+        return any(slot.pending_dim() is not None for slot in self.cache.slots)
+
+    def pending_rows(self, cache: Cache) -> int:
+        """How many pending rows per request lie in another cache of the program."""
+        for slot in self.cache.slots:
+            if (axis := slot.pending_dim()) is not None:
+                return cache.tensors[slot.name].shape[axis] - self.cache.tensors[slot.name].shape[axis] + self.pending
+        return self.pending
+
+    def spread(self, held: int) -> None:
+        """Let more pending rows per slot lie there: those that do, and zeros behind them."""
+        if held <= self.held:
+            return
+        slots = [slot for slot in self.cache.slots if slot.pending_dim() is not None]
+        old, new = (
+            [self._view(slot, self.slots, self.cache.capacity, rows) for slot in slots] for rows in (self.held, held)
+        )
+        kept = [torch.empty_like(tensor) for tensor in old]
+        _copy(zip(kept, old, strict=True))
+        for tensor in new:
+            tensor.zero_()
+        _copy(map(_place, zip(new, kept, slots, strict=True)))
+        self.held = held
 
     def per_slot(self) -> list[tuple[Tensor, int]]:
         """Every buffer that has a row per slot, and the axis of the slots."""
-        cached = [(self.cache.tensors[slot.name], slot.batch_dim()) for slot in self.cache.slots]
+        views = self.views(self.slots, self.cache.capacity, self.held)
+        cached = [(views[slot.name], slot.batch_dim()) for slot in self.cache.slots]
         others = [self.cache.accepted, self.cache.length, self.active, *self.state.values(), *self.sampling.tensors()]
         return cached + [(tensor, 0) for tensor in others]
 
@@ -198,6 +248,8 @@ class Store:
     def clear(self, slot: int | None = None) -> None:
         """Nobody is in a slot, or in any: it computes with an empty cache, chooses greedily, and accepts nothing. What
         was not finite there must not meet the next request."""
+        if slot is None:
+            self.held = self.pending  # all of the memory
         for tensor, axis in self.per_slot():
             (tensor if slot is None else tensor.narrow(axis, slot, 1)).zero_()
         for tensor in (self.sampling.top_k, self.sampling.top_p):  # none of zero tokens is a token of the vocabulary
@@ -222,6 +274,8 @@ class StaticRows(Rows):
         self.stats = stats
         self.requests = []
         self.truncated = self.sampled = False
+        self._kind: tuple[Any, ...] = ()
+        self._replay: Function | None = None
         store.clear()
 
     @property
@@ -234,7 +288,7 @@ class StaticRows(Rows):
     def exposed(self) -> Rows:
         """Itself as plain rows, to be joined elsewhere."""
         count, store = len(self.requests), self.store
-        cached = {slot.name: _view(store.cache, slot, count, store.cache.capacity) for slot in store.cache.slots}
+        cached = store.views(count, store.cache.capacity, store.held)
         lengths = store.cache.accepted[:count], store.cache.length[:count]
         self.cache = Cache(store.cache.slots, cached, *lengths, store.cache.capacity)
         self.state = {name: tensor[:count] for name, tensor in store.state.items()}
@@ -245,22 +299,35 @@ class StaticRows(Rows):
         shape = self.mode.shape(self)
         capacity = min(power_of_two(self.longest() + shape.clean, SMALLEST_CAPACITY), self.store.cache.capacity)
         static = self.store.static is not None and self.stats.steps >= self.store.after
-        key = GraphKey(shape, capacity, self.truncated, self.sampled, static)
-        settled, start = key in self.store.replays or bool(self.stats.eager), clock()
-        self._run(key)
-        width = self.store.widths[key]
+        if self.store.held != shape.clean:  # from more rows to fewer is one graph, however many they were
+            self.store.spread(shape.clean if self.store.held < shape.clean else self.store.pending)
+        kind = shape, capacity, self.store.held, self.truncated, self.sampled, static
+        if kind != self._kind:  # most steps are like the one before
+            self._kind, self._key = kind, GraphKey(*kind)
+            self._replay = self.store.replays.get(self._key)
+        settled, start = self._replay is not None or bool(self.stats.eager), clock()
+        if self._replay is not None:
+            self._replay()
+            self.stats.replays += 1
+        else:
+            self._run(self._key)
+            self._replay = self.store.replays.get(self._key)
+        self.store.held = self._left(shape)
+        width = self.store.widths[self._key]
         values = self.store.results[: len(self.requests) * width].view(-1, width)
         self._report(self.store.recorder.read(values))
         if settled:
             self.mode.timed(shape, clock() - start)
 
+    def _left(self, shape: StepShape) -> int:
+        """Room for pending rows per slot behind a step. Where steps differ all the time it stays what it is."""
+        return shape.clean if self.mode.lasting and self.store.leaves_pending else self.store.pending
+
     def _run(self, key: GraphKey) -> None:
+        """A step of which there is no graph yet."""
         store = self.store
         uses = store.uses[key] = store.uses.get(key, 0) + 1
-        if key in store.replays:
-            store.replays[key]()
-            self.stats.replays += 1
-        elif uses == 1 or self.stats.eager:
+        if uses == 1 or self.stats.eager:
             self._function(key)()
         elif uses == 2:
             self.stats.eager = store.recorder.checked(self._function(key)) or ""
@@ -275,7 +342,8 @@ class StaticRows(Rows):
     def _function(self, key: GraphKey, *, overwrites: bool = False) -> Function:
         """The step, from the buffers into the buffers. overwrites: layers may write into the buffers of states."""
         store, rows = self.store, key.shape.rows
-        cached = {slot.name: _view(store.cache, slot, rows, key.capacity) for slot in store.cache.slots}
+        cached = store.views(rows, key.capacity, key.held)
+        left = store.views(rows, key.capacity, self._left(key.shape))
         accepted, length = store.cache.accepted[:rows], store.cache.length[:rows]
         state = {name: tensor[:rows] for name, tensor in store.state.items()}
         sampling = store.sampling.changed(lambda values: values[:rows], key.truncated, key.sampled)
@@ -290,7 +358,8 @@ class StaticRows(Rows):
             store.widths[key] = values.shape[1]
             written = [(store.results[: values.numel()].view(values.shape), values), (length, self.cache.length)]
             written += [(accepted, self.cache.accepted), *((state[name], new) for name, new in self.state.items())]
-            slots = [(cached[slot.name], self.cache.tensors[slot.name], slot) for slot in store.cache.slots]
+            # every layer has read its pending rows: others may lie where they were
+            slots = [(left[slot.name], self.cache.tensors[slot.name], slot) for slot in store.cache.slots]
             _copy([*map(_place, slots), *written])
 
         return run
@@ -310,12 +379,19 @@ class StaticRows(Rows):
     def join(self, other: Rows) -> None:
         store, first, count = self.store, len(self.requests), len(other.requests)
         assert first + count <= store.slots and other.cache.capacity <= store.cache.capacity
+        held = store.pending_rows(other.cache)
+        if self.requests:
+            store.spread(held)
+        elif self.mode.lasting:  # the buffers are empty
+            store.held = held
+        views = store.views(store.slots, store.cache.capacity, store.held)
         for slot in store.cache.slots:
-            target = store.cache.tensors[slot.name].narrow(slot.batch_dim(), first, count)
-            source = other.cache.tensors[slot.name]
+            target, source = views[slot.name].narrow(slot.batch_dim(), first, count), other.cache.tensors[slot.name]
             if slot.in_place:
                 axis = slot.shape.index("capacity")
                 target = target.narrow(axis, 0, source.shape[axis])
+            elif slot.pending_dim() is not None:
+                target.zero_()  # behind fewer rows than there is room for nothing is left of others
             _copy([_place((target, source, slot))])
         pairs = [(store.cache.accepted, other.cache.accepted), (store.cache.length, other.cache.length)]
         pairs += zip(store.sampling.tensors(), other.sampling.tensors(), strict=True)
@@ -328,9 +404,16 @@ class StaticRows(Rows):
         self.sampled |= other.sampling.sampled
 
 
-def _view(cache: Cache, slot: CacheSlot, rows: int, capacity: int) -> Tensor:
-    tensor = cache.tensors[slot.name].narrow(slot.batch_dim(), 0, rows)
-    return tensor.narrow(slot.shape.index("capacity"), 0, capacity) if slot.in_place else tensor
+def _without_gaps(tensor: Tensor, axis: int, size: int) -> Tensor:
+    """Less of a dense tensor along an axis, as a dense tensor in its memory with the same order of axes."""
+    shape, strides, stride = list(tensor.shape), [0] * tensor.ndim, 1
+    if shape[axis] == size:
+        return tensor
+    shape[axis] = size
+    for inner in sorted(range(tensor.ndim), key=lambda place: (tensor.stride(place), -place)):
+        strides[inner] = stride
+        stride *= shape[inner]
+    return tensor.as_strided(shape, strides)
 
 
 def _place(written: tuple[Tensor, Tensor, CacheSlot]) -> tuple[Tensor, Tensor]:

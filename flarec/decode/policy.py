@@ -4,42 +4,109 @@ With blocks of `b` positions behind every clean row a step yields `E(b) = 1 + p1
 request, `pi` being the share of drafts at depth `i` that are right when those before them are. With one block, behind
 the last draft, a step that rejects leaves nothing to verify in the next one: if `q = p1..pb` of the steps accept all
 drafts, a share of `1 / (2 - q)` of the steps has drafts and yields `E(b)`, the others yield 1. The blocks with most
-tokens per second are used; none at all is plain causal decoding. Costs and shares are running means, and what is not
-used is tried again now and then: blocks that draft for a few steps after `PATIENCE` steps, or a causal step if those
-had drafts. The text does not depend on the choice (docs/semantics.md section 4).
+tokens per second are used; none at all is plain causal decoding. Costs are the middle of the last timings, shares are
+running means, and what is not used is tried again now and then. The text does not depend on the choice
+(docs/semantics.md section 4).
+
+Beliefs may be wrong, and texts change. So the time that drafting has lost to causal decoding is kept in a purse, in
+steps of causal decoding: a step that drafts takes out what it took longer than the tokens it gave would have taken
+there, or puts in what it gained, up to `PURSE`; every step puts in `SLACK`. What the purse does not hold is not risked.
+Over any steps drafting loses at most `PURSE`, `SLACK` of each, and once for every kind of step what its first
+measurement was above its estimate.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from itertools import accumulate
-from operator import mul, truediv
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, islice
+from math import ceil, inf
+from operator import mul
 from typing import NamedTuple
 
-PATIENCE = 512
+from .ends import EndsPrior, blind_share
+
+PURSE = 4.0
+SLACK = 0.004
+SWITCH = 0.5
+"""Steps of causal decoding that it takes to begin to draft, besides the steps: buffers are spread (`Store.spread`)."""
+GUESS = 1.0
+"""Steps of causal decoding that a step is believed to take longer than one before any like it was measured."""
+PATIENCE, CLOSE = (256, 512), 1.5
+"""Steps with drafts, after which causal ones measure what those cost now: the first where drafts yield less than
+CLOSE times as much per second. Every fourth time larger blocks are tried instead."""
+PAUSES = (64, 1024)
+"""Causal steps until drafts are tried, doubled where they did not pay."""
+SOON = 16
+"""Causal steps until they are tried for a request that is new."""
+LOOK = 8
+"""Steps with drafts from one choice to the next."""
 TRIAL = 6
-"""Steps for which blocks are tried: 1.2 % of PATIENCE, at a cost per step of at most about twice a causal one's."""
-WARM = 2
-"""Timings of blocks before they are judged."""
-FORGET = 0.95
-LEARN = 0.1
-"""Weight of a timing in the running mean, once there are more of them."""
-KEEP = 1.02
-"""What is used stays unless others yield so much more per second: on a GPU every kind of step is recorded once."""
+LEAST = 3
+"""Steps of a trial, and of the shortest one: nothing is verified in the first."""
+WARM, FIRST = 3, 5
+"""Timings of blocks before they are judged, and of causal steps, by which all others are judged."""
+RECENT, STALE = 9, 2
+"""Timings of which the middle one counts, and how many are left of those that were made a while ago."""
+AGAIN = 3
+"""Causal steps in a row that measure anew what they cost: the first finds other buffers than those that follow."""
+MEMORY = 64.0
+LONG = 10
+"""Drafts of a depth that count, or those of so many steps if these are more."""
+KEEP = 1.03
+"""Other blocks than those in use are taken where they yield so much more per second."""
+NEW = 1.02
+"""The same on top for blocks that were never measured: on a GPU every kind of step is recorded once."""
+FADE = 0.97
+"""What is left of the drafts of a depth, from one choice to the next, where blocks are too short for it."""
 PRIOR = 4.0
 """Accepted drafts, and as many rejected ones, that every depth is believed to have had at first."""
 
 
 class Drafting(NamedTuple):
     """The blocks of a step. size = positions of each, 0 for none; branches: one behind every clean row, else one behind
-    the last draft."""
+    the last draft, or, with placed > 0, so many where the step most likely ends (`flarec.decode.ends`)."""
 
     size: int
     branches: bool = True
+    placed: int = 0
+
+    @property
+    def kind(self) -> tuple[bool, int]:
+        """Sizes of one kind cost alike."""
+        return self.branches, self.placed
+
+    @property
+    def blocks(self) -> int:
+        """Of each request."""
+        return (1 + self.size if self.branches else max(1, self.placed)) if self.size else 0
+
+    @property
+    def rows(self) -> int:
+        """Of each request."""
+        return 1 + self.size + self.size * self.blocks
 
 
 CAUSAL = Drafting(0)
+
+
+class Timings:
+    """Seconds of steps of one kind. cost = the middle one of the last: what delays some of them does not count."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.cost = 0.0
+        self._recent: list[float] = []
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        self._recent.append(seconds)
+        del self._recent[:-RECENT]
+        self.cost = sorted(self._recent)[(len(self._recent) - 1) // 2]
+
+    def forget(self) -> None:
+        """They were made a while ago."""
+        del self._recent[:-STALE]
 
 
 class DraftPolicy:
@@ -52,109 +119,232 @@ class DraftPolicy:
     def __init__(self, choices: Sequence[Drafting]) -> None:
         assert CAUSAL in choices
         self.choices = tuple(sorted(choices))
-        self.drafting = max(self.choices)
-        kinds = {item.branches: item for item in self.choices if item != CAUSAL}
-        # the largest blocks of every kind, and none, are measured first: costs of the others lie between them
-        self._first = [*(kinds[branches] for branches in sorted(kinds, reverse=True)), CAUSAL]
-        largest = self.drafting.size
-        self._right = [PRIOR] * largest
-        self._tried = [2 * PRIOR] * largest
-        self._costs: dict[tuple[int, Drafting], tuple[float, int]] = {}
-        self._steps = 0
-        self._trial = 0
+        self.drafting = CAUSAL
+        self.purse = PURSE
+        self.ends = EndsPrior()
+        kinds = {item.kind: item for item in self.choices if item != CAUSAL}
+        # of the blocks the largest of every kind are measured first: costs of the others lie between them
+        self._first = [kinds[kind] for kind in sorted(kinds)]
+        largest = max(self.choices).size
+        self._right, self._tried = [PRIOR] * largest, [2 * PRIOR] * largest
+        self._news = [[0, 0] for _ in range(largest)]
+        self._timings: dict[tuple[int, Drafting], Timings] = {}
+        self._rows = 0
+        self._extra = 0.0  # of a step that is drafted now
+        self._wait = 0  # steps until a choice is made
+        self._left: tuple[Drafting, float] | None = None  # what causal steps interrupt
+        self._pause = PAUSES[0]
+        self._drafted = 0  # steps with drafts since the costs were looked at
+        self._patience = PATIENCE[0]
+        self._looks = 0
 
     def acceptance(self, depth: int) -> float:
         """Share of the drafts at a depth (from 1) that are right when those before them are."""
-        return self._right[depth - 1] / self._tried[depth - 1]
+        self._learn()
+        return next(islice(self._shares(), depth - 1, None))
 
     def tokens(self, drafting: Drafting) -> float:
         """Expected tokens per step."""
         runs = self._runs()
-        return _expected(drafting, runs, list(accumulate(runs)))
+        return self._expected(drafting, runs, list(accumulate(runs)))
 
     def _runs(self) -> list[float]:
         """[n]: the share of steps that accept all of n drafts; 1 for none."""
-        return list(accumulate(map(truediv, self._right, self._tried), mul, initial=1.0))
+        return list(accumulate(self._shares(), mul, initial=1.0))
+
+    def _shares(self) -> Iterator[float]:
+        """Of the drafts at every depth that are right. Of a deep one of which little was seen: as at the one before."""
+        share, weight = 0.0, 0.0
+        for right, tried in zip(self._right, self._tried, strict=True):
+            share = (right + weight * share) / (tried + weight)
+            weight = PRIOR / 2
+            yield share
+
+    def begun(self) -> None:
+        """A request is new, and its text may be another one."""
+        self._pause, self._wait = PAUSES[0], min(self._wait, SOON)
 
     def accepted(self, held: int, right: int) -> None:
         """A request had `held` drafts in a step, of which the first `right` were accepted."""
-        for depth in range(1, min(held, right + 1) + 1):
-            self._right[depth - 1] = FORGET * self._right[depth - 1] + (depth <= right)
-            self._tried[depth - 1] = FORGET * self._tried[depth - 1] + 1
+        for depth in range(min(held, right + 1)):
+            news = self._news[depth]
+            news[0] += depth < right
+            news[1] += 1
 
-    def timed(self, rows: int, drafting: Drafting, seconds: float) -> None:
-        """A step of `rows` rows with these blocks took `seconds`."""
+    def _learn(self) -> None:
+        """From the last step's drafts."""
+        for depth, news in enumerate(self._news):
+            right, tried = news
+            if tried:
+                kept = 1 - 1 / max(MEMORY / tried, LONG)
+                self._right[depth] = kept * self._right[depth] + right
+                self._tried[depth] = kept * self._tried[depth] + tried
+                news[:] = 0, 0
+            elif self.drafting != CAUSAL and depth >= self.drafting.size:
+                self._right[depth], self._tried[depth] = FADE * self._right[depth], FADE * self._tried[depth]
+
+    def ended(self, drafting: Drafting, requests: int, missed: int) -> None:
+        """So many requests of a step with placed blocks verified all drafts that it can, and some ended at no block."""
+        self.ends.seen(requests, missed, 1 - blind_share(drafting.size, drafting.placed, self._runs()))
+
+    def _doubt(self) -> None:
+        """What was seen counts as little as what was believed at first."""
+        for depth, tried in enumerate(self._tried):
+            share = min(1.0, 2 * PRIOR / tried)
+            self._right[depth], self._tried[depth] = share * self._right[depth], share * tried
+
+    def timed(self, rows: int, drafting: Drafting, seconds: float, tokens: float) -> None:
+        """A step of `rows` rows with these blocks took `seconds`, and gave so many tokens per request."""
         rows = _bucket(rows)
-        mean, count = self._costs.get((rows, drafting), (0.0, 0))
-        weight = max(1 / (count + 1), LEARN)
-        # a step that something else has delayed tells nothing
-        seconds = min(seconds, 3 * mean) if count >= WARM else seconds
-        self._costs[rows, drafting] = mean + weight * (seconds - mean), count + 1
+        if (own := self._timings.get((rows, drafting))) is None:
+            own = self._timings[rows, drafting] = Timings()
+        own.add(seconds)
+        gain = SLACK
+        if drafting != CAUSAL and (plain := self._timings.get((rows, CAUSAL))) is not None and plain.cost:
+            gain += tokens - own.cost / plain.cost
+        self.purse = min(PURSE, self.purse + gain)
 
     def cost(self, rows: int, drafting: Drafting) -> float | None:
-        """Seconds of a step; between two sizes of the same kind that were measured, on the line. None if unknown."""
-        return _between(self._known(rows, drafting.branches), drafting.size)
+        """Seconds of a step; between two of the same kind that were measured, by the rows of each. None if unknown."""
+        return _between(self._known(_bucket(rows), drafting.kind), drafting.rows)
 
-    def _known(self, rows: int, branches: bool) -> list[tuple[int, float]]:
-        """Sizes of one kind of block that were measured, in order, and their costs."""
-        alike = [item for item in self.choices if item == CAUSAL or item.branches == branches]
-        return [(item.size, self._costs[rows, item][0]) for item in alike if (rows, item) in self._costs]
+    def _known(self, rows: int, kind: tuple[bool, int]) -> list[tuple[int, float]]:
+        """Rows of each request with one kind of block, where that was measured, in order, and their costs."""
+        alike = [item for item in self.choices if item == CAUSAL or item.kind == kind]
+        return [(item.rows, self._timings[rows, item].cost) for item in alike if (rows, item) in self._timings]
+
+    def _count(self, drafting: Drafting) -> int:
+        found = self._timings.get((self._rows, drafting))
+        return 0 if found is None else found.count
 
     def next(self, rows: int) -> Drafting:
         """The blocks of the next step."""
         rows = _bucket(rows)
-        self._steps += 1
-        if self._trial > 0:
-            self._trial -= 1
-            return self.drafting
-        unknown = [item for item in self._first if self._costs.get((rows, item), (0, 0))[1] < WARM]
-        if unknown:
-            return self._try(unknown[0])
-        if self._steps >= PATIENCE:
-            self._steps = 0
-            if self.drafting != CAUSAL:
-                return self._try(CAUSAL, 1)
-            return self._try(self._best(rows, [item for item in self.choices if item != CAUSAL]))
-        self.drafting = self._best(rows, self.choices, self.drafting)
+        if rows != self._rows:  # its steps have other costs
+            self._rows, self._wait, self._left = rows, 0, None
+        self._drafted += self.drafting != CAUSAL
+        if self.drafting != CAUSAL and self.purse < self._extra:
+            self._take(CAUSAL)
+            self._rest()
+        elif self._wait > 0:
+            self._wait -= 1
+        elif self._left is not None:
+            self._take(*self._left)
+            self._left = None
+        else:
+            self._choose()
         return self.drafting
 
-    def _try(self, drafting: Drafting, steps: int = TRIAL) -> Drafting:
-        self.drafting, self._trial = drafting, steps - 1
-        return drafting
+    def _choose(self) -> None:
+        self._learn()
+        if self._count(CAUSAL) < FIRST:
+            return self._take(CAUSAL)
+        costs = self._relative()
+        for item in self._first:
+            extra = costs[item] - 1 if item in costs else GUESS
+            if self._count(item) < WARM and self.purse >= LEAST * extra + SWITCH * (self.drafting == CAUSAL):
+                return self._take(item, extra)
+        if self.drafting != CAUSAL and self._drafted >= self._patience:
+            return self._again(costs)
+        return self._judge(costs)
 
-    def _best(self, rows: int, choices: Sequence[Drafting], used: Drafting | None = None) -> Drafting:
-        known, runs = {branches: self._known(rows, branches) for branches in (False, True)}, self._runs()
-        totals = list(accumulate(runs))
-        costs = {item: _between(known[item.branches], item.size) for item in choices}
-        rates = {item: _expected(item, runs, totals) / cost for item, cost in costs.items() if cost}
+    def _judge(self, costs: Mapping[Drafting, float]) -> None:
+        """Go on drafting while that pays; else rest, and then see whether it does now."""
+        used, best, gain = self.drafting, *self._best(costs)
+        pays, self._patience = gain > 1.0, PATIENCE[gain > CLOSE]
+        if used != CAUSAL:
+            if pays:
+                self._pause = PAUSES[0]
+                self._take(best, costs[best] - 1, LOOK - 1)
+            else:
+                self._take(CAUSAL)
+                self._rest()
+        elif best == CAUSAL:  # no blocks are known, or those that are would take more than a full purse
+            self._rest()
+        elif (need := _need(costs[best])) > self.purse:
+            self._wait = ceil((need - self.purse) / SLACK)
+        else:
+            self._doubt()
+            self._forget(best)
+            self._take(best, costs[best] - 1, TRIAL - 1)
+
+    def _best(self, costs: Mapping[Drafting, float]) -> tuple[Drafting, float]:
+        """The blocks that yield most per second, of those that may be tried, and how much, a causal step being 1."""
+        runs = self._runs()
+        totals, rates = list(accumulate(runs)), dict[Drafting, float]()
+        for item, cost in costs.items():
+            if item != CAUSAL and (_need(cost) <= PURSE if self.drafting == CAUSAL else cost - 1 <= self.purse):
+                favour = KEEP if item == self.drafting else 1.0 if self._count(item) else 1 / NEW
+                rates[item] = favour * self._expected(item, runs, totals) / cost
         best = max(rates, key=lambda item: rates[item], default=CAUSAL)
-        return used if used in rates and rates[best] < KEEP * rates[used] else best
+        return best, self._expected(best, runs, totals) / costs.get(best, 1.0)
+
+    def _again(self, costs: Mapping[Drafting, float]) -> None:
+        """What is not used for long is measured anew: what a causal step costs, and now and then how many drafts are
+        right in the largest blocks."""
+        self._drafted, self._looks = 0, self._looks + 1
+        largest = max(item for item in self.choices if item.kind == self.drafting.kind)
+        if self._looks % 4:
+            self._left = self.drafting, self._extra
+            self._forget(CAUSAL)
+            self._take(CAUSAL, wait=AGAIN - 1)
+        elif largest != self.drafting and costs.get(largest, inf) - 1 < self.purse:
+            self._take(largest, costs[largest] - 1, TRIAL - 1)
+
+    def _expected(self, drafting: Drafting, runs: Sequence[float], totals: Sequence[float]) -> float:
+        """Tokens per step. runs[n]: the share of steps that accept all of n drafts; totals: their running sums."""
+        size, _, placed = drafting
+        if drafting.branches:
+            return totals[size]
+        drafted = 1 / (2 - (self.ends.found(size, placed, runs) if placed else runs[size]))
+        return drafted * totals[size] + 1 - drafted
+
+    def _take(self, drafting: Drafting, extra: float = 0.0, wait: int = 0) -> None:
+        """From the next step on, for so many steps behind it."""
+        if self.drafting == CAUSAL != drafting and self._left is None:
+            self.purse -= SWITCH
+        self.drafting, self._extra, self._wait = drafting, max(0.0, extra), wait
+
+    def _forget(self, drafting: Drafting) -> None:
+        """What a step costs was measured a while ago."""
+        if (found := self._timings.get((self._rows, drafting))) is not None:
+            found.forget()
+
+    def _rest(self) -> None:
+        """Causal steps until drafts are tried again."""
+        self._wait, self._pause = self._pause, min(2 * self._pause, PAUSES[1])
+
+    def _relative(self) -> dict[Drafting, float]:
+        """Costs of steps, a causal one being 1; of those about which something is known."""
+        known = {kind: self._known(self._rows, kind) for kind in {item.kind for item in self.choices}}
+        costs = {item: _between(known[item.kind], item.rows) for item in self.choices}
+        plain = costs[CAUSAL] or 1.0
+        return {item: cost / plain for item, cost in costs.items() if cost}
 
 
-def _expected(drafting: Drafting, runs: Sequence[float], totals: Sequence[float]) -> float:
-    """Tokens per step. runs[n]: the share of steps that accept all of n drafts; totals: their running sums."""
-    if drafting.branches:
-        return totals[drafting.size]
-    drafted = 1 / (2 - runs[drafting.size])
-    return drafted * totals[drafting.size] + 1 - drafted
+def _need(cost: float) -> float:
+    """What a purse has to hold for a trial of steps that cost so many causal ones; of the dearest, a short trial."""
+    return max(SWITCH + LEAST * (cost - 1), min(SWITCH + TRIAL * (cost - 1), PURSE))
 
 
-def _between(known: Sequence[tuple[int, float]], size: int) -> float | None:
-    """The cost of a size, on the line between those around it that are known; None beyond them."""
-    place = bisect_left(known, (size,))
-    if place < len(known) and known[place][0] == size:
+def _between(known: Sequence[tuple[int, float]], rows: int) -> float | None:
+    """The cost of so many rows, on the line between those around them that are known; None beyond them."""
+    place = bisect_left(known, (rows,))
+    if place < len(known) and known[place][0] == rows:
         return known[place][1]
     if not 0 < place < len(known):
         return None
     (low, below), (high, above) = known[place - 1], known[place]
-    return below + (above - below) * (size - low) / (high - low)
+    return below + (above - below) * (rows - low) / (high - low)
 
 
 def _bucket(rows: int) -> int:
     return 1 << max(0, rows - 1).bit_length()
 
 
-def choices_of(block: int, readout: str) -> tuple[Drafting, ...]:
-    """What decodes alike: shorter blocks only where no row reads the rows behind it."""
+def choices_of(block: int, readout: str, placed: Sequence[int] = ()) -> tuple[Drafting, ...]:
+    """What decodes alike: shorter blocks only where no row reads the rows behind it. placed: numbers of blocks that
+    stand where a step most likely ends, in the place of one behind the last draft; none: nobody tells where."""
     sizes = range(1, block + 1) if readout == "causal" else (block,)
-    return CAUSAL, *(Drafting(size, branches) for size in sizes for branches in (False, True))
+    few = [Drafting(size, False, blocks) for size in sizes for blocks in placed or (0,) if blocks <= size]
+    return CAUSAL, *few, *(Drafting(size, True) for size in sizes)

@@ -105,6 +105,7 @@ class Request:
     chosen   those of `tokens`; empty unless they are wanted
     origins  of `tokens`
     offered  drafts that a step verified -> how many steps
+    undrafted  steps without drafts in a mode that drafts; in `histogram` and `offered` once it has ended
     failure  what ended it if an error did
     """
 
@@ -118,6 +119,7 @@ class Request:
     notes: list[list[float]] = field(default_factory=list)
     chosen: list[TokenLogprob] = field(default_factory=list)
     offered: dict[int, int] = field(default_factory=dict)
+    undrafted: int = 0
     failure: Exception | None = None
     tokens: list[int] = field(default_factory=list)
     origins: list[Origin] = field(default_factory=list)
@@ -141,6 +143,9 @@ class Request:
         self.end("error")
 
     def end(self, reason: str) -> None:
+        if self.undrafted:
+            for counts in (self.histogram, self.offered):
+                counts[0] = counts.get(0, 0) + self.undrafted
         self.stop_reason = reason
         self.seconds = time.perf_counter() - self.started
 

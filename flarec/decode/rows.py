@@ -40,6 +40,11 @@ class Mode(Protocol):
         """The most clean rows of a step."""
         ...
 
+    @property
+    def lasting(self) -> bool:
+        """Whether the number of clean rows mostly stays the same from step to step."""
+        ...
+
     def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
         """After the prompts. clean [rows, 1, V] logits of their last rows, noisy [rows, 1, heads, V] of the block
         behind each (no block: [rows, 0, 0, V]). Returns what `report` is given [rows, n] int64."""
@@ -77,6 +82,7 @@ class Rows(Stepper):
     constants of `constant`, as many
     active    [rows] bool: rows of a request; None: all of them
     overwrites   whether steps may put new states in the place of the old ones
+    timed     whether the mode is told how long steps take; no: they are no measure for those to come
     logprobs  alternatives per token whose log-probabilities all of its requests want; None: they want none
     notes     what `note` gave for the tokens of the last step, by place in the step
     """
@@ -84,6 +90,7 @@ class Rows(Stepper):
     most_plans: ClassVar[int | None] = 16
     active: Tensor | None = None
     overwrites: bool = False
+    timed: bool = True
     logprobs: int | None = None
     notes: Tensor | None = None
 
@@ -111,6 +118,10 @@ class Rows(Stepper):
     def width(self) -> int:
         """Rows that a step computes."""
         return len(self.requests)
+
+    @property
+    def seeds(self) -> Tensor:
+        return self.sampling.seed
 
     def longest(self) -> int:
         return max(request.length for request in self.requests)
@@ -162,7 +173,7 @@ class Rows(Stepper):
         known, start = shape in self.plans, clock()
         self.cache.reserve(self.longest() + shape.clean)
         self._report(self.compute(shape).tolist())
-        if known:  # a first one may compile
+        if known and self.timed:  # a first one may compile
             self.mode.timed(shape, clock() - start)
 
     def compute(self, shape: StepShape) -> Tensor:
@@ -172,6 +183,7 @@ class Rows(Stepper):
         layout = plan.layout(self.cache.length, anchors)
         if self.overwrites:
             layout.overwriting()
+        ids = self.noised(ids, layout)
         clean, noisy = plan.split(self.program.step(ids, layout, plan.head_rows, self.cache))
         return self.mode.read(self, shape, clean, noisy)
 

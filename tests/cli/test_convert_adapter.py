@@ -16,7 +16,7 @@ from flarec.verify import open_subject
 from flarec.verify.adapter import clean_rows_keep_their_bits
 from tests.checkpoints import tree
 from tests.cli.conversions import QUICK, flarec, write_data
-from tests.models import few_checkpoint
+from tests.models import TOKENS, few_checkpoint
 
 RECIPE = ["--recipe", "draft", "--set", "adapter.rank=4", "--set", "adapter.alpha=16", "--set", "objective.ar_weight=0"]
 
@@ -84,6 +84,20 @@ def test_a_base_in_codes_is_nowhere_in_what_is_written(place: Path) -> None:
     manifest = Manifest.read(place / "int8")
     assert manifest is not None and manifest.data["base"] == "int8"
     assert "| base | int8 |" in (place / "int8/README.md").read_text()
+
+
+def test_random_ids_need_no_vector(place: Path) -> None:
+    """The ids are in the manifest; evaluations, saves and what opens the checkpoint draw from them."""
+    result = flarec(*arguments(place, "random", "--adapter-only", "--set", "mask_token=random"))
+    assert result.exit_code == 0, result.output
+    assert "held-out after: " in result.stderr
+    manifest = Manifest.read(place / "random")
+    assert manifest is not None and (manifest.mask.kind, manifest.mask.ids) == ("random", ((3, TOKENS),))
+    assert manifest.decode.readouts == {"ar-trust": "causal"} and manifest.recipe["mask_token"] == "random"
+    assert not list((place / "random").rglob("flarec.safetensors"))
+    source = package.load(place / "bamba").generate("say red one", max_new_tokens=8)
+    found = package.load(place / "bamba", adapter=place / "random").generate("say red one", max_new_tokens=8)
+    assert (found.mode, found.token_ids) == ("ar-trust", source.token_ids)
 
 
 def test_options_of_an_adapter_need_one(place: Path) -> None:

@@ -7,7 +7,6 @@ import shlex
 import signal
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
@@ -56,7 +55,7 @@ def stop_after(place: Path, command: list[str], step: int, signal_number: signal
                 signal.pause()  # a test that is late must not find the run complete
             return advance(trainer)
 
-        mock.patch.object(Trainer, "advance", watched).start()
+        pytest.MonkeyPatch().setattr(Trainer, "advance", watched)  # for good: in the process alone
 
     with Command(command, place / "errors.txt", watch) as process:
         os.close(writes)

@@ -70,6 +70,16 @@ def test_the_checkpoint_decodes_elastically(made: Path, place: Path) -> None:
     assert said.exit_code == 0 and json.loads(said.stdout)[0]["mode"] == "elastic"
 
 
+def test_random_ids_are_the_noise_that_it_learns_from(place: Path, tmp_path: Path) -> None:
+    opened = open_checkpoint(place / "checkpoint")
+    model, manifest = opened.load_model(torch.float32), manifest_for(place / "bamba", "random")
+    out = write_checkpoint(tmp_path / "random", model, opened.load_tokenizer(), manifest, attachments={})
+    result = flarec("train-head", out, "--data", place / "data.jsonl", "--out", tmp_path / "out", *QUICK)
+    assert result.exit_code == 0, result.stderr
+    found = package.load(tmp_path / "out").generate("zz", mode="elastic", threshold=0.0, max_new_tokens=17)
+    assert (found.text, found.accepted) == ("z" * 17, [0, 0, 0, 5])
+
+
 def test_what_was_written(made: Path, place: Path) -> None:
     before, after = Manifest.read(place / "checkpoint"), Manifest.read(made)
     assert before is not None and after is not None

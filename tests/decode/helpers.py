@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from flarec.base.generation import GenerationOptions
 from flarec.decode import Engine
+from flarec.decode.policy import CAUSAL, Drafting, DraftPolicy
 
 from .fake_model import FakeModel, FakeProgram
+
+
+class HeldPolicy(DraftPolicy):
+    """Chooses what it is told to."""
+
+    def __init__(self, choices: Sequence[Drafting], held: Drafting = CAUSAL) -> None:
+        super().__init__(choices)
+        self.held = held
+
+    def next(self, rows: int) -> Drafting:
+        self.drafting = self.held
+        return self.held
+
+
+class RandomPolicy(DraftPolicy):
+    """Chooses anything, and keeps it for a few steps."""
+
+    def __init__(self, choices: Sequence[Drafting], rng: random.Random) -> None:
+        super().__init__(choices)
+        self.rng = rng
+        self.used: list[Drafting] = []
+
+    def next(self, rows: int) -> Drafting:
+        if self.rng.random() < 0.6:
+            self.drafting = self.rng.choice(self.choices)
+        self.used.append(self.drafting)
+        return self.drafting
 
 
 def make_engine(

@@ -15,17 +15,19 @@ from flarec.base.generation import GenerationOptions
 from flarec.base.generation import Mode as ModeName
 from flarec.decode import Engine
 from flarec.decode.modes.ar_trust import ARTrustMode
-from flarec.decode.policy import PATIENCE
 from flarec.decode.prefill import Prefill
-from flarec.decode.request import Request
 from flarec.decode.rows import Mode, Rows
 from flarec.kernels.sampling import choose
 
 from .models import TURNS, ServingSession
 
 WARM_STEPS = 6  # run, checked, captured, and a few more
-AUTO_SECONDS = 45.0
+AUTO_SECONDS = 90.0
 """Of `--drafts auto` with one number of requests, after which no other acceptance is begun."""
+
+
+AUTO_STEPS, TURN = 512, 64
+"""Steps of `--drafts auto`, and as many causal ones; of each in turn."""
 
 
 @dataclass(frozen=True)
@@ -87,22 +89,42 @@ def _waits(session: ServingSession, step: object, count: int = 5) -> float:
     return 1 + sum("synchroniz" in str(item.message) for item in found) / count
 
 
-def prefill_ms(session: ServingSession, tokens: int) -> float:
-    """One prompt, read in one forward; the fastest of three."""
+def prefill_ms(session: ServingSession, tokens: int, chunk: int | None = None, *, early: bool = False) -> float:
+    """One prompt, read in forwards of `chunk` tokens (None: in one); the fastest of three.
+
+    early: as an engine reads its first prompts, else as it does after many, which is compiled if steps are.
+    """
 
     def once() -> float:
-        engine = session.engine(1)
-        request = engine.add(session.prompts(1, tokens)[0], mode="causal", max_new_tokens=2)
-        rows = Rows(session.program, engine._mode(request.options), [request], [request.options], None)
-        prefill = Prefill(rows, tokens)
+        read = reading(session, tokens, chunk, early=early)
         session.wait()
         start = time.perf_counter()
-        with torch.no_grad():
-            prefill.advance()
+        read()
         session.wait()
         return 1e3 * (time.perf_counter() - start)
 
-    return session.measured(("prefill", tokens), lambda: min(once() for _ in range(3)))
+    def measure() -> float:
+        once()  # may compile
+        return min(once() for _ in range(3))
+
+    return session.measured(("prefill", tokens, chunk, early), measure)
+
+
+@torch.no_grad()
+def reading(session: ServingSession, tokens: int, chunk: int | None, *, early: bool) -> Callable[[], None]:
+    """The forwards of `prefill_ms`, once."""
+    engine = session.engine(1)
+    request = engine.add(session.prompts(1, tokens)[0], mode="causal", max_new_tokens=2)
+    rows = Rows(session.program, engine._mode(request.options), [request], [request.options], None)
+    program = session.program if early else session.reader(session.program)
+    prefill = Prefill(rows, chunk or tokens, program=program)
+
+    @torch.no_grad()
+    def read() -> None:
+        while not prefill.advance():
+            pass
+
+    return read
 
 
 def sampler(session: ServingSession, rows: int) -> Callable[[], tuple[Tensor, ...]]:
@@ -163,62 +185,68 @@ class ReplayingEngine(Engine):
 def chosen_rates(session: ServingSession, requests: int, wanted: Sequence[float]) -> dict[float, float]:
     """Tokens per second of `--drafts auto` by tokens per forward of whole blocks, to those of causal steps.
 
-    In steady state: a step that is run because its graph is not recorded yet (once per blocks and capacity of the
-    caches) is left out, with its tokens; trials of other blocks are in. Ends early after `AUTO_SECONDS`, with those
-    that were reached.
+    In turns, so that both meet the same host, and from the same prompts on. In steady state: a step that is run because
+    its graph is not recorded yet (once per blocks and capacity of the caches) is left out, with its tokens; trials of
+    other blocks are in. Ends early after `AUTO_SECONDS`, with those that were reached.
     """
 
     def measure() -> dict[float, float]:
-        engine = session.engine(requests, kind=ReplayingEngine)
-        assert isinstance(engine, ReplayingEngine)
-        engine.share = torch.zeros(1, device=session.device)
-        causal = _causal_rate(session, requests)
-        options = GenerationOptions(mode="ar-trust", drafts="auto", max_new_tokens=1 << 14)
-        steps = max(session.steps, PATIENCE) if session.on_gpu else session.steps
+        auto, plain = session.engine(requests, kind=ReplayingEngine), session.engine(requests)
+        assert isinstance(auto, ReplayingEngine)
+        auto.share = torch.zeros(1, device=session.device)
+        turns = -(-max(session.steps, AUTO_STEPS) // TURN) if session.on_gpu else 1
+        size = TURN if session.on_gpu else session.steps
         found: dict[float, float] = {}
         begun = time.perf_counter()
         for tokens in wanted:
             if found and time.perf_counter() - begun > AUTO_SECONDS:
                 break
-            engine.share.fill_(share_of(tokens, session.block))
-            running = [engine.add(prompt, options) for prompt in session.prompts(requests)]
-            while any(not request.tokens for request in running):
-                engine.step()
-            for _ in range(session.steps // 2):  # finds out what pays
-                engine.step()
-            session.wait()
-            made, seconds = _steady(engine, running, steps)
-            found[tokens] = made / seconds / causal
-            for request in running:  # contexts stay near those of the causal steps
-                engine.cancel(request)
-            engine.step()
+            auto.share.fill_(share_of(tokens, session.block))
+            mine, theirs = Decoding(session, auto, requests, "ar-trust"), Decoding(session, plain, requests, "causal")
+            for _ in range(turns):
+                theirs.take(size)
+                mine.take(size)
+            found[tokens] = mine.rate / theirs.rate
+            mine.end()
+            theirs.end()
         return found
 
     return session.measured(("chosen", requests, tuple(wanted)), measure)
 
 
-def _causal_rate(session: ServingSession, requests: int) -> float:
-    """Tokens per second of causal steps, by the same clock."""
-    engine = session.engine(requests)
-    options = GenerationOptions(mode="causal", max_new_tokens=1 << 14)
-    running = [engine.add(prompt, options) for prompt in session.prompts(requests)]
-    while any(not request.tokens for request in running):
-        engine.step()
-    for _ in range(WARM_STEPS):
-        engine.step()
-    made, seconds = _steady(engine, running, session.steps)
-    return made / seconds
+class Decoding:
+    """Requests that an engine has begun to serve: what it makes of them in steady state, and in how many seconds."""
 
+    def __init__(self, session: ServingSession, engine: Engine, requests: int, mode: ModeName) -> None:
+        self.session, self.engine = session, engine
+        options = GenerationOptions(mode=mode, drafts="auto", max_new_tokens=1 << 14)
+        self.running = [engine.add(prompt, options) for prompt in session.prompts(requests)]
+        self.made, self.seconds = 0, 0.0
+        while any(not request.tokens for request in self.running):
+            engine.step()
+        for _ in range(max(WARM_STEPS, session.steps // 2)):  # records graphs, finds out what pays
+            engine.step()
 
-def _steady(engine: Engine, running: Sequence[Request], steps: int) -> tuple[int, float]:
-    """(tokens, seconds) of that many steps that were replays of graphs, or, where there are none, that were run."""
-    made, seconds, counted = 0, 0.0, 0
-    while counted < steps:
-        before, stats = sum(len(request.tokens) for request in running), engine.stats
-        replays, graphs, start = stats.replays, stats.graphs, time.perf_counter()
-        engine.step()
-        took = time.perf_counter() - start
-        if (stats.replays > replays and stats.graphs == graphs) or not stats.graphs:
-            made += sum(len(request.tokens) for request in running) - before
-            seconds, counted = seconds + took, counted + 1
-    return made, seconds
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.made / self.seconds
+
+    def take(self, steps: int) -> None:
+        """So many steps that are replays of graphs, or, where there are none, that are run."""
+        counted, stats = 0, self.engine.stats
+        self.session.wait()
+        while counted < steps:
+            before = sum(len(request.tokens) for request in self.running)
+            replays, graphs, start = stats.replays, stats.graphs, time.perf_counter()
+            self.engine.step()
+            took = time.perf_counter() - start
+            if (stats.replays > replays and stats.graphs == graphs) or not stats.graphs:
+                self.made += sum(len(request.tokens) for request in self.running) - before
+                self.seconds, counted = self.seconds + took, counted + 1
+
+    def end(self) -> None:
+        """Contexts stay near those of others: the next requests begin anew."""
+        for request in self.running:
+            self.engine.cancel(request)
+        self.engine.step()

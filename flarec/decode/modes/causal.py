@@ -15,6 +15,7 @@ class CausalMode:
 
     blocks: BlockSpec | None = None
     pending = 1
+    lasting = True
 
     def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
         token, _ = rows.choose(clean, rows.cache.length)

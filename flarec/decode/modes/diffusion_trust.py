@@ -27,6 +27,8 @@ class DiffusionTrustMode:
     Rows may be at different stages of their blocks; one forward serves all. `Request.ready`: its block is full.
     """
 
+    lasting = False
+
     def __init__(self, blocks: BlockSpec, threshold: float, steps: int) -> None:
         self.blocks = blocks
         self.pending = blocks.size

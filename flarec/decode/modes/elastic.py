@@ -24,6 +24,8 @@ class ElasticMode:
     drafts that were taken with the last token.
     """
 
+    lasting = False
+
     def __init__(self, blocks: BlockSpec, threshold: float, vocabulary: int) -> None:
         self.blocks = blocks
         self.pending = 1 + blocks.size
