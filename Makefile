@@ -11,6 +11,8 @@ TESTS   ?= tests
 # One thread per process: tests run in $(WORKERS) processes, and results must not depend on how many there are.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
+# Packages are installed without compiled modules (below): where Python kept none, every process would compile torch again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help install test test-fast test-search test-exact test-families test-matrix test-fla test-peft test-quantized test-serve test-vllm test-lm-eval pytest lint typecheck demo bench-cpu clean

@@ -31,6 +31,7 @@ import torch
 
 from tests.cpu_time import CpuTime
 from tests.interpreter import make_faster
+from tests.order import arrange
 
 torch.set_num_threads(1)
 # pytest listens to every logger that stands apart; while somebody listens to this one, torch writes all graphs as text.
@@ -67,10 +68,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(CpuTime())
+    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist: the order is `arrange`'s
+        config.option.loadscopereorder = False
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect tests marked `gpu` on a machine without CUDA: pytest's closing line counts them."""
+    if getattr(config.option, "loadgroup", False):  # in a worker
+        arrange(items)
     if torch.cuda.is_available():
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]

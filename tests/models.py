@@ -39,6 +39,7 @@ FEW_LAYERS: dict[str, dict[str, Any]] = {
     "kimi_linear": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
     "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
     "falcon_h1": {"num_hidden_layers": 1},
+    "mamba2": {"num_hidden_layers": 1},
 }
 """For tests whose time goes with the layers (compilers, Triton's interpreter): one layer of each kind. Families without
 an entry have as many as that takes."""

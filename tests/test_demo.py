@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_demo_writes_its_report(tmp_path: Path) -> None:
-    command = [sys.executable, "examples/demo.py", "--out", str(tmp_path), "--steps", "2", "--tasks", "3"]
-    command += ["--set", "evaluation.prompts=1"]
+    command = [sys.executable, "examples/demo.py", "--out", str(tmp_path), "--steps", "2", "--tasks", "1"]
+    command += ["--set", "evaluation.prompts=1", "--set", "evaluation.max_new_tokens=8"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr

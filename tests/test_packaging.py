@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import re
@@ -57,8 +58,13 @@ def third_party_imports(paths: Iterable[Path]) -> dict[str, set[str]]:
 
 def distribution_names(module: str) -> set[str]:
     """Normalised names of the distributions that provide a top-level module, installed or not."""
-    provided = {**packages_distributions(), "fla": ["flash-linear-attention"]}
-    return {name.lower().replace("_", "-") for name in provided.get(module, [module])}
+    return {name.lower().replace("_", "-") for name in provided().get(module, [module])}
+
+
+@functools.cache
+def provided() -> dict[str, list[str]]:
+    """Distributions by module: reads the file list of everything that is installed."""
+    return {**packages_distributions(), "fla": ["flash-linear-attention"]}
 
 
 def requirement_names(requirements: list[str]) -> set[str]:

@@ -109,6 +109,7 @@ def convert(place: Path, out: str, *more: str, kill_at: int | None = None, seed:
         log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        torch.set_num_threads(1)  # makes the pool that a fork leaves out, before two threads ask for it at once
         if not exchange:
             vars(placing)["exchange"] = lambda one, other: False
         events = Events(place / out, kill_at, random.Random(seed))

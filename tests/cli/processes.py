@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from flarec.cli import main
 
 
@@ -34,6 +36,7 @@ class Command:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(os.open(self.errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+            torch.set_num_threads(1)  # makes the pool that a fork leaves out, before two threads ask for it at once
             watch()
             main.main(words, prog_name="flarec")
         except SystemExit as stop:

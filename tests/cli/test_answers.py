@@ -9,6 +9,7 @@ import shutil
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -135,7 +136,7 @@ def test_signals(home: Path, name: str, code: int) -> None:
             if progress.done == 4:
                 os.kill(os.getpid(), getattr(signal, name))
 
-        AnswerLog.append = watched  # type: ignore[method-assign]
+        mock.patch.object(AnswerLog, "append", watched).start()
 
     with Command(words, home / "errors.txt", watch) as process:
         found, errors = process.ended()

@@ -114,8 +114,9 @@ def test_only_results_that_are_views_are_copied() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_5_text"])
-def test_inductor_compiles_a_training_step(family: str) -> None:
+def test_inductor_compiles_a_training_step() -> None:
+    """All three mixers of most models in one layer: a kernel of inductor is a process of the C++ compiler."""
+    family = "falcon_h1"
     program = lower(captured_few_float64(family), "train")
     for node in program.graph.nodes:  # rotary angles, which inductor's own float32 cosine rounds differently
         if torch.float32 in node.args:

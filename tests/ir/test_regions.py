@@ -297,8 +297,8 @@ def witness(module: fx.GraphModule) -> fx.GraphModule:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_inductor_is_as_near_to_float64_as_eager(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("family", "dtype"), [("qwen3_5_text", torch.bfloat16), ("mamba2", torch.float32)])
+def test_inductor_is_as_near_to_float64_as_eager(family: str, dtype: torch.dtype) -> None:
     """Every code of a model, forward and backward: chains that inductor computes in float32 are rounded less often.
 
     The compiled error is at most 1.1 of eager's, over all results of a code, and half a unit in the last place of what
@@ -307,7 +307,7 @@ def test_inductor_is_as_near_to_float64_as_eager(dtype: torch.dtype) -> None:
     from flarec.frontend.export import capture
     from tests.models import FEW_LAYERS, tiny_model
 
-    model = tiny_model("qwen3_5_text", **FEW_LAYERS["qwen3_5_text"])
+    model = tiny_model(family, **FEW_LAYERS[family])
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     program = lower(capture(model, cache=True), "train", regions=True)

@@ -102,7 +102,8 @@ def test_gradcheck(gate: str, delta: bool) -> None:
         return two_stream(*[*arguments, schedule], scale=0.6, delta=delta, l2norm=True, initial_state=state)
 
     leaves: Any = [inputs[name] for name in names]
-    assert torch.autograd.gradcheck(op, leaves)
+    whole = gate == "channel" and delta  # every entry, where every term takes part; elsewhere one projection of all
+    assert torch.autograd.gradcheck(op, leaves, fast_mode=not whole)
 
 
 @hypothesis_settings(max_examples=12, deadline=None)

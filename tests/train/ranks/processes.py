@@ -12,6 +12,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+import torch
+
 
 def free_port() -> int:
     with contextlib.closing(socket.socket()) as server:
@@ -28,6 +30,7 @@ def on_ranks(work: Callable[[int], object], size: int = 2) -> Sequence[int]:
         if child == 0:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            torch.set_num_threads(1)  # makes the pool that a fork leaves out, before two threads ask for it at once
             code = 1
             try:
                 work(rank)
