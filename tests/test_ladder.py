@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.ladder import data as ladder_data
+from benchmarks.ladder import pool
 from benchmarks.ladder.__main__ import main
 from benchmarks.ladder.arms import BLOCKS, MAIN, SEEDS, STEPS, arms
+from benchmarks.ladder.source import TooSlow, Watched
 from benchmarks.ladder.summary import chosen, summarised
 from benchmarks.ladder.tasks import KINDS, PAIRS, SPLITS, draw_tasks
 from examples.real.prompts import split_of
@@ -87,6 +90,49 @@ def test_differences_are_paired_by_seed() -> None:
     values = found["arms"]["flare"]
     assert values["Diffusion-Trust, threshold"]["mean"] == pytest.approx(0.99)
     assert values["Diffusion-Trust, accuracy"]["mean"] == 0.5
+
+
+def test_arms_run_seed_by_seed() -> None:
+    seeds = [arm.seed for arm in arms()]
+    assert seeds == sorted(seeds)
+    assert [arm.name for arm in arms((0,))][: len(MAIN)] == [name for name, *_ in MAIN]
+
+
+def test_what_runs_is_claimed_once_and_what_ended_is_free(tmp_path: Path) -> None:
+    (tmp_path / "claims").mkdir()
+    assert pool.claimed(tmp_path, "one") and not pool.claimed(tmp_path, "one") and pool.claimed(tmp_path, "other")
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    (tmp_path / "claims" / "one").write_text(str(ended.pid))
+    assert pool.claimed(tmp_path, "one") and not pool.claimed(tmp_path, "one")
+    assert {path.name for path in (tmp_path / "claims").iterdir()} == {"one", "other"}
+
+
+def test_a_source_that_takes_too_long_gets_fewer_steps() -> None:
+    watched = Watched(1000, 600.0)
+    line = {"ar_loss": 1.0, "diffusion_loss": 0.0, "tokens_per_second": 1.0}
+    for step, left in ((1, None), (59, 9000.0)):  # too early to tell
+        watched.step({**line, "step": step, "seconds_left": left})
+    with pytest.raises(TooSlow) as slow, watched:
+        watched.step({**line, "step": 100, "seconds_left": 900.0})
+    assert 560 <= slow.value.steps <= 570  # 600 s less what beginning anew takes, at a second per step
+    watched = Watched(1000, 600.0)
+    watched.step({**line, "step": 100, "seconds_left": 450.0})
+
+
+def test_runs_in_parts_make_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What failed in one of them and not in another has not failed; sources must be the same."""
+    source = {"loss": {"text": 2.0, "tasks": 0.0}}
+    good, bad = result("draft", 0, 2.5, 20), {"arm": "draft", "seed": 0, "error": "E"}
+    for name, results in (("one", [good]), ("two", [bad, result("flare", 0, 2.25, 16)])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"source": source, "results": results}))
+    (tmp_path / "other.json").write_text(json.dumps({"source": {"loss": {"text": 1.0, "tasks": 0.0}}, "results": []}))
+    first, second, other, out = (str(tmp_path / f"{name}.json") for name in ("one", "two", "other", "out"))
+    main(["report", first, second, "--out", out])
+    summary = json.loads(Path(out).read_text())["summary"]
+    assert not summary["failed"] and summary["arms"].keys() == {"draft", "flare"}
+    with pytest.raises(SystemExit, match="different source models"):
+        main(["report", first, other, "--out", out])
 
 
 def test_a_threshold_is_the_smallest_that_keeps_enough() -> None:

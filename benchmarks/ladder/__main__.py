@@ -1,19 +1,22 @@
 """The ladder: what each ingredient of the method does, on a model of 30 M parameters that is trained here.
 
     python -m benchmarks.ladder data --out out/ladder/data                       # texts, tasks, tokenizer: some minutes
-    python -m benchmarks.ladder run --data out/ladder/data --work WORK --out FILE.json --workers 12 --time-limit 480
+    python -m benchmarks.ladder run --data out/ladder/data --work WORK --out FILE.json --gpus 2 --workers 16
     python -m benchmarks.ladder report FILE.json ... --out benchmarks/results/ladder-h200.json --plot docs/ladder.png
 
 `run` trains the source unless WORK has one, then converts it arm by arm (`arms.py`), several at a time, and measures
-each; FILE.json holds what is done at every moment. It ends itself at the time limit. WORK, or `--done FILE.json` with
-`--pieces`, lets another call go on. Two steps of the publication are no arms: pure block diffusion, whose clean stream
-is not causal, and rows that predict their own token. A causal clean stream and the shift are in the contract here.
+each; FILE.json holds what is done at every moment. It ends itself at the time limit. WORK, or `--done FILE.json ...`
+with `--pieces`, lets another call go on; calls at the same time on one machine, each with a CUDA_VISIBLE_DEVICES of its
+own, may share WORK: one of them trains the source, and all of them take arms. Two steps of the publication are no arms:
+pure block diffusion, whose clean stream is not causal, and rows that predict their own token. A causal clean stream and
+the shift are in the contract here.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -65,6 +68,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=12, help="in all")
     parser.add_argument("--time-limit", type=float, default=480, help="seconds of the whole call")
     parser.add_argument("--source-steps", type=int, default=1000)
+    parser.add_argument("--source-seconds", type=float, default=240, help="fewer steps if these take longer")
     parser.add_argument("--source-rows", type=int, default=32)
     parser.add_argument("--source-data", default="train", choices=("train", "arms"), help="arms: a sixth, read sooner")
     parser.add_argument("--steps", type=int, default=200, help="of every arm")
@@ -73,37 +77,41 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--arms", default="", help="names, separated by commas; default: all")
     parser.add_argument("--sizes", default="", help="JSON: fields of Sizes")
-    parser.add_argument("--done", type=Path, help="FILE.json of an earlier call, whose arms are not run again")
+    parser.add_argument("--done", type=Path, nargs="*", default=[], help="FILE.json of earlier calls, whose arms stay")
     parser.add_argument("--pieces", type=Path, help="folder: the source model from its pieces, or into them")
     parser.add_argument("--commit", help="of the tree, where git cannot tell")
     parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
 
 
 def _run(options: argparse.Namespace) -> None:
-    from benchmarks.ladder.pool import result_of, run_pool
+    from benchmarks.ladder.pool import claimed, result_of, run_pool
 
     start = time.time()
     options.until = options.until or start + options.time_limit
     work = options.work
     for name in ("arms", "claims", "checkpoints"):
         (work / name).mkdir(parents=True, exist_ok=True)
-    for left in (work / "claims").iterdir():
-        left.unlink()
-    if options.done:
-        for result in json.loads(options.done.read_text())["results"]:
+    for done in options.done:
+        for result in json.loads(done.read_text())["results"]:
             result_of(work, Arm(result["arm"], "", (), result["seed"])).write_text(json.dumps(result))
-    for path in (work / "arms").iterdir():  # what failed is tried again
+    for path in (work / "arms").glob("*.json"):  # what failed is tried again
         if "error" in json.loads(path.read_text()):
             path.unlink()
-    if options.pieces and not (work / "source").is_dir() and any(options.pieces.glob("source.tar.*")):
-        _unpack(options.pieces, work)
-    if not (work / "source.json").exists():
-        print("training the source", flush=True)
-        _call("source", options)
-        if options.pieces:
-            _pack(work, options.pieces)
+    while not (work / "source.json").exists():
+        if not claimed(work, "source"):
+            if time.time() > options.until:
+                raise SystemExit("another call trains the source and is not done; call again")
+            time.sleep(1)
+        elif options.pieces and any(options.pieces.glob("source.tar.*")):
+            _unpack(options.pieces, work)
+        else:
+            print("training the source", flush=True)
+            _call("source", options)
+            if options.pieces:
+                _pack(work, options.pieces)
     print(f"source: {json.loads((work / 'source.json').read_text())}", flush=True)
-    devices = [str(number) for number in range(options.gpus)] or ["cpu"]
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    devices = (visible or [str(number) for number in range(options.gpus)])[: options.gpus] or ["cpu"]
     seen: set[str] = set()
 
     def collect() -> None:
@@ -126,16 +134,17 @@ def _source(options: argparse.Namespace) -> None:
     import flarec
     from benchmarks.ladder.measure import measured
     from benchmarks.ladder.source import train_source
-    from flarec.train.progress import ConsoleReporter
 
     device = "cuda" if options.gpus else "cpu"
     made = train_source(
         options.data, options.work, shape=options.shape, steps=options.source_steps, rows=options.source_rows,
-        length=options.length, device=device, seed=0, part=options.source_data, reporter=ConsoleReporter(),
+        length=options.length, device=device, seed=0, part=options.source_data, seconds=options.source_seconds,
     )
     model = flarec.load(options.work / "source", device=device, graphs="off", compile="off")
     found = measured(model, options.data, _sizes(options), ("causal",))
-    (options.work / "source.json").write_text(json.dumps({"training": made, **found}))
+    part = options.work / "source.part"
+    part.write_text(json.dumps({"training": made, **found}))
+    part.replace(options.work / "source.json")
 
 
 def _worker(options: argparse.Namespace) -> None:
@@ -177,7 +186,9 @@ def _report(options: argparse.Namespace) -> None:
     for record in records[1:]:
         if record["source"] != records[0]["source"]:
             raise SystemExit("these results are of different source models; give those of one")
-    results = {(result["arm"], result["seed"]): result for record in records for result in record.pop("results")}
+    found = [result for record in records for result in record.pop("results")]
+    found.sort(key=lambda result: "error" not in result)  # what failed in one call and not in another has not failed
+    results = {(result["arm"], result["seed"]): result for result in found}
     summary = summarised(list(results.values()), records[0]["source"])
     table = {"runs": records, "summary": summary, "results": [*results.values()]}
     options.out.write_text(json.dumps(table, indent=1) + "\n")
@@ -211,17 +222,17 @@ def _words(name: str, options: argparse.Namespace) -> list[str]:
     """The command line of a part of the run."""
     words = [name]
     for key in (
-        "data", "work", "shape", "gpus", "source_steps", "source_rows", "source_data", "steps", "rows", "length",
-        "seeds", "arms", "sizes", "until",
+        "data", "work", "shape", "gpus", "source_steps", "source_seconds", "source_rows", "source_data", "steps",
+        "rows", "length", "seeds", "arms", "sizes", "until",
     ):
         words += [f"--{key.replace('_', '-')}={getattr(options, key)}"]
     return words
 
 
 def _pack(work: Path, pieces: Path) -> None:
-    """The source model and what is known of it as `source.tar.00`, ..."""
+    """The source model and what is known of it as `source.tar.00`, ...: bfloat16 becomes a fifth smaller."""
     whole = work / "source.tar"
-    with tarfile.open(whole, "w") as archive:
+    with tarfile.open(whole, "w:gz", compresslevel=6) as archive:
         for name in ("source", "source.json"):
             archive.add(work / name, name)
     pieces.mkdir(parents=True, exist_ok=True)
@@ -237,7 +248,9 @@ def _unpack(pieces: Path, work: Path) -> None:
     whole = work / "source.tar"
     whole.write_bytes(b"".join(path.read_bytes() for path in sorted(pieces.glob("source.tar.*"))))
     with tarfile.open(whole) as archive:
-        archive.extractall(work, filter="data")
+        archive.extractall(work / "unpacked", filter="data")
+    for name in ("source", "source.json"):  # the latter says that all is there
+        (work / "unpacked" / name).replace(work / name)
     whole.unlink()
 
 

@@ -45,15 +45,19 @@ MAIN: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
 
 
 def arms(seeds: tuple[int, ...] = SEEDS) -> list[Arm]:
-    """All runs: the main arms with every seed, then other block sizes of the published objective and of `draft`."""
-    found = [
-        Arm(name, recipe, (*_rate(recipe), *more), seed, shows) for seed in seeds for name, recipe, more, shows in MAIN
-    ]
-    found += [
+    """All runs, seed by seed: the main arms, then other block sizes of the published objective and of `draft`."""
+    return [arm for seed in seeds for arm in (*_main(seed), *_sizes(seed))]
+
+
+def _main(seed: int) -> list[Arm]:
+    return [Arm(name, recipe, (*_rate(recipe), *more), seed, shows) for name, recipe, more, shows in MAIN]
+
+
+def _sizes(seed: int) -> list[Arm]:
+    return [
         Arm(f"{recipe}-block-{size}", recipe, (*RATE, f"diffusion.block_size={size}"), seed, f"blocks of {size}")
-        for seed in seeds for size in BLOCKS for recipe in ("flare", "draft")
+        for size in BLOCKS for recipe in ("flare", "draft")
     ]
-    return found
 
 
 def _rate(recipe: str) -> list[str]:

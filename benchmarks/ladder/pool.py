@@ -28,7 +28,7 @@ def run_pool(command: list[str], work: Path, *, workers: int, devices: list[str]
     for number in range(workers):
         device = devices[number % len(devices)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        if device.isdigit():
+        if device != "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = device
         log = (work / f"worker-{number}.log").open("ab")
         words = [sys.executable, "-m", "benchmarks.ladder", *command]
@@ -53,7 +53,9 @@ def work_on(
     longest = 0.0
     for arm in arms:
         place = result_of(work, arm)
-        if place.exists() or time.time() + 0.8 * longest > until or not _claimed(work, arm):
+        if place.exists() or time.time() + 0.8 * longest > until:
+            continue
+        if not claimed(work, name_of(arm)) or place.exists():  # done between the two looks
             continue
         start = time.time()
         try:
@@ -76,7 +78,7 @@ def one(
     from flarec.train.metrics import read_metrics
     from flarec.train.progress import Reporter
 
-    folder = work / "checkpoints" / arm.key.replace(" ", "-")
+    folder = work / "checkpoints" / name_of(arm)
     start = time.perf_counter()
     steps, rows = settings["steps"], settings["rows"]
     keys = [
@@ -106,13 +108,41 @@ def one(
 
 def result_of(work: Path, arm: Arm) -> Path:
     """Where an arm's result lies."""
-    return work / "arms" / f"{arm.key.replace(' ', '-')}.json"
+    return work / "arms" / f"{name_of(arm)}.json"
 
 
-def _claimed(work: Path, arm: Arm) -> bool:
-    """Whether this process is the one that runs an arm."""
+def name_of(arm: Arm) -> str:
+    """Of its files."""
+    return arm.key.replace(" ", "-")
+
+
+def claimed(work: Path, name: str) -> bool:
+    """Whether this process is the one that does something; what a process that has ended claimed is free again.
+
+    Several runs on one machine may share a folder, one for each of its devices.
+    """
+    place = work / "claims" / name
+    own = place.with_suffix(f".{os.getpid()}")
+    own.write_text(str(os.getpid()))
     try:
-        os.close(os.open(work / "claims" / arm.key.replace(" ", "-"), os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
+        for _ in range(2):
+            try:
+                os.link(own, place)  # appears whole
+                return True
+            except FileExistsError:
+                if _runs(int(place.read_text())):
+                    return False
+                place.unlink(missing_ok=True)
+    except FileNotFoundError:  # another one has just freed it, and takes it
+        return False
+    finally:
+        own.unlink()
+    return False
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
         return False
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 import flarec
-from flarec.train.progress import Reporter
+from flarec.train.progress import ConsoleReporter
 
 SHAPES: dict[str, dict[str, int]] = {
     "30M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -26,22 +27,68 @@ TASKS_SHARE = 0.35
 """Of the trained tokens, those of tasks."""
 
 
+AGAIN = 30.0
+"""Seconds that beginning anew takes: texts are read again."""
+
+
+class TooSlow(Exception):
+    """So many steps take longer than there is time for; `steps` would not."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(f"{steps} steps fit into the time")
+        self.steps = steps
+
+
+class Watched(ConsoleReporter):
+    """Raises `TooSlow` after `LOOK` steps if all of them would not end in time. seconds: from now on."""
+
+    LOOK = 60
+
+    def __init__(self, steps: int, seconds: float) -> None:
+        super().__init__()
+        self.steps, self.latest, self.looked = steps, time.monotonic() + seconds, False
+
+    def step(self, values: Mapping[str, Any]) -> None:
+        """As `Reporter.step`."""
+        super().step(values)
+        left, rest = values.get("seconds_left"), self.steps - values["step"]
+        if self.looked or left is None or values["step"] < self.LOOK or rest < 1:
+            return
+        self.looked = True
+        until = self.latest - time.monotonic()
+        if left > until:
+            raise TooSlow(max(self.LOOK, int((until - AGAIN) * rest / left)))
+
+
 def train_source(
     data: Path, out: Path, *, shape: str, steps: int, rows: int, length: int, device: str, seed: int,
-    part: str = "train", reporter: Reporter | None = None,
+    part: str = "train", seconds: float,
 ) -> dict[str, Any]:
     """Train `out/source`, a plain directory of transformers in bfloat16. Autoregressive training is a conversion
-    without diffusion loss: the same kernels, optimizer and packing as those of the arms."""
+    without diffusion loss: the same kernels, optimizer and packing as those of the arms. In fewer steps if these take
+    longer than `seconds`: the schedule has to end."""
+    watched = Watched(steps, seconds)
+    try:
+        return _train(data, out, shape, steps, rows, length, device, seed, part, watched)
+    except TooSlow as slow:
+        print(f"{slow} instead of {steps}", flush=True)
+        return _train(data, out, shape, slow.steps, rows, length, device, seed, part, ConsoleReporter())
+
+
+def _train(
+    data: Path, out: Path, shape: str, steps: int, rows: int, length: int, device: str, seed: int, part: str,
+    reporter: ConsoleReporter,
+) -> dict[str, Any]:
     start = time.perf_counter()
     blank = out / "blank"
     model = _blank(data, blank, shape, seed)
     built = time.perf_counter()
     trained = flarec.convert(
         blank, mix(data, part), recipe="draft", out=out / "trained", device=device, seed=seed, overwrite=True,
-        reporter=reporter or Reporter(),
+        reporter=reporter,
         overrides=[
             "objective.diffusion_weight=0", f"optimizer.steps={steps}", f"optimizer.batch_rows={rows}",
-            f"optimizer.micro_rows={min(rows, 16)}", "optimizer.lr=2e-3", "optimizer.schedule=cosine",
+            f"optimizer.micro_rows={rows}", "optimizer.lr=2e-3", "optimizer.schedule=cosine",
             f"optimizer.warmup_steps={max(1, steps // 20)}", "optimizer.weight_decay=0.05",
             "optimizer.betas=[0.9,0.95]",
             f"data.max_length={length}", "evaluation.every=0", f"save.every={steps + 1}", "train.compile=off",

@@ -15,9 +15,11 @@ from ..errors import GenerationError
 from .fields import LARGEST, allowed_values, field_types, is_number, key, plain, shown, shows_fields, whole_number
 
 Mode = Literal["causal", "ar-trust", "diffusion-trust", "elastic"]
-Drafts = Literal["branches", "single", "auto"]
+Drafts = Literal["branches", "single", "auto", "horizon"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 DRAFTS: tuple[Drafts, ...] = get_args(Drafts)
+HEADLESS: tuple[Drafts, ...] = ("branches", "single", "auto")
+"""Those for which a checkpoint needs no horizon head."""
 
 HOTTEST = 10**6
 """Highest temperature. Beyond it float32 scores (logits plus temperature times noise) tell no logits apart."""
@@ -41,8 +43,8 @@ class GenerationOptions:
     seed: int = key(0, "Equal seeds give equal texts.", low=0, high=LARGEST, metavar="N")
     stop: tuple[str, ...] = key((), "Stop before this text (repeatable).", metavar="TEXT")
     drafts: Drafts | None = key(
-        None, "ar-trust: a draft block per possible accepted length, one block, or what is fastest here. Default: the "
-        "checkpoint's.",
+        None, "ar-trust: a draft block per possible accepted length, one block, what is fastest here, or that with one "
+        "or two blocks where a horizon head says. Default: the checkpoint's.",
     )
     threshold: float | None = key(
         None, "diffusion-trust, elastic: commit every position, or take drafts, this confident. Default: the "

@@ -94,7 +94,7 @@ def command(
         per_step = model.engine.stats.step_seconds / max(1, model.engine.stats.steps)
         for line in [*_stats(outputs, model.kernels), *model.engine.stats.lines(), said()]:
             click.echo(line, err=True)
-        if outputs[0].mode == "ar-trust" and options.drafts != "auto":  # auto has looked at what pays
+        if outputs[0].mode == "ar-trust" and options.drafts not in ("auto", "horizon"):  # they look at what pays
             click.echo(_pays(model, prompts, options, chat, outputs, per_step), err=True)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flarec import api
-from flarec.base.generation import DRAFTS
+from flarec.base.generation import HEADLESS
 from flarec.checkpoint.directory import describe_source
 from flarec.checkpoint.manifest import DecodeDefaults, Manifest
 from flarec.checkpoint.write import write_checkpoint
@@ -194,7 +194,7 @@ def _ar_trust(road: Road) -> str:
     """Token for token what causal decoding gives, greedy and sampled, with both kinds of drafts."""
     compared, forwards = 0, 0
     for temperature, expected in road.causal.items():
-        for drafts in DRAFTS:
+        for drafts in HEADLESS:
             got = _generate(road, "ar-trust", temperature=temperature, drafts=drafts)
             if [output.token_ids for output in got] != expected:
                 raise StageError(f"AR-Trust gives other tokens than causal decoding (T = {temperature:g}, {drafts})")

@@ -24,6 +24,8 @@ from math import ceil, inf
 from operator import mul
 from typing import NamedTuple
 
+from .ends import EndsPrior, blind_share
+
 PURSE = 4.0
 SLACK = 0.004
 SWITCH = 0.5
@@ -63,16 +65,26 @@ PRIOR = 4.0
 
 class Drafting(NamedTuple):
     """The blocks of a step. size = positions of each, 0 for none; branches: one behind every clean row, else one behind
-    the last draft."""
+    the last draft, or, with placed > 0, so many where the step most likely ends (`flarec.decode.ends`)."""
 
     size: int
     branches: bool = True
+    placed: int = 0
+
+    @property
+    def kind(self) -> tuple[bool, int]:
+        """Sizes of one kind cost alike."""
+        return self.branches, self.placed
+
+    @property
+    def blocks(self) -> int:
+        """Of each request."""
+        return (1 + self.size if self.branches else max(1, self.placed)) if self.size else 0
 
     @property
     def rows(self) -> int:
         """Of each request."""
-        clean = 1 + self.size
-        return clean + self.size * (clean if self.branches else 1)
+        return 1 + self.size + self.size * self.blocks
 
 
 CAUSAL = Drafting(0)
@@ -109,9 +121,10 @@ class DraftPolicy:
         self.choices = tuple(sorted(choices))
         self.drafting = CAUSAL
         self.purse = PURSE
-        kinds = {item.branches: item for item in self.choices if item != CAUSAL}
+        self.ends = EndsPrior()
+        kinds = {item.kind: item for item in self.choices if item != CAUSAL}
         # of the blocks the largest of every kind are measured first: costs of the others lie between them
-        self._first = [kinds[branches] for branches in sorted(kinds)]
+        self._first = [kinds[kind] for kind in sorted(kinds)]
         largest = max(self.choices).size
         self._right, self._tried = [PRIOR] * largest, [2 * PRIOR] * largest
         self._news = [[0, 0] for _ in range(largest)]
@@ -133,7 +146,7 @@ class DraftPolicy:
     def tokens(self, drafting: Drafting) -> float:
         """Expected tokens per step."""
         runs = self._runs()
-        return _expected(drafting, runs, list(accumulate(runs)))
+        return self._expected(drafting, runs, list(accumulate(runs)))
 
     def _runs(self) -> list[float]:
         """[n]: the share of steps that accept all of n drafts; 1 for none."""
@@ -170,6 +183,10 @@ class DraftPolicy:
             elif self.drafting != CAUSAL and depth >= self.drafting.size:
                 self._right[depth], self._tried[depth] = FADE * self._right[depth], FADE * self._tried[depth]
 
+    def ended(self, drafting: Drafting, requests: int, missed: int) -> None:
+        """So many requests of a step with placed blocks verified all drafts that it can, and some ended at no block."""
+        self.ends.seen(requests, missed, 1 - blind_share(drafting.size, drafting.placed, self._runs()))
+
     def _doubt(self) -> None:
         """What was seen counts as little as what was believed at first."""
         for depth, tried in enumerate(self._tried):
@@ -189,11 +206,11 @@ class DraftPolicy:
 
     def cost(self, rows: int, drafting: Drafting) -> float | None:
         """Seconds of a step; between two of the same kind that were measured, by the rows of each. None if unknown."""
-        return _between(self._known(_bucket(rows), drafting.branches), drafting.rows)
+        return _between(self._known(_bucket(rows), drafting.kind), drafting.rows)
 
-    def _known(self, rows: int, branches: bool) -> list[tuple[int, float]]:
+    def _known(self, rows: int, kind: tuple[bool, int]) -> list[tuple[int, float]]:
         """Rows of each request with one kind of block, where that was measured, in order, and their costs."""
-        alike = [item for item in self.choices if item == CAUSAL or item.branches == branches]
+        alike = [item for item in self.choices if item == CAUSAL or item.kind == kind]
         return [(item.rows, self._timings[rows, item].cost) for item in alike if (rows, item) in self._timings]
 
     def _count(self, drafting: Drafting) -> int:
@@ -258,21 +275,29 @@ class DraftPolicy:
         for item, cost in costs.items():
             if item != CAUSAL and (_need(cost) <= PURSE if self.drafting == CAUSAL else cost - 1 <= self.purse):
                 favour = KEEP if item == self.drafting else 1.0 if self._count(item) else 1 / NEW
-                rates[item] = favour * _expected(item, runs, totals) / cost
+                rates[item] = favour * self._expected(item, runs, totals) / cost
         best = max(rates, key=lambda item: rates[item], default=CAUSAL)
-        return best, _expected(best, runs, totals) / costs.get(best, 1.0)
+        return best, self._expected(best, runs, totals) / costs.get(best, 1.0)
 
     def _again(self, costs: Mapping[Drafting, float]) -> None:
         """What is not used for long is measured anew: what a causal step costs, and now and then how many drafts are
         right in the largest blocks."""
         self._drafted, self._looks = 0, self._looks + 1
-        largest = max(item for item in self.choices if item.branches == self.drafting.branches)
+        largest = max(item for item in self.choices if item.kind == self.drafting.kind)
         if self._looks % 4:
             self._left = self.drafting, self._extra
             self._forget(CAUSAL)
             self._take(CAUSAL, wait=AGAIN - 1)
         elif largest != self.drafting and costs.get(largest, inf) - 1 < self.purse:
             self._take(largest, costs[largest] - 1, TRIAL - 1)
+
+    def _expected(self, drafting: Drafting, runs: Sequence[float], totals: Sequence[float]) -> float:
+        """Tokens per step. runs[n]: the share of steps that accept all of n drafts; totals: their running sums."""
+        size, _, placed = drafting
+        if drafting.branches:
+            return totals[size]
+        drafted = 1 / (2 - (self.ends.found(size, placed, runs) if placed else runs[size]))
+        return drafted * totals[size] + 1 - drafted
 
     def _take(self, drafting: Drafting, extra: float = 0.0, wait: int = 0) -> None:
         """From the next step on, for so many steps behind it."""
@@ -291,8 +316,8 @@ class DraftPolicy:
 
     def _relative(self) -> dict[Drafting, float]:
         """Costs of steps, a causal one being 1; of those about which something is known."""
-        known = {branches: self._known(self._rows, branches) for branches in (False, True)}
-        costs = {item: _between(known[item.branches], item.rows) for item in self.choices}
+        known = {kind: self._known(self._rows, kind) for kind in {item.kind for item in self.choices}}
+        costs = {item: _between(known[item.kind], item.rows) for item in self.choices}
         plain = costs[CAUSAL] or 1.0
         return {item: cost / plain for item, cost in costs.items() if cost}
 
@@ -300,14 +325,6 @@ class DraftPolicy:
 def _need(cost: float) -> float:
     """What a purse has to hold for a trial of steps that cost so many causal ones; of the dearest, a short trial."""
     return max(SWITCH + LEAST * (cost - 1), min(SWITCH + TRIAL * (cost - 1), PURSE))
-
-
-def _expected(drafting: Drafting, runs: Sequence[float], totals: Sequence[float]) -> float:
-    """Tokens per step. runs[n]: the share of steps that accept all of n drafts; totals: their running sums."""
-    if drafting.branches:
-        return totals[drafting.size]
-    drafted = 1 / (2 - runs[drafting.size])
-    return drafted * totals[drafting.size] + 1 - drafted
 
 
 def _between(known: Sequence[tuple[int, float]], rows: int) -> float | None:
@@ -325,7 +342,9 @@ def _bucket(rows: int) -> int:
     return 1 << max(0, rows - 1).bit_length()
 
 
-def choices_of(block: int, readout: str) -> tuple[Drafting, ...]:
-    """What decodes alike: shorter blocks only where no row reads the rows behind it."""
+def choices_of(block: int, readout: str, placed: Sequence[int] = ()) -> tuple[Drafting, ...]:
+    """What decodes alike: shorter blocks only where no row reads the rows behind it. placed: numbers of blocks that
+    stand where a step most likely ends, in the place of one behind the last draft; none: nobody tells where."""
     sizes = range(1, block + 1) if readout == "causal" else (block,)
-    return CAUSAL, *(Drafting(size, branches) for size in sizes for branches in (False, True))
+    few = [Drafting(size, False, blocks) for size in sizes for blocks in placed or (0,) if blocks <= size]
+    return CAUSAL, *few, *(Drafting(size, True) for size in sizes)

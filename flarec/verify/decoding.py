@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flarec.base.generation import DRAFTS, GenerationOptions
+from flarec.base.generation import HEADLESS, GenerationOptions
 from flarec.decode import Engine
 from flarec.decode.sampling import SamplingRows, choose
 from flarec.ir.program import Program
@@ -59,7 +59,7 @@ def ar_trust_is_causal(
     subject: Subject,
     cases: int = 8,
     *,
-    drafts: Sequence[str] = DRAFTS,
+    drafts: Sequence[str] = HEADLESS,
     new_tokens: int = 24,
     reference: Program | None = None,
 ) -> Result:
@@ -102,6 +102,7 @@ def engine_of(subject: Subject, readout: str) -> Engine:
     return Engine(
         subject.decode, mask_token_id=subject.mask_token_id, block_size=subject.block_size,
         readouts={"ar-trust": readout}, eos_ids=(), max_positions=MOST_POSITIONS, suppress=subject.suppress,
+        noise_ids=subject.noise_ids,
     )
 
 

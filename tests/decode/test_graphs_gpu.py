@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from flarec.base.generation import GenerationOptions, Mode
+from flarec.base.generation import Drafts, GenerationOptions, Mode
 from flarec.decode import Engine
 from flarec.decode.horizon import HorizonProgram
+from flarec.decode.noise_ids import Ranges
 from flarec.decode.policy import CAUSAL, Drafting
 from flarec.decode.stores import Static
 from flarec.ir.compiled import Codes, compiled_by_region
@@ -33,7 +34,7 @@ def program_of(family: str) -> Program:
     return capture(tiny_model(family).cuda())
 
 
-def engine_of(captured: Program, graphs: str, block: int = SIZE) -> Engine:
+def engine_of(captured: Program, graphs: str, block: int = SIZE, noise_ids: Ranges = ()) -> Engine:
     """Of a captured program; elastic decoding is by a random head."""
     program = lower(captured, "decode", kernels="triton")
 
@@ -46,8 +47,25 @@ def engine_of(captured: Program, graphs: str, block: int = SIZE) -> Engine:
     return Engine(
         program, mask_token_id=VOCABULARY - 1, block_size=block, eos_ids=[2], max_positions=4096, graphs=graphs,
         suppress=[VOCABULARY - 1], readouts={"ar-trust": "causal", "diffusion-trust": "block_end"},
-        horizon=horizon,
+        horizon=horizon, noise_ids=noise_ids,
     )
+
+
+@pytest.mark.gpu
+def test_random_ids_are_drawn_inside_of_graphs() -> None:
+    """By request and position, as plain steps draw them: texts, and how many drafts were accepted."""
+    program, rng = program_of("qwen3_5_text"), random.Random(1)
+    prompts = [[rng.randrange(3, VOCABULARY - 1) for _ in range(rng.randint(1, 40))] for _ in range(8)]
+    each = [replace(random_options(rng), max_new_tokens=40) for _ in prompts]
+    plain, graphed = (engine_of(program, graphs, noise_ids=((3, 90), (95, 500))) for graphs in ("off", "auto"))
+    for way in ({"mode": "ar-trust"}, {"mode": "ar-trust", "drafts": "single"}, {"mode": "elastic", "threshold": 0.0}):
+        expected = plain.generate(prompts, each, batch=5, **way)
+        for _ in range(2):
+            found = graphed.generate(prompts, each, batch=5, **way)
+            assert [(one.token_ids, one.accepted) for one in found] == [
+                (one.token_ids, one.accepted) for one in expected
+            ], way
+    assert not graphed.stats.eager and graphed.stats.replays > 0.5 * graphed.stats.steps
 
 
 @pytest.mark.gpu
@@ -68,17 +86,19 @@ def test_graphs_on_equals_graphs_off_on_a_gpu(family: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("drafts", ["auto", "horizon"])
 @pytest.mark.parametrize("family", GRAPHED)
-def test_shapes_may_follow_one_another_on_a_gpu(family: str) -> None:
+def test_shapes_may_follow_one_another_on_a_gpu(family: str, drafts: Drafts) -> None:
     """Blocks of random sizes: pending rows are spread between replays, and read where wider ones lay."""
     program, rng = program_of(family), random.Random(0)
     prompts = [[rng.randrange(3, VOCABULARY - 1) for _ in range(rng.randint(1, 40))] for _ in range(6)]
     each = [replace(random_options(rng), max_new_tokens=60, eos_ids=frozenset()) for _ in prompts]
     expected = [item.token_ids for item in engine_of(program, "off").generate(prompts, each, mode="causal")]
     graphed = engine_of(program, "auto")
-    graphed.__dict__["_policy"] = RandomPolicy([CAUSAL, Drafting(1, False), Drafting(SIZE)], rng)
+    placed, name = (1, "_placed_policy") if drafts == "horizon" else (0, "_policy")
+    graphed.__dict__[name] = RandomPolicy([CAUSAL, Drafting(1, False, placed), Drafting(SIZE)], rng)
     for batch in (1, 3):
-        found = graphed.generate(prompts, each, batch=batch, mode="ar-trust", drafts="auto")
+        found = graphed.generate(prompts, each, batch=batch, mode="ar-trust", drafts=drafts)
         assert [item.token_ids for item in found] == expected
     assert not graphed.stats.eager and graphed.stats.replays > 0.4 * graphed.stats.steps
 

@@ -55,15 +55,14 @@ class ARTrustMode:
         return torch.cat([torch.full_like(token, -1), rows.state["have"][:, None], token], dim=1)
 
     def shape(self, rows: Rows) -> StepShape:
-        size, branches = self.blocks.size, self.branches
         if self.policy is not None:  # a step verifies as many drafts as a block of its has: one graph per choice
-            size, branches = self.policy.next(rows.width) if rows.timed else self.policy.drafting
-            clean = 1 + size
+            drafting = self.policy.next(rows.width) if rows.timed else self.policy.drafting
+            size, blocks, clean = drafting.size, drafting.blocks, 1 + drafting.size
         else:
             clean = 1 + max(request.ready for request in rows.requests)
+            size, blocks = self.blocks.size, clean if self.branches else 1
         self.verified = clean - 1
         self._served = self._gave = 0
-        blocks = (clean if branches else 1) if size else 0
         return StepShape(rows.width, clean, clean, blocks, max(size, 1), size, self.blocks.readout)
 
     def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor | None]:
@@ -89,12 +88,20 @@ class ARTrustMode:
             heads=shape.block_heads, right=right,
         )
         rows.cache.keep(verified.commit, verified.length)
-        # of the block right after the accepted rows, or the only one
-        draft, _ = rows.choose(noisy.flatten(0, 1), verified.length + 1, source=verified.source)
-        branches = shape.blocks == shape.clean
+        source, found = self.behind(rows, shape, verified)
+        draft, _ = rows.choose(noisy.flatten(0, 1), verified.length + 1, source=source)
+        branches = shape.blocks == shape.clean or found is not None
         kept = drafts.keep(verified, choice, draft, state["have"], self.blocks.size, branches=branches)
         rows.state |= {"pending": kept.pending, "drafts": kept.drafts, "have": kept.have}
-        return kept.report
+        if found is None:
+            return kept.report
+        rows.state["have"] = have = kept.have * found
+        return torch.cat([kept.report[:, :1], have[:, None], kept.report[:, 2:]], dim=1)
+
+    def behind(self, rows: Rows, shape: StepShape, verified: drafts.Verified) -> tuple[Tensor | None, Tensor | None]:
+        """Which noisy rows [rows * heads] draft what follows: those of the block behind the accepted rows, or of the
+        only one (None). And which requests [rows] bool have such a block; None: the step's shape says it."""
+        return verified.source, None
 
     def _causal(self, rows: Rows, shape: StepShape, clean: Tensor) -> Tensor:
         """One more token and no drafts. Returns the token alone."""
@@ -133,5 +140,9 @@ class ARTrustMode:
 
     def timed(self, shape: StepShape, seconds: float) -> None:
         if self.policy is not None:
-            drafting = Drafting(shape.block_heads, shape.blocks > 1) if shape.blocks else CAUSAL
-            self.policy.timed(shape.rows, drafting, seconds, self._gave / self._served if self._served else 1.0)
+            tokens = self._gave / self._served if self._served else 1.0
+            self.policy.timed(shape.rows, self.drafting_of(shape), seconds, tokens)
+
+    def drafting_of(self, shape: StepShape) -> Drafting:
+        """What the policy had chosen."""
+        return Drafting(shape.block_heads, shape.blocks > 1) if shape.blocks else CAUSAL
