@@ -63,8 +63,8 @@ test-peft: $(VENV)/.installed-test  ## adapters to peft and back; peft is never 
 	$(BIN)/python tools/environment.py .venv-peft -c constraints-peft.txt torch==2.13.0 peft
 	.venv-peft/bin/python -m pytest -q tests_peft
 
-test-quantized: $(VENV)/.installed-test  ## adapters over a base in 4 bits; bitsandbytes is never installed in .venv
-	$(BIN)/python tools/environment.py .venv-quantized -c constraints-quantized.txt torch==2.13.0 bitsandbytes
+test-quantized: $(VENV)/.installed-test  ## adapters over a base in 4 bits, 8-bit moments beside those of libraries, which are never installed in .venv
+	$(BIN)/python tools/environment.py .venv-quantized -c constraints-quantized.txt torch==2.13.0 bitsandbytes torchao
 	.venv-quantized/bin/python -m pytest -q tests_quantized
 
 test-lm-eval: $(VENV)/.installed-test  ## the model class of lm-eval; lm-eval is never installed in .venv

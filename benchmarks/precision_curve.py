@@ -2,11 +2,15 @@
 
     python benchmarks/precision_curve.py --out benchmarks/results/precision-curve.json --device cuda
     python benchmarks/precision_curve.py --steps 100 --rows 2 --length 128 --device cpu
+    python benchmarks/precision_curve.py --moments 8bit --device cpu --out benchmarks/results/moments-curve-cpu.json
 
 "curves": the recipe `dual` in float32 with three seeds and in bfloat16 with the first of them, same batches and noise.
 The distance of bfloat16 to float32 is to stay within the spread of the seeds (mean over steps and seeds of the distance
 to the mean of the seeds, losses smoothed over ten steps). "sums": the relative error of a gradient added up over many
 micro batches in bfloat16 and in float32, to float64: why `Weights.collect` adds in float32.
+
+With `--moments 8bit` what is compared with float32 are AdamW's moments in 8 bits, computed in float32, with each of the
+three seeds, and "state" has the bytes that the optimizer keeps.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from flarec.train.data.packing import RowStream
 from flarec.train.data.sources import load_sources, parse_source
 from flarec.train.loop import Trainer
 from flarec.train.mask_token import choose_mask_token, initialise_mask_token
+from flarec.train.moments import EIGHT_BIT
 from flarec.train.objective.batch import build_batches
 from flarec.train.objective.noise import step_generator
 from flarec.train.precision import DTYPES, Precision, Weights, exact_weights, keep_float32
@@ -63,28 +68,39 @@ def trainer(recipe: Recipe, precision: Precision, seed: int, device: torch.devic
     return Trainer(program, recipe, mask, rows, seed, exact)
 
 
-def curve(recipe: Recipe, precision: Precision, seed: int, device: torch.device) -> list[float]:
+def curve(recipe: Recipe, precision: Precision, seed: int, device: torch.device) -> tuple[list[float], int]:
+    """(losses, bytes that the optimizer keeps)."""
     made = trainer(recipe, precision, seed, device)
     steps = [made.advance() for _ in range(recipe.optimizer.steps)]
-    return [float(step.read(None)["loss"]) for step in steps]
+    kept = sum(value.nbytes for state in made.optimizer.state.values() for value in state.values())
+    return [float(step.read(None)["loss"]) for step in steps], kept
 
 
 def smoothed(values: list[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64).unfold(0, min(SMOOTH, len(values)), 1).mean(1)
 
 
-def curves(recipe: Recipe, device: torch.device, jobs: int) -> dict[str, Any]:
-    wanted: list[tuple[Precision, int]] = [*(("float32", seed) for seed in SEEDS), ("bf16", SEEDS[0])]
-    columns = zip(*((recipe, precision, seed, device) for precision, seed in wanted), strict=True)
+def curves(recipe: Recipe, device: torch.device, jobs: int, moments: str) -> dict[str, Any]:
+    low: tuple[Precision, str, tuple[int, ...]] = ("bf16", "bf16", SEEDS[:1])
+    if moments == EIGHT_BIT:
+        low = "float32", f"{moments} moments", SEEDS
+    precision, name, seeds = low
+    other = recipe.override([f"optimizer.moments={moments}"])
+    runs: dict[str, tuple[Recipe, Precision, int, torch.device]] = {
+        **{f"float32, seed {seed}": (recipe, "float32", seed, device) for seed in SEEDS},
+        **{f"{name}, seed {seed}": (other, precision, seed, device) for seed in seeds},
+    }
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:  # a run waits for its host, not for a GPU
-        *plain_runs, low = pool.map(curve, *columns)
-    found = {f"float32, seed {seed}": values for seed, values in zip(SEEDS, plain_runs, strict=True)}
-    plain = torch.stack([smoothed(values) for values in found.values()])
+        done = dict(zip(runs, pool.map(curve, *zip(*runs.values(), strict=True)), strict=True))
+    losses = {run: values for run, (values, _) in done.items()}
+    smooth = {run: smoothed(values) for run, values in losses.items()}
+    plain = torch.stack([smooth[f"float32, seed {seed}"] for seed in SEEDS])
     spread = float((plain - plain.mean(0)).abs().mean())
-    apart = (smoothed(low) - plain[0]).abs()
+    apart = torch.stack([(smooth[f"{name}, seed {seed}"] - smooth[f"float32, seed {seed}"]).abs() for seed in seeds])
+    words = name.replace(" ", "_")
     return {
-        "losses": {**found, f"bf16, seed {SEEDS[0]}": low}, "spread_of_seeds": spread,
-        "bf16_to_float32": float(apart.mean()), "bf16_to_float32_last": float(apart[-1]),
+        "losses": losses, "state": {run: kept for run, (_, kept) in done.items()}, "spread_of_seeds": spread,
+        f"{words}_to_float32": float(apart.mean()), f"{words}_to_float32_last": float(apart[:, -1].mean()),
         "verdict": "met" if float(apart.mean()) <= spread else "missed",
     }
 
@@ -137,6 +153,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--moments", choices=("float32", EIGHT_BIT), default="float32")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, a process each")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -145,11 +162,12 @@ def main() -> int:
         f"optimizer.steps={options.steps}", f"optimizer.batch_rows={options.rows}", "optimizer.micro_rows=1",
         f"optimizer.lr={options.lr}", "optimizer.warmup_steps=10", f"data.max_length={options.length}",
     ])
-    result: dict[str, Any] = {"sums": sums(recipe, device), "curves": curves(recipe, device, options.jobs)}
+    result: dict[str, Any] = {} if options.moments == EIGHT_BIT else {"sums": sums(recipe, device)}
+    result["curves"] = curves(recipe, device, options.jobs, options.moments)
     for name, value in result["curves"].items():
         if name != "losses":
             print(f"{name:<24} {value}")
-    print(f"sums: {result['sums']}")
+    print(f"sums: {result.get('sums')}")
     if options.out:
         record = {
             "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",

@@ -61,6 +61,8 @@ def _print(reports: dict[str, Any]) -> None:
     print("| recipe | mode | accuracy | loss | tokens per forward | seconds |\n|---|---|---|---|---|---|")
     for recipe, report in reports.items():
         for mode in ("source", "causal", "ar-trust", "diffusion-trust"):
+            if mode not in report:
+                continue
             row = report[mode]
             print(
                 f"| {recipe} | {mode} | {row['accuracy']:.3f} | {row['loss']:.4f} | {row['tokens_per_forward']:.2f} "

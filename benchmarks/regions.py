@@ -6,6 +6,7 @@
 errors: losses, logits and gradients of a small Qwen3.5 in bfloat16 and float32, by eager and by compiled regions, each
 against the same parameters in float64; a decode step likewise. A compiled error may be `FACTOR` times eager's.
 sampling: kernels of the choice of 16 tokens from 248k logits, and its time as a graph.
+prefill: kernels of one forward over a long prompt, as first prompts are read and as later ones are; ms in such pieces.
 decode, flare, draft: kernels of a step by total time, with and without compiled regions (--compile names one); of
 decoding for every number of --requests, beside the wall time of a step; of
 training what the host does: seconds until a step is queued, and its functions by their own time. Each part runs in a
@@ -41,7 +42,7 @@ from flarec.bench.training.profile import kernels_of, length, seconds_of, union,
 from flarec.bench.training.shapes import PartPlan
 
 FACTOR = 1.25
-PARTS = ("errors", "sampling", "decode", "flare", "draft")
+PARTS = ("errors", "sampling", "prefill", "decode", "flare", "draft")
 
 
 def relative(found: Tensor, witness: Tensor) -> float:
@@ -178,6 +179,26 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def prefill(options: argparse.Namespace) -> dict[str, Any]:
+    from flarec.bench.serving.models import ServingSession
+    from flarec.bench.serving.ours import prefill_ms, reading
+
+    tokens = 8192 if options.shape == "2B" else 512
+    session, found = ServingSession(torch.device(options.device), options.shape, compile=True), dict[str, Any]()
+    for compiled in (choice == "on" for choice in options.compile[::-1]):
+        start = time.perf_counter()
+        reading(session, tokens, None, early=not compiled)()
+        session.wait()
+        first = time.perf_counter() - start
+        pieces = {chunk: prefill_ms(session, tokens, chunk, early=not compiled) for chunk in (tokens, tokens // 4)}
+        step = reading(session, tokens, None, early=not compiled)
+        row = {"first_seconds": first, "ms_by_piece": pieces, **by_kernel(step, 1)}
+        found["compiled" if compiled else "first prompts"] = row
+        shown("prefill, compiled" if compiled else "prefill, first prompts", row)
+        options.result.write_text(json.dumps(found))
+    return found
+
+
 def wall_ms(step: Callable[[], object], count: int) -> float:
     """The median of a step that ends when the host has its results."""
     times = []
@@ -267,7 +288,7 @@ def main() -> int:
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        known = {"errors": errors, "decode": decode, "sampling": sampling}
+        known = {"errors": errors, "decode": decode, "sampling": sampling, "prefill": prefill}
         result = known[options.part](options) if options.part in known else training(options, options.part)
         options.result.write_text(json.dumps(result))
         return 0

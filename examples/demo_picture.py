@@ -22,8 +22,9 @@ def draw(report: dict[str, Any], metrics: Sequence[dict[str, Any]], path: Path) 
         (left, "accuracy", "accuracy on held-out tasks", "{:.1%}"),
         (middle, "tokens_per_forward", "tokens per forward pass", "{:.2f}"),
     ):
-        bars = axes.bar(NAMES, [report[name][key] for name in NAMES], color=COLOURS)
-        axes.bar_label(bars, [form.format(report[name][key]) for name in NAMES])
+        names = [name for name in NAMES if name in report]
+        bars = axes.bar(names, [report[name][key] for name in names], color=COLOURS[: len(names)])
+        axes.bar_label(bars, [form.format(report[name][key]) for name in names])
         axes.set_title(title)
         axes.tick_params(axis="x", rotation=15)
         axes.spines[["top", "right"]].set_visible(False)

@@ -24,6 +24,7 @@ from .checkpoint.lowered import lowered, lowered_elastic, lowered_source
 from .checkpoint.manifest import Manifest
 from .collector import collector_paused
 from .decode import DecodeProgram, Engine, Generation, TextStream
+from .decode.engine import NO_DENOISING
 from .decode.horizon import HorizonProgram
 from .decode.request import OnTokens, Origin, Prompts
 from .decode.stores import EXACT, Static
@@ -145,13 +146,14 @@ class Model:
         return Engine(
             self.decode_program,
             mask_token_id=manifest.mask.token_id if manifest else None,
+            noise_ids=manifest.mask.ids if manifest else (),
             block_size=manifest.decode.block_size if manifest else None,
             readouts=manifest.decode.readouts if manifest else {},
             eos_ids=self.eos_ids,
             max_positions=context_of(self.program.config, self.tokenizer),
             suppress=suppress,
             graphs=graphs,
-            static=Static(self._static, after) if self.compiles else None,
+            static=Static(self._static, after, self._reader) if self.compiles else None,
             causal=self._causal if adapter_parameters(self.program) and not self._foreign else None,
             horizon=self._horizon if self._checkpoint.has_horizon else None,
         )
@@ -168,14 +170,25 @@ class Model:
 
     def _static(self, program: DecodeProgram) -> DecodeProgram:
         """What runs steps of one of its programs, compiled; elastic decoding runs its own as it is."""
+        return self._compiled(program, self._codes)
+
+    def _reader(self, program: DecodeProgram) -> DecodeProgram:
+        """What reads prompts for one of its programs, compiled for pieces of any size."""
+        return self._compiled(program, self._reading_codes)
+
+    def _compiled(self, program: DecodeProgram, codes: Codes) -> DecodeProgram:
         if isinstance(program, HorizonProgram):
             return program
         assert isinstance(program, Program)
-        return compiled_by_region(program, self._codes)
+        return compiled_by_region(program, codes)
 
     @cached_property
     def _codes(self) -> Codes:
         return Codes(exact=EXACT)
+
+    @cached_property
+    def _reading_codes(self) -> Codes:
+        return Codes(dynamic=True)
 
     def _horizon(self) -> HorizonProgram:
         """What runs elastic decoding."""
@@ -348,6 +361,8 @@ def check_mode(mode: str | None, manifest: Manifest | None) -> None:
             f"this model is not converted, so it cannot decode in mode {mode}; run `flarec convert`, use mode causal, "
             "or give mask_token_id and block_size of a dual-mode checkpoint that another program wrote"
         )
+    if mode == "diffusion-trust" and manifest is not None and manifest.mask.kind == "random":
+        raise GenerationError(NO_DENOISING)
     if mode == "elastic" and manifest is not None and horizon_of(manifest) is None:
         raise GenerationError(
             "this checkpoint has no head that says how many drafts are safe, which mode 'elastic' needs: train one "

@@ -49,7 +49,7 @@ def read_examples(
 ) -> list[Example]:
     """The first `limit` records of a data file. thinking: the template's `enable_thinking` for chats that do not state
     it; None: the template's default. Raises `DataError` naming file and line, `UsageError` for a template that does not
-    know it."""
+    know it. Warns where no record is a chat."""
     return list(_examples(read_records(Path(path)), model, str(path), limit, thinking))
 
 
@@ -64,16 +64,17 @@ def to_examples(
 def _examples(
     records: Iterable[Record], model: Model, where: str, limit: int | None, thinking: bool | None
 ) -> Iterator[Example]:
-    if thinking is not None and THINKING not in str(model.tokenizer.chat_template):
-        raise UsageError(
-            f"the chat template does not read {THINKING}, so that thinking cannot be switched; leave "
-            f"--{'' if thinking else 'no-'}thinking out"
-        )
+    option = "--thinking" if thinking else "--no-thinking"
+    if thinking is not None and THINKING not in (model.tokenizer.chat_template or ""):
+        there = f"the chat template does not read {THINKING}"
+        if not model.tokenizer.chat_template:
+            there = "the tokenizer has no chat template"
+        raise UsageError(f"{there}, so that thinking cannot be switched; leave {option} out")
     encode = RecordEncoder(model.tokenizer, model.eos_ids, Path(where))
-    count = 0
+    count, chats = 0, False
     for place, record in records:
         if limit is not None and count >= limit:
-            return
+            break
         try:
             if isinstance(record, BadRecord):
                 raise record
@@ -85,12 +86,18 @@ def _examples(
             if not spans:
                 raise BadRecord("has no response")
             prompt = [] if encode.format == "text" else ids[: spans[-1][0]]
+            chats |= encode.of_chat
             yield Example(ids, spans, prompt, question_of(record))
         except BadRecord as error:
             raise DataError(f"{place}: {error}; fix the line") from None
         count += 1
     if not count:
         raise DataError(f"{where}: no records; give a file with data")
+    if thinking is not None and not chats:
+        warnings.warn(
+            f"{option} does nothing: none of these records of {where} is a chat, and texts have no template",
+            FlarecWarning, stacklevel=2,
+        )
 
 
 @takes_options

@@ -20,18 +20,19 @@ from flarec.ir.pipeline import pipeline_text
 from flarec.passes import AdaptNoisyStream, pipeline
 from flarec.passes.adapt_noisy_stream import new_adapter
 from flarec.passes.embed_mask import PARAMETER
-from tests.models import VOCABULARY, tiny_checkpoint
+from tests.models import TOKENS, VOCABULARY, few_checkpoint
 
 MASK_ROW = VOCABULARY - 1
 READOUTS = {"ar-trust": "causal", "diffusion-trust": "block_end"}
 
 
 def manifest_for(source: Path, kind: str = "row", block_size: int = 3) -> Manifest:
-    token = MASK_ROW if kind == "row" else VOCABULARY
+    token, ids = MASK_ROW if kind == "row" else VOCABULARY, ((3, 40), (44, TOKENS)) if kind == "random" else ()
+    readouts = {name: readout for name, readout in READOUTS.items() if name == "ar-trust" or kind != "random"}
     return Manifest(
         describe_source(source),
-        MaskToken(kind, token),  # type: ignore[arg-type]
-        DecodeDefaults(block_size, dict(READOUTS)),
+        MaskToken(kind, token, ids),  # type: ignore[arg-type]
+        DecodeDefaults(block_size, readouts),
         recipe={"name": "draft"},
         pipelines={
             target: pipeline_text(pipeline(target, mask_vector=kind == "vector")) for target in ("train", "decode")
@@ -48,7 +49,7 @@ def mask_vector(width: int = 64) -> dict[str, nn.Parameter]:
 
 def converted(directory: Path, family: str = "bamba", kind: str = "row", **options: Any) -> tuple[Path, Path]:
     """(source, checkpoint) below `directory`; `options` go to `write_checkpoint`."""
-    source = tiny_checkpoint(directory / "source", family)
+    source = few_checkpoint(directory / "source", family)
     opened = open_checkpoint(source)
     out = write_checkpoint(
         directory / f"{family}-{kind}",
@@ -61,9 +62,11 @@ def converted(directory: Path, family: str = "bamba", kind: str = "row", **optio
     return source, out
 
 
-def adapted(directory: Path, family: str = "bamba", alone: bool = False, **options: Any) -> tuple[Path, Path]:
+def adapted(
+    directory: Path, family: str = "bamba", alone: bool = False, kind: str = "vector", **options: Any
+) -> tuple[Path, Path]:
     """(source, checkpoint with an adapter that changes noisy rows); `options` go to `write_adapter_checkpoint`."""
-    source = tiny_checkpoint(directory / "source", family)
+    source = few_checkpoint(directory / "source", family)
     adapter = AdaptNoisyStream(rank=4, alpha=8.0)
     program = capture(open_checkpoint(source).load_model(torch.float32), cache=True)
     extra = new_adapter(program, adapter, seed=3)
@@ -72,14 +75,16 @@ def adapted(directory: Path, family: str = "bamba", alone: bool = False, **optio
         if name.endswith("lora_B.weight"):
             parameter.data = torch.randn(parameter.shape, generator=generator) / 2
     manifest = replace(
-        manifest_for(source, "vector"),
+        manifest_for(source, kind),
         pipelines={
-            target: pipeline_text(pipeline(target, mask_vector=True, adapter=adapter)) for target in ("train", "decode")
+            target: pipeline_text(pipeline(target, mask_vector=kind == "vector", adapter=adapter))
+            for target in ("train", "decode")
         },
         adapter=AdapterInfo(adapter.rank, adapter.alpha, adapter.modules, alone),
     )
     out = directory / f"{family}-adapter{'-alone' if alone else ''}"
-    return source, write_adapter_checkpoint(out, source, manifest, {**extra, **mask_vector()}, **options)
+    vector = mask_vector() if kind == "vector" else {}
+    return source, write_adapter_checkpoint(out, source, manifest, {**extra, **vector}, **options)
 
 
 def own_folder(path: Path, *names: str) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
@@ -32,6 +33,8 @@ from tests.cpu_time import CpuTime
 from tests.interpreter import make_faster
 
 torch.set_num_threads(1)
+# pytest listens to every logger that stands apart; while somebody listens to this one, torch writes all graphs as text.
+logging.getLogger("torch.__trace").propagate = True
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before any test module is imported
     if importlib.util.find_spec("triton") is not None:

@@ -99,6 +99,11 @@ def tiny_checkpoint(directory: Path, family: str, seed: int = 0, *, tokens: int 
     return path
 
 
+def few_checkpoint(directory: Path, family: str, seed: int = 0, *, tokens: int = TOKENS, **overrides: Any) -> Path:
+    """As `tiny_checkpoint`, with `FEW_LAYERS`: for what commands, files and runs do, whatever the model is."""
+    return tiny_checkpoint(directory, family, seed, tokens=tokens, **FEW_LAYERS.get(family, {}), **overrides)
+
+
 @functools.cache
 def shared_model(family: str) -> Any:
     """The model behind `captured`: do not change its parameters."""

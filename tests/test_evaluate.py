@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -223,4 +224,11 @@ def test_thinking_is_switched_where_a_record_does_not_state_it(
         for record in (CHATS[0], stated) for thinking in (None, True, False)
     ]
     assert told == [False, False, True, False, False, False]
-    assert to_examples(PAIRS, model, thinking=False) == to_examples(PAIRS, model)
+    with pytest.warns(FlarecWarning, match="--no-thinking does nothing: none of these records of records is a chat"):
+        assert to_examples(PAIRS, model, thinking=False) == to_examples(PAIRS, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        to_examples([*PAIRS, CHATS[0]], model, thinking=False)
+    monkeypatch.setattr(model.tokenizer, "chat_template", None)
+    with pytest.raises(UsageError, match=r"the tokenizer has no chat template.* leave --thinking out"):
+        to_examples(PAIRS, model, thinking=True)

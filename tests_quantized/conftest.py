@@ -1,4 +1,4 @@
-"""Tests with bitsandbytes, in an environment of its own (`make test-quantized`)."""
+"""Tests with bitsandbytes and torchao, in an environment of its own (`make test-quantized`)."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 Triton's interpreter shows what kernels compute, not whether they compile, how many registers they spill, or whether
 ptxas makes right code of them. Here the ops run on small CPU tensors with the sizes of the benchmark, forward and
 backward, and every launch compiles (for sm_90, with the ptxas of the installed Triton) instead of running. A line per
-kernel: registers and bytes of stack of a thread, shared memory, and faults that `compiled_code.py` looks for.
+op, and one per kernel that no op before had: registers and bytes of stack of a thread, shared memory, and faults that
+`compiled_code.py` looks for.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from torch import Tensor
 from flarec.bench import conv, decode
 from flarec.bench.problems import Conv, DecodeStep, Linear, Softmax, StreamSizes
 from flarec.bench.rows import ATTENTION, CONV, KDA, LAYER, MAMBA, STEP, WIDE_ATTENTION
+from flarec.kernels.linear_attention.tiles.prefill import linear_attention_prefill
 from flarec.kernels.linear_attention.tiles.schedule import TileSchedule, largest_chunk
 from flarec.kernels.linear_attention.tiles.train import two_stream
 from flarec.kernels.sampling import triton_choice
 from flarec.kernels.short_conv.triton_conv import ConvSchedule
 from flarec.kernels.softmax_attention import triton_attention
 from flarec.kernels.softmax_attention.attention_schedule import AttentionSchedule
+from flarec.kernels.softmax_attention.step.launch import MANY_ROWS
 from flarec.kernels.softmax_attention.step.launch import step as attention_step
 from flarec.layout import Block, build_layout
 from tools.compiled_code import faults, nvdisasm
@@ -123,6 +126,21 @@ def compile_linear(problem: Linear) -> None:
     differentiate(op, problem.inputs(layout.length, "cpu"))
 
 
+def compile_linear_prefill(problem: Linear) -> None:
+    """A hundred clean rows and a block on a cached state."""
+    layout = build_layout([[100]], [[Block(0, 300, 3)]], cached=[200])
+    heads, keys, values = problem.heads, problem.key_dim, problem.value_dim
+    gate = {"none": False, "scalar": True}[problem.gate]
+    q, k, v, g, beta = (x.detach() for x in problem.inputs(layout.length, "cpu"))
+    size = largest_chunk(problem.dtype, keys, values)
+    state, kept = torch.zeros(1, heads, keys, values), torch.zeros(1, 0, k.shape[2], keys)
+    linear_attention_prefill(
+        q, k, v, g, beta, state, kept, torch.zeros(1, 0, heads, values), torch.zeros(1, 0, heads) if gate else None,
+        torch.zeros(1, dtype=torch.int64), TileSchedule.from_layout(layout, size),
+        clean_padding=torch.zeros(1, 100, dtype=torch.bool), **problem.options() | {"l2norm": True},
+    )
+
+
 def compile_conv(problem: Conv) -> None:
     problem = replace(problem, streams=SHORT)
     layout = problem.streams.layout("cpu")
@@ -153,6 +171,16 @@ def compile_attention_step(problem: Softmax) -> None:
         attention_step(q, k, v, cache, cache.clone(), layout, scale=problem.scale)
 
 
+def compile_attention_prefill(problem: Softmax) -> None:
+    """So many clean rows that they are a prefill, over a short cache and a long one, which is split; windows too."""
+    layout = build_layout([[MANY_ROWS]], [[]], cached=[200])
+    for capacity, window in ((2048, None), (2048, 512), (32768, None)):
+        heads = (problem.heads, problem.key_heads, problem.key_heads)
+        q, k, v = (torch.zeros(1, n, layout.length, problem.dim, dtype=problem.dtype) for n in heads)
+        cache = torch.zeros(1, problem.key_heads, capacity, problem.dim, dtype=problem.dtype)
+        attention_step(q, k, v, cache, cache.clone(), layout, scale=problem.scale, window=window)
+
+
 def compile_decode(problem: DecodeStep) -> None:
     decode.step(replace(problem, batch=1), torch.device("cpu"), 0)()
 
@@ -167,10 +195,13 @@ OPS: dict[str, tuple[Callable[[Any], None], Any]] = {
     "linear": (compile_linear, LAYER),
     "kda": (compile_linear, KDA),
     "mamba2": (compile_linear, MAMBA),
+    "linear-prefill": (compile_linear_prefill, LAYER),
     "conv": (compile_conv, CONV),
     "attention": (compile_attention, ATTENTION),
     "attention-step": (compile_attention_step, ATTENTION),
     "attention-step-wide": (compile_attention_step, WIDE_ATTENTION),
+    "attention-prefill": (compile_attention_prefill, ATTENTION),
+    "attention-prefill-wide": (compile_attention_prefill, WIDE_ATTENTION),
     "decode": (compile_decode, STEP),
     "sampling": (compile_sampling, Sampling()),
 }
@@ -201,6 +232,7 @@ def main() -> int:
     compile_only(found)
     for name in options.ops or OPS:
         run, problem = OPS[name]
+        print(f"{name}:", flush=True)
         problem = replace(problem, dtype=getattr(torch, options.dtype))
         if isinstance(problem, Linear):
             problem = replace(problem, **{key: value for key, value in dims.items() if value is not None})

@@ -10,7 +10,8 @@ weight file, which is cut short. What is left is resumed, killed again up to two
 * no process ended in another way than by success or by its kill.
 
 Half of the processes write their saves in the background. Trials take turns in what stands at OUT before: nothing, an
-empty folder, an older checkpoint that is replaced in one step or in two. Everything follows from --seed.
+empty folder, an older checkpoint that is replaced in one step or in two. Everything follows from --seed. `--device
+cuda` runs all of it on a GPU.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ from flarec.train.loop import Trainer
 from flarec.train.metrics import read_metrics
 from tests.checkpoints import own_folder
 from tests.cli.conversions import QUICK, write_data
-from tests.models import tiny_checkpoint
+from tests.models import few_checkpoint
 
 CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "write", "open", "chmod")
 BEFORE = ("nothing", "empty", "checkpoint", "checkpoint, no exchange")
 SAME = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 TIMES = ("seconds", "tokens_per_second")
 KILLS = 3
+GIVEN: list[str] = []
+"""Further arguments of every conversion."""
 
 
 class Events:
@@ -110,7 +113,7 @@ def convert(place: Path, out: str, *more: str, kill_at: int | None = None, seed:
         events = Events(place / out, kill_at, random.Random(seed))
         if seed % 2:  # written by a thread; when a save is written is no part of a run
             more = (*more, "--set", "save.background=on")
-        words = ["convert", "../source", "--data", "../data.jsonl", "--out", out, *QUICK, "--steps", "5", *more]
+        words = ["convert", "../source", "--data", "../data.jsonl", "--out", out, *QUICK, "--steps", "5", *GIVEN, *more]
         try:
             ended = command.main(words, standalone_mode=False)  # an error's exit code is returned here
             code = ended if isinstance(ended, int) else 0
@@ -181,13 +184,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every conversion")
     options = parser.parse_args()
+    # a process that compiles takes long, and each is a new one
+    compiled = ["train.compile=off"] if options.device == "cuda" else []
+    GIVEN[:] = ["--device", options.device, *(word for key in [*compiled, *options.set] for word in ("--set", key))]
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="flarec-crash-") as folder:
         top = Path(folder).resolve()
         os.environ["FLAREC_CACHE_DIR"] = str(top / "cache")
         write_data(top / "data.jsonl")
-        tiny_checkpoint(top, "qwen3_5_text").rename(top / "source")
+        few_checkpoint(top, "qwen3_5_text").rename(top / "source")
         events = {}
         for before in BEFORE:
             undisturbed = top / f"undisturbed {before}"

@@ -21,6 +21,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "block-8": ("diffusion.block_size=8",),
     "growing-blocks": ('diffusion.earlier_block_sizes=["2:0.25", "3:0.5"]', "diffusion.grids=2"),
     "attention-only": ("adapter.targets=q_proj+k_proj+v_proj+o_proj",),
+    "random-ids": ("mask_token=random",),
     "rate-1e-3": ("optimizer.lr=1e-3",),
 }
 """In the order in which they run; `base` first, because the others are compared with it, seed by seed."""

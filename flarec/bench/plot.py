@@ -11,20 +11,22 @@ from typing import Any
 from ..base.files import check_apart
 from ..errors import UsageError
 from .figures import Points, write_figure
-from .rates import draw_rates, is_decoding
-from .rows import BLOCKS, PLOTTED, ROUTE_BLOCKS
+from .rates import draw_rates, is_decoding, rates
+from .rows import BLOCKS, PLOTTED, ROUTE_BLOCKS, ROWS
+
+KINDS = "`flarec bench kernels` or `flarec bench decode`"
+"""What is drawn."""
 
 
 def read(path: Path) -> dict[str, Any]:
     """The rows of a results file by name. Raises `UsageError` for anything else."""
-    wanted = "`flarec bench kernels` or `flarec bench decode`"
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         return {row["name"]: row for row in rows}
     except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); give what {wanted} wrote") from None
+        raise UsageError(f"{path} cannot be read ({error.strerror}); give what {KINDS} wrote") from None
     except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{path} holds no results of {wanted}; run it with --out") from None
+        raise UsageError(f"{path} holds no results of {KINDS}; run it with --out") from None
 
 
 def curves(rows: Mapping[str, Any]) -> dict[str, Points]:
@@ -51,6 +53,19 @@ def curves(rows: Mapping[str, Any]) -> dict[str, Points]:
     return {name: found for name, found in named.items() if found}
 
 
+def _why_nothing(rows: Mapping[str, Any]) -> str:
+    """Why a file with these rows has no picture."""
+    if is_decoding(rows):
+        return "has no measured steps to draw; run `flarec bench decode` with its rows ar-trust-step"
+    other = next((name for name in rows if name not in {row.name for row in ROWS}), None)
+    if other is None:
+        return "has no measured block sizes to draw; run `flarec bench kernels` on a GPU"
+    return (
+        f"holds rows that have no picture ({other}); give what {KINDS} wrote (loads of a server are drawn by `flarec "
+        "bench serve --plot`)"
+    )
+
+
 def draw(results: Path, out: Path) -> None:
     """Draw the picture of a results file; the suffix of `out` chooses the format (svg, png, pdf).
 
@@ -58,12 +73,12 @@ def draw(results: Path, out: Path) -> None:
     """
     check_apart([out], [results])
     rows = read(results)
-    if is_decoding(rows):
+    if is_decoding(rows) and rates(rows):
         draw_rates(rows, out)
         return
     found = curves(rows)
     if not found:
-        raise UsageError(f"{results} has no measured block sizes to draw; run `flarec bench kernels` on a GPU")
+        raise UsageError(f"{results} {_why_nothing(rows)}")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

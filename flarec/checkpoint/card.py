@@ -51,6 +51,8 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None, chat: 
     info = manifest.adapter
     if mask.kind == "row":
         token = f"the spare vocabulary row {mask.token_id}; it is never generated"
+    elif mask.kind == "random":
+        token = f"none: masked positions show one of {sum(end - first for first, end in mask.ids):,} ids at random"
     else:
         token = f"a learned vector in `{'adapter/' if info else ''}flarec.safetensors`"
     readouts = ", ".join(f"{mode}: {readout}" for mode, readout in decode.readouts.items())

@@ -127,7 +127,11 @@ class Checkpoint:
     def check_mask(self, rows: int) -> None:
         """Raise `CheckpointError` for a mask token that is none of the embedding's rows."""
         mask = self.manifest.mask if self.manifest is not None else None
-        if mask is not None and mask.kind == "vector" and mask.token_id != rows:
+        if mask is not None and mask.ids and mask.ids[-1][1] > rows:
+            raise CheckpointError(
+                f"random ids of {self.path} go up to {mask.ids[-1][1] - 1}, and it has {rows} rows; copy it again"
+            )
+        if mask is not None and mask.kind in ("vector", "random") and mask.token_id != rows:
             raise CheckpointError(
                 f"the mask token {mask.token_id} of {self.path} is not the id behind its {rows} rows; copy it again"
             )

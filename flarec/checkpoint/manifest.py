@@ -45,15 +45,18 @@ class Source:
 class MaskToken:
     """Which input id stands for a masked token (docs/semantics.md section 3).
 
-    kind  "row": a spare vocabulary row; "vector": the id one past the vocabulary, its embedding is stored apart
+    kind  "row": a spare vocabulary row; "vector": the id one past the vocabulary, its embedding is stored apart;
+          "random": the same id stands for ids that are drawn before anything reads it
+    ids   of the last kind: the ranges [first, end) of ids that are drawn, ascending
     """
 
-    kind: Literal["row", "vector"]
+    kind: Literal["row", "vector", "random"]
     token_id: int
+    ids: tuple[tuple[int, int], ...] = ()
 
     @property
     def suppress(self) -> int | None:
-        """The id whose logit counts as minus infinity; a vector has no logit."""
+        """The id whose logit counts as minus infinity; a vector has no logit, and random ids are tokens."""
         return self.token_id if self.kind == "row" else None
 
 
@@ -123,6 +126,8 @@ class Manifest:
         for name in ("plugins", "adapter"):  # versions that do not know the key open a checkpoint without it
             if not table[name]:
                 order.remove(name)
+        if not table["mask"]["ids"]:
+            del table["mask"]["ids"]
         values = {name: table[name] for name in order}
         if self.format_version >= 2:
             values[SELF] = _hash_of(values)
@@ -202,7 +207,10 @@ def _read(table: Mapping[str, Any]) -> Manifest:
     """Unknown keys are errors: within one format version nobody adds any."""
     values = dict(table)
     values["source"] = Source(**values["source"])
-    values["mask"] = MaskToken(**values["mask"])
+    mask = dict(values["mask"])
+    if "ids" in mask:
+        mask["ids"] = tuple((first, end) for first, end in mask["ids"])
+    values["mask"] = MaskToken(**mask)
     values["decode"] = DecodeDefaults(**values["decode"])
     if values.get("adapter") is not None:
         values["adapter"] = AdapterInfo(**values["adapter"])

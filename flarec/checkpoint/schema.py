@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -56,12 +57,24 @@ def file_name(value: Any) -> bool:
     return not path.is_absolute() and ".." not in path.parts and path.as_posix() == value and value != "."
 
 
+def ranges(value: Any) -> bool:
+    """Ranges of ids [first, end), ascending, none empty."""
+    several = isinstance(value, (list, tuple)) and bool(value)
+    if not several or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
+        return False
+    ends = [end for pair in value for end in pair]
+    inside = all(type(end) is int and 0 <= end <= LARGEST_VOCABULARY for end in ends)
+    return inside and all(a <= b for a, b in pairwise(ends)) and all(first < end for first, end in value)
+
+
 anything = table_of(text, lambda value: True)
 """A table for readers: nothing is decided by it."""
 
 MANIFEST: dict[str, Check | Mapping[str, Check]] = {
     "source": {"name": text, "sha256": optional(sha256), "licence": optional(text)},
-    "mask": {"kind": one_of("row", "vector"), "token_id": whole(0, LARGEST_VOCABULARY - 1)},
+    "mask": {
+        "kind": one_of("row", "vector", "random"), "token_id": whole(0, LARGEST_VOCABULARY - 1), "ids": ranges,
+    },
     "decode": {
         "block_size": whole(1, LARGEST_BLOCK),
         "readouts": table_of(one_of(*MODES), one_of(*READOUTS)),
@@ -101,6 +114,9 @@ def problem(table: Mapping[str, Any]) -> str:
             for key, item in value.items():
                 if key in check and not check[key](item):
                     return f"{name}.{key} is {shown(item)}"
+    mask = table.get("mask", {})
+    if ("ids" in mask) != (mask.get("kind") == "random"):
+        return f"mask.ids of the kind {mask.get('kind')} is {shown(mask.get('ids'))}"
     files = table.get("files", {})
     if not isinstance(files, dict):
         return f"files is {shown(files)}"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from flarec.errors import UsageError
+
 from .options import compile_option
 
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -17,6 +19,11 @@ def _typed(name: str, key: str | None = None) -> str:
     """The command line for a file of results, which others may read: without the key."""
     hidden = {} if key is None else {key: "KEY", f"--api-key={key}": "--api-key=KEY"}
     return shlex.join(["flarec", "bench", name, *(hidden.get(word, word) for word in sys.argv[3:])])
+
+
+def _check_list(show: bool, out: Path | None) -> None:
+    if show and out is not None:
+        raise UsageError(f"--list measures nothing, so that --out {out} would hold no results; leave one of them out")
 
 
 @click.group("bench")
@@ -42,6 +49,7 @@ def kernels(
     A kernel that fails its check is not timed. Rows against flash-linear-attention need that package. Exit code 1 if a
     row fails or misses its bar.
     """
+    _check_list(show, out)
     from flarec.bench.rows import select
     from flarec.bench.run import TIME_LIMIT, run_kernels
 
@@ -86,6 +94,7 @@ def decode(
 
     Exit code 1 if a row fails or misses its bar. On a CPU only the form of the results means something.
     """
+    _check_list(show, out)
     from flarec.bench.serving.rows import select
 
     rows = select(only)
@@ -143,6 +152,7 @@ def train(
     Every part runs in a process of its own; one that fails or has no time left is recorded and the others go on. Exit
     code 1 if a row fails or misses its bar. On a CPU only the form of the results means something.
     """
+    _check_list(show, out)
     from flarec.bench.training.rows import EXTRA, select
 
     chosen = select(only)

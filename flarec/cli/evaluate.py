@@ -144,7 +144,9 @@ def _settings(
 
     given = [name for name in OF_A_RECORD if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]
     if given:
-        raise UsageError(f"--{given[0].replace('_', '-')} is in the record of --repeat; leave it out")
+        off = ctx.params[given[0]] is False  # of a switch, which has a name of its own
+        name = f"--{'no-' if off else ''}{given[0].replace('_', '-')}"
+        raise UsageError(f"{name} is in the record of --repeat; leave it out")
     record = read_record(path)
     options, settings = options_of(record, path), settings_of(record, path)
     if hash_of_data(data) != record["data"].get("sha256"):

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from functools import cached_property
 from typing import Any, Unpack
 
+import torch
+
 from flarec.base.fields import LARGEST, shown, whole_number
 from flarec.base.generation import (
     MODES,
@@ -26,6 +28,7 @@ from .modes.causal import CausalMode
 from .modes.diffusion_trust import DiffusionTrustMode
 from .modes.elastic import ElasticMode
 from .modes.placed_trust import PlacedTrustMode
+from .noise_ids import NoiseIds, Ranges, pool_of
 from .plan import DecodeProgram
 from .policy import DraftPolicy, choices_of
 from .prefix import PrefixCache
@@ -36,11 +39,17 @@ from .stats import DecodeStats
 from .stepper import BlockSpec
 from .stores import Shelf, Static
 
-PREFILL_CHUNK = 512  # clean rows per request of one prefill forward
+PREFILL_CHUNK = {"cuda": 2048, "cpu": 512}
+"""Clean rows per request of one prefill forward, by device: beside a GPU a forward takes the host as long whatever it
+reads."""
 SLOTS = 64
 OF_A_LANE = ("mode", "drafts", "threshold", "denoising_steps", "suppress")
 """What requests that share a forward agree in."""
 GRAPHS = ("auto", "off")
+NO_DENOISING = (
+    "the noise of this checkpoint is random ids, which do not say what positions of a block are still masked, and mode "
+    "'diffusion-trust' needs that; use ar-trust, or convert with mask_token = \"vector\""
+)
 OnEnd = Callable[[int, Generation], None]
 
 
@@ -52,6 +61,8 @@ class Engine:
 
     program        runs forwards (`DecodeProgram`)
     mask_token_id  input id of a masked position; None for a model that was not converted
+    noise_ids      ranges [first, end) of the ids that masked positions show, drawn at random, in the place of that one
+                   (docs/semantics.md section 3); none: they show it
     block_size     noisy positions per block; None for a model that was not converted (causal mode only)
     readouts       mode -> "causal" or "block_end", from the checkpoint
     eos_ids        ids that end a request, unless its options name others
@@ -62,7 +73,7 @@ class Engine:
     causal         gives the program of causal decoding where that is another one, which does less for clean rows and
                    gives their logits bit for bit; asked when it is needed
     static         what runs the steps of running requests, whose shapes are few, in the place of the program: one that
-                   is compiled for them; None: the program itself
+                   is compiled for them, and what reads prompts after many of them; None: the program itself
     horizon        gives the program of elastic decoding (`flarec.decode.horizon`); None: the checkpoint has no head
                    that says how many drafts are safe
     prefix_cache   bytes for prompts that were read before (`flarec.decode.prefix`); 0: every prompt is read anew
@@ -74,6 +85,7 @@ class Engine:
         program: DecodeProgram,
         *,
         mask_token_id: int | None,
+        noise_ids: Ranges = (),
         block_size: int | None,
         readouts: Mapping[str, str],
         eos_ids: Collection[int],
@@ -101,6 +113,7 @@ class Engine:
         self._causal = causal if causal is not None else lambda: program
         self._horizon = horizon
         self.mask_token_id = mask_token_id
+        self.noise = NoiseIds(pool_of(noise_ids, program.device)) if noise_ids else None
         self.block_size = block_size
         self.readouts = dict(readouts)
         self.eos_ids = frozenset(token_ids(eos_ids, "eos_ids"))
@@ -118,7 +131,8 @@ class Engine:
             self.shelf = Shelf(lambda: CudaReplays(program.device), static)
         elif static is not None:
             self.shelf = Shelf(PlainReplays, static)
-        self._serving = self._scheduler(self.slots, PREFILL_CHUNK)
+        self.prefill_chunk = chunk_on(program.device)
+        self._serving = self._scheduler(self.slots, self.prefill_chunk)
         self._added = 0
 
     def keep_prefixes(self, limit: int) -> None:
@@ -136,7 +150,7 @@ class Engine:
         on_tokens: OnTokens | None = None,
         on_end: OnEnd | None = None,
         batch: int | None = None,
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
         **keywords: Unpack[GenerationKeywords],
     ) -> list[Generation]:
         """Generate for all prompts; the result of a prompt does not depend on the others.
@@ -149,7 +163,8 @@ class Engine:
         on_end             called with (prompt index, generation) when a prompt has ended
         batch              prompts that run at the same time (default: the engine's slots); more wait, the longest come
                            first
-        prefill_chunk      clean rows per prompt of one prefill forward; with a prefix cache the length of its pages
+        prefill_chunk      clean rows per prompt of one prefill forward (default: `PREFILL_CHUNK` of the device); with a
+                           prefix cache the length of its pages
 
         Raises `GenerationError` for arguments that cannot be served.
         """
@@ -158,7 +173,9 @@ class Engine:
         checks = list(stop_check) if isinstance(stop_check, Sequence) else [stop_check] * rows
         if len(checks) != rows:
             raise GenerationError(f"{rows} prompts came with {len(checks)} stop checks; give one for all or one each")
-        chunk = whole_number("prefill_chunk", prefill_chunk, GenerationError, low=1)
+        chunk = self.prefill_chunk
+        if prefill_chunk is not None:
+            chunk = whole_number("prefill_chunk", prefill_chunk, GenerationError, low=1)
         slots = self.slots if batch is None else whole_number("batch", batch, GenerationError, low=1)
         requests = [
             self._request(index, prompt, item, check, on_tokens)
@@ -229,9 +246,13 @@ class Engine:
             mode, suppress = self._mode(request.options), self._suppressed(request.options.suppress)
             stores = self.shelf.of(key) if self.shelf is not None and request.logprobs is None else None
             program = self._program(request.options)
-            return Lane(program, mode, suppress, slots, chunk, self.stats, stores, self.prefixes)
+            return Lane(program, mode, suppress, slots, chunk, self.stats, stores, self.prefixes, self._reader)
 
         return Scheduler(lane, key)
+
+    def _reader(self, program: DecodeProgram) -> DecodeProgram:
+        """What reads the next prompts of a program."""
+        return program if self.shelf is None else self.shelf.reader(program, self.stats.prompt_tokens)
 
     def _program(self, options: GenerationOptions) -> DecodeProgram:
         """What runs a request."""
@@ -276,11 +297,13 @@ class Engine:
         """The noisy blocks of a mode that has some."""
         if self.block_size is None or self.mask_token_id is None:
             raise GenerationError(f"this model is not converted and cannot decode in mode {mode!r}: run flarec convert")
+        if mode == "diffusion-trust" and self.noise is not None:
+            raise GenerationError(NO_DENOISING)
         if mode not in self.readouts:
             raise GenerationError(f"the checkpoint names no readout for mode {mode!r}: convert it again")
         # the last row of a denoised block would choose the next block's first token, which a clean row chooses
         heads = self.block_size if mode == "ar-trust" else self.block_size - 1
-        return BlockSpec(self.block_size, heads, self.readouts[mode], self.mask_token_id)
+        return BlockSpec(self.block_size, heads, self.readouts[mode], self.mask_token_id, self.noise)
 
     def _told_blocks(self, what: str) -> BlockSpec:
         """The drafts of AR-Trust, where a part of them stands alone, and a head says how many are safe."""
@@ -337,6 +360,11 @@ class Engine:
         if outside is not None:
             raise GenerationError(f"{name} contains id {shown(outside)}, outside the vocabulary of {vocab}")
         return tokens
+
+
+def chunk_on(device: torch.device) -> int:
+    """`PREFILL_CHUNK` of a device."""
+    return PREFILL_CHUNK.get(device.type, PREFILL_CHUNK["cpu"])
 
 
 def _in_order(requests: Sequence[Request], slots: int) -> list[Request]:

@@ -4,8 +4,9 @@ With blocks of `b` positions behind every clean row a step yields `E(b) = 1 + p1
 request, `pi` being the share of drafts at depth `i` that are right when those before them are. With one block, behind
 the last draft, a step that rejects leaves nothing to verify in the next one: if `q = p1..pb` of the steps accept all
 drafts, a share of `1 / (2 - q)` of the steps has drafts and yields `E(b)`, the others yield 1. The blocks with most
-tokens per second are used; none at all is plain causal decoding. Costs and shares are running means, and what is not
-used is tried again now and then. The text does not depend on the choice (docs/semantics.md section 4).
+tokens per second are used; none at all is plain causal decoding. Costs are the middle of the last timings, shares are
+running means, and what is not used is tried again now and then. The text does not depend on the choice
+(docs/semantics.md section 4).
 
 Beliefs may be wrong, and texts change. So the time that drafting has lost to causal decoding is kept in a purse, in
 steps of causal decoding: a step that drafts takes out what it took longer than the tokens it gave would have taken
@@ -199,7 +200,7 @@ class DraftPolicy:
             own = self._timings[rows, drafting] = Timings()
         own.add(seconds)
         gain = SLACK
-        if drafting != CAUSAL and (plain := self._timings.get((rows, CAUSAL))) is not None:
+        if drafting != CAUSAL and (plain := self._timings.get((rows, CAUSAL))) is not None and plain.cost:
             gain += tokens - own.cost / plain.cost
         self.purse = min(PURSE, self.purse + gain)
 
@@ -222,14 +223,14 @@ class DraftPolicy:
         if rows != self._rows:  # its steps have other costs
             self._rows, self._wait, self._left = rows, 0, None
         self._drafted += self.drafting != CAUSAL
-        if self._wait > 0 and self.purse >= self._extra:
+        if self.drafting != CAUSAL and self.purse < self._extra:
+            self._take(CAUSAL)
+            self._rest()
+        elif self._wait > 0:
             self._wait -= 1
         elif self._left is not None:
             self._take(*self._left)
             self._left = None
-        elif self.purse < self._extra:
-            self._take(CAUSAL)
-            self._rest()
         else:
             self._choose()
         return self.drafting
@@ -272,7 +273,7 @@ class DraftPolicy:
         runs = self._runs()
         totals, rates = list(accumulate(runs)), dict[Drafting, float]()
         for item, cost in costs.items():
-            if item != CAUSAL and (self.drafting != CAUSAL or _need(cost) <= PURSE):
+            if item != CAUSAL and (_need(cost) <= PURSE if self.drafting == CAUSAL else cost - 1 <= self.purse):
                 favour = KEEP if item == self.drafting else 1.0 if self._count(item) else 1 / NEW
                 rates[item] = favour * self._expected(item, runs, totals) / cost
         best = max(rates, key=lambda item: rates[item], default=CAUSAL)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .plan import DecodeProgram
 from .prefix import Prefix, PrefixCache, restore
 from .rows import Rows
 
@@ -16,13 +17,16 @@ class Prefill:
 
     chunk     clean rows per prompt and forward; with a prefix cache the length of its pages
     prefixes  where prompts are kept, and known: what is known of each prompt
+    program   runs the forwards (default: that of the rows); prefixes are those that it read
     forwards  that were run
     """
 
     def __init__(
-        self, rows: Rows, chunk: int, prefixes: PrefixCache | None = None, known: Sequence[Prefix] = ()
+        self, rows: Rows, chunk: int, prefixes: PrefixCache | None = None, known: Sequence[Prefix] = (),
+        program: DecodeProgram | None = None,
     ) -> None:
         self.rows = rows
+        self.program = rows.program if program is None else program
         self.chunk = chunk
         self.prefixes = prefixes
         self.known = list(known) or [Prefix()] * len(rows.requests)
@@ -52,7 +56,8 @@ class Prefill:
         pieces = [prompt[start:end] for prompt, start, end in zip(prompts, at, ends, strict=True)]
         blocks = [[len(piece)] if last and rows.blocks else [] for piece in pieces]
         plan = rows.plan([len(piece) for piece in pieces], blocks, [int(last)] * len(pieces))
-        logits = rows.run(plan, torch.cat([rows.clean(pieces), rows.masked(plan)], dim=1))
+        ids = torch.cat([rows.clean(pieces), rows.masked(plan)], dim=1)
+        logits = rows.run(plan, ids, program=self.program)
         self.forwards += 1
         rows.cache.accept(plan.counts)
         self._keep_pages()
@@ -77,13 +82,13 @@ class Prefill:
             return
         for row, (request, at) in enumerate(zip(self.rows.requests, self._at, strict=True)):
             if at and at % self.chunk == 0:
-                self.prefixes.add_page(self.rows.program, request.prompt, at, self.rows.cache, row)
+                self.prefixes.add_page(self.program, request.prompt, at, self.rows.cache, row)
 
     def _keep_ends(self, pending: Sequence[int], clean: Tensor, noisy: Tensor) -> None:
-        if self.prefixes is None:
-            return
+        if self.prefixes is None or (self.rows.blocks is not None and self.rows.blocks.noise is not None):
+            return  # what a block of random ids gives belongs to the request's seed
         for row, (request, count) in enumerate(zip(self.rows.requests, pending, strict=True)):
             logits = clean[row : row + 1], noisy[row : row + 1]
             self.prefixes.add_end(
-                self.rows.program, request.prompt, self.rows.cache, row, count, self.rows.blocks, logits
+                self.program, request.prompt, self.rows.cache, row, count, self.rows.blocks, logits
             )

@@ -119,6 +119,10 @@ class Rows(Stepper):
         """Rows that a step computes."""
         return len(self.requests)
 
+    @property
+    def seeds(self) -> Tensor:
+        return self.sampling.seed
+
     def longest(self) -> int:
         return max(request.length for request in self.requests)
 
@@ -179,6 +183,7 @@ class Rows(Stepper):
         layout = plan.layout(self.cache.length, anchors)
         if self.overwrites:
             layout.overwriting()
+        ids = self.noised(ids, layout)
         clean, noisy = plan.split(self.program.step(ids, layout, plan.head_rows, self.cache))
         return self.mode.read(self, shape, clean, noisy)
 

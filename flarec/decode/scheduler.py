@@ -33,6 +33,7 @@ class Lane:
 
     stores: buffers for steps as graphs; None: steps are run
     prefixes: prompts that were read before; None: they are read anew. With it a chunk is a page
+    reader: gives what reads prompts in the place of the program, for the one that is read next
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class Lane:
         stats: DecodeStats,
         stores: Stores | None = None,
         prefixes: PrefixCache | None = None,
+        reader: Callable[[DecodeProgram], DecodeProgram] = lambda program: program,
     ) -> None:
         self.program = program
+        self.reader = reader
         self.mode = mode
         self.suppress = mask_of(suppress, program.vocab_size, program.device) if suppress else None
         self.slots = slots
@@ -116,7 +119,8 @@ class Lane:
     def _admitted(self, ended: list[Request]) -> Rows | None:
         """Requests whose prompts have just been read, if there are any."""
         if self.reading is None:
-            known = self._group(self.slots - (len(self.running.requests) if self.running else 0))
+            program = self.reader(self.program)
+            known = self._group(self.slots - (len(self.running.requests) if self.running else 0), program)
             if not known:
                 return None
             group = list(known)
@@ -124,7 +128,7 @@ class Lane:
             self.stats.known_tokens += sum(prefix.length for prefix in known.values())
             options = [request.options for request in group]
             rows = Rows(self.program, self.mode, group, options, self.suppress, self._plans)
-            self.reading = Prefill(rows, self.chunk, self.prefixes, list(known.values()))
+            self.reading = Prefill(rows, self.chunk, self.prefixes, list(known.values()), program)
         if all(request.finished for request in self.reading.rows.requests):
             self.reading = None
             return None
@@ -137,9 +141,9 @@ class Lane:
         fresh, self.reading = self.reading.rows, None
         return self._left(fresh, ended)
 
-    def _group(self, free: int) -> dict[Request, Prefix]:
-        """Who is read next, with what is known of each prompt: the one that waits longest, and others whose prompts
-        take as many forwards."""
+    def _group(self, free: int, program: DecodeProgram) -> dict[Request, Prefix]:
+        """Who is read next, with what the program knows of each prompt: the one that waits longest, and others whose
+        prompts take as many forwards."""
         while self.waiting and self.waiting[0].finished:
             self.waiting.popleft()
         if not self.waiting or free < 1:
@@ -153,7 +157,7 @@ class Lane:
             if len(group) < most and not request.finished:
                 known = Prefix()
                 if self.prefixes is not None:
-                    known = self.prefixes.find(self.program, request.prompt, self.mode.blocks)
+                    known = self.prefixes.find(program, request.prompt, self.mode.blocks)
                 left = Prefill.chunks(len(request.prompt), self.chunk, known.length)
                 if chunks in (None, left):
                     group[request], chunks = known, left

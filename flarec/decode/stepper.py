@@ -11,7 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flarec.layout import Layout
+
 from .cache import Cache
+from .noise_ids import NoiseIds
 from .pieces import PiecePlan, PieceShape
 from .plan import DecodeProgram
 
@@ -23,13 +26,14 @@ class BlockSpec:
     """The noisy blocks of a step.
 
     size = noisy rows per block, heads = how many of its first rows need logits, readout = "causal" or "block_end",
-    mask_token_id = input id of a masked position.
+    mask_token_id = input id of a masked position. noise = random ids in its place; None: there are none.
     """
 
     size: int
     heads: int
     readout: str
     mask_token_id: int
+    noise: NoiseIds | None = None
 
 
 NO_BLOCKS = BlockSpec(1, 0, "causal", 0)
@@ -80,7 +84,24 @@ class Stepper:
         shape = (self.cache.batch, plan.noisy_length)
         return torch.full(shape, blocks.mask_token_id, dtype=torch.int64, device=self.device)
 
-    def run(self, plan: PiecePlan, ids: Tensor, head_rows: Tensor | None = None) -> Tensor:
-        """One step. ids [requests, T] int64, clean rows first; logits [N, V] of `head_rows` [N] int64 (the plan's)."""
+    def run(
+        self, plan: PiecePlan, ids: Tensor, head_rows: Tensor | None = None, program: DecodeProgram | None = None
+    ) -> Tensor:
+        """One step. ids [requests, T] int64, clean rows first; logits [N, V] of `head_rows` [N] int64 (the plan's).
+        program: another one with the same caches that runs it."""
         wanted = plan.head_rows if head_rows is None else head_rows
-        return self.program.step(ids, plan.layout(self.cache.length), wanted, self.cache)
+        layout = plan.layout(self.cache.length)
+        return (program or self.program).step(self.noised(ids, layout), layout, wanted, self.cache)
+
+    @property
+    def seeds(self) -> Tensor:
+        """[requests] int64: of what is drawn for each."""
+        return torch.zeros_like(self.cache.length)
+
+    def noised(self, ids: Tensor, layout: Layout) -> Tensor:
+        """Input ids [requests, T] int64 with random ids as their noisy rows, where noise is that. Such rows are masked
+        everywhere."""
+        if self.blocks is None or self.blocks.noise is None or not layout.noisy_length:
+            return ids
+        drawn = self.blocks.noise.draw(self.seeds, layout.noisy_position)
+        return torch.cat([ids[:, : layout.clean_length], drawn], dim=1)

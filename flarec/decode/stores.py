@@ -14,16 +14,24 @@ EXACT = 4
 """Kinds of steps that are compiled for their own sizes: of one running request or of some, in one mode or two."""
 
 
+READ_AFTER = 1 << 18
+"""Tokens of prompts after which prefills are compiled, too: some dozens of long prompts."""
+
+
 @dataclass(frozen=True)
 class Static:
-    """What runs steps in buffers, whose shapes are few.
+    """What runs steps in buffers, whose shapes are few; and what reads prompts once there were many.
 
-    make   gives it for a program
-    after  steps of the engine before it is asked for: making it may take longer than it saves
+    make        gives what runs steps for a program
+    after       steps of the engine before it is asked for: making it may take longer than it saves
+    read        gives what reads prompts for a program, in pieces of any size; None: the program does
+    read_after  tokens of prompts before it is asked for
     """
 
     make: Callable[[DecodeProgram], DecodeProgram]
     after: int = 0
+    read: Callable[[DecodeProgram], DecodeProgram] | None = None
+    read_after: int = READ_AFTER
 
 
 class Stores:
@@ -63,6 +71,7 @@ class Shelf:
         self._recorder = recorder
         self._given = static
         self._made: dict[int, tuple[DecodeProgram, DecodeProgram]] = {}
+        self._readers: dict[int, tuple[DecodeProgram, DecodeProgram]] = {}
         self._stores: dict[Hashable, Stores] = {}
         self._lock = threading.Lock()
 
@@ -74,9 +83,19 @@ class Shelf:
 
     def _static(self, program: DecodeProgram) -> DecodeProgram | None:
         """What runs steps of the program: made once, for all its stores."""
-        if self._given is None:
-            return None
+        return None if self._given is None else self._once(self._made, program, self._given.make)
+
+    def reader(self, program: DecodeProgram, tokens: int) -> DecodeProgram:
+        """What reads prompts of the program after so many tokens of prompts."""
+        if self._given is None or self._given.read is None or tokens < self._given.read_after:
+            return program
+        return self._once(self._readers, program, self._given.read)
+
+    def _once(
+        self, known: dict[int, tuple[DecodeProgram, DecodeProgram]], program: DecodeProgram,
+        make: Callable[[DecodeProgram], DecodeProgram],
+    ) -> DecodeProgram:
         with self._lock:
-            if id(program) not in self._made:
-                self._made[id(program)] = program, self._given.make(program)
-            return self._made[id(program)][1]
+            if id(program) not in known:
+                known[id(program)] = program, make(program)
+            return known[id(program)][1]

@@ -93,7 +93,7 @@ def diagnose(
             served = captured
             if serve_dtype != train_dtype:
                 served = capture(meta_model(text, serve_dtype), cache=True)
-            decode = lower(served, "decode", mask_vector=adapter is not None, adapter=adapter)
+            decode = lower(served, "decode", mask_vector=recipe.mask_choice == "vector", adapter=adapter)
             held = captured.clone()
             quantize_base(held, recipe, say)
             train = training_program(held, recipe, device)

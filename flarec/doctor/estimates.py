@@ -45,6 +45,8 @@ def estimated(
         training = simulate_training(train, recipe, length=length, batch=batch, device=device)
         say(f"running steps of decoding for {batch} x {length} positions without numbers")
         serving = simulate_serving(decode, length=length, batch=batch, block_size=block_size, device=device)
+        if "diffusion-trust" not in recipe.readouts():
+            serving.steps.pop("Diffusion-Trust")
     except CaptureError as error:
         return replace(report, estimate_note=str(error))
     except RuntimeError as error:  # an operation that torch cannot run without numbers

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from flarec.decode import BlockSpec, Cache, Stepper
-from flarec.decode.engine import PREFILL_CHUNK
+from flarec.decode.engine import chunk_on
+from flarec.decode.scheduler import PREFILL_ROWS
 from flarec.device import resolve_compile, resolve_kernels
 from flarec.errors import PassError
 from flarec.ir.program import Program
@@ -53,7 +54,7 @@ class Serving:
 def training_program(captured: Program, recipe: Recipe, device: torch.device) -> Program:
     """What `flarec convert` trains on a device: with its kernels, where they run this model, and its regions."""
     adapter = adapter_of(recipe)
-    options: dict[str, Any] = {"mask_vector": adapter is not None, "adapter": adapter,
+    options: dict[str, Any] = {"mask_vector": recipe.mask_choice == "vector", "adapter": adapter,
                                "regions": resolve_compile(recipe.train.compile, device)}
     try:
         return lower(captured, "train", kernels=resolve_kernels("auto", device), **options)
@@ -73,8 +74,10 @@ def simulate_training(program: Program, recipe: Recipe, *, length: int, batch: i
     ])
     vector = PARAMETER in program.extra
     mask = MaskToken("vector", program.vocab_size) if vector else MaskToken("row", program.vocab_size - 1)
+    if recipe.mask_choice == "random":
+        mask = MaskToken("random", program.vocab_size, ((0, program.vocab_size),))
     rows = full_rows(length, batch)
-    batches = Feed(program, recipe, mask.token_id, rows, 0, ahead=False).take(0).batches
+    batches = Feed(program, recipe, mask, rows, 0, ahead=False).take(0).batches
     with Simulation() as simulation:
         program = with_fake_weights(program, simulation, HOST)
         trainer = Trainer(program, recipe, mask, rows, seed=0, codes=counted_codes(simulation))
@@ -107,6 +110,7 @@ def simulate_serving(
     program: lowered for decoding, on the meta device, in the dtype that serves. Raises `CaptureError` as above.
     """
     steps: dict[str, Work] = {}
+    chunk = min(chunk_on(device), length - 1, max(1, PREFILL_ROWS // batch))
     with Simulation() as simulation, torch.no_grad():
         program, device = with_fake_weights(program, simulation, HOST), HOST
         weights = simulation.live
@@ -114,7 +118,6 @@ def simulate_serving(
         cache.tensors = {name: _unknown(simulation, tensor) for name, tensor in cache.tensors.items()}
         caches = simulation.live - weights
         simulation.forget_peak()
-        chunk = min(PREFILL_CHUNK, length - 1)
         cache.length = torch.full((batch,), max(0, length - 1 - chunk - 4 * (block_size + 1)), device=device)
         stepper = Stepper(program, cache, BlockSpec(block_size, block_size, "causal", 0))
         drafts = block_size + 1

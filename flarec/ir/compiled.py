@@ -31,19 +31,20 @@ Backend = str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 class Code:
     """What equal regions run: a graph that takes inputs and parameters, compiled when it is called first.
 
-    The first `exact` kinds of sizes are compiled for themselves: their kernels know them. Where it cannot be compiled
-    the graph is run as it is, and `say` is told why.
+    The first `exact` kinds of sizes are compiled for themselves: their kernels know them. dynamic: of
+    `torch.compile`, for the others. Where it cannot be compiled the graph is run as it is, and `say` is told why.
     """
 
     def __init__(
-        self, module: fx.GraphModule, backend: Backend, say: Callable[[str], None], exact: int = 0
+        self, module: fx.GraphModule, backend: Backend, say: Callable[[str], None], exact: int = 0,
+        dynamic: bool | None = None,
     ) -> None:
         self.module = module
         self.backend = backend
         self.say = say
         self.exact = exact
         self.compiles = True
-        self.compiled = self._compile(module, None)
+        self.compiled = self._compile(module, dynamic)
         self.exactly: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def _compile(self, module: fx.GraphModule, dynamic: bool | None) -> Callable[..., Any]:
@@ -97,14 +98,16 @@ class Region(nn.Module):
 
 
 class Codes:
-    """The distinct codes of one or more graphs, by what they compute. backend: of `torch.compile`; exact: of `Code`.
+    """The distinct codes of one or more graphs, by what they compute. backend: of `torch.compile`; exact, dynamic: of
+    `Code`.
 
     A `FlarecWarning` says what is not compiled, once for each reason.
     """
 
-    def __init__(self, backend: Backend = "inductor", exact: int = 0) -> None:
+    def __init__(self, backend: Backend = "inductor", exact: int = 0, dynamic: bool | None = None) -> None:
         self.backend = backend
         self.exact = exact
+        self.dynamic = dynamic
         self.known: dict[str, Code] = {}
         self.said: set[str] = set()
 
@@ -128,7 +131,7 @@ class Codes:
 
     def code(self, module: fx.GraphModule, say: Callable[[str], None]) -> Code:
         """What regions like this one run."""
-        return Code(module, self.backend, say, self.exact)
+        return Code(module, self.backend, say, self.exact, self.dynamic)
 
     def _say(self, where: str, why: str) -> None:
         if why not in self.said:

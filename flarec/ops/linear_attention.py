@@ -133,11 +133,16 @@ def _longest_block(layout: Layout) -> int:
 def _tiles(site: Site) -> Tiles | StepTiles:
     from ..kernels.linear_attention.tiles.schedule import largest_chunk
 
-    dtype = torch.float32 if site.step else site.dtype("q")  # a prefill computes in float32
+    dtype = torch.float32 if site.step and not _prefills_in_bfloat16(site) else site.dtype("q")
     chunk = min(site.chunk_size, largest_chunk(dtype, site.size("q", 3), site.size("v", 3)))
     if not site.step:
         return Tiles(chunk)
     return StepTiles(chunk, narrow=site.dtype("q").itemsize == 2 and site.size("q", 3) < NARROW)
+
+
+def _prefills_in_bfloat16(site: Site) -> bool:
+    """As `tiles.prefill` decides; it computes in float32 otherwise."""
+    return all(site.dtype(name) == torch.bfloat16 for name in ("q", "k", "v")) and _gate_axes(site) < 4
 
 
 def _refuses(site: Site) -> str | None:

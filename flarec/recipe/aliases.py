@@ -49,6 +49,8 @@ _SPECIAL = (
     "logging_strategy", SEED,
 )
 _SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine"}
+_FLOAT32, _EIGHT_BIT = ("adamw_torch", "adamw_torch_fused"), ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit")
+"""AdamW among transformers' optimizers, by what its moments are kept in; those that page them are not here."""
 REFUSED = {
     "num_train_epochs": "the length of a run is optimizer.steps (--dry-run says how many epochs that is)",
     "per_device_eval_batch_size": "held-out documents are scored optimizer.micro_rows at a time",
@@ -221,9 +223,12 @@ class _Names:
     def _rest(self) -> None:
         given = self.given
         if "optim" in given:
-            if not str(given["optim"]).startswith("adamw_torch"):
-                raise RecipeError(f"optim = {shown(given['optim'])} is not there; the optimizer is AdamW (adamw_torch)")
-            self.say("optim", "so it is here")
+            if given["optim"] not in (*_FLOAT32, *_EIGHT_BIT):
+                raise RecipeError(
+                    f"optim = {shown(given['optim'])} is not there; the optimizer is AdamW (adamw_torch), with 8-bit "
+                    "moments (adamw_8bit) if wanted"
+                )
+            self.put("optim", "optimizer.moments", "8bit" if given["optim"] in _EIGHT_BIT else "float32")
         for name, path in (("eval_strategy", "evaluation.every"), ("save_strategy", "save.every")):
             if given.get(name) == "no" and name == "eval_strategy":
                 self.put(name, path, 0)

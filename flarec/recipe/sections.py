@@ -79,6 +79,11 @@ class Optimizer(Section):
         "bf16: compute in bfloat16, with float32 weights, gradient sums and moments in the optimizer; float32: compute "
         "in float32, too; auto: bf16 on a GPU, float32 on a CPU",
     )
+    moments: Literal["float32", "8bit"] = key(
+        "float32",
+        "AdamW's two moments: float32: 8 bytes of a trained parameter; 8bit: 2 bytes, codes with a scale per block of "
+        "256 (AdamW8bit of bitsandbytes and torchao); parameters of less than 4096 elements stay in float32",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,10 +190,11 @@ class Recipe(Section):
 
     name: str = key("custom", "the recipe's name")
     description: str = key("", "one sentence for lists")
-    mask_token: Literal["auto", "row", "vector"] = key(
+    mask_token: Literal["auto", "row", "vector", "random"] = key(
         "auto",
         "what stands for a masked token: a spare row of a padded vocabulary (row), a separate learned vector (vector), "
-        "or the row if the model has one (auto)",
+        "any regular token, drawn at random (random; over a frozen model, for AR-Trust and elastic), or the row if the "
+        "model has one and is trained, else the vector (auto)",
     )
     passes: tuple[str, ...] = key(
         (), 'passes of plugins for both pipelines, for example ["my-pass(option=1)"] (CONTRIBUTING.md, "Plugins")'
@@ -206,6 +212,8 @@ class Recipe(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_adapter()
+        if self.mask_token == "random":
+            self._check_random_ids()
         trained = {kind.readout for _, kind in self.diffusion.kinds}
         for mode, readout in self.readouts().items():
             if readout not in trained:
@@ -244,21 +252,45 @@ class Recipe(Section):
                 f'adapter.rank = {rank} keeps every row of the embedding as it is; set mask_token = "vector" or "auto"'
             )
 
+    def _check_random_ids(self) -> None:
+        """Where no id says that a position is masked, the adapter has to, and there is nothing else to tell apart."""
+        if not self.adapter.rank:
+            raise RecipeError(
+                'mask_token = "random" is for recipes that freeze the model: without an adapter a noisy row is '
+                "computed as a clean one with its id, and cannot know that it is noise; give --recipe adapter, or set "
+                'mask_token = "auto"'
+            )
+        half = next((kind.path for _, kind in self.diffusion.kinds if kind.mask == "random"), None)
+        if half is not None:
+            raise RecipeError(
+                f'mask_token = "random" needs {half}.mask = "all": random ids do not say which positions of a block '
+                'are masked and which are shown; give --recipe adapter, or set mask_token = "vector"'
+            )
+        if self.decode.diffusion_trust_readout != "auto":
+            raise RecipeError(
+                'decode.diffusion_trust_readout is for Diffusion-Trust, which mask_token = "random" cannot do, because '
+                'its steps show a part of a block; leave it "auto"'
+            )
+
     @property
-    def mask_choice(self) -> Literal["auto", "row", "vector"]:
+    def mask_choice(self) -> Literal["auto", "row", "vector", "random"]:
         """`mask_token`, where a frozen model leaves a choice: the vector is no row of the embedding."""
-        return "vector" if self.adapter.rank else self.mask_token
+        return "vector" if self.adapter.rank and self.mask_token != "random" else self.mask_token
 
     def readouts(self) -> dict[str, Readout]:
-        """The readout of each decoding mode ("ar-trust", "diffusion-trust"), with `auto` resolved."""
+        """The readout of each decoding mode that the recipe is for ("ar-trust", "diffusion-trust"), with `auto`
+        resolved."""
         trained = {kind.readout for _, kind in self.diffusion.kinds}
         draft: Readout = "causal" if "causal" in trained else "block_end"
         denoise: Readout = "block_end" if "block_end" in trained else "causal"
         chosen = self.decode
-        return {
+        readouts: dict[str, Readout] = {
             "ar-trust": draft if chosen.ar_trust_readout == "auto" else chosen.ar_trust_readout,
             "diffusion-trust": denoise if chosen.diffusion_trust_readout == "auto" else chosen.diffusion_trust_readout,
         }
+        if self.mask_token == "random":
+            del readouts["diffusion-trust"]
+        return readouts
 
     def override(self, assignments: Sequence[str], reading: Reading | None = None) -> Recipe:
         """A recipe with `key=value` strings applied together, for example `diffusion.block_size=8`; names of

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..device import free_memory
 from .loop import Trainer
-from .saves import MOMENTS, SavedState
+from .moments import moment_bytes
+from .saves import SavedState
 from .state import StateDirectory
 
 ROOM = 0.5
@@ -123,7 +124,10 @@ class SaveWriter:
 
 def state_size(trainer: Trainer) -> int:
     """Bytes of a save's tensors."""
-    return len(MOMENTS) * sum(value.nbytes for value in trainer.weights.kinds.values())
+    weights = trainer.weights
+    masters = weights.kinds
+    moments = sum(moment_bytes(m.numel(), m.dtype, name in weights.coded) for name, m in masters.items())
+    return moments + sum(value.nbytes for value in masters.values())
 
 
 def in_background(choice: str, trainer: Trainer) -> tuple[bool, str]:

@@ -22,6 +22,7 @@ from ..ir.program import Program
 from ..recipe import Recipe
 from .data.document import PackedRow
 from .data.packing import RowStream
+from .mask_token import MaskToken
 from .objective.batch import Batch, build_batches
 from .objective.entropy import next_token_entropies
 from .objective.head_loss import plan_for
@@ -84,7 +85,7 @@ class Feed:
         self,
         program: Program,
         recipe: Recipe,
-        mask_token_id: int,
+        mask: MaskToken,
         rows: RowStream,
         seed: int,
         ahead: bool | None = None,
@@ -93,7 +94,7 @@ class Feed:
         self.ranks = ranks or Ranks(str(program.device))
         self.program = program
         self.recipe = recipe
-        self.mask_token_id = mask_token_id
+        self.mask = mask
         self.rows = rows
         self.seed = seed
         self.position = rows.state_dict()
@@ -141,11 +142,11 @@ class Feed:
         diffusion, entropies = self.recipe.diffusion_at(step), None
         if noisy and diffusion.span_entropy:
             entropies = next_token_entropies(
-                self.program, rows, diffusion, self.mask_token_id, micro_rows=self.micro_rows
+                self.program, rows, diffusion, self.mask.token_id, micro_rows=self.micro_rows
             )
         batches = build_batches(
-            rows, diffusion, self.mask_token_id, step_generator(self.seed, step), micro_rows=self.micro_rows,
-            noisy=noisy, entropies=entropies,
+            rows, diffusion, self.mask.token_id, step_generator(self.seed, step), micro_rows=self.micro_rows,
+            noisy=noisy, entropies=entropies, noise_ids=self.mask.ids,
         )
         return StepInput(rows, batches, None, self.rows.state_dict())
 

@@ -136,6 +136,7 @@ class GatheredWeights(ShardedWeights):
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], exact: Mapping[str, Tensor] | None, ranks: Ranks,
         layers: Mapping[str, int], every: Mapping[str, nn.Parameter], run: nn.Module,
+        coded: frozenset[str] = frozenset(),
     ) -> None:
         self.frozen = {name: every[name] for name in layers if name not in parameters}
         """What is kept in parts without being trained."""
@@ -149,7 +150,7 @@ class GatheredWeights(ShardedWeights):
         self.coming: dict[int, Any] = {}
         """Layers that are being gathered, with the CUDA event behind it."""
         self.sizes: dict[str, int] = {}
-        super().__init__(parameters, exact, ranks, layers)
+        super().__init__(parameters, exact, ranks, layers, coded)
         self.parts: list[tuple[Stretch, Tensor]] = []
         for stretch in Stretch.all_of(self.frozen, layers, ranks, sharding.BUCKET_ELEMENTS):
             part = torch.zeros(stretch.length // ranks.size, dtype=stretch.dtype, device=self._device)
@@ -275,7 +276,7 @@ class GatheredWeights(ShardedWeights):
     def bytes(self) -> int:
         """Of this rank: parts, what is whole, and two layers."""
         whole = sum(value.nbytes for name, value in self.parameters.items() if not self._is_cut(name))
-        parts = sum(part.nbytes for _, part in self.parts) + 4 * sum(bucket.master.nbytes for bucket in self.buckets)
+        parts = sum(part.nbytes for _, part in self.parts) + self._training_bytes
         return whole + parts + largest_pair(self.values) + sum(space.nbytes for space in (self.space, *self._spaces))
 
     def _is_cut(self, name: str) -> bool:

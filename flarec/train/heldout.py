@@ -66,11 +66,12 @@ class HeldOut:
             loss="ce",
         )
         rows = [PackedRow((document,)) for document in self.documents]
-        generator = step_generator(0, 0)  # fully masked: nothing is left to chance
+        generator = step_generator(0, 0)  # fully masked: nothing is left to chance, but random ids
         total: Metrics | None = None
         scored = 0
         for host_batch in build_batches(
-            rows, masked, self.mask.token_id, generator, micro_rows=recipe.optimizer.micro_rows
+            rows, masked, self.mask.token_id, generator, micro_rows=recipe.optimizer.micro_rows,
+            noise_ids=self.mask.ids,
         ):
             scales = Scales.of([host_batch], recipe.objective)
             plan, device = plan_for(self.train, host_batch, scales), self.train.device
@@ -89,6 +90,7 @@ class HeldOut:
         return Engine(
             self.decode,
             mask_token_id=self.mask.token_id,
+            noise_ids=self.mask.ids,
             block_size=recipe.diffusion.block_size,
             readouts=recipe.readouts(),
             eos_ids=self.eos_ids,

@@ -22,6 +22,7 @@ from .data.packing import RowStream
 from .feed import Feed, MicroBatch, moved
 from .gathering import PARAMETERS, GatheredWeights, by_layer, layers_of
 from .mask_token import MaskToken
+from .moments import make_optimizer, names_in_codes
 from .objective.batch import Batch
 from .objective.head_loss import losses_of
 from .objective.kinds import LOSSES
@@ -140,25 +141,18 @@ class Trainer:
         self.recipe = recipe
         self.mask = mask
         self.rows = rows
-        self.feed = Feed(program, recipe, mask.token_id, rows, seed, ranks=self.ranks)
+        self.feed = Feed(program, recipe, mask, rows, seed, ranks=self.ranks)
         self.step = 0
+        in_codes = names_in_codes(recipe, trained)
         self.weights: Weights
         if cut:
             assert isinstance(program.run, nn.Module)
-            self.weights = GatheredWeights(trained, exact, self.ranks, layers, every, program.run)
+            self.weights = GatheredWeights(trained, exact, self.ranks, layers, every, program.run, in_codes)
         elif self.ranks.size > 1:
-            self.weights = ShardedWeights(trained, exact, self.ranks, layers)
+            self.weights = ShardedWeights(trained, exact, self.ranks, layers, in_codes)
         else:
-            self.weights = Weights(trained, exact)
-        options = recipe.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.weights.optimized,
-            lr=options.lr,
-            betas=options.betas,
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-            fused=True,  # one kernel for all tensors; the CPU and CUDA both have it
-        )
+            self.weights = Weights(trained, exact, in_codes)
+        self.optimizer = make_optimizer(recipe, self.weights.optimized, self.weights.optimized_in_codes)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -249,7 +243,7 @@ class Trainer:
         `CheckpointError` if it is not of this model or data."""
         given = state or SavedState({}, {}, {})
         if self.ranks.first:
-            check_tensors(given, self.weights.kinds)
+            check_tensors(given, self.weights.kinds, self.weights.coded)
         values = self.ranks.from_first(lambda: given.values)
         self.feed.seek(values["rows"])
         self.weights.load(given, self.optimizer)

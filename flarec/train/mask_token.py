@@ -1,4 +1,4 @@
-"""The mask token: a spare row of a padded vocabulary, or a learned vector of its own.
+"""The mask token: a spare row of a padded vocabulary, a learned vector of its own, or any token at random.
 
 Contract: docs/semantics.md section 3.
 """
@@ -16,14 +16,15 @@ from ..errors import RecipeError, UsageError
 from ..ir.program import Program
 from ..passes.embed_mask import PARAMETER
 
-__all__ = ["MaskToken", "choose_mask_token", "initialise_mask_token", "used_rows"]
+__all__ = ["MaskToken", "choose_mask_token", "initialise_mask_token", "regular_ids", "used_rows"]
 
 
 def choose_mask_token(choice: str, config: Any, tokenizer: Any) -> MaskToken:
-    """The mask token for `Recipe.mask_token` ("auto", "row" or "vector").
+    """The mask token for `Recipe.mask_token` ("auto", "row", "vector" or "random").
 
     A spare row is an id that the tokenizer cannot produce and that the configuration gives no meaning to. Raises
-    `RecipeError` if a row is asked for and the model has none, `UsageError` if the tokenizer is larger than the model.
+    `RecipeError` if a row is asked for and the model has none, or random ids where no token is a regular one;
+    `UsageError` if the tokenizer is larger than the model.
     """
     rows, used = int(config.get_text_config().vocab_size), used_rows(tokenizer)
     if used > rows:
@@ -31,6 +32,13 @@ def choose_mask_token(choice: str, config: Any, tokenizer: Any) -> MaskToken:
             f"the tokenizer has {used} tokens, but the model embeds only {rows}; give the model's own tokenizer"
         )
     reserved = set(_reserved_ids(config.to_dict()))
+    if choice == "random":
+        regular = regular_ids(tokenizer, reserved)
+        if not regular:
+            raise RecipeError(
+                'mask_token = "random", but every token of the tokenizer is a special one; set mask_token = "vector"'
+            )
+        return MaskToken("random", rows, regular)
     spare = next((index for index in range(used, rows) if index not in reserved), None)
     if choice == "row" and spare is None:
         raise RecipeError(
@@ -45,6 +53,17 @@ def used_rows(tokenizer: Any) -> int:
     """One more than the largest id that the tokenizer can produce (a vocabulary may have holes)."""
     ids: list[int] = [len(tokenizer) - 1, *tokenizer.get_vocab().values()]
     return max(ids) + 1
+
+
+def regular_ids(tokenizer: Any, reserved: Collection[int]) -> tuple[tuple[int, int], ...]:
+    """The ranges [first, end) of ids of tokens that are not special and not `reserved`."""
+    added = {number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    ids = sorted({*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids} - added - {*reserved})
+    ranges: list[tuple[int, int]] = []
+    for i in ids:
+        first = ranges.pop()[0] if ranges and ranges[-1][1] == i else i
+        ranges.append((first, i + 1))
+    return tuple(ranges)
 
 
 def _reserved_ids(config: Mapping[Any, Any]) -> Iterator[int]:
@@ -65,10 +84,13 @@ def initialise_mask_token(
     mask: MaskToken, model: Any, program: Program, tokenizer: Any, exact: Mapping[str, Tensor] | None = None
 ) -> None:
     """Start the mask token at the mean of the used embedding rows: in the model, or as a new parameter of `program`.
+    Random ids need none.
 
     `program` is the captured program: what it holds in `extra` is shared by everything that is lowered from it. exact:
     float32 values of rounded parameters by name; those of the embedding get the mask token, too.
     """
+    if mask.kind == "random":
+        return
     weight: nn.Parameter = model.get_input_embeddings().weight
     names = [name for name, value in model.named_parameters(remove_duplicate=False) if value is weight]
     wide = next((exact[name] for name in names if name in exact), weight) if exact else weight

@@ -27,6 +27,7 @@ from .data.packing import full_rows
 from .feed import Feed, micro_rows_of
 from .gathering import OPTIMIZER, PARAMETERS, largest_pair, layers_of
 from .mask_token import MaskToken
+from .moments import moment_bytes, names_in_codes
 from .objective.head_loss import head_rows_at_once, losses_of
 from .recompute import Recomputed, recomputed
 
@@ -283,10 +284,11 @@ def state_bytes(program: Program, recipe: Recipe, ranks: int, *, cut: bool = Fal
     """Of masters, gradients and moments of one rank, which come to the program's weights. cut: less what becomes free
     of these, where they are cut over the ranks; that may be more."""
     total, trained = 0, choose_trained(program, recipe)
-    for parameter in trained.values():
-        size = max(4, parameter.dtype.itemsize)
-        copies = 4 if parameter.dtype.itemsize == 2 else 3
-        total += copies * size * parameter.numel()
+    in_codes = names_in_codes(recipe, trained)
+    for name, parameter in trained.items():
+        dtype = torch.float32 if parameter.dtype.itemsize == 2 else parameter.dtype
+        copies = 2 if parameter.dtype.itemsize == 2 else 1
+        total += copies * dtype.itemsize * parameter.numel() + moment_bytes(parameter.numel(), dtype, name in in_codes)
     if not cut:
         return total // ranks
     every, layers = program.parameters(), dict[int, dict[str, Tensor]]()
@@ -311,7 +313,7 @@ def _bound(program: Program, recipe: Recipe, mask: MaskToken) -> int:
 def _feed(program: Program, recipe: Recipe, mask: MaskToken) -> Feed:
     """Steps of one full row."""
     one = replace(recipe, optimizer=replace(recipe.optimizer, batch_rows=1, micro_rows=1))
-    return Feed(program, one, mask.token_id, full_rows(recipe.data.max_length, 1), 0, ahead=False)
+    return Feed(program, one, mask, full_rows(recipe.data.max_length, 1), 0, ahead=False)
 
 
 def _rows(count: int) -> str:

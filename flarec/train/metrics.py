@@ -9,7 +9,7 @@ from typing import Any
 
 from ..base.files import replace_file, why_no_file
 from ..errors import TrainingError
-from .state import writing
+from .state import StateDirectory, writing
 
 
 class MetricsLog:
@@ -20,9 +20,10 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, resume_at: int = 0, evaluations: Collection[int] | None = None) -> None:
         self.path = path
+        self.go_on = StateDirectory(path.parent).go_on
         if reason := why_no_file(path):
             raise TrainingError(f"{path} {reason}; start again with --overwrite")
-        with writing(path):
+        with writing(path, self.go_on):
             found = [line for line in read_metrics(path) if line["step"] <= resume_at] if path.exists() else []
             kept = [line for line in found if "evaluation" not in line or _knows(evaluations, line["step"])]
             replace_file(path, "".join(_line(values) for values in kept), path.with_suffix(".writing"))
@@ -31,12 +32,12 @@ class MetricsLog:
 
     def write(self, values: Mapping[str, Any]) -> None:
         data = _line(values).encode()
-        with writing(self.path):
+        with writing(self.path, self.go_on):
             while data:
                 data = data[self._file.write(data) :]
 
     def close(self) -> None:
-        with writing(self.path):
+        with writing(self.path, self.go_on):
             self._file.close()
 
 

@@ -13,6 +13,7 @@ from ..decode import Cache
 from ..decode.engine import SLOTS
 from ..device import memory_of, resident
 from .answers.step import with_answers
+from .mask_token import MaskToken
 from .memory import Kept, watched
 from .objective.batch import build_batches
 from .objective.noise import step_generator
@@ -82,7 +83,7 @@ class Plan:
                 for source, epochs in zip(run.sources, self.epochs, strict=True)
             ),
             f"held out     {run.held_documents} documents",
-            f"mask token   {run.mask.kind}, id {run.mask.token_id}",
+            f"mask token   {_mask_text(run.mask)}",
             f"rows         {optimizer.batch_rows} of {recipe.data.max_length} tokens per step, "
             f"{run.trainer.feed.micro_rows} at a time{self._split()}",
             f"steps        {optimizer.steps:,}",
@@ -98,6 +99,11 @@ class Plan:
             _indent(recipe.to_toml().strip()),
         ]
         return "\n".join(lines)
+
+
+def _mask_text(mask: MaskToken) -> str:
+    drawn = sum(end - first for first, end in mask.ids)
+    return f"{mask.kind}, " + (f"of {drawn:,} ids" if drawn else f"id {mask.token_id}")
 
 
 def plan(options: Options, reporter: Reporter) -> Plan | None:
@@ -118,7 +124,7 @@ def _measured(run: Run, reporter: Reporter) -> Plan:
     trainer.rows.load_state_dict(position)
     batches = build_batches(
         rows, recipe.diffusion, run.mask.token_id, step_generator(run.options.seed, 0),
-        micro_rows=trainer.feed.micro_rows,
+        micro_rows=trainer.feed.micro_rows, noise_ids=run.mask.ids,
     )
     share, device = trainer.ranks.size, trainer.program.device
     activations = _activation_bytes(run, lambda: trainer.accumulate(batches[:share]))

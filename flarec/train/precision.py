@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from ..checkpoint.directory import Checkpoint
 from ..checkpoint.weights import stored_dtypes
 from ..ir.program import Program
+from .moments import moment_bytes
 from .saves import SavedState
 
 Precision = Literal["bf16", "float32"]
@@ -81,14 +82,22 @@ class Weights:
 
     parameters  what the graph reads
     masters     by the same names: float32 for a 16-bit parameter, any other parameter itself
+    coded       names of those whose moments are codes
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], exact: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], exact: Mapping[str, Tensor] | None = None,
+        coded: frozenset[str] = frozenset(),
+    ) -> None:
         self.parameters = dict(parameters)
+        self.coded = coded
+        for name in coded:  # codes follow the elements as they lie
+            self.parameters[name].data = self.parameters[name].data.contiguous()
         self.masters: dict[str, nn.Parameter] = {}
         for name, parameter in self.parameters.items():
             value = (exact or {}).get(name, parameter).detach()
-            self.masters[name] = nn.Parameter(value.float()) if parameter.dtype.itemsize == 2 else parameter
+            is_rounded = parameter.dtype.itemsize == 2
+            self.masters[name] = nn.Parameter(value.float().contiguous()) if is_rounded else parameter
         pairs = zip(self.parameters.values(), self.masters.values(), strict=True)
         self._rounded = [(parameter, master) for parameter, master in pairs if parameter is not master]
         for name, parameter in self.parameters.items():
@@ -138,6 +147,16 @@ class Weights:
     def optimized(self) -> list[nn.Parameter]:
         """What the optimizer changes."""
         return list(self.masters.values())
+
+    @property
+    def optimized_in_codes(self) -> list[nn.Parameter]:
+        """Those of `optimized` whose moments are codes."""
+        return [self.masters[name] for name in self.masters if name in self.coded]
+
+    @property
+    def moment_bytes(self) -> int:
+        """Of AdamW's moments."""
+        return sum(moment_bytes(m.numel(), m.dtype, name in self.coded) for name, m in self.masters.items())
 
     @property
     def kinds(self) -> dict[str, Tensor]:
@@ -194,7 +213,7 @@ class Weights:
     def bytes(self) -> int:
         """Of parameters, masters, gradients and AdamW's two moments."""
         copies = sum(parameter.nbytes for parameter, _ in self._rounded)
-        return copies + 4 * sum(master.nbytes for master in self.masters.values())
+        return copies + 2 * sum(master.nbytes for master in self.masters.values()) + self.moment_bytes
 
 
 @torch.no_grad()

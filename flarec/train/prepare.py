@@ -119,7 +119,7 @@ def prepare(
 
     reporter.note(f"loading {options.source} on {device}")
     model, captured, exact = _captured(source, recipe, precision, device, reporter)
-    if source.manifest is None or mask.kind == "vector":
+    if source.manifest is None or mask.kind != "row":
         initialise_mask_token(mask, model, captured, tokenizer, exact)
     start_adapter(captured, recipe, options.seed, reporter.note)
     steps = _pipelines(captured, mask, options, recipe, reporter)
@@ -285,7 +285,7 @@ def _open_source(location: str, *, dequantize: bool = False) -> Checkpoint:
 
 def _mask_token(source: Checkpoint, recipe: Recipe, tokenizer: Any, reporter: Reporter) -> MaskToken:
     """The recipe's choice; a dual-mode checkpoint of another program goes on with the trained row that it has."""
-    if source.manifest is None or recipe.mask_choice == "vector":
+    if source.manifest is None or recipe.mask_choice in ("vector", "random"):
         return choose_mask_token(recipe.mask_choice, source.load_config(), tokenizer)
     mask, size = source.manifest.mask, source.manifest.decode.block_size
     reporter.note(

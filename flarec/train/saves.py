@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,11 @@ from torch import Tensor
 from ..base.fields import LARGEST
 from ..base.hashes import FileEntry
 from ..errors import CheckpointError, first_line
+from .moments import STEP, kinds
 from .progress import describe_evaluation
 from .router import describe as describe_router
 
 MODEL, OPTIMIZER, STATE, FILES = "model.safetensors", "optimizer.safetensors", "state.json", "files.json"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps of each parameter."""
 _NO_LOAD: dict[str, Any] = {"max_over_mean": [], "entropy": []}
 
 
@@ -73,8 +72,11 @@ def read_save(folder: Path, step: int) -> SavedState:
     return state
 
 
-def check_tensors(state: SavedState, masters: Mapping[str, Tensor]) -> None:
-    """Raise `CheckpointError` for tensors that are not these parameters' (shapes and dtypes) and AdamW's for them."""
+def check_tensors(state: SavedState, masters: Mapping[str, Tensor], coded: Collection[str] = ()) -> None:
+    """Raise `CheckpointError` for tensors that are not these parameters' (shapes and dtypes) and AdamW's for them.
+
+    coded: names of those whose moments are codes.
+    """
 
     def kind_of(tensor: Tensor) -> tuple[Any, ...]:
         return tensor.shape, tensor.dtype
@@ -83,11 +85,11 @@ def check_tensors(state: SavedState, masters: Mapping[str, Tensor]) -> None:
     fits = expected == {name: kind_of(tensor) for name, tensor in state.model.items()}
     moved = {key.rpartition(".")[0] for key in state.optimizer}
     found = {key: kind_of(tensor) for key, tensor in state.optimizer.items()}
-    moments = {
-        f"{name}.{moment}": (torch.Size(()), torch.float32) if moment == "step" else expected.get(name)
-        for name in moved
-        for moment in MOMENTS
-    }
+    moments: dict[str, tuple[Any, ...]] = {}
+    for name in moved & expected.keys():
+        moments[f"{name}.{STEP}"] = (torch.Size(()), torch.float32)
+        for moment, kind in kinds(masters[name].dtype, name in coded).items():
+            moments[f"{name}.{moment}"] = (kind.shape(masters[name]), kind.dtype)
     if not fits or found != moments:
         raise CheckpointError("the training state belongs to another model; start again with --overwrite")
 

@@ -13,22 +13,21 @@ Elementwise nothing differs from one rank: AdamW does not see where a tensor is 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .moments import BLOCK, KINDS, STEP, MomentKind, kinds
 from .precision import Weights
 from .ranks.group import Ranks
-from .saves import MOMENTS, SavedState
+from .saves import SavedState
 
 BUCKET_ELEMENTS = 1 << 25
 """Of one collective: enough to use the links between GPUs well, and little beside the weights."""
 AT_ONCE = 2
 """Buckets that are added up while the backward pass goes on."""
-SUMMED = MOMENTS[1:]
-"""Those of AdamW's that are as large as the parameter."""
 
 
 @dataclass(frozen=True)
@@ -44,25 +43,37 @@ class Span:
     def place(self) -> slice:
         return slice(self.at, self.at + self.stop - self.start)
 
+    def by(self, unit: int) -> Span:
+        """Of tensors that have one value for every `unit` elements, of which `start` and `at` are multiples."""
+        return Span(self.name, self.start // unit, -(-self.stop // unit), self.at // unit)
 
-def cut(sizes: Mapping[str, int], start: int, stop: int) -> list[Span]:
-    """What stands at `start .. stop` of the parameters, one behind the other; places count from `start`."""
+
+def cut(sizes: Mapping[str, int], start: int, stop: int, unit: int = 1) -> list[Span]:
+    """What stands at `start .. stop` of the parameters, one behind the other; places count from `start`. unit: each
+    parameter begins at a multiple of it."""
     found, at = [], 0
     for name, size in sizes.items():
         first, last = max(start, at), min(stop, at + size)
         if first < last:
             found.append(Span(name, first - at, last - at, first - start))
-        at += size
+        at += _up(size, unit)
     return found
+
+
+def _up(size: int, unit: int) -> int:
+    """To a multiple."""
+    return -(-size // unit) * unit
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Parameters of one dtype and layer at `start .. start + length`, padded to a multiple of the ranks.
+    """Parameters of one dtype and layer at `start .. start + length`, padded to a multiple of the ranks; of those whose
+    moments are codes every part begins with a block.
 
     spans   where the parameters stand in it
     pieces  where they stand in this rank's part of it [length / size]
     layer   that of the parameters, None for those of no layer
+    coded   whether the moments of the parameters are codes
     """
 
     dtype: torch.dtype
@@ -70,23 +81,26 @@ class Stretch:
     spans: list[Span]
     pieces: list[Span]
     layer: int | None
+    coded: bool = False
 
     @staticmethod
     def all_of(
-        parameters: Mapping[str, nn.Parameter], layers: Mapping[str, int], ranks: Ranks, elements: int
+        parameters: Mapping[str, nn.Parameter], layers: Mapping[str, int], ranks: Ranks, elements: int,
+        coded: frozenset[str] = frozenset(),
     ) -> Iterator[Stretch]:
         """Of all parameters, `elements` long where there are as many. layers: of the parameters that have one."""
-        groups: dict[tuple[int | None, torch.dtype], dict[str, int]] = {}
+        groups: dict[tuple[int | None, torch.dtype, bool], dict[str, int]] = {}
         for name, value in parameters.items():
-            groups.setdefault((layers.get(name), value.dtype), {})[name] = value.numel()
-        for (layer, dtype), sizes in groups.items():
-            total = sum(sizes.values())
-            for start in range(0, total, elements):
-                end = min(start + elements, total)
-                part = -(-(end - start) // ranks.size)
+            groups.setdefault((layers.get(name), value.dtype, name in coded), {})[name] = value.numel()
+        for (layer, dtype, in_codes), sizes in groups.items():
+            unit = BLOCK if in_codes else 1
+            total, most = sum(_up(size, unit) for size in sizes.values()), _up(elements, unit)
+            for start in range(0, total, most):
+                end = min(start + most, total)
+                part = _up(-(-(end - start) // ranks.size), unit)
                 first = start + ranks.rank * part
-                pieces = cut(sizes, first, min(first + part, end))
-                yield Stretch(dtype, part * ranks.size, cut(sizes, start, end), pieces, layer)
+                pieces = cut(sizes, first, min(first + part, end), unit)
+                yield Stretch(dtype, part * ranks.size, cut(sizes, start, end, unit), pieces, layer, in_codes)
 
     @torch.no_grad()
     def fill(self, part: Tensor, values: Mapping[str, Tensor]) -> None:
@@ -100,6 +114,7 @@ class Bucket:
 
     master, grad   this rank's part: float32 for 16-bit parameters, else in their dtype
     tensors        by name what the optimizer changes: the pieces of `master`
+    kinds          what the optimizer keeps of them
     """
 
     def __init__(self, stretch: Stretch, ranks: Ranks, device: torch.device) -> None:
@@ -110,6 +125,7 @@ class Bucket:
         part = self.length // ranks.size
         self.master, self.grad = (torch.zeros(part, dtype=self.wide, device=device) for _ in range(2))
         self.tensors = {span.name: nn.Parameter(self.master[span.place]) for span in self.pieces}
+        self.kinds = kinds(self.wide, stretch.coded)
 
     def rounded(self) -> Tensor:
         """This rank's part of the parameters."""
@@ -134,10 +150,11 @@ class ShardedWeights(Weights):
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], exact: Mapping[str, Tensor] | None, ranks: Ranks,
-        layers: Mapping[str, int] | None = None,
+        layers: Mapping[str, int] | None = None, coded: frozenset[str] = frozenset(),
     ) -> None:
         self.ranks = ranks
         self.parameters = dict(parameters)
+        self.coded = coded
         self.masters = {}  # no rank has whole ones
         for parameter in self.parameters.values():
             parameter.data = parameter.data.contiguous()
@@ -145,7 +162,7 @@ class ShardedWeights(Weights):
         """By name how many steps the optimizer has taken with it."""
         self._learns: set[str] = set()
         place = {name: number for number, name in enumerate(self.parameters)}
-        stretches = Stretch.all_of(self.parameters, layers or {}, ranks, BUCKET_ELEMENTS)
+        stretches = Stretch.all_of(self.parameters, layers or {}, ranks, BUCKET_ELEMENTS, coded)
         self._device = next(iter(self.parameters.values())).device
         self.buckets = [
             Bucket(stretch, ranks, self._device)
@@ -171,9 +188,18 @@ class ShardedWeights(Weights):
     def optimized(self) -> list[nn.Parameter]:
         return [tensor for bucket in self.buckets for tensor in bucket.tensors.values()]
 
-    def _whole(self, bucket: Bucket, dtype: torch.dtype) -> Tensor:
-        """Space for a whole bucket in a dtype, with any values."""
-        return self._spaces[0][: bucket.length * dtype.itemsize].view(dtype)
+    @property
+    def optimized_in_codes(self) -> list[nn.Parameter]:
+        return [tensor for bucket in self.buckets if bucket.stretch.coded for tensor in bucket.tensors.values()]
+
+    @property
+    def moment_bytes(self) -> int:
+        """Of this rank."""
+        return sum(kind.nbytes(len(bucket.master)) for bucket in self.buckets for kind in bucket.kinds.values())
+
+    def _whole(self, bucket: Bucket, kind: MomentKind) -> Tensor:
+        """Space for a whole bucket, with any values."""
+        return self._spaces[0][: kind.nbytes(bucket.length)].view(kind.dtype)
 
     def backward(self, loss: Tensor) -> None:
         """As `Weights.backward`. A bucket is added up over the ranks as soon as its gradients are there."""
@@ -252,7 +278,7 @@ class ShardedWeights(Weights):
 
     def _spread(self, bucket: Bucket) -> None:
         """The parameters of a bucket on every rank, from the masters of all."""
-        whole = self._whole(bucket, bucket.dtype)
+        whole = self._whole(bucket, MomentKind(bucket.dtype))
         self.ranks.all_gather(whole, bucket.rounded())
         for span in bucket.spans:
             self.parameters[span.name].view(-1)[span.start : span.stop].copy_(whole[span.place])
@@ -260,7 +286,7 @@ class ShardedWeights(Weights):
     @torch.no_grad()
     def widen(self) -> None:
         """As `Weights.widen`, on the first rank; the others keep what they have."""
-        for name, value in self._gathered([bucket.master for bucket in self.buckets], self._device).items():
+        for name, value in self._masters(self._device).items():
             parameter = self.parameters[name]
             if value.dtype != parameter.dtype:
                 parameter.data = value
@@ -275,35 +301,47 @@ class ShardedWeights(Weights):
     def saved(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """As `Weights.saved`, on the host of the first rank; nothing on the others."""
         host = torch.device("cpu")
-        model = self._gathered([bucket.master for bucket in self.buckets], host)
+        model = self._masters(host)
         moments: dict[str, Tensor] = {}
-        for kind in SUMMED:
-            whole = self._gathered([self._moment(bucket, optimizer, kind) for bucket in self.buckets], host)
-            moments |= {f"{name}.{kind}": value for name, value in whole.items() if self.moved[name]}
+        for name in KINDS:
+            parts = [(bucket, bucket.kinds[name], self._moment(bucket, optimizer, name))
+                     for bucket in self.buckets if name in bucket.kinds]
+            whole = self._gathered(parts, host)
+            moments |= {f"{owner}.{name}": value for owner, value in whole.items() if self.moved[owner]}
         if self.ranks.first:
             moments |= {f"{name}.step": torch.tensor(float(steps)) for name, steps in self.moved.items() if steps}
         return model, moments
 
-    def _moment(self, bucket: Bucket, optimizer: torch.optim.Optimizer, kind: str) -> Tensor:
-        """This rank's part of a moment, 0 where there is none."""
-        part = torch.zeros_like(bucket.master)
+    def _part(self, bucket: Bucket, kind: MomentKind) -> Tensor:
+        """Zeros for this rank's part of what the optimizer keeps."""
+        return torch.zeros(len(bucket.master) // kind.unit, dtype=kind.dtype, device=self._device)
+
+    def _moment(self, bucket: Bucket, optimizer: torch.optim.Optimizer, name: str) -> Tensor:
+        """This rank's part of a moment, or of its scales, 0 where there is none."""
+        kind = bucket.kinds[name]
+        part = self._part(bucket, kind)
         for span in bucket.pieces:
             state = optimizer.state.get(bucket.tensors[span.name], {})
-            if kind in state:
-                part[span.place].copy_(state[kind])
+            if name in state:
+                part[span.by(kind.unit).place].copy_(state[name])
         return part
 
-    def _gathered(self, parts: Sequence[Tensor], device: torch.device) -> dict[str, Tensor]:
-        """Whole tensors by name from the parts of every bucket, on the first rank; nothing on the others."""
+    def _masters(self, device: torch.device) -> dict[str, Tensor]:
+        return self._gathered([(bucket, MomentKind(bucket.wide), bucket.master) for bucket in self.buckets], device)
+
+    def _gathered(
+        self, parts: Iterable[tuple[Bucket, MomentKind, Tensor]], device: torch.device
+    ) -> dict[str, Tensor]:
+        """Whole tensors by name from the parts of buckets, on the first rank; nothing on the others."""
         found: dict[str, Tensor] = {}
-        for bucket, part in zip(self.buckets, parts, strict=True):
+        for bucket, kind, part in parts:
             whole = self.ranks.gather(part)
             if whole is None:
                 continue
-            for span in bucket.spans:
+            for span in (span.by(kind.unit) for span in bucket.spans):
                 if span.name not in found:
-                    shape = self.parameters[span.name].shape
-                    found[span.name] = torch.empty(shape, dtype=bucket.wide, device=device)
+                    shape = kind.shape(self.parameters[span.name])
+                    found[span.name] = torch.empty(shape, dtype=kind.dtype, device=device)
                 found[span.name].view(-1)[span.start : span.stop].copy_(whole[span.place])
         return found
 
@@ -313,32 +351,40 @@ class ShardedWeights(Weights):
         counted = {name: state.optimizer.get(f"{name}.step") for name in self.parameters}
         self.moved = self.ranks.from_first(lambda: {name: int(step or 0) for name, step in counted.items()})
         for bucket in self.buckets:
-            self._scatter(bucket.master, bucket, state.model, "")
-            moments = {kind: torch.zeros_like(bucket.master) for kind in SUMMED}
-            for kind, part in moments.items():
-                self._scatter(part, bucket, state.optimizer, f".{kind}")
+            self._scatter(bucket.master, bucket, MomentKind(bucket.wide), state.model, "")
+            moments = {name: self._part(bucket, kind) for name, kind in bucket.kinds.items()}
+            for name, part in moments.items():
+                self._scatter(part, bucket, bucket.kinds[name], state.optimizer, f".{name}")
             for span in bucket.pieces:
                 if steps := self.moved[span.name]:
                     optimizer.state[bucket.tensors[span.name]] = {
-                        "step": torch.tensor(float(steps), device=self._device),
-                        **{kind: part[span.place].clone() for kind, part in moments.items()},
+                        STEP: torch.tensor(float(steps), device=self._device),
+                        **{name: part[span.by(kind.unit).place].clone()
+                           for (name, kind), part in zip(bucket.kinds.items(), moments.values(), strict=True)},
                     }
         self.round()
 
-    def _scatter(self, part: Tensor, bucket: Bucket, tensors: Mapping[str, Tensor], suffix: str) -> None:
+    def _scatter(
+        self, part: Tensor, bucket: Bucket, kind: MomentKind, tensors: Mapping[str, Tensor], suffix: str
+    ) -> None:
         """A bucket of the first rank's whole tensors, the part of each rank to it; 0 where there is none."""
         if not self.ranks.first:
             self.ranks.scatter(part, None)
             return
-        whole = self._whole(bucket, bucket.wide).zero_()
-        for span in bucket.spans:
+        whole = self._whole(bucket, kind).zero_()
+        for span in (span.by(kind.unit) for span in bucket.spans):
             value = tensors.get(f"{span.name}{suffix}")
             if value is not None:
                 whole[span.place].copy_(value.reshape(-1)[span.start : span.stop])
         self.ranks.scatter(part, whole)
 
     @property
+    def _training_bytes(self) -> int:
+        """Of masters, gradients and moments of this rank."""
+        return 2 * sum(bucket.master.nbytes for bucket in self.buckets) + self.moment_bytes
+
+    @property
     def bytes(self) -> int:
         """Of this rank."""
         kept = sum(tensor.nbytes for tensor in (*self.parameters.values(), *self._spaces))
-        return kept + 4 * sum(bucket.master.nbytes for bucket in self.buckets)
+        return kept + self._training_bytes

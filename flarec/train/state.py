@@ -43,15 +43,17 @@ _BEGINNING = b'{\n "format_version": '
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write (disk full, no permission) into a `TrainingError` that says where and what to do."""
+def writing(path: Path, go_on: Callable[[], str] = lambda: "continue with --resume") -> Iterator[None]:
+    """Turn a failed write (disk full, no permission) into a `TrainingError` that says where and what to do.
+
+    go_on: how to, once there is room.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise TrainingError(
-            f"cannot write {path}: {reason}; free space (or permissions) and continue with --resume from the last "
-            "good save"
+            f"cannot write {path}: {reason}; free space (or permissions) and {go_on()}"
         ) from error
 
 
@@ -120,7 +122,7 @@ class StateDirectory:
         except OSError as error:
             raise UsageError(f"cannot make {self.path}: {error.strerror}; choose another --out") from error
         try:
-            self.rewrite(identity, arguments, tracking)
+            self._write_record(identity, arguments, tracking, lambda: "start again")
         except TrainingError:
             with contextlib.suppress(OSError):
                 self.remove()  # a folder without a record would be in the way of the next run
@@ -133,9 +135,15 @@ class StateDirectory:
         tracking: Mapping[str, Any] | None = None,
     ) -> None:
         """State in the record what the run is from now on."""
+        self._write_record(identity, arguments, tracking, self.go_on)
+
+    def _write_record(
+        self, identity: Mapping[str, Any], arguments: Mapping[str, Any] | None, tracking: Mapping[str, Any] | None,
+        go_on: Callable[[], str],
+    ) -> None:
         parts = {"record": RECORD, "identity": identity, "arguments": arguments or {}, "tracking": tracking or {}}
         ordered = json.loads(json.dumps(parts, sort_keys=True))
-        with writing(self.path / RUN):
+        with writing(self.path / RUN, go_on):
             # the version first: by its beginning a record is known whose writing was killed (`_is_begun_record`)
             self._replace(RUN, json.dumps({"format_version": RECORD_VERSION, **ordered}, indent=1))
 
@@ -217,7 +225,7 @@ class StateDirectory:
         assert before != final.name, "a step is saved once; replacing the latest save would risk it"
         temporary = final.with_suffix(".writing")
         try:
-            with writing(temporary):
+            with writing(temporary, self.go_on):
                 self._remove(temporary)
                 temporary.mkdir()
                 write_save(temporary, state, between)
@@ -267,6 +275,13 @@ class StateDirectory:
             name = (self.path / LATEST).read_text(encoding="utf-8").strip()
             return _step_of(name) if _SAVE.fullmatch(name) else None
         return None
+
+    def go_on(self) -> str:
+        """How a run goes on that stops now."""
+        step = self.saved_step
+        if step is None:
+            return "start again with --resume (there is no save yet)"
+        return f"continue with --resume from the save of step {step}"
 
     def _own(self) -> list[Path]:
         """Entries that a run wrote. A link is none, whatever its name."""

@@ -102,6 +102,7 @@ def engine_of(subject: Subject, readout: str) -> Engine:
     return Engine(
         subject.decode, mask_token_id=subject.mask_token_id, block_size=subject.block_size,
         readouts={"ar-trust": readout}, eos_ids=(), max_positions=MOST_POSITIONS, suppress=subject.suppress,
+        noise_ids=subject.noise_ids,
     )
 
 

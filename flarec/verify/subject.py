@@ -50,6 +50,7 @@ class Subject:
     train, decode   lowered programs that share their parameters
     source          the model in plain transformers, None where invariants 1 and 6 are not asked for
     mask_token_id   input id of masked positions; for a model that was not converted any id serves
+    noise_ids       ranges of the ids that masked positions show at random in decoding, if that is its noise
     readouts        of the checkpoint's blocks; suppress: ids that are never generated
     adapted         of a checkpoint with an adapter: what its checks look at
     texts           to take tokens from; None: random ids
@@ -65,6 +66,7 @@ class Subject:
     seed: int = 0
     adapted: Adapted | None = None
     texts: Texts | None = None
+    noise_ids: tuple[tuple[int, int], ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -189,10 +191,11 @@ def open_subject(
         train,
         decode,
         source,
-        mask_token_id=manifest.mask.token_id,
+        mask_token_id=manifest.mask.ids[0][0] if manifest.mask.ids else manifest.mask.token_id,
         block_size=manifest.decode.block_size,
         readouts=tuple(dict.fromkeys(manifest.decode.readouts.values())) or READOUTS,
-        suppress=() if vector else (manifest.mask.token_id,),
+        suppress=() if manifest.mask.suppress is None else (manifest.mask.suppress,),
+        noise_ids=manifest.mask.ids,
         seed=seed,
         texts=texts,
         adapted=_without_adapter(checkpoint, program, steps) if checkpoint.adapter is not None else None,

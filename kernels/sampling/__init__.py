@@ -7,5 +7,6 @@ order of IEEE operations, without fused multiply-adds and without a library's lo
 from __future__ import annotations
 
 from .choose import MOST_TOKENS, UNCHOSEN, Choice, choose, mask_of
+from .noise import random_ids
 
-__all__ = ["MOST_TOKENS", "UNCHOSEN", "Choice", "choose", "mask_of"]
+__all__ = ["MOST_TOKENS", "UNCHOSEN", "Choice", "choose", "mask_of", "random_ids"]

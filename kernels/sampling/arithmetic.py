@@ -76,6 +76,14 @@ def uniform(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
     return to_unit(_mix_(row[:, None] + (token[None, :] + 1) * stride))
 
 
+def random_words(seed: Tensor, position: Tensor) -> Tensor:
+    """The upper 32 bits of the hash of (seed, position) with the counter before that of token 0. seed [R], position
+    [R, n] int64 -> [R, n] int64."""
+    stride = _signed(STRIDE)
+    row = _mix_(_mix_(seed + stride)[:, None] + position * stride)
+    return _shift(_mix_(row), 32)
+
+
 def _polynomial(terms: tuple[float, ...], x: Tensor) -> Tensor:
     y = x * terms[0]
     for term in terms[1:-1]:

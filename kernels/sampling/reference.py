@@ -29,6 +29,12 @@ def uniform(seed: int, position: int, token: int) -> np.float32:
     return min(np.float32(odd) * np.float32(2.0 ** -(a.UNIFORM_BITS + 1)), np.float32(1 - 2.0**-24))
 
 
+def random_id(seed: int, position: int, pool: Sequence[int]) -> int:
+    """What a noisy position shows where noise is random ids."""
+    row = _mix((_mix((seed + a.STRIDE) % WORD) + position * a.STRIDE) % WORD)
+    return pool[(_mix(row) >> 32) * len(pool) >> 32]
+
+
 def _polynomial(terms: Sequence[float], x: np.float32) -> np.float32:
     y = x * np.float32(terms[0])
     for term in terms[1:-1]:

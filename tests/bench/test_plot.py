@@ -79,6 +79,12 @@ def test_the_command_draws(tmp_path: Path, suffix: str) -> None:
         ("{}", "holds no results"),
         ("[", "holds no results"),
         ('{"rows": []}', "no measured block sizes"),
+        (json.dumps({"rows": [{**ROWS[0], "status": "failed"}]}), "no measured block sizes"),
+        (json.dumps({"rows": [row("sampling-16", 0.1)]}), "rows that have no picture (sampling-16)"),
+        (json.dumps({"rows": [{**DECODING[1], "status": "failed"}]}), "no measured steps"),
+        (json.dumps({"rows": [row("stock-step", 1.0)]}),
+         "rows that have no picture (stock-step); give what `flarec bench kernels` or `flarec bench decode` wrote"),
+        ('{"rows": [{"mode": "causal", "clients": 1}]}', "`flarec bench kernels` or `flarec bench decode`"),
     ],
 )
 def test_files_that_hold_nothing_to_draw(tmp_path: Path, text: str | None, words: str) -> None:

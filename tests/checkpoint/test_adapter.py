@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ from transformers import AutoModelForCausalLM
 import flarec
 from flarec.checkpoint.adapter import place_source
 from flarec.checkpoint.directory import open_checkpoint
-from flarec.checkpoint.manifest import Manifest
+from flarec.checkpoint.manifest import Manifest, MaskToken
 from flarec.checkpoint.plain import write_plain
 from flarec.cli import main
-from flarec.errors import CheckpointError, UsageError
+from flarec.errors import CheckpointError, GenerationError, UsageError
 from flarec.ir.program import Program
 from flarec.passes.adapt_noisy_stream import adapter_parameters
 from flarec.passes.embed_mask import PARAMETER
+from flarec.verify import verify
 from tests.checkpoints import adapted, converted, mask_vector, tree
-from tests.models import FAMILIES, tiny_checkpoint
+from tests.models import FAMILIES, TOKENS, VOCABULARY, tiny_checkpoint
 from tests.wrappers import PREDICTION, all_tensors, tiny_wrapper
 
 OURS = {"README.md", "flarec.json", "adapter", "custom_generate"}
@@ -103,6 +105,30 @@ def test_what_is_written_is_what_is_opened(family: str, made: dict[str, tuple[Pa
         if name.endswith("lora_B.weight"):
             model.program.extra[name].data.zero_()
     assert model.generate("say red", mode="diffusion-trust", max_new_tokens=8).token_ids != drafts[0.0]
+
+
+def test_random_ids_are_the_noise_of_a_checkpoint(tmp_path: Path) -> None:
+    """The manifest names them; drafts are exact, and Diffusion-Trust is refused before anything is loaded."""
+    source, out = adapted(tmp_path, kind="random")
+    manifest = Manifest.read(out)
+    assert manifest is not None and manifest.mask == MaskToken("random", VOCABULARY, ((3, 40), (44, TOKENS)))
+    assert manifest.decode.readouts == {"ar-trust": "causal"} and not (out / "adapter" / "flarec.safetensors").exists()
+    assert "masked positions show one of 293 ids at random" in (out / "README.md").read_text()
+    plain, model = flarec.load(source), flarec.load(out)
+    for temperature in (0.0, 1.0):
+        options: dict[str, Any] = {"temperature": temperature, "max_new_tokens": 20, "seed": 5}
+        assert model.generate("say red", **options).token_ids == plain.generate("say red", **options).token_ids
+    with pytest.raises(GenerationError, match="random ids, which do not say what positions"):
+        model.generate("say red", mode="diffusion-trust")
+    said = CliRunner().invoke(main, ["generate", str(out), "say red", "--mode", "diffusion-trust"])
+    assert said.exit_code == 2 and "random ids, which do not say what" in " ".join(said.stderr.split())
+    results = list(verify(out, quick=True))
+    assert [result.invariant for result in results] == [*range(1, 10), 11]
+    assert all(result.passed for result in results), results
+    more = replace(manifest, mask=replace(manifest.mask, ids=((3, VOCABULARY + 1),)))
+    (out / "flarec.json").write_text(more.to_json())
+    with pytest.raises(CheckpointError, match=f"random ids of .* go up to {VOCABULARY}, and it has {VOCABULARY} rows"):
+        flarec.load(out)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -214,6 +214,12 @@ def test_a_foreign_manifest(copy: Path, contents: str, message: str) -> None:
         {"mask": {"kind": "hole", "token_id": 3}},
         {"mask": {"kind": "row", "token_id": -1}},
         {"mask": {"kind": "row"}},
+        {"mask": {"kind": "row", "token_id": 3, "ids": [[0, 3]]}},
+        {"mask": {"kind": "random", "token_id": 3}},
+        *({"mask": {"kind": "random", "token_id": 9, "ids": ids}} for ids in (
+            [], 3, [3], [[1, 1]], [[2, 5], [4, 9]], [[5, 9], [0, 2]], [[0, True]], [[-1, 2]], [[0, 2.0]], [[0, 2, 3]],
+            [[0, 2**40]],
+        )),
         {"mask": 3},
         {"decode": {"block_size": 0, "readouts": {}}},
         {"decode": {"block_size": 4, "readouts": {"ar-trust": "sideways"}}},

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from flarec.cli import main
-from tests.models import tiny_checkpoint
+from tests.models import few_checkpoint
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five"]
 QUICK = [
@@ -23,7 +23,7 @@ def place_of_conversions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder, with a tiny model `source` and `data.jsonl` in it, as the working directory."""
     monkeypatch.chdir(folder)
     write_data(folder / "data.jsonl")
-    tiny_checkpoint(folder, "qwen3_5_text").rename(folder / "source")
+    few_checkpoint(folder, "qwen3_5_text").rename(folder / "source")
     return folder
 
 

@@ -7,8 +7,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,11 @@ from flarec.checkpoint.manifest import Manifest
 from flarec.cli.answers import OPTIONS, command
 from flarec.cli.options import resume_command
 from flarec.train.answers.arguments import AnswerArguments
+from flarec.train.answers.log import AnswerLog
 from flarec.train.data.sources import load_sources, parse_source
 from tests.checkpoints import tree
 from tests.cli.conversions import QUICK, flarec
+from tests.cli.processes import Command
 from tests.models import END_ID, tiny_checkpoint
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "four"]
@@ -121,32 +121,29 @@ def test_an_interrupted_run_has_the_same_bytes(home: Path, monkeypatch: pytest.M
     assert (home / "others.jsonl").read_bytes() == (home / "whole.jsonl").read_bytes()
 
 
-WATCHED = """
-import os, signal
-from flarec.cli import main
-from flarec.train.answers.log import AnswerLog
-append = AnswerLog.append
-def watched(self, text, progress):
-    append(self, text, progress)
-    if progress.done == 4: os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
-AnswerLog.append = watched
-main()
-"""
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
 def test_signals(home: Path, name: str, code: int) -> None:
     before = signal.getsignal(signal.SIGINT)
     words = ["answers", str(home / "source/lfm2"), "--prompts", str(home / "prompts.txt"), "--out",
              str(home / f"{name}.jsonl"), "--batch", "1", *SAMPLED]
-    done = subprocess.run(
-        [sys.executable, "-c", WATCHED, *words], capture_output=True, text=True, env={**os.environ, "SIGNAL": name}
-    )
-    assert done.returncode == code, done.stderr
+
+    def watch() -> None:
+        append = AnswerLog.append
+
+        def watched(self: AnswerLog, text: str, progress: Any) -> None:
+            append(self, text, progress)
+            if progress.done == 4:
+                os.kill(os.getpid(), getattr(signal, name))
+
+        AnswerLog.append = watched  # type: ignore[method-assign]
+
+    with Command(words, home / "errors.txt", watch) as process:
+        found, errors = process.ended()
+    (home / "errors.txt").unlink()
+    assert found == code, errors
     if name != "SIGKILL":
-        assert "Interrupted: 4 of 14 answers are kept" in done.stderr
-        words = shlex.split(done.stderr.splitlines()[-1])[1:]
+        assert "Interrupted: 4 of 14 answers are kept" in errors
+        words = shlex.split(errors.splitlines()[-1])[1:]
     else:
         words.append("--resume")
     assert flarec(*words).exit_code == 0

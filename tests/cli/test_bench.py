@@ -27,6 +27,14 @@ def test_the_rows_are_listed() -> None:
     assert [line.split()[0] for line in some.stdout.splitlines()] == ["softmax-128", "softmax-256", "softmax-flex-128"]
 
 
+@pytest.mark.parametrize("name", ["kernels", "decode", "train"])
+def test_a_list_is_no_result(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    done = CliRunner().invoke(main, ["bench", name, "--list", "--out", str(out)])
+    assert (done.exit_code, done.stdout) == (2, "") and "leave one of them out" in done.stderr
+    assert not out.exists()
+
+
 @NO_GPU
 def test_without_a_gpu(tmp_path: Path) -> None:
     out = tmp_path / "results.json"

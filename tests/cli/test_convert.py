@@ -17,7 +17,7 @@ from flarec.train.metrics import read_metrics
 from flarec.train.progress import Reporter
 from tests.checkpoints import own_folder
 from tests.cli.conversions import QUICK, flarec, write_data
-from tests.models import TOKENS, tiny_checkpoint
+from tests.models import TOKENS, few_checkpoint
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_source_becomes_a_checkpoint(
     place: Path, family: str, recipe: str, mask: str, overrides: dict[str, Any]
 ) -> None:
-    source = tiny_checkpoint(place, family, **overrides)
+    source = few_checkpoint(place, family, **overrides)
     result = flarec("convert", source, "--data", "data.jsonl", "--recipe", recipe, *QUICK)
     assert result.exit_code == 0, result.output
     out = place / f"{family}-flarec"
@@ -79,7 +79,7 @@ def test_a_source_becomes_a_checkpoint(
 
 def test_source_dtype_is_kept(place: Path) -> None:
     """Training computes in float32; the checkpoint has the source's dtype."""
-    source = tiny_checkpoint(place, "qwen3_5_text")
+    source = few_checkpoint(place, "qwen3_5_text")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     model.save_pretrained(source)
     out = package.convert(
@@ -91,7 +91,7 @@ def test_source_dtype_is_kept(place: Path) -> None:
 
 
 def test_dry_run_says_what_would_run_and_writes_nothing(place: Path) -> None:
-    source = tiny_checkpoint(place, "qwen3_5_text")
+    source = few_checkpoint(place, "qwen3_5_text")
     before = sorted(place.rglob("*"))
     result = flarec("convert", source, "--data", "data.jsonl:2", *QUICK, "--dry-run")
     assert result.exit_code == 0, result.output
@@ -106,7 +106,7 @@ def test_dry_run_says_what_would_run_and_writes_nothing(place: Path) -> None:
 
 
 def test_overwrite_replaces_only_after_success(place: Path) -> None:
-    source = tiny_checkpoint(place, "qwen3_5_text")
+    source = few_checkpoint(place, "qwen3_5_text")
     own_folder(place / "out", "precious")
     arguments = ["convert", source, "--data", "data.jsonl", "--out", "out", *QUICK, "--set", "evaluation.every=0"]
     result = flarec(*arguments)
@@ -125,7 +125,7 @@ def test_overwrite_replaces_only_after_success(place: Path) -> None:
 def test_evaluation_data_of_its_own(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then nothing is taken out of the training data. Losses that are read late are still all logged, in order."""
     monkeypatch.setitem(READ_EVERY, "cpu", (3, 0))
-    source = tiny_checkpoint(place, "qwen3_5_text")
+    source = few_checkpoint(place, "qwen3_5_text")
     write_data(place / "held.jsonl", 3)
     result = flarec("convert", source, "--data", "data.jsonl", "--eval-data", "held.jsonl", *QUICK, "--out", "out",
                     "--set", "save.every=10", "--set", "evaluation.prompts=4")
@@ -148,7 +148,7 @@ def test_too_few_documents_to_hold_any_out(place: Path) -> None:
         def note(self, text: str) -> None:
             self.notes.append(text)
 
-    source, reporter = tiny_checkpoint(place, "qwen3_5_text"), Notes()
+    source, reporter = few_checkpoint(place, "qwen3_5_text"), Notes()
     data = write_data(place / "one.jsonl", 1)
     out = package.convert(source, data, out="out", steps=1, max_length=64, device="cpu", reporter=reporter)
     assert any(note.startswith("held out for evaluation: 0 documents, there are too few") for note in reporter.notes)
@@ -159,7 +159,7 @@ def test_too_few_documents_to_hold_any_out(place: Path) -> None:
 
 def test_the_kernels_of_a_run_are_chosen_once_and_said(place: Path) -> None:
     """`auto` is torch on the CPU; the notes and the plan name what it stands for."""
-    source = tiny_checkpoint(place, "bamba")
+    source = few_checkpoint(place, "bamba")
     plan = flarec("convert", source, "--data", "data.jsonl", *QUICK, "--dry-run")
     assert "kernels: torch" in plan.stderr
     assert "device       cpu, kernels torch" in plan.stdout

@@ -16,7 +16,7 @@ from flarec.verify import open_subject
 from flarec.verify.adapter import clean_rows_keep_their_bits
 from tests.checkpoints import tree
 from tests.cli.conversions import QUICK, flarec, write_data
-from tests.models import tiny_checkpoint
+from tests.models import TOKENS, few_checkpoint
 
 RECIPE = ["--recipe", "draft", "--set", "adapter.rank=4", "--set", "adapter.alpha=16", "--set", "objective.ar_weight=0"]
 
@@ -25,7 +25,7 @@ RECIPE = ["--recipe", "draft", "--set", "adapter.rank=4", "--set", "adapter.alph
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("adapters")
     write_data(place / "data.jsonl")
-    tiny_checkpoint(place, "bamba")
+    few_checkpoint(place, "bamba")
     return place
 
 
@@ -70,7 +70,7 @@ def test_a_base_in_codes_is_nowhere_in_what_is_written(place: Path) -> None:
     whole = flarec(*arguments(place, "int8", *int8))
     assert whole.exit_code == 0, whole.output
     said = " ".join(whole.stderr.split())
-    assert re.search(r"base: 24 matrices of decoder layers in int8, 0.2 MB instead of 0.7 MB", said)
+    assert re.search(r"base: 12 matrices of decoder layers in int8, 0.1 MB instead of 0.4 MB", said)
     assert "kept as stored in decoder layers: conv1d.weight" in said
     assert "drafts were learned over a clean stream in int8" in said
     stopped = flarec(*arguments(place, "again", *int8, "--stop-after", "3"))
@@ -84,6 +84,20 @@ def test_a_base_in_codes_is_nowhere_in_what_is_written(place: Path) -> None:
     manifest = Manifest.read(place / "int8")
     assert manifest is not None and manifest.data["base"] == "int8"
     assert "| base | int8 |" in (place / "int8/README.md").read_text()
+
+
+def test_random_ids_need_no_vector(place: Path) -> None:
+    """The ids are in the manifest; evaluations, saves and what opens the checkpoint draw from them."""
+    result = flarec(*arguments(place, "random", "--adapter-only", "--set", "mask_token=random"))
+    assert result.exit_code == 0, result.output
+    assert "held-out after: " in result.stderr
+    manifest = Manifest.read(place / "random")
+    assert manifest is not None and (manifest.mask.kind, manifest.mask.ids) == ("random", ((3, TOKENS),))
+    assert manifest.decode.readouts == {"ar-trust": "causal"} and manifest.recipe["mask_token"] == "random"
+    assert not list((place / "random").rglob("flarec.safetensors"))
+    source = package.load(place / "bamba").generate("say red one", max_new_tokens=8)
+    found = package.load(place / "bamba", adapter=place / "random").generate("say red one", max_new_tokens=8)
+    assert (found.mode, found.token_ids) == ("ar-trust", source.token_ids)
 
 
 def test_options_of_an_adapter_need_one(place: Path) -> None:

@@ -5,38 +5,23 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from flarec.train.loop import Trainer
 from flarec.train.metrics import read_metrics
 from tests.cli.conversions import QUICK, flarec, write_data
-from tests.models import tiny_checkpoint
+from tests.cli.processes import Command
+from tests.models import few_checkpoint
 
 STEPS = 12
-WATCHED = """
-import os, signal
-from flarec.cli import main
-from flarec.train.loop import Trainer
-tell, wait, pipe = (int(os.environ[name]) for name in ("TELL_AT", "WAIT_AT", "TELL_TO"))
-advance = Trainer.advance
-def watched(trainer):
-    if trainer.step == tell: os.write(pipe, b"saved")
-    if trainer.step == wait: signal.pause()  # a test that is late must not find the run complete
-    return advance(trainer)
-Trainer.advance = watched
-main()
-"""
-"""`flarec` that says when a step is saved, and takes no step after a later one before a signal came."""
-
-
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path / "data.jsonl")
-    tiny_checkpoint(tmp_path, "qwen3_5_text")
+    few_checkpoint(tmp_path, "qwen3_5_text")
     return tmp_path
 
 
@@ -57,21 +42,27 @@ def saved_step(place: Path) -> int:
 def stop_after(place: Path, command: list[str], step: int, signal_number: signal.Signals) -> tuple[int, str]:
     """Start a process, send it a signal once `step` is saved, at most 3 steps later; its exit code and stderr."""
     reads, writes = os.pipe()
-    environment = {**os.environ, "TELL_AT": str(step), "WAIT_AT": str(step + 3), "TELL_TO": str(writes)}
-    # in a session of its own, so that a signal for the test's process group does not reach it
-    process = subprocess.Popen(
-        [sys.executable, "-c", WATCHED, *command], cwd=place, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, env=environment, pass_fds=(writes,),
-    )
-    os.close(writes)
-    with process, open(reads, "rb") as told:
-        try:
+
+    def watch() -> None:
+        """The process says when the step is saved, and takes no step after a later one before a signal came."""
+        os.close(reads)
+        advance = Trainer.advance
+
+        def watched(trainer: Trainer) -> Any:
+            if trainer.step == step:
+                os.write(writes, b"saved")
+            if trainer.step == step + 3:
+                signal.pause()  # a test that is late must not find the run complete
+            return advance(trainer)
+
+        pytest.MonkeyPatch().setattr(Trainer, "advance", watched)  # for good: in the process alone
+
+    with Command(command, place / "errors.txt", watch) as process:
+        os.close(writes)
+        with open(reads, "rb") as told:
             if told.read(5) == b"saved":
-                process.send_signal(signal_number)
-            _, errors = process.communicate()
-        finally:
-            process.kill()
-    return process.returncode, errors
+                os.kill(process.child, signal_number)
+        return process.ended()
 
 
 @pytest.mark.slow

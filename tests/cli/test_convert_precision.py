@@ -13,7 +13,7 @@ import flarec as package
 from flarec.checkpoint.manifest import Manifest
 from flarec.train.state import StateDirectory
 from tests.cli.conversions import QUICK, flarec, write_data
-from tests.models import TOKENS, tiny_checkpoint
+from tests.models import TOKENS, few_checkpoint
 
 BF16 = ["--set", "optimizer.precision=bf16"]
 
@@ -40,7 +40,7 @@ def converted(source: Path, *arguments: str) -> tuple[dict[str, Tensor], dict[st
 @pytest.mark.parametrize("mixed", [True, False])
 def test_masters_are_written_in_the_dtypes_of_the_source(place: Path, mixed: bool) -> None:
     """A source in bfloat16 with float32 decay rates, and one in float32."""
-    source = tiny_checkpoint(place, "bamba")
+    source = few_checkpoint(place, "bamba")
     before = load_file(source / "model.safetensors")
     if mixed:
         before = {name: value if name.endswith("A_log") else value.bfloat16() for name, value in before.items()}
@@ -59,7 +59,7 @@ def test_masters_are_written_in_the_dtypes_of_the_source(place: Path, mixed: boo
 
 
 def test_the_mask_token_starts_at_the_mean_of_the_exact_rows(place: Path) -> None:
-    source = tiny_checkpoint(place, "qwen3_5_text", tie_word_embeddings=True)
+    source = few_checkpoint(place, "qwen3_5_text", tie_word_embeddings=True)
     table = "model.embed_tokens.weight"
     mean = load_file(source / "model.safetensors")[table][:TOKENS].mean(0)
     _, saved, _ = converted(source, *BF16, "--set", "optimizer.lr=1e-12")
@@ -69,13 +69,13 @@ def test_the_mask_token_starts_at_the_mean_of_the_exact_rows(place: Path) -> Non
 
 
 def test_on_a_cpu_float32_is_the_choice_of_auto(place: Path) -> None:
-    _, _, manifest = converted(tiny_checkpoint(place, "qwen3_5_text"), "--steps", "1")
+    _, _, manifest = converted(few_checkpoint(place, "qwen3_5_text"), "--steps", "1")
     assert manifest.data["precision"] == "float32"
     assert manifest.recipe["optimizer"]["precision"] == "auto"
 
 
 def test_another_precision_cannot_continue_a_run(place: Path) -> None:
-    source = tiny_checkpoint(place, "qwen3_5_text")
+    source = few_checkpoint(place, "qwen3_5_text")
     converted(source, "--steps", "1")
     Path("out.partial").rename("new.partial")
     result = flarec("convert", source, "--data", "data.jsonl", "--out", "new", "--recipe", "dual", *QUICK,

@@ -100,6 +100,8 @@ def test_samples_beside_the_source(
     assert repeated.exit_code == 0 and "the same numbers as in the record" in repeated.stderr
     refused = CliRunner().invoke(main, [*again, "--seed", "6"])
     assert refused.exit_code == 2 and "--seed is in the record" in refused.stderr
+    for switch in ("--thinking", "--no-thinking", "--execute"):
+        assert f"Error: {switch} is in the record" in CliRunner().invoke(main, [*again, switch]).stderr
     record["result"]["forwards"] += 1
     out.write_text(json.dumps(record))
     changed = CliRunner().invoke(main, again)

@@ -19,7 +19,7 @@ from flarec import api
 from flarec.cli import main
 from tests.checkpoints import converted
 from tests.cli.conversions import flarec
-from tests.models import tiny_checkpoint
+from tests.models import few_checkpoint
 
 KEYS = [
     "text", "token_ids", "mode", "forwards", "new_tokens", "tokens_per_forward", "accepted", "seconds", "stop_reason",
@@ -215,7 +215,7 @@ def test_what_small_files_tell_is_said_before_the_model_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that is not converted, a tokenizer without a chat template."""
-    source = tiny_checkpoint(tmp_path, "bamba")
+    source = few_checkpoint(tmp_path, "bamba")
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "response": "b"}\n')
 

@@ -19,7 +19,7 @@ from flarec.checkpoint.write import write_checkpoint
 from flarec.errors import CheckpointError
 from tests.checkpoints import adapted, converted, manifest_for
 from tests.cli.conversions import flarec
-from tests.models import tiny_checkpoint, tiny_tokenizer
+from tests.models import few_checkpoint, tiny_tokenizer
 
 QUICK = ["--rows", "4", "--steps", "60", "--width", "8", "--max-length", "64", "--device", "cpu", "--held-out", "2",
          "--lr", "1e-2"]
@@ -29,7 +29,7 @@ QUICK = ["--rows", "4", "--steps", "60", "--width", "8", "--max-length", "64", "
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`checkpoint`, whose model says "z" whatever it read, and so do its drafts; `data.jsonl`, which it would write."""
     folder = tmp_path_factory.mktemp("head")
-    source = tiny_checkpoint(folder, "bamba", tie_word_embeddings=False)
+    source = few_checkpoint(folder, "bamba", tie_word_embeddings=False)
     opened = open_checkpoint(source)
     model = opened.load_model(torch.float32)
     says = tiny_tokenizer().convert_tokens_to_ids("z")
@@ -68,6 +68,16 @@ def test_the_checkpoint_decodes_elastically(made: Path, place: Path) -> None:
     assert model.generate("zz", mode="ar-trust", max_new_tokens=17).token_ids == result.token_ids
     said = flarec("generate", made, "zz", "--mode", "elastic", "--threshold", "0", "--max-new-tokens", "9", "--json")
     assert said.exit_code == 0 and json.loads(said.stdout)[0]["mode"] == "elastic"
+
+
+def test_random_ids_are_the_noise_that_it_learns_from(place: Path, tmp_path: Path) -> None:
+    opened = open_checkpoint(place / "checkpoint")
+    model, manifest = opened.load_model(torch.float32), manifest_for(place / "bamba", "random")
+    out = write_checkpoint(tmp_path / "random", model, opened.load_tokenizer(), manifest, attachments={})
+    result = flarec("train-head", out, "--data", place / "data.jsonl", "--out", tmp_path / "out", *QUICK)
+    assert result.exit_code == 0, result.stderr
+    found = package.load(tmp_path / "out").generate("zz", mode="elastic", threshold=0.0, max_new_tokens=17)
+    assert (found.text, found.accepted) == ("z" * 17, [0, 0, 0, 5])
 
 
 def test_what_was_written(made: Path, place: Path) -> None:

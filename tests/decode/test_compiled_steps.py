@@ -40,20 +40,22 @@ def generated(engine: Engine, prompts: int, **options: Any) -> list[list[int]]:
 
 
 def check(family: str, backend: str, prompts: int, *modes: str) -> None:
-    """At temperature 1. With more prompts than slots the number of rows changes."""
-    codes = Codes(backend)
+    """At temperature 1. With more prompts than slots the number of rows changes. Prompts are read compiled, too, those
+    of one length at once."""
+    codes, reading = Codes(backend), Codes(backend, dynamic=True)
 
-    def make(program: DecodeProgram) -> Program:
+    def make(program: DecodeProgram, codes: Codes = codes) -> Program:
         assert isinstance(program, Program)
         return compiled_by_region(program, codes)
 
-    plain, engine = engine_of(family, None), engine_of(family, Static(make))
+    static = Static(make, read=functools.partial(make, codes=reading), read_after=0)
+    plain, engine = engine_of(family, None), engine_of(family, static)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FlarecWarning)
         wanted = generated(plain, prompts, mode="causal", temperature=1.0, seed=3)
         for mode in modes:
             assert generated(engine, prompts, mode=mode, temperature=1.0, seed=3) == wanted
-    assert engine.stats.replays > 20 and codes.known
+    assert engine.stats.replays > 20 and codes.known and reading.known.keys() == codes.known.keys()
 
 
 def test_compiled_ar_trust_gives_the_tokens_of_causal_decoding() -> None:
@@ -98,3 +100,23 @@ def test_the_other_program_runs_once_it_pays_and_is_made_once(after: int) -> Non
     assert len(made) == 1
     first_of_calls = 2 if after == 0 else 1  # behind a prefill; the other one is among the steps before
     assert engine.stats.steps - made[0].steps == after + first_of_calls
+
+
+def test_prompts_are_read_by_the_other_program_after_many_of_them() -> None:
+    """What the program read before is no prefix of what the other one reads: it may round differently."""
+    engine, _ = make_engine(FakeModel(agreement=0.7), 3)
+    engine.keep_prefixes(10**6)
+    made: list[Counting] = []
+
+    def make(program: DecodeProgram) -> Any:
+        made.append(Counting(program))
+        return made[-1]
+
+    engine.shelf = Shelf(PlainReplays, Static(lambda program: program, read=make, read_after=6))
+    prompt = [1, 2, 3]
+    wanted = engine.generate([prompt], mode="causal", max_new_tokens=5)[0].token_ids
+    for known, steps in ((3, 0), (3, 1), (6, 1)):  # tokens that were known, steps of the other program
+        assert engine.generate([prompt], mode="causal", max_new_tokens=5)[0].token_ids == wanted
+        assert engine.stats.known_tokens == known
+        assert sum(program.steps for program in made) == steps
+    assert len(made) == 1 and engine.stats.prompt_tokens == 12

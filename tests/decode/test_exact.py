@@ -1,9 +1,10 @@
 """AR-Trust gives the tokens of causal decoding, whatever runs beside it: random scenarios on real (tiny) models.
 
 A scenario draws a family, a readout, a policy of drafts, a block size, slots, chunks of prompts, whether steps go
-through the buffers of graphs, and whether prompts come from a prefix cache; its requests arrive, stop and are cancelled
-at random. A case is a request. The default suite runs a sample; `make test-exact CASES=10000` runs as many as one
-likes, in parts of a few families each, so that several processes share them.
+through the buffers of graphs, and whether prompts come from a prefix cache; the noise of every third is random ids; its
+requests arrive, stop and are cancelled at random. A case is a request. The default suite runs a sample; `make
+test-exact CASES=10000` runs as many as one likes, in parts of a few families each, so that several processes share
+them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def scenario(seed: int, families: tuple[str, ...]) -> tuple[int, int, int, list[
     made = subject(family)
     engine = Engine(
         made.decode, mask_token_id=MASK, block_size=size, readouts={"ar-trust": readout}, eos_ids=(),
-        max_positions=400, suppress=[MASK],
+        max_positions=400, suppress=[MASK], noise_ids=((0, MASK),) if seed % 3 == 2 else (),
     )
     graphs = rng.random() < 0.5
     if graphs:

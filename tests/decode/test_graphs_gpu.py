@@ -14,6 +14,7 @@ import torch
 from flarec.base.generation import Drafts, GenerationOptions, Mode
 from flarec.decode import Engine
 from flarec.decode.horizon import HorizonProgram
+from flarec.decode.noise_ids import Ranges
 from flarec.decode.policy import CAUSAL, Drafting
 from flarec.decode.stores import Static
 from flarec.ir.compiled import Codes, compiled_by_region
@@ -33,7 +34,7 @@ def program_of(family: str) -> Program:
     return capture(tiny_model(family).cuda())
 
 
-def engine_of(captured: Program, graphs: str, block: int = SIZE) -> Engine:
+def engine_of(captured: Program, graphs: str, block: int = SIZE, noise_ids: Ranges = ()) -> Engine:
     """Of a captured program; elastic decoding is by a random head."""
     program = lower(captured, "decode", kernels="triton")
 
@@ -46,8 +47,25 @@ def engine_of(captured: Program, graphs: str, block: int = SIZE) -> Engine:
     return Engine(
         program, mask_token_id=VOCABULARY - 1, block_size=block, eos_ids=[2], max_positions=4096, graphs=graphs,
         suppress=[VOCABULARY - 1], readouts={"ar-trust": "causal", "diffusion-trust": "block_end"},
-        horizon=horizon,
+        horizon=horizon, noise_ids=noise_ids,
     )
+
+
+@pytest.mark.gpu
+def test_random_ids_are_drawn_inside_of_graphs() -> None:
+    """By request and position, as plain steps draw them: texts, and how many drafts were accepted."""
+    program, rng = program_of("qwen3_5_text"), random.Random(1)
+    prompts = [[rng.randrange(3, VOCABULARY - 1) for _ in range(rng.randint(1, 40))] for _ in range(8)]
+    each = [replace(random_options(rng), max_new_tokens=40) for _ in prompts]
+    plain, graphed = (engine_of(program, graphs, noise_ids=((3, 90), (95, 500))) for graphs in ("off", "auto"))
+    for way in ({"mode": "ar-trust"}, {"mode": "ar-trust", "drafts": "single"}, {"mode": "elastic", "threshold": 0.0}):
+        expected = plain.generate(prompts, each, batch=5, **way)
+        for _ in range(2):
+            found = graphed.generate(prompts, each, batch=5, **way)
+            assert [(one.token_ids, one.accepted) for one in found] == [
+                (one.token_ids, one.accepted) for one in expected
+            ], way
+    assert not graphed.stats.eager and graphed.stats.replays > 0.5 * graphed.stats.steps
 
 
 @pytest.mark.gpu

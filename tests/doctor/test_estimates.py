@@ -82,6 +82,20 @@ def test_training_memory_is_what_torch_allocates(family: str) -> None:
     assert simulated(family).memory.total == sum(parts.values())
 
 
+def test_memory_of_8_bit_moments_is_what_the_optimizer_keeps() -> None:
+    """Codes and scales, and activations as with float32's; a step's own decoded values are gone before they come."""
+    chosen = RECIPE.override(["optimizer.moments=8bit"])
+    program = lower(real("qwen3_5_text"), "train")
+    parts = simulate_training(program, chosen, length=LENGTH, batch=BATCH, device=CPU).memory.parts
+    run = Trainer(program, chosen, MaskToken("row", program.vocab_size - 1), full_rows(LENGTH, BATCH), seed=0)
+    run.advance()
+    kept = sum(value.nbytes for state in run.optimizer.state.values() for value in state.values())
+    assert parts["AdamW moments"] == kept
+    count = sum(parameter.numel() for parameter in run.parameters.values())
+    assert 2 * count < kept < 2.1 * count
+    assert parts["activations"] == pytest.approx(simulated("qwen3_5_text").memory.parts["activations"], rel=1e-3)
+
+
 @pytest.mark.parametrize("base", ["stored", "int8"])
 def test_memory_of_an_adapter_is_what_torch_allocates(base: str) -> None:
     """A frozen model without gradients and moments, as it is or in codes, and activations of noisy rows."""

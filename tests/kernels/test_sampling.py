@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from flarec.errors import UsageError
-from flarec.kernels.sampling import MOST_TOKENS, UNCHOSEN, arithmetic, choose, mask_of, reference, torch_choice
+from flarec.kernels.sampling import (
+    MOST_TOKENS,
+    UNCHOSEN,
+    arithmetic,
+    choose,
+    mask_of,
+    random_ids,
+    reference,
+    torch_choice,
+)
 from flarec.kernels.sampling.triton_choice import SamplingLaunch, choose_rows, launch_of
 
 CUDA = torch.cuda.is_available()
@@ -234,3 +243,27 @@ def test_the_device_does_not_change_a_choice(dtype: torch.dtype) -> None:
         graph.replay()
         given[4].add_(1)
         same(found, choose(logits, *given, out))
+
+
+def test_random_ids_are_those_of_the_loop_and_uniform() -> None:
+    draw = random.Random(3)
+    pool, seeds = sorted(draw.sample(range(10**6), 37)), [0, 1, -1, draw.randrange(2**63), -(2**63)]
+    places = [[draw.choice([0, 1, draw.randrange(2**31)]) for _ in range(6)] for _ in seeds]
+    found = random_ids(torch.tensor(seeds), torch.tensor(places), torch.tensor(pool))
+    wanted = [
+        [reference.random_id(seed % reference.WORD, place, pool) for place in row]
+        for seed, row in zip(seeds, places, strict=True)
+    ]
+    assert found.tolist() == wanted
+
+    if CUDA:
+        there = random_ids(torch.tensor(seeds).cuda(), torch.tensor(places).cuda(), torch.tensor(pool).cuda())
+        assert there.tolist() == wanted
+
+    many = random_ids(torch.arange(40), torch.arange(1000).expand(40, -1), torch.arange(7))
+    counts = torch.bincount(many.flatten(), minlength=7).double()
+    expected = many.numel() / 7
+    assert float(((counts - expected) ** 2 / expected).sum()) < 22.5  # chi squared, 6 degrees: 0.1 %
+    assert not torch.equal(many[0], many[1])
+    alone = random_ids(torch.tensor([5]), torch.tensor([[9, 9]]), torch.arange(1000))
+    assert alone[0, 0] == alone[0, 1]

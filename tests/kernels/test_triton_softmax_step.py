@@ -19,7 +19,7 @@ from tests.oracles.layouts import layouts
 pytest.importorskip("triton")
 
 from flarec.kernels.softmax_attention.step import launch as step_launch
-from flarec.kernels.softmax_attention.step.launch import MOST_SPLITS, StepLaunch, launch_of
+from flarec.kernels.softmax_attention.step.launch import MANY_ROWS, MOST_SPLITS, StepLaunch, launch_of
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -78,12 +78,13 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("heads", "group", "dim", "value_dim", "window", "softcap"), SHAPES)
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("splits", "many"), [(1, False), (3, False), (1, True), (3, True)])
 def test_a_step_is_the_loop(
-    heads: int, group: int, dim: int, value_dim: int, window: int | None, softcap: float | None, splits: int
+    heads: int, group: int, dim: int, value_dim: int, window: int | None, softcap: float | None, splits: int,
+    many: bool,
 ) -> None:
     given = operands(STEP, 32, heads, group, dim, value_dim, torch.float32)
-    launch = StepLaunch(queries=16, keys=16 if CUDA else 8, splits=splits, stages=1)
+    launch = StepLaunch(queries=16, keys=16 if CUDA else 8, splits=splits, stages=1, many=many)
     compare(STEP, given, 2e-6, launch, scale=dim**-0.5, window=window, softcap=softcap)
 
 
@@ -98,14 +99,39 @@ def test_low_precision(dtype: torch.dtype, rtol: float) -> None:
     layout=layouts(single_document=True, max_clean=6, max_block=3),
     window=st.one_of(st.none(), st.integers(1, 6)),
     splits=st.integers(1, 2),
+    many=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_layout(layout: Layout, window: int | None, splits: int, seed: int) -> None:
+def test_any_layout(layout: Layout, window: int | None, splits: int, many: bool, seed: int) -> None:
     capacity = int((layout.cached + layout.clean_length).max()) + 2
     given = operands(layout, capacity, 1, 2, 16, 16, torch.float32, seed)
     if not given[0].numel():
         return
-    compare(layout, given, 2e-6, StepLaunch(16, 16, splits, stages=1), scale=0.3, window=window)
+    compare(layout, given, 2e-6, StepLaunch(16, 16, splits, stages=1, many=many), scale=0.3, window=window)
+
+
+@pytest.mark.parametrize("window", [None, 17])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_prefill_is_the_loop(window: int | None, splits: int) -> None:
+    """Prompts of unequal length behind caches of unequal length: keys that all rows of a tile read, some read, or none;
+    a block behind one of them, and groups of heads that no tile holds whole."""
+    layout = build_layout([[70], [41]], [[Block(0, 103, 3, readout="causal")], []], cached=[33, 0])
+    given = operands(layout, 128, 1, 3, 16, 16, torch.float32)
+    compare(layout, given, 2e-6, StepLaunch(16, 16, splits, stages=1, many=True), scale=0.3, window=window)
+
+
+@pytest.mark.parametrize(("splits", "window"), [(1, None), (3, 5)])
+def test_many_rows_get_what_few_get(splits: int, window: int | None) -> None:
+    """Bit for bit: the kernel of a prefill takes the same keys in the same order."""
+    layout = build_layout([[20], [7]], [[], []], cached=[40, 3])
+    given, there = [x.to(DEVICE) for x in operands(layout, 64, 1, 2, 16, 16, torch.float32)], layout.to(DEVICE)
+    tensors = (there.clean_document, there.clean_position, there.noisy_block, there.noisy_position, there.block_anchor,
+               there.block_readout, there.cached)
+    few, many = (
+        run(*[x.clone() for x in given], tensors, scale=0.3, window=window, softcap=None,
+            launch=StepLaunch(16, 16, splits, stages=1, many=kind)) for kind in (False, True)
+    )
+    assert torch.equal(few, many)
 
 
 def test_operands_may_lie_anywhere_and_must_fit() -> None:
@@ -131,8 +157,12 @@ def test_launches_fill_the_device_and_leave_short_caches_whole() -> None:
             for pairs in (1, 2, 256):
                 for capacity in (0, 64, 32768):
                     launch = launch_of(torch.bfloat16, dim, rows, pairs, capacity)
-                    assert 16 <= launch.queries <= 64 and 1 <= launch.splits <= MOST_SPLITS
+                    assert launch.many == (rows >= MANY_ROWS)
+                    assert 16 <= launch.queries <= (128 if launch.many else 64) and 1 <= launch.splits <= MOST_SPLITS
                     assert launch.splits == 1 or launch.splits * 4 * launch.keys <= capacity
+    for room, tiles in ((227, (128, 64)), (163, (128, 32)), (99, (64, 32))):  # KiB of an H100, an A100, an L40S
+        launch = launch_of(torch.bfloat16, 256, 32768, 2, 8192, room << 10)
+        assert (launch.queries, launch.keys) == tiles
     assert launch_of(torch.bfloat16, 256, 64, 2, 32768).splits == MOST_SPLITS
     assert launch_of(torch.bfloat16, 256, 4, 2, 64).splits == 1
 
@@ -166,6 +196,10 @@ def test_real_sizes_on_a_gpu(dtype: torch.dtype, heads: int, group: int, dim: in
     rtol = 2e-5 if dtype == torch.float32 else 6e-3
     for window in (None, 1000):
         compare(layout, [x.clone() for x in given], rtol, scale=dim**-0.5, window=window)
+    prompt = build_layout([[700], [300]], [[Block(0, 9700, 3)], []], cached=held)
+    long = operands(prompt, 9984, heads, group, dim, value_dim, dtype)
+    for window in (None, 1000):
+        compare(prompt, [x.clone() for x in long], rtol, scale=dim**-0.5, window=window)
     moved, there = [x.cuda() for x in given], layout.to("cuda")
     eager = step(*moved, there, scale=0.1)
     graph = torch.cuda.CUDAGraph()

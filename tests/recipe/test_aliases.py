@@ -70,6 +70,11 @@ def test_the_names_are_those_of_transformers() -> None:
         (["gradient_accumulation_steps=2", "optimizer.micro_rows=3"],
          {"optimizer.micro_rows": 3, "optimizer.batch_rows": 6}),
         (["seed=3"], {}),
+        (["optim=adamw_torch"], {}),
+        (["optim=adamw_torch_fused"], {}),
+        (["optim=adamw_8bit"], {"optimizer.moments": "8bit"}),
+        (["optim=adamw_bnb_8bit"], {"optimizer.moments": "8bit"}),
+        (["optim=adamw_torch_8bit"], {"optimizer.moments": "8bit"}),
     ],
 )
 def test_what_a_name_becomes(given: list[str], becomes: dict[str, Any], tmp_path: Path) -> None:
@@ -118,6 +123,10 @@ def test_what_a_name_becomes(given: list[str], becomes: dict[str, Any], tmp_path
         (["gradient_checkpointing=true", "train.memory=keep"], "gradient_checkpointing and train.memory"),
         (["gradient_checkpointing_kwargs=x"], "leave it out"),
         (["optim=adafactor"], "the optimizer is AdamW"),
+        (["optim=adamw_torch_4bit"], "the optimizer is AdamW (adamw_torch), with 8-bit moments (adamw_8bit) if wanted"),
+        (["optim=paged_adamw_8bit"], "optim = 'paged_adamw_8bit' is not there"),
+        (["optim=adamw_8bit", "optimizer.moments=float32"], "optim and optimizer.moments are given"),
+        (["optimizer.moments=int8"], "optimizer.moments = 'int8' is not allowed; give"),
         (["eval_strategy=epoch"], "set evaluation.every"),
         (["save_total_limit=1"], "save.total_limit = 1 is not allowed; give a whole number, at least 2"),
         (["learning_rate=fast"], "optimizer.lr = 'fast' is not allowed"),

@@ -37,6 +37,7 @@ def test_a_checkpoint_without_its_manifest(tmp_path: Path) -> None:
     ({"manifest": False, "mask_token_id": 9, "block_size": 4}, "readout block_end"),  # of another program
     ({"kind": "vector"}, "is a vector, which vLLM takes of an adapter alone"),
     ({"kind": "vector", "adapter": AdapterInfo(4, 8.0, "all-linear")}, "has no row to spare"),  # no tokenizer
+    ({"kind": "random", "adapter": AdapterInfo(4, 8.0, "all-linear")}, "random ids, and vLLM knows the rows"),
     ({"readouts": {"ar-trust": "block_end", "diffusion-trust": "block_end"}}, "readout block_end"),
     ({"readouts": {"diffusion-trust": "block_end"}}, "readout None"),
     ({"adapter": AdapterInfo(4, 8.0, "all-linear", alone=True)}, "an adapter without its model"),

@@ -19,8 +19,7 @@ def written(
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"model_type": model_type, **config}))
     if manifest:
-        found = Manifest(
-            Source("origin"), MaskToken(kind, 500), DecodeDefaults(4, dict(readouts)), adapter=adapter
-        )
+        mask = MaskToken(kind, 500, ((0, 500),) if kind == "random" else ())
+        found = Manifest(Source("origin"), mask, DecodeDefaults(4, dict(readouts)), adapter=adapter)
         (folder / "flarec.json").write_text(found.to_json())
     return folder

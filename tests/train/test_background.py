@@ -117,6 +117,12 @@ def test_when_saves_are_written_meanwhile(monkeypatch: pytest.MonkeyPatch) -> No
     ]
     needed = background.state_size(trainer)
     assert needed == 3 * sum(4 * value.numel() for value in trainer.parameters.values())
+    coded = small("bamba").trainer(recipe("draft", "optimizer.moments=8bit"))
+    coded.advance()
+    saved, count = coded.state(), sum(value.numel() for value in coded.parameters.values())
+    every = sum(value.nbytes for part in (saved.model, saved.optimizer) for value in part.values())
+    assert 0 <= every - background.state_size(coded) <= 4 * len(saved.model), "counts of steps"
+    assert background.state_size(coded) < 7 * count < needed
     monkeypatch.setattr(type(trainer.program), "device", torch.device("cuda"))
     for free, chosen, words in ((2 * needed, True, "while training goes on"), (needed, False, "training waits"),
                                 (None, False, "nothing says how much")):

@@ -25,7 +25,7 @@ FAMILY = "qwen3_5_text"
 def trainer(chosen: Recipe, ahead: bool, data: TokenSource | None = None) -> Trainer:
     made = small(FAMILY).trainer(chosen, data=data)
     feed = made.feed
-    made.feed = Feed(feed.program, feed.recipe, feed.mask_token_id, feed.rows, feed.seed, ahead=ahead)
+    made.feed = Feed(feed.program, feed.recipe, feed.mask, feed.rows, feed.seed, ahead=ahead)
     return made
 
 

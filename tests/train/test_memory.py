@@ -60,6 +60,11 @@ def test_a_choice_is_for_what_is_measured(name: str) -> None:
     needs, state = measure_row(program, chosen, mask), state_bytes(program, chosen, 1)
     trained = sum(value.numel() for value in run.trainer(chosen).parameters.values())
     assert state == 12 * trained, "gradients and moments; the masters are the parameters"
+    in_codes = chosen.override(["optimizer.moments=8bit"])
+    coded = run.trainer(in_codes).weights
+    assert state_bytes(program, in_codes, 1) == 4 * trained + coded.moment_bytes
+    assert (coded.moment_bytes < 2.6 * trained) != adapter, "of this adapter every part is too small"
+    assert coded.bytes - coded.moment_bytes == run.trainer(chosen).weights.bytes - 8 * trained
     assert 0 < needs.again < needs.kept
     assert all(value.grad is None for value in program.parameters().values())
     far = choose(program, chosen, mask, 1, free=GB)

@@ -57,6 +57,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(choice: str, dtype: torch.dty
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_with_8_bit_moments_equals_an_uninterrupted_one(dtype: torch.dtype, tmp_path: Path) -> None:
+    chosen, set_up = recipe("dual", "optimizer.moments=8bit"), small("qwen3_5_text", dtype=dtype)
+    resumed_equals_uninterrupted(set_up, chosen, 3, tmp_path)
+    trainer = set_up.trainer(chosen)
+    directory = StateDirectory(tmp_path / "out.partial")
+    state = directory.latest()
+    assert state is not None
+    whole = sum(value.numel() for value in state.model.values())
+    codes = [value for value in state.optimizer.values() if value.dtype == torch.uint8]
+    assert 0.9 < sum(value.numel() for value in codes) / (2 * whole) < 1
+    assert 2.03 * whole < sum(value.nbytes for value in state.optimizer.values()) < 2.6 * whole, "of 8 bytes"
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        set_up.trainer(recipe("dual")).load(state)
+    trainer.load(state)
+
+
 @pytest.mark.parametrize(("dtype", "base"), [(torch.float32, "stored"), (torch.bfloat16, "int8")])
 def test_a_resumed_adapter_equals_an_uninterrupted_one(dtype: torch.dtype, base: str, tmp_path: Path) -> None:
     chosen = adapter_recipe("optimizer.warmup_steps=5", f"adapter.base={base}")
@@ -160,8 +177,10 @@ def test_more_saves_can_be_kept(directory: StateDirectory) -> None:
 
 @pytest.mark.parametrize("limit", [0, 100, 10_000])
 def test_a_full_disk_keeps_the_last_good_save(directory: StateDirectory, limit: int) -> None:
+    with full_disk(limit), pytest.raises(TrainingError, match=r"and start again with --resume \(there is no save yet"):
+        directory.save(3, values(3))
     directory.save(3, values(3))
-    with full_disk(limit), pytest.raises(TrainingError, match=r"cannot write .*continue with --resume"):
+    with full_disk(limit), pytest.raises(TrainingError, match=r"and continue with --resume from the save of step 3$"):
         directory.save(6, values(6))
     assert step_of(directory) == 3
     assert not list(directory.path.glob("*06*")), "nothing half-written stays"
@@ -195,6 +214,9 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"cannot make .*choose another --out"):
         StateDirectory(tmp_path / "file" / "out.partial").create({})
+    with full_disk(0), pytest.raises(TrainingError, match=r"cannot write .* and start again$"):
+        StateDirectory(tmp_path / "out.partial").create({})
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_metrics_continue_at_the_save(tmp_path: Path) -> None:

@@ -68,12 +68,18 @@ class ServingSession(Session):
         return kind(
             self.program, mask_token_id=mask, block_size=self.block, eos_ids=(), max_positions=1 << 20, slots=slots,
             readouts={"ar-trust": "causal", "diffusion-trust": "block_end"}, suppress=(mask,), graphs=graphs,
-            static=Static(self._compiled) if self.compile and graphs == "auto" else None,
+            static=Static(self._compiled, read=self.reader) if self.compile and graphs == "auto" else None,
         )
 
     def _compiled(self, program: Any) -> Program:
         """One for all engines: what was compiled is not compiled again."""
         return self.measured("compiled", lambda: compiled_by_region(program, Codes(exact=EXACT)))
+
+    def reader(self, program: Any) -> Program:
+        """What reads prompts once there were many."""
+        if not self.compile:
+            return self.program
+        return self.measured("reader", lambda: compiled_by_region(program, Codes(dynamic=True)))
 
     def prompts(self, requests: int, tokens: int | None = None) -> list[list[int]]:
         generator = torch.Generator().manual_seed(1)

@@ -89,22 +89,42 @@ def _waits(session: ServingSession, step: object, count: int = 5) -> float:
     return 1 + sum("synchroniz" in str(item.message) for item in found) / count
 
 
-def prefill_ms(session: ServingSession, tokens: int) -> float:
-    """One prompt, read in one forward; the fastest of three."""
+def prefill_ms(session: ServingSession, tokens: int, chunk: int | None = None, *, early: bool = False) -> float:
+    """One prompt, read in forwards of `chunk` tokens (None: in one); the fastest of three.
+
+    early: as an engine reads its first prompts, else as it does after many, which is compiled if steps are.
+    """
 
     def once() -> float:
-        engine = session.engine(1)
-        request = engine.add(session.prompts(1, tokens)[0], mode="causal", max_new_tokens=2)
-        rows = Rows(session.program, engine._mode(request.options), [request], [request.options], None)
-        prefill = Prefill(rows, tokens)
+        read = reading(session, tokens, chunk, early=early)
         session.wait()
         start = time.perf_counter()
-        with torch.no_grad():
-            prefill.advance()
+        read()
         session.wait()
         return 1e3 * (time.perf_counter() - start)
 
-    return session.measured(("prefill", tokens), lambda: min(once() for _ in range(3)))
+    def measure() -> float:
+        once()  # may compile
+        return min(once() for _ in range(3))
+
+    return session.measured(("prefill", tokens, chunk, early), measure)
+
+
+@torch.no_grad()
+def reading(session: ServingSession, tokens: int, chunk: int | None, *, early: bool) -> Callable[[], None]:
+    """The forwards of `prefill_ms`, once."""
+    engine = session.engine(1)
+    request = engine.add(session.prompts(1, tokens)[0], mode="causal", max_new_tokens=2)
+    rows = Rows(session.program, engine._mode(request.options), [request], [request.options], None)
+    program = session.program if early else session.reader(session.program)
+    prefill = Prefill(rows, chunk or tokens, program=program)
+
+    @torch.no_grad()
+    def read() -> None:
+        while not prefill.advance():
+            pass
+
+    return read
 
 
 def sampler(session: ServingSession, rows: int) -> Callable[[], tuple[Tensor, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ...base.generation import Mode
+from ...decode.engine import chunk_on
 from ..measure import NotMeasured
 from ..session import Case, Measured, Session, named
 from . import first_token, ours, stock
@@ -59,10 +60,21 @@ def _sampling(session: ServingSession) -> Measured:
     return Measured(ours.sampling_ms(session, 16))
 
 
-def _prefill(session: ServingSession) -> Measured:
-    tokens = PROMPT if session.on_gpu else session.context
-    mine, theirs = ours.prefill_ms(session, tokens), stock.prefill_ms(session, tokens)
-    return Measured(mine / theirs, {"ours_ms": mine, "stock_ms": theirs, "tokens": float(tokens)})
+def _prefill(*, early: bool) -> Measure:
+    """In one forward, and in pieces as long as an engine's."""
+
+    def measure(session: ServingSession) -> Measured:
+        tokens, chunk = PROMPT if session.on_gpu else session.context, chunk_on(session.device)
+        mine, theirs = ours.prefill_ms(session, tokens, early=early), stock.prefill_ms(session, tokens)
+        return Measured(mine / theirs, {
+            "ours_ms": mine,
+            "stock_ms": theirs,
+            "default_chunks_ms": ours.prefill_ms(session, tokens, chunk, early=early),
+            "default_chunk": float(chunk),
+            "tokens": float(tokens),
+        })
+
+    return measure
 
 
 def _waits(session: ServingSession) -> Measured:
@@ -130,7 +142,8 @@ ROWS: tuple[Case, ...] = (
         )
     ),
     _row("long-context", "AR-Trust step at 32k context to 512", _long, 1.2, 1.08),
-    _row("prefill", "prefill of 8k tokens to stock", _prefill, 1.1, 0.9),
+    _row("prefill", "prefill of 8k tokens to stock", _prefill(early=False), 1.1, 0.9),
+    _row("prefill-first", "prefill of 8k tokens to stock, as first prompts are read", _prefill(early=True)),
     _row("first-token-cold", "until the first replayed step, nothing compiled before", _first_token("cold"), 90.0, 45.0,
          unit="s"),
     _row("first-token-warm", "until the first replayed step, everything compiled before", _first_token("warm"), 15.0,

@@ -127,6 +127,11 @@ def proposal_of(directory: Path, drafts: int | None = None) -> Proposal:
             f"{directory} holds an adapter without its model, and vLLM opens one directory; convert without "
             "--adapter-only"
         )
+    if manifest.mask.kind == "random":
+        raise CheckpointError(
+            f"the noise of {directory} is random ids, and vLLM knows the rows that draft by the id of a mask; serve it "
+            "with --engine flarec, or convert with mask_token = \"vector\""
+        )
     mask = manifest.mask.token_id if manifest.mask.kind == "row" else None
     if manifest.mask.kind == "vector" and manifest.adapter is not None:
         mask = spare_row(directory)

@@ -32,6 +32,8 @@ USED = "answers trained as the token ids that the model wrote"
 OTHER_TOKENIZER = "answers read as text (their token ids are of another tokenizer)"
 OTHER_PROMPT = "answers read as text (their prompt has other token ids now: another chat template, or it was changed)"
 OTHER_TEXT = "answers read as text (it is not what their token ids say)"
+NO_TOKEN = "answers read as text (one of their token ids is no token of the tokenizer)"
+NO_ANSWER = "records whose token ids are left out (they end with no answer that is trained)"
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class GeneratedIds:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._vocabulary = ""
+        self._known: frozenset[int] = frozenset()
 
     def field(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
         """What a record says of an answer (under `KEY`)."""
@@ -79,6 +82,12 @@ class GeneratedIds:
             self._vocabulary = hashlib.sha256(repr(tokens).encode(errors="surrogatepass")).hexdigest()[:DIGITS]
         return self._vocabulary
 
+    @property
+    def known(self) -> frozenset[int]:
+        """The ids of all tokens."""
+        self._known = self._known or frozenset(self.tokenizer.get_vocab().values())
+        return self._known
+
     def read(
         self, shape: Shape, given: Generated, text: tuple[Sequence[int], Spans], ends: Collection[int],
         closing: Collection[int],
@@ -90,11 +99,15 @@ class GeneratedIds:
         tokens that end a text, and those that may end a turn.
         """
         answer = _answer(shape)
+        ids, spans = text
+        if answer is None or not spans:
+            return None, NO_ANSWER
         if given.tokenizer != self.vocabulary:
             return None, OTHER_TOKENIZER
-        ids, spans = text
+        if not self.known.issuperset(given.ids):  # a decoder leaves such an id out, and the text would seem right
+            return None, NO_TOKEN
         stopped = not any(i in ends for i in given.ids[:-1])  # nothing is written behind an end token
-        if answer is None or not spans or not stopped or decode_tokens(self.tokenizer, given.ids) != answer:
+        if not stopped or decode_tokens(self.tokenizer, given.ids) != answer:
             return None, OTHER_TEXT
         try:
             prompt = self._prompt(shape)

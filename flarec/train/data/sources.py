@@ -228,8 +228,9 @@ class RecordEncoder:
     """The function from a record to (token ids, response spans), each by its own shape.
 
     It raises `BadRecord` for the record, and `DataError` for a tokenizer that cannot serve its shape. `format` is the
-    shape of the last record, `formats` counts all of them; `ends` are the ids that end a text, `closing` those
-    that can end a turn; `notes` is what should be known of the records so far, and of how many.
+    shape of the last record, `of_chat` whether a chat template wrote it, `formats` counts all of them; `ends` are the
+    ids that end a text, `closing` those that can end a turn; `notes` is what should be known of the records so far, and
+    of how many.
     """
 
     def __init__(self, tokenizer: Any, end_ids: Collection[int] | None, path: Path) -> None:
@@ -242,10 +243,11 @@ class RecordEncoder:
         self.notes = self.chat.notes
         self.formats: Counter[str] = Counter()
         self.format = ""
+        self.of_chat = False
 
     def __call__(self, record: dict[str, Any]) -> tuple[list[int], Spans]:
         self.format, shape = shape_of(record)
-        given = generated_of(record)
+        given, self.of_chat = generated_of(record), isinstance(shape, Dialogue)
         if isinstance(shape, Dialogue):
             if not getattr(self.tokenizer, "chat_template", None):
                 raise DataError(

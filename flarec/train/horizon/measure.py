@@ -43,9 +43,9 @@ def measure(
         block_size=size, mask="all", views=1, supervise="masked-input", readout="causal", loss="ce", grids=size
     )
     hidden, safe, places = [], [], 0
-    generator = torch.Generator()  # fully masked, fixed grids: nothing is drawn that matters
+    generator = torch.Generator()  # fully masked, fixed grids: nothing is drawn that matters, but random ids
     for done, row in enumerate(rows, 1):
-        (batch,) = build_batches([row], everywhere, mask.token_id, generator)
+        (batch,) = build_batches([row], everywhere, mask.token_id, generator, noise_ids=mask.ids)
         here = batch.to(program.device)
         derived = program.derive(batch.layout, moved=here.layout)
         results, *_ = program.results(here.input_ids, layout=here.layout, head_rows=here.head_rows, derived=derived)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...decode.noise_ids import Ranges, pool_of
 from ...errors import DataError
 from ...layout import BLOCK_END, PADDING, Layout
 from ...recipe.diffusion import Diffusion
@@ -26,7 +27,8 @@ from .noise import Noise, draw_noise
 class Batch:
     """One forward pass. `T = Lc + Ln` tokens per row, `N` rows with logits, `Na` AR targets, `Nd` diffusion signals.
 
-    input_ids         [rows, T] int64  clean ids, then noisy ids (the mask token where masked); 0 on padding
+    input_ids         [rows, T] int64  clean ids, then noisy ids (where masked the mask token, or an id at random); 0
+                                       on padding
     head_rows         [N] int64        flat indices row * T + slot of the tokens whose logits are needed; sorted, unique
     ar_index          [Na] int64       into the head_rows axis
     ar_target         [Na] int64       token ids
@@ -110,18 +112,21 @@ def build_batches(
     clean_length: int | None = None,
     noisy: bool = True,
     entropies: Sequence[Tensor] | None = None,
+    noise_ids: Ranges = (),
 ) -> list[Batch]:
     """The forward passes of one optimizer step, `micro_rows` rows each (None: all in one).
 
     Grids and noise are drawn, and noise stratified, over all rows together, so the micro batch size does not change
     them. Clean rows are padded to `clean_length` (None: to the longest row). noisy: False for the clean streams alone.
-    entropies: see `lay_grids`. Raises `DataError` if the data contains the mask token.
+    entropies: see `lay_grids`. noise_ids: ranges [first, end) of the ids that masked positions show at random; none:
+    they show the mask token. Raises `DataError` if the data contains the mask token.
     """
     assert rows, "no rows"
     micro_rows = micro_rows or len(rows)
     grid = lay_grids(rows if noisy else [], diffusion, generator, entropies)
     texts = [torch.from_numpy(document.ids).long() for packed in rows for document in packed.documents]
-    noise = draw_noise(len(grid.row), diffusion, generator, texts)
+    pool = pool_of(noise_ids) if noise_ids else None
+    noise = draw_noise(len(grid.row), diffusion, generator, texts, pool)
     batches = []
     for start in range(0, len(rows), micro_rows):
         part = rows[start : start + micro_rows]
@@ -188,7 +193,7 @@ def _build(
     teacher_flat = row * total + teacher_slot
     head_rows = torch.cat([ar_flat, noisy_flat]).sort().values
     return Batch(
-        input_ids=torch.cat([ids, copies.spread_tokens(shown.masked_fill(masked, mask_token_id), 0)], dim=1),
+        input_ids=torch.cat([ids, copies.spread_tokens(noise.hide(shown, masked, cell, mask_token_id), 0)], dim=1),
         layout=layout,
         head_rows=head_rows,
         ar_index=torch.searchsorted(head_rows, ar_flat),

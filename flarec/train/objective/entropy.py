@@ -32,7 +32,7 @@ def next_token_entropies(
     generator = torch.Generator()  # without noise nothing is drawn
     batches = build_batches(rows, diffusion, mask_token_id, generator, micro_rows=micro_rows, noisy=False)
     for number, batch in enumerate(batches):
-        ids, layout = _with_a_noisy_token(batch, mask_token_id)
+        ids, layout = _with_a_noisy_token(batch)
         row, slot = batch.head_rows // batch.layout.length, batch.head_rows % batch.layout.length
         head_rows = (row * layout.length + slot).to(program.device)
         moved = layout.to(program.device)
@@ -53,7 +53,7 @@ def _entropies(logits: Tensor, suppress: int | None) -> Tensor:
     return -(known.exp() * known).sum(1)
 
 
-def _with_a_noisy_token(batch: Batch, mask_token_id: int) -> tuple[Tensor, Layout]:
+def _with_a_noisy_token(batch: Batch) -> tuple[Tensor, Layout]:
     """Ids and layout with one noisy token per row, which nobody reads: graphs whose streams are apart need some."""
     rows = len(batch.input_ids)
     zero = torch.zeros(rows, 1, dtype=torch.int64)
@@ -61,4 +61,4 @@ def _with_a_noisy_token(batch: Batch, mask_token_id: int) -> tuple[Tensor, Layou
         batch.layout, noisy_block=zero, noisy_position=zero, block_document=zero, block_anchor=zero, block_view=zero,
         block_readout=zero + CAUSAL,
     )
-    return torch.cat([batch.input_ids, zero + mask_token_id], dim=1), layout
+    return torch.cat([batch.input_ids, zero], dim=1), layout

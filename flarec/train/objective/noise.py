@@ -38,20 +38,33 @@ class Noise:
     masked  [n, B] bool   masked positions of the first view; the second view masks the complement
     wrong   [n, B] int64  what a position shows in the view that does not mask it; -1: its own token. None: no kind has
                           wrong tokens
+    ids     [n, B] int64  what a position shows where it is masked; None: the mask token
     """
 
     kinds: Kinds
     masked: Tensor
     wrong: Tensor | None = None
+    ids: Tensor | None = None
 
     def select(self, keep: Tensor) -> Noise:
         """Of other blocks: numbers [m] int64."""
-        return Noise(self.kinds[keep], self.masked[keep], None if self.wrong is None else self.wrong[keep])
+        wrong, ids = (None if drawn is None else drawn[keep] for drawn in (self.wrong, self.ids))
+        return Noise(self.kinds[keep], self.masked[keep], wrong, ids)
+
+    def hide(self, shown: Tensor, masked: Tensor, block: Tensor, mask_token_id: int) -> Tensor:
+        """What copies of blocks `block` [copies] have as input: `shown` [copies, B] ids, hidden where `masked`."""
+        if self.ids is None:
+            return shown.masked_fill(masked, mask_token_id)
+        return torch.where(masked, self.ids[block], shown)
 
 
-def draw_noise(count: int, diffusion: Diffusion, generator: torch.Generator, texts: Sequence[Tensor] = ()) -> Noise:
+def draw_noise(
+    count: int, diffusion: Diffusion, generator: torch.Generator, texts: Sequence[Tensor] = (),
+    pool: Tensor | None = None,
+) -> Noise:
     """Draw kinds, then rates stratified over the randomly masked blocks, then one Bernoulli per position, then wrong
-    tokens if a kind has some: from `texts`, token ids [..] int64 of the step's documents."""
+    tokens if a kind has some: from `texts`, token ids [..] int64 of the step's documents; then random ids from `pool`
+    [P] int64, where these stand for masks."""
     kinds = diffusion.kinds
     # `searchsorted` on the cumulated probabilities; the last bound is left out so that rounding cannot exceed it.
     bounds = torch.tensor([probability for probability, _ in kinds], dtype=torch.float64).cumsum(0)[:-1]
@@ -62,7 +75,8 @@ def draw_noise(count: int, diffusion: Diffusion, generator: torch.Generator, tex
     rate = torch.ones(count, dtype=torch.float64)
     rate[is_random] = stratified_rates(int(is_random.sum()), generator)
     wrong = _wrong(drawn, uniform.shape, generator, texts) if any(kind.wrong_tokens for _, kind in kinds) else None
-    return Noise(drawn, uniform < rate[:, None], wrong)
+    ids = pool[torch.randint(len(pool), uniform.shape, generator=generator)] if pool is not None else None
+    return Noise(drawn, uniform < rate[:, None], wrong, ids)
 
 
 def _wrong(kinds: Kinds, shape: torch.Size, generator: torch.Generator, texts: Sequence[Tensor]) -> Tensor:

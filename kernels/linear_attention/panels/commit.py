@@ -20,6 +20,8 @@ def commit(state: Tensor, k_rows: Tensor, d_rows: Tensor, g_rows: Tensor | None,
     dtype = torch.promote_types(state.dtype, torch.float32)
     state = state.to(dtype)
     length, group = d_rows.shape[1], d_rows.shape[2] // k_rows.shape[2]
+    if length == 0:  # a prompt begins
+        return state.clone()
     behind = (torch.arange(length, device=state.device) >= accepted[:, None])[:, :, None, None]  # [B, R, 1, 1]
     k = k_rows.to(dtype).masked_fill(behind, 0).repeat_interleave(group, dim=2).transpose(1, 2)  # [B, H, R, K]
     d = d_rows.to(dtype).masked_fill(behind, 0).transpose(1, 2)
@@ -27,7 +29,7 @@ def commit(state: Tensor, k_rows: Tensor, d_rows: Tensor, g_rows: Tensor | None,
         g = (g_rows[..., None] if g_rows.ndim == 3 else g_rows).to(dtype).masked_fill(behind, 0).transpose(1, 2)
         # from_row[j] = sum over i >= j of g_i, j = 0..R, so that from_row[j + 1] is row j's own suffix
         from_row = torch.cat(
-            [g, torch.zeros_like(g[:, :, :1]) if length else g.new_zeros(*g.shape[:2], 1, g.shape[3])], 2
+            [g, torch.zeros_like(g[:, :, :1])], 2
         )
         from_row = from_row.flip(2).cumsum(dim=2).flip(2)
         k = k * from_row[:, :, 1:].exp()

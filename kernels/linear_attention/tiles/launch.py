@@ -56,13 +56,13 @@ class Saved:
 GATE_NAMES = ("chunk_gam", "chunk_beta", "tile_logs", "tile_beta")
 
 
-def _tokens(like: Tensor, schedule: TileSchedule, *shape: int, frozen: bool = False) -> Tensor:
+def new_tokens(like: Tensor, schedule: TileSchedule, *shape: int, frozen: bool = False) -> Tensor:
     """[B, T, *shape]; zeros if there are slots that no kernel writes: padding, or clean ones of a frozen stream."""
     make = torch.zeros if frozen or schedule.tokens_padded else torch.empty
     return make(schedule.rows, schedule.length, *shape, dtype=like.dtype, device=like.device)
 
 
-def _operands(
+def operands_of(
     p: Problem, q: Tensor, k: Tensor, v: Tensor, z: Tensor, schedule: TileSchedule, scale: float
 ) -> dict[str, Any]:
     """What every kernel may ask for by name."""
@@ -98,7 +98,7 @@ def new_gates(schedule: TileSchedule, heads: int, scalar: bool, device: torch.de
     return tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
 
 
-def _gates(p: Problem, g: Tensor | None, beta: Tensor, operands: dict[str, Any], schedule: TileSchedule) -> None:
+def fill_gates(p: Problem, g: Tensor | None, beta: Tensor, operands: dict[str, Any], schedule: TileSchedule) -> None:
     """Fill `GATE_NAMES` and add them to the operands."""
     scalar = p.gate == 1
     operands |= dict(zip(GATE_NAMES, new_gates(schedule, p.heads, scalar, beta.device), strict=True))
@@ -128,12 +128,12 @@ def forward(
     q, k, v, beta = flat_tokens(q), flat_tokens(k), flat_tokens(v), flat_tokens(beta)
     g = None if g is None else flat_tokens(g)
     values = q.new_empty(schedule.rows, schedule.length, heads, p.value_dim) if delta else v
-    operands = _operands(p, q, k, v, values, schedule, scale)
-    _gates(p, g, beta, operands, schedule)
+    operands = operands_of(p, q, k, v, values, schedule, scale)
+    fill_gates(p, g, beta, operands, schedule)
     states = q.new_empty(chunks, heads, p.key_dim, p.value_dim)
     inverse = q.new_empty((chunks, heads, size, size) if delta else 0)
     last = q.new_zeros((schedule.rows, heads, p.key_dim, p.value_dim) if final else 0, dtype=torch.float32)
-    out = _tokens(q, schedule, heads, p.value_dim)
+    out = new_tokens(q, schedule, heads, p.value_dim)
     operands |= {"states": states, "inverse": inverse, "final": last, "out": out, "noisy_values": values}
     operands["initial"] = last if initial is None else initial.contiguous()
 
@@ -181,12 +181,12 @@ def backward(
     row_shape = (tiles, heads, p.tile_rows) if scalar else (0,)
     chunk_shape = (chunks, heads, size) if scalar else (0,)
     state_shape = (schedule.rows, heads, p.key_dim, p.value_dim) if initial else (0,)
-    grad_q, grad_k = (_tokens(x, schedule, heads, p.key_dim, frozen=frozen) for x in (q, k))
-    grad_v = _tokens(v, schedule, heads, p.value_dim, frozen=frozen)
-    grad_beta = _tokens(beta, schedule, heads, frozen=frozen)
-    grad_g = q.new_empty(0) if g is None else _tokens(g, schedule, *g.shape[2:], frozen=frozen)
+    grad_q, grad_k = (new_tokens(x, schedule, heads, p.key_dim, frozen=frozen) for x in (q, k))
+    grad_v = new_tokens(v, schedule, heads, p.value_dim, frozen=frozen)
+    grad_beta = new_tokens(beta, schedule, heads, frozen=frozen)
+    grad_g = q.new_empty(0) if g is None else new_tokens(g, schedule, *g.shape[2:], frozen=frozen)
     grad_initial = torch.zeros(state_shape, dtype=torch.float32, device=q.device)
-    operands = _operands(p, q, k, v, z, schedule, scale) | dict(zip(GATE_NAMES, saved.gates, strict=True))
+    operands = operands_of(p, q, k, v, z, schedule, scale) | dict(zip(GATE_NAMES, saved.gates, strict=True))
     operands |= {
         "states": saved.states,
         "noisy_values": z,

@@ -28,6 +28,9 @@ LAUNCHES = {
     "clean_inverse": TileLaunch(64, 4, 1),
     "clean_states": TileLaunch(64, 4, 2),
     "clean_outputs": TileLaunch(128, 4, 1),
+    "prefill_solve": TileLaunch(128, 4, 1),
+    "prefill_states": TileLaunch(64, 4, 2),
+    "pending_keys": TileLaunch(64, 4, 1),
     "noisy_outputs": TileLaunch(128, 4, 1),
     "noisy_queries_grad": TileLaunch(128, 4, 1),
     "noisy_keys_grad": TileLaunch(128, 4, 1),
@@ -36,7 +39,7 @@ LAUNCHES = {
     "clean_queries_grad": TileLaunch(128, 4, 1),
     "clean_keys_grad": TileLaunch(128, 4, 1),
 }
-PER_TILE_OF_V = ("clean_states", "clean_outputs", "noisy_outputs", "chunk_grad", "states_grad")
+PER_TILE_OF_V = ("clean_states", "prefill_states", "clean_outputs", "noisy_outputs", "chunk_grad", "states_grad")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ FAR = tl.constexpr(2**30)
 
 
 @triton.jit
-def _rows_of(
+def rows_of(
     clean_document, clean_position, noisy_block, noisy_position, block_anchor, block_readout,
     row, token, clean, noisy, blocks, window,
 ):
@@ -63,15 +63,16 @@ def _take(
 
 
 @triton.jit
-def _write(
-    cache, new, cache_slot, new_slot, clean_document, clean_position, clean, capacity,
+def write(
+    cache, new, cache_slot, new_slot, clean_document, clean_position, begin, stop, capacity,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """Copy this step's clean rows into the cache at their positions; pointers are those of the row and key head."""
+    """Copy this step's clean rows begin .. stop into the cache at their positions; pointers are those of the row and
+    key head."""
     columns = tl.arange(0, BLOCK_D)
-    for start in range(0, clean, BLOCK_N):
+    for start in range(begin, stop, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
-        real = (slot < clean) & (tl.load(clean_document + slot, mask=slot < clean, other=-1) >= 0)
+        real = (slot < stop) & (tl.load(clean_document + slot, mask=slot < stop, other=-1) >= 0)
         position = tl.load(clean_position + slot, mask=real, other=0)
         mask = (real & (position < capacity))[:, None] & (columns < D)[None, :]
         found = tl.load(new + slot.to(tl.int64)[:, None] * new_slot + columns[None, :], mask=mask, other=0.0)
@@ -98,7 +99,7 @@ def attention_kernel(
     index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     token, head = index // GROUP, key_head * GROUP + index % GROUP
     exists = token < length
-    first, end, block, upto = _rows_of(
+    first, end, block, upto = rows_of(
         clean_document, clean_position, noisy_block, noisy_position, block_anchor, block_readout,
         row, token, clean, noisy, blocks, window,
     )
@@ -152,12 +153,12 @@ def attention_kernel(
                 )
         if tile == 0:
             documents, positions = clean_document + row64 * clean, clean_position + row64 * clean
-            _write(
-                k_cache + row64 * kc_row + head64 * kc_head, base_k, kc_slot, k_slot, documents, positions, clean,
+            write(
+                k_cache + row64 * kc_row + head64 * kc_head, base_k, kc_slot, k_slot, documents, positions, 0, clean,
                 capacity, D, BLOCK_D, BLOCK_N,
             )
-            _write(
-                v_cache + row64 * vc_row + head64 * vc_head, base_v, vc_slot, v_slot, documents, positions, clean,
+            write(
+                v_cache + row64 * vc_row + head64 * vc_head, base_v, vc_slot, v_slot, documents, positions, 0, clean,
                 capacity, DV, BLOCK_DV, BLOCK_N,
             )
 

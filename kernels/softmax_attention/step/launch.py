@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -12,35 +14,72 @@ from flarec.errors import UsageError
 from flarec.layout import Layout
 
 from ..triton_attention import supports
-from ..triton_tiles import precision, score_factors
+from ..triton_tiles import ScoreTiles, launch_table, precision, score_factors
 from .kernel import FAR, attention_kernel, combine_kernel
+from .prefill import prefill_kernel
 
 PROCESSORS = 132  # of an H100
+H100_SHARED = 227 * 1024
+"""Bytes of shared memory of a program on an H100."""
 MOST_SPLITS = 64
+MANY_ROWS = 1024
+"""(token, head) rows of a (request, key head) pair from which on a step is a prefill."""
 
 
 @dataclass(frozen=True)
 class StepLaunch:
-    """queries: (token, head) rows of a program; keys: of a tile; splits: programs that share a row's cache."""
+    """queries: (token, head) rows of a program; keys: of a tile; splits: programs that share a row's cache; many: there
+    are so many rows that most tiles of keys are read by all rows of a program (`prefill_kernel`)."""
 
     queries: int
     keys: int
     splits: int
     warps: int = 4
     stages: int = 2
+    many: bool = False
 
 
-def launch_of(dtype: torch.dtype, dim: int, rows: int, pairs: int, capacity: int) -> StepLaunch:
+def launch_of(
+    dtype: torch.dtype, dim: int, rows: int, pairs: int, capacity: int, room: int = H100_SHARED
+) -> StepLaunch:
     """For `rows` (token, head) rows of each of `pairs` (request, key head) pairs, and a cache of `capacity` positions.
 
-    Two programs per multiprocessor, if each gets four tiles of keys where the cache is full.
+    Two programs per multiprocessor, if each gets four tiles of keys where the cache is full. Many rows have the tiles
+    of training, or smaller ones if these do not fit into `room` bytes of shared memory.
     """
+    if rows >= MANY_ROWS:
+        of = launch_table(dim, dim, dtype).forward
+        smaller = (replace(of, keys=32), replace(of, keys=32, queries=64), replace(of, keys=32, queries=64, stages=1))
+        of = next((tiles for tiles in (of, *smaller) if _shared(tiles, dim, dtype) <= room), smaller[-1])
+        return StepLaunch(
+            of.queries, of.keys, _splits(pairs * -(-rows // of.queries), capacity, of.keys), of.warps, of.stages, True
+        )
     wide, exact = dim > 128, dtype == torch.float32
     most, keys = (16 if wide else 32, 16 if wide else 32) if exact else (64, 32 if wide else 64)
     queries = min(most, max(16, triton.next_power_of_2(rows)))
     tiles = -(-rows // queries)
-    splits = max(1, min(-(-2 * PROCESSORS // (pairs * tiles)), capacity // (4 * keys), MOST_SPLITS))
+    splits = _splits(pairs * tiles, capacity, keys)
     return StepLaunch(queries, keys, splits, warps=8 if exact or queries == 64 else 4, stages=1 if exact else 2)
+
+
+def _shared(tiles: ScoreTiles, dim: int, dtype: torch.dtype) -> int:
+    """Bytes of shared memory of `prefill_kernel`: a tile of queries, and of keys and values as many as are on their way
+    (as compiled for sm_90)."""
+    width = triton.next_power_of_2(dim)
+    return int((tiles.queries + 2 * tiles.keys * tiles.stages) * width * dtype.itemsize)
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may take on this device; those of an H100 for what is no GPU."""
+    if device.type != "cuda":
+        return H100_SHARED
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+def _splits(programs: int, capacity: int, keys: int) -> int:
+    return max(1, min(-(-2 * PROCESSORS // max(programs, 1)), capacity // (4 * keys), MOST_SPLITS))
 
 
 def step(
@@ -114,7 +153,7 @@ def step_op(
     """`step` with the layout's tensors as operands."""
     launch = launch_of(
         q.dtype, max(q.shape[3], v.shape[3]), q.shape[1] // max(k.shape[1], 1) * q.shape[2], k.shape[0] * k.shape[1],
-        k_cache.shape[2],
+        k_cache.shape[2], shared_memory(q.device),
     )
     layout = (clean_document, clean_position, noisy_block, noisy_position, block_anchor, block_readout, cached)
     return run(q, k, v, k_cache, v_cache, layout, scale=scale, window=window, softcap=softcap, launch=launch)
@@ -151,12 +190,13 @@ def run(
     tiles = -(-length * group // launch.queries)
     strides = [stride for x in (q, k, v, k_cache, v_cache) for stride in x.stride()[:3]]
     value_block = triton.next_power_of_2(value_dim)
-    attention_kernel[(rows * key_heads * tiles, launch.splits)](
+    kernel, more = (prefill_kernel, {"WINDOW": window is not None}) if launch.many else (attention_kernel, {})
+    kernel[(rows * key_heads * tiles, launch.splits)](
         q, k, v, k_cache, v_cache, *layout, part, *sums, *strides, *score_factors(scale, softcap),
         key_heads, clean, noisy, blocks, k_cache.shape[2], window or FAR.value, tiles,
         GROUP=group, D=dim, DV=value_dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_DV=value_block,
         BLOCK_M=launch.queries, BLOCK_N=launch.keys, SPLITS=launch.splits, SOFTCAP=softcap is not None,
-        PRECISION=precision(q), num_warps=launch.warps, num_stages=launch.stages,
+        PRECISION=precision(q), num_warps=launch.warps, num_stages=launch.stages, **more,
     )
     if split:
         combine_kernel[(rows * length * heads,)](

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flarec.kernels.linear_attention.reference_step import reference_step
 from flarec.kernels.linear_attention.tiles.schedule import TileSchedule
@@ -26,7 +28,7 @@ def result_names(results: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.gate}-{case.delta}")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_equals_the_cached_reference(case: Case, dtype: torch.dtype) -> None:
     """Rows of unequal length, NaN on padding, pending rows of which some are accepted, blocks inside and at the end."""
     layout = build_layout(
@@ -66,5 +68,35 @@ def test_equals_the_cached_reference(case: Case, dtype: torch.dtype) -> None:
         mine = result_names(got)[name].cpu()
         assert bool(mine.isfinite().all()), name
         assert mine.dtype == (dtype if name == "out" else torch.float32)
-        allowed = torch.finfo(mine.dtype).eps * (1 if mine.dtype == torch.float16 else 50)
+        allowed = torch.finfo(mine.dtype).eps * (1 if mine.dtype.itemsize == 2 else 50)
+        if dtype == torch.bfloat16 and mine.dtype == torch.float32:
+            allowed = 2**-14  # sums of numbers of 16 bits
         assert float((mine.double() - wanted).norm()) <= allowed * float(wanted.norm()), name
+
+
+def test_no_tensor_of_all_rows_is_copied_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels read the rows where they lie, parts of a larger tensor, and write what is left pending; nothing else of
+    this size is made."""
+    launched: list[str] = []
+    monkeypatch.setattr(triton_prefill.Problem, "launch", lambda p, name, *given, **more: launched.append(name))
+    monkeypatch.setattr(triton_prefill.triton.knobs.runtime, "interpret", False)
+    layout = build_layout([[80]], [[]], cached=[0])
+    q, k, v = torch.zeros(1, 80, 3, 2, 32, dtype=torch.bfloat16).unbind(2)
+    g, beta, state = torch.zeros(1, 80, 2), torch.zeros(1, 80, 2, dtype=torch.bfloat16), torch.zeros(1, 2, 32, 32)
+    made: list[tuple[str, int]] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            made.extend((str(func), x.numel()) for x in pytree.tree_leaves(out) if isinstance(x, Tensor))
+            return out
+
+    with Noting():
+        triton_prefill.linear_attention_prefill(
+            q, k, v, g, beta, state, k[:, :0].float(), v[:, :0].float(), g[:, :0], torch.zeros(1, dtype=torch.int64),
+            TileSchedule.from_layout(layout, 16), clean_padding=torch.zeros(1, 80, dtype=torch.bool), scale=1.0,
+            delta=True, l2norm=True,
+        )
+    large = {name for name, count in made if count >= q.numel()}
+    assert large <= {"aten.empty.memory_format", "aten.new_empty.default"}
+    assert launched[-4:] == ["prefill_solve", "prefill_states", "clean_outputs", "noisy_outputs"]

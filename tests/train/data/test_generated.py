@@ -103,7 +103,14 @@ CHANGED: dict[str, tuple[Any, str]] = {
     "an end within": (lambda found: {**found, KEY: {**found[KEY], "ids": [*letters("wo"), END, *letters("rld"), END]}},
                       generated.OTHER_TEXT),
     "not trained": (lambda found: {**found, "messages": [*EARLIER, {**found["messages"][-1], "weight": 0}]},
-                    generated.OTHER_TEXT),
+                    generated.NO_ANSWER),
+    "a question last": (lambda found: {**found, "messages": EARLIER}, generated.NO_ANSWER),
+    "a text": (lambda found: {"text": "world", KEY: {**found[KEY], "tokenizer": "0"}}, generated.NO_ANSWER),
+    **{
+        f"id {bad}": (lambda found, bad=bad: {**found, KEY: {**found[KEY], "ids": [*letters("world"), bad, END]}},
+                      generated.NO_TOKEN)
+        for bad in (len(TOKENIZER), 2**31, 2**40)  # behind the last; too large for a stored token, for the decoder
+    },
 }
 
 

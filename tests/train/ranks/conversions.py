@@ -18,7 +18,7 @@ from flarec.errors import FlarecError
 from flarec.train.convert import Interrupted, convert
 from flarec.train.loop import Trainer
 from tests.cli.conversions import write_data
-from tests.models import tiny_checkpoint
+from tests.models import few_checkpoint
 from tests.train.ranks.processes import on_ranks
 from tests.train.ranks.scenarios import store
 
@@ -75,7 +75,7 @@ def kill_second(rank: int) -> None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    tiny_checkpoint(folder, "qwen3_5_text")
+    few_checkpoint(folder, "qwen3_5_text")
     write_data(folder / "data.jsonl")
     conversion(folder, "one")
     pair(folder, "killed", 3, kill_second, resume=False)

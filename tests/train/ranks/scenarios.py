@@ -34,13 +34,15 @@ CASES = {
     "flare": recipe("flare", *FOUR, "train.memory=recompute"),
     "draft": recipe("draft", *FOUR, "optimizer.micro_rows=4"),
     "adapter": adapter_recipe(*FOUR, "optimizer.micro_rows=2"),
+    "codes": recipe("draft", *FOUR, "optimizer.moments=8bit"),
 }
 
-RESUMED = ("flare", "adapter")
+RESUMED = ("flare", "adapter", "codes")
 SHARD = "train.shard=parameters"
 CUT = {
     "flare-cut": ("flare", CASES["flare"].override([SHARD])),
     "adapter-cut": ("adapter", CASES["adapter"].override([SHARD])),
+    "codes-cut": ("codes", CASES["codes"].override([SHARD])),
     "dense": ("dense", recipe("draft", *FOUR, "optimizer.micro_rows=2")),
     "dense-cut": ("dense", recipe("draft", *FOUR, "optimizer.micro_rows=2", SHARD)),
 }
@@ -52,7 +54,8 @@ def set_ups() -> dict[str, Small]:
     adapter = Small("qwen3_5_moe_text", "vector", torch.float64, CASES["adapter"])
     whole = copy.copy(adapter)
     whole.program = lower(adapter.captured, "train", mask_vector=True)
-    return {"flare": whole, "draft": whole, "adapter": adapter, "dense": Small("qwen3_5_text", dtype=torch.bfloat16)}
+    dense, codes = Small("qwen3_5_text", dtype=torch.bfloat16), Small("qwen3_5_text")
+    return {"flare": whole, "draft": whole, "adapter": adapter, "dense": dense, "codes": codes}
 
 
 def results(trainer: Trainer, log: list[dict[str, Any]]) -> dict[str, Any]:
