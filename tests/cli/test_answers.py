@@ -181,7 +181,7 @@ def test_no_input_is_replaced(home: Path) -> None:
 
 
 def test_no_answer_has_an_end(home: Path) -> None:
-    result = answers(home, "none.jsonl", "--stop", "e", "--max-new-tokens", "1", "--overwrite")
+    result = answers(home, "none.jsonl", "--stop", "e", "--max-new-tokens", "1", "--seed", "1", "--overwrite")
     assert result.exit_code == 1 and "none of 14 answers can be used" in result.stderr
     assert not (home / "none.jsonl").exists()
 
