@@ -82,6 +82,8 @@ class Lane:
             if rows is not None:
                 rows.step()
                 self.stats.steps += 1
+        if fresh is not None:
+            fresh.timed = True
         self.running, fresh = self._left(self.running, ended), self._left(fresh, ended)
         if fresh is not None:
             self._join(fresh)

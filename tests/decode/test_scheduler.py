@@ -92,6 +92,21 @@ def test_prompts_beside_running_requests(way: dict[str, Any]) -> None:
     assert [len(call.clean) for call in program.calls] == [2]
     assert second.forwards == 3
 
+@pytest.mark.parametrize("offset", range(5))
+def test_steps_are_timed_whoever_runs(offset: int) -> None:
+    """Only the first step of requests that join is by itself and no measure: not the later ones, if the others ended in
+    the step in which they joined."""
+    engine, _ = make_engine(FakeModel())
+    way: dict[str, Any] = {"mode": "ar-trust", "drafts": "auto"}
+    engine.add([1, 2, 3], max_new_tokens=4, **way)
+    for step in range(12):
+        if step == offset:
+            engine.add([4, 5], max_new_tokens=6, **way)
+        engine.step()
+        lanes = engine._serving.lanes.values()
+        assert all(lane.running is None or lane.running.timed for lane in lanes)
+
+
 
 def test_slots_bound_what_runs_and_the_longest_prompts_come_first() -> None:
     model = FakeModel(agreement=0.7)
