@@ -9,11 +9,16 @@ from typing import Any
 from .figures import Points, write_figure
 
 STEP, RATE = "ar-trust-step-", "ar-trust-rate-"
+DECODING = (
+    STEP, RATE, "causal-step-", "diffusion-trust-step-", "stock-generate-", "sampling-", "long-context", "prefill",
+    "first-token-", "waits", "drafts-auto-",
+)
+"""How names of rows of `flarec bench decode` begin."""
 
 
 def is_decoding(rows: Mapping[str, Any]) -> bool:
     """Whether these rows are of `flarec bench decode`."""
-    return any(name.startswith((STEP, RATE, "causal-step-")) for name in rows)
+    return any(name.startswith(DECODING) for name in rows)
 
 
 def rates(rows: Mapping[str, Any]) -> dict[str, Points]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flarec.errors import UsageError
 from flarec.threads import said
 from flarec.train.arguments import Arguments
 
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 
 
 WIDTH = 118  # of what is not a terminal
+
+
+OWN = {
+    "data.max_length": "--length N", "max_length": "--length N", "max_seq_length": "--length N",
+    "optimizer.micro_rows": "--batch N", "per_device_train_batch_size": "--batch N",
+}
+"""Recipe keys, and names of transformers for them, in whose place this command has options."""
 
 
 @click.command()
@@ -57,6 +65,9 @@ def command(
     from flarec.doctor import diagnose
     from flarec.recipe import load_recipe
 
+    for override in overrides:  # rows are this command's own: a key that changed nothing would say something wrong
+        if (option := OWN.get(override.partition("=")[0].strip())) is not None:
+            raise UsageError(f"--set {override}: flarec doctor has own options for the size of rows; give {option}")
     report = diagnose(
         source,
         load_recipe(recipe).override(overrides),

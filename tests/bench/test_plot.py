@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from flarec.bench import rows as kernels
 from flarec.bench.plot import curves
-from flarec.bench.rates import rates
+from flarec.bench.rates import is_decoding, rates
+from flarec.bench.serving import rows as serving
+from flarec.bench.training import rows as training
 from flarec.cli import main
 
 
@@ -80,7 +83,7 @@ def test_the_command_draws(tmp_path: Path, suffix: str) -> None:
         ("[", "holds no results"),
         ('{"rows": []}', "no measured block sizes"),
         (json.dumps({"rows": [{**ROWS[0], "status": "failed"}]}), "no measured block sizes"),
-        (json.dumps({"rows": [row("sampling-16", 0.1)]}), "rows that have no picture (sampling-16)"),
+        (json.dumps({"rows": [row("sampling-16", 0.1)]}), "has no measured steps to draw; run `flarec bench decode`"),
         (json.dumps({"rows": [{**DECODING[1], "status": "failed"}]}), "no measured steps"),
         (json.dumps({"rows": [row("stock-step", 1.0)]}),
          "rows that have no picture (stock-step); give what `flarec bench kernels` or `flarec bench decode` wrote"),
@@ -95,3 +98,9 @@ def test_files_that_hold_nothing_to_draw(tmp_path: Path, text: str | None, words
     assert done.exit_code == 2
     assert words in done.stderr
     assert not (tmp_path / "out.svg").exists()
+
+
+def test_rows_of_decoding_are_known_by_their_names() -> None:
+    assert all(is_decoding({case.name: {}}) for case in serving.ROWS)
+    others = [row.name for row in kernels.ROWS] + [case.name for case in training.ROWS]
+    assert not any(is_decoding({name: {}}) for name in others)

@@ -128,6 +128,14 @@ def test_quick_tells_no_memory(small: Path) -> None:
     assert found["convert"] is None and found["speed"] == [] and found["rates"] == [] and found["sites"] == []
 
 
+@pytest.mark.parametrize(("key", "option"), [
+    ("data.max_length=64", "--length"), ("max_length=64", "--length"), ("optimizer.micro_rows=2", "--batch"),
+])
+def test_rows_are_sized_by_options(small: Path, key: str, option: str) -> None:
+    result = CliRunner().invoke(main, ["doctor", str(small), "--quick", "--set", key])
+    assert result.exit_code == 2 and f"--set {key}: " in result.stderr and f"give {option} N" in result.stderr
+
+
 def test_a_configuration_file_is_enough(small: Path, tmp_path: Path) -> None:
     other = tmp_path / "model-3b.json"
     other.write_text((small / "config.json").read_text())
