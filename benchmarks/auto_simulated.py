@@ -69,7 +69,10 @@ class Machine:
 
 class Recorder(PlainReplays):
     def __init__(self, machine: Machine) -> None:
-        self.record = machine.record  # type: ignore[method-assign]
+        self.machine = machine
+
+    def record(self, function: Function) -> Function:
+        return self.machine.record(function)
 
 
 class Costs:

@@ -28,10 +28,10 @@ def verify(
 
 
 def keep(
-    verified: Verified, choice: Tensor, draft: Tensor | None, have: Tensor, size: int, *, branches: bool,
+    verified: Verified, choice: Tensor, draft: Tensor, have: Tensor, size: int, *, branches: bool,
     implementation: str | None = None,
 ) -> NextDrafts:
-    """What the next step starts from. draft [B, b] int64, chosen from a block of b <= size rows; None: no block.
+    """What the next step starts from. draft [B, b] int64, chosen from a block of b <= size rows.
 
     branches: there is a block behind every clean row, so the drafts stand behind what was accepted; else behind the
     last draft, and are of no use unless all of the `have` [B] drafts were accepted. What could not be chosen is kept as

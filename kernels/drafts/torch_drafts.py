@@ -30,15 +30,12 @@ def verify(
 
 
 def keep(
-    verified: Verified, choice: Tensor, draft: Tensor | None, have: Tensor, size: int, branches: bool
+    verified: Verified, choice: Tensor, draft: Tensor, have: Tensor, size: int, branches: bool
 ) -> NextDrafts:
     count = choice.shape[1] - 1
-    if draft is None:
-        drafts, now = choice.new_zeros(len(choice), size), torch.zeros_like(have)
-    else:
-        drafts = pad(draft.clamp_min(0), (0, size - draft.shape[1]))
-        now = torch.full_like(have, draft.shape[1])
-        if not branches:
-            now = now * (verified.accepted == have.clamp_max(count))
+    drafts = pad(draft.clamp_min(0), (0, size - draft.shape[1]))
+    now = torch.full_like(have, draft.shape[1])
+    if not branches:
+        now = now * (verified.accepted == have.clamp_max(count))
     report = torch.cat([verified.accepted[:, None], now[:, None], choice], dim=1)
     return NextDrafts(verified.token.clamp_min(0), drafts, now, report)

@@ -50,9 +50,7 @@ def keep_kernel(
     held = tl.full((), DRAFTED, tl.int64)
     if not BRANCHES:
         held = tl.where(number == tl.minimum(tl.load(have + row), COUNT), held, 0)
-    found = tl.zeros([TILE], tl.int64)
-    if DRAFTED > 0:
-        found = tl.maximum(tl.load(draft + row * draft_row + slot, mask=slot < DRAFTED, other=0), 0)
+    found = tl.maximum(tl.load(draft + row * draft_row + slot, mask=slot < DRAFTED, other=0), 0)
     tl.store(pending + row, tl.maximum(tl.load(token + row), 0))
     tl.store(drafts + row * SIZE + slot, found, mask=slot < SIZE)
     tl.store(now + row, held)
@@ -91,16 +89,15 @@ def verify(
 
 @torch.no_grad()
 def keep(
-    verified: Verified, choice: Tensor, draft: Tensor | None, have: Tensor, size: int, branches: bool
+    verified: Verified, choice: Tensor, draft: Tensor, have: Tensor, size: int, branches: bool
 ) -> NextDrafts:
-    rows, count = choice.shape[0], choice.shape[1] - 1
-    drafted = 0 if draft is None else draft.shape[1]
+    rows, count, drafted = choice.shape[0], choice.shape[1] - 1, draft.shape[1]
     pending, now = _empty(choice, rows), _empty(choice, rows)
     drafts, report = _empty(choice, rows, size), _empty(choice, rows, count + 3)
     if rows:
         keep_kernel[(rows,)](
-            verified.accepted, verified.token, choice.contiguous(), None if draft is None else draft.contiguous(), have,
+            verified.accepted, verified.token, choice.contiguous(), draft.contiguous(), have,
             pending, drafts, now, report, count + 1, drafted, COUNT=count, DRAFTED=drafted, SIZE=size,
-            BRANCHES=branches or draft is None, TILE=triton.next_power_of_2(max(size, count + 1)), num_warps=1,
+            BRANCHES=branches, TILE=triton.next_power_of_2(max(size, count + 1)), num_warps=1,
         )
     return NextDrafts(pending, drafts, now, report)

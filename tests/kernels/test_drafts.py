@@ -59,15 +59,13 @@ def test_what_is_accepted_and_kept(count: int, said: bool, implementation: str) 
         wanted = Verified(numbers, commit, length + commit, token, place.reshape(-1) if blocks > 1 else None)
         for got, expected in zip(moved(found), wanted, strict=True):
             assert got is expected is None or torch.equal(got, expected)  # type: ignore[arg-type]
-        for draft in (drawn(UNCHOSEN, 9, ROWS, drafted), None):
-            there = None if draft is None else draft.to(DEVICE)
-            kept = keep(found, given[0], there, given[2], SIZE, branches=branches,  # type: ignore[arg-type]
-                        implementation=implementation)
-            useful = torch.ones(ROWS, dtype=torch.bool) if branches else numbers == have.clamp_max(count)
-            now = useful * (0 if draft is None else drafted)
-            padded = torch.zeros(ROWS, SIZE, dtype=torch.int64)
-            if draft is not None:
-                padded[:, :drafted] = draft.clamp_min(0)
-            report = torch.cat([numbers[:, None], now[:, None], choice], dim=1)
-            for got, expected in zip(moved(kept), NextDrafts(token.clamp_min(0), padded, now, report), strict=True):
-                assert torch.equal(got, expected)  # type: ignore[arg-type]
+        draft = drawn(UNCHOSEN, 9, ROWS, drafted)
+        kept = keep(found, choice.to(DEVICE), draft.to(DEVICE), have.to(DEVICE), SIZE, branches=branches,
+                    implementation=implementation)
+        useful = torch.ones(ROWS, dtype=torch.bool) if branches else numbers == have.clamp_max(count)
+        now = useful * drafted
+        padded = torch.zeros(ROWS, SIZE, dtype=torch.int64)
+        padded[:, :drafted] = draft.clamp_min(0)
+        report = torch.cat([numbers[:, None], now[:, None], choice], dim=1)
+        for got, expected in zip(moved(kept), NextDrafts(token.clamp_min(0), padded, now, report), strict=True):
+            assert torch.equal(got, expected)  # type: ignore[arg-type]
