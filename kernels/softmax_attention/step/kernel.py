@@ -43,6 +43,47 @@ def rows_of(
 
 
 @triton.jit
+def queries_of(
+    q, clean_document, clean_position, noisy_block, noisy_position, block_anchor, block_readout,
+    row, key_head, tile, q_row, q_head, q_slot, clean, noisy, blocks, window,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):
+    """A tile's tokens, query heads, whether the tokens exist, what `rows_of` says of them, and queries."""
+    index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token, head = index // GROUP, key_head * GROUP + index % GROUP
+    exists = token < clean + noisy
+    first, end, block, upto = rows_of(
+        clean_document, clean_position, noisy_block, noisy_position, block_anchor, block_readout,
+        row, token, clean, noisy, blocks, window,
+    )
+    columns = tl.arange(0, BLOCK_D)
+    real = exists & ((end > 0) | (block >= 0))
+    q_at = q + row.to(tl.int64) * q_row + head.to(tl.int64)[:, None] * q_head + token.to(tl.int64)[:, None] * q_slot
+    queries = tl.load(q_at + columns[None, :], mask=real[:, None] & (columns < D)[None, :], other=0.0)
+    return token, head, exists, first, end, block, upto, queries
+
+
+@triton.jit
+def store(
+    out, part_total, part_peak, acc, total, peak, row64, token, head, exists, length, key_heads, tiles, split,
+    GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
+):
+    """A tile's result, or its share of sums that are not divided yet."""
+    value_columns = tl.arange(0, BLOCK_DV)
+    rows = (row64 * length + token) * (key_heads * GROUP) + head
+    if SPLITS == 1:
+        acc = tl.where(total[:, None] > 0, acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
+    else:
+        rows += split.to(tl.int64) * (tl.num_programs(0) // tiles // key_heads) * length * (key_heads * GROUP)
+        tl.store(part_total + rows, total, mask=exists)
+        tl.store(part_peak + rows, peak, mask=exists)
+    tl.store(
+        out + rows[:, None] * DV + value_columns[None, :], acc.to(out.dtype.element_ty),
+        mask=exists[:, None] & (value_columns < DV)[None, :],
+    )
+
+
+@triton.jit
 def _take(
     q, base_k, base_v, k_slot, v_slot, at, there, visible, total, peak, acc, inner, to_base2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -96,19 +137,12 @@ def attention_kernel(
     tile, pair = program % tiles, program // tiles
     row, key_head = pair // key_heads, pair % key_heads
     length = clean + noisy
-    index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    token, head = index // GROUP, key_head * GROUP + index % GROUP
-    exists = token < length
-    first, end, block, upto = rows_of(
-        clean_document, clean_position, noisy_block, noisy_position, block_anchor, block_readout,
-        row, token, clean, noisy, blocks, window,
+    token, head, exists, first, end, block, upto, queries = queries_of(
+        q, clean_document, clean_position, noisy_block, noisy_position, block_anchor, block_readout,
+        row, key_head, tile, q_row, q_head, q_slot, clean, noisy, blocks, window, GROUP, D, BLOCK_D, BLOCK_M,
     )
     held = tl.load(cached + row).to(tl.int32)
     row64, head64 = row.to(tl.int64), key_head.to(tl.int64)
-    columns, value_columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    real = exists & ((end > 0) | (block >= 0))
-    q_at = q + row64 * q_row + head.to(tl.int64)[:, None] * q_head + token.to(tl.int64)[:, None] * q_slot
-    queries = tl.load(q_at + columns[None, :], mask=real[:, None] & (columns < D)[None, :], other=0.0)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -162,16 +196,9 @@ def attention_kernel(
                 capacity, DV, BLOCK_DV, BLOCK_N,
             )
 
-    rows = (row64 * length + token) * (key_heads * GROUP) + head
-    if SPLITS == 1:
-        acc = tl.where(total[:, None] > 0, acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
-    else:
-        rows += split.to(tl.int64) * (tl.num_programs(0) // tiles // key_heads) * length * (key_heads * GROUP)
-        tl.store(part_total + rows, total, mask=exists)
-        tl.store(part_peak + rows, peak, mask=exists)
-    tl.store(
-        out + rows[:, None] * DV + value_columns[None, :], acc.to(out.dtype.element_ty),
-        mask=exists[:, None] & (value_columns < DV)[None, :],
+    store(
+        out, part_total, part_peak, acc, total, peak, row64, token, head, exists, length, key_heads, tiles, split,
+        GROUP, DV, BLOCK_DV, SPLITS,
     )
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..triton_forward import dot, load_rows, online_softmax, tanh
-from .kernel import FAR, rows_of, write
+from .kernel import FAR, queries_of, store, write
 
 
 @triton.jit
@@ -95,19 +95,12 @@ def prefill_kernel(
     tile, pair = tiles - 1 - program % tiles, program // tiles
     row, key_head = pair // key_heads, pair % key_heads
     length = clean + noisy
-    index = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    token, head = index // GROUP, key_head * GROUP + index % GROUP
-    exists = token < length
-    first, end, block, upto = rows_of(
-        clean_document, clean_position, noisy_block, noisy_position, block_anchor, block_readout,
-        row, token, clean, noisy, blocks, window,
+    token, head, exists, first, end, block, upto, queries = queries_of(
+        q, clean_document, clean_position, noisy_block, noisy_position, block_anchor, block_readout,
+        row, key_head, tile, q_row, q_head, q_slot, clean, noisy, blocks, window, GROUP, D, BLOCK_D, BLOCK_M,
     )
     held = tl.load(cached + row).to(tl.int32)
     row64, head64 = row.to(tl.int64), key_head.to(tl.int64)
-    columns, value_columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    real = exists & ((end > 0) | (block >= 0))
-    q_at = q + row64 * q_row + head.to(tl.int64)[:, None] * q_head + token.to(tl.int64)[:, None] * q_slot
-    queries = tl.load(q_at + columns[None, :], mask=real[:, None] & (columns < D)[None, :], other=0.0)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -154,14 +147,7 @@ def prefill_kernel(
             capacity, DV, BLOCK_DV, BLOCK_N,
         )
 
-    rows = (row64 * length + token) * (key_heads * GROUP) + head
-    if SPLITS == 1:
-        acc = tl.where(total[:, None] > 0, acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
-    else:
-        rows += split.to(tl.int64) * (tl.num_programs(0) // tiles // key_heads) * length * (key_heads * GROUP)
-        tl.store(part_total + rows, total, mask=exists)
-        tl.store(part_peak + rows, peak, mask=exists)
-    tl.store(
-        out + rows[:, None] * DV + value_columns[None, :], acc.to(out.dtype.element_ty),
-        mask=exists[:, None] & (value_columns < DV)[None, :],
+    store(
+        out, part_total, part_peak, acc, total, peak, row64, token, head, exists, length, key_heads, tiles, split,
+        GROUP, DV, BLOCK_DV, SPLITS,
     )
