@@ -149,8 +149,8 @@ def _where(error: BaseException) -> str:
 class Store:
     """Buffers of `slots` requests of one lane, and the graphs over them. One lane uses it at a time.
 
-    program   runs the steps
-    static    runs them in its place once the engine has made `after` steps; None: nothing does
+    program   runs the steps; bare: those without noisy rows, if another one does
+    static    runs them in its place once the engine has made `after` steps, bare_static likewise; None: nothing does
     cache     room for `cache.capacity` positions and `pending` clean rows per slot
     held      how many pending rows per slot lie there now, one slot's behind the other's; at first all that have room
     state     what the mode keeps
@@ -175,6 +175,8 @@ class Store:
     widths: dict[GraphKey, int] = field(default_factory=dict)
     replays: dict[GraphKey, Function] = field(default_factory=dict)
     static: DecodeProgram | None = None
+    bare: DecodeProgram | None = None
+    bare_static: DecodeProgram | None = None
     after: int = 0
     held: int = 0
     functions: dict[GraphKey, Function] = field(default_factory=dict)
@@ -316,7 +318,7 @@ class StaticRows(Rows):
         width = self.store.widths[self._key]
         values = self.store.results[: len(self.requests) * width].view(-1, width)
         self._report(self.store.recorder.read(values))
-        if settled:
+        if settled and self.timed:
             self.mode.timed(shape, clock() - start)
 
     def _left(self, shape: StepShape) -> int:
@@ -348,7 +350,11 @@ class StaticRows(Rows):
         state = {name: tensor[:rows] for name, tensor in store.state.items()}
         sampling = store.sampling.changed(lambda values: values[:rows], key.truncated, key.sampled)
 
-        program = store.static if key.static and store.static is not None else store.program
+        program, static = store.program, store.static
+        if store.bare is not None and not key.shape.blocks:
+            program, static = store.bare, store.bare_static
+        if key.static and static is not None:
+            program = static
 
         def run() -> None:
             self.program, self.overwrites = program, overwrites

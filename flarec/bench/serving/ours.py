@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,6 +127,70 @@ def reading(session: ServingSession, tokens: int, chunk: int | None, *, early: b
     return read
 
 
+def engine_prefill_ms(session: ServingSession, tokens: int, *, early: bool) -> float:
+    """As an engine reads one prompt while nothing else runs: from `Engine.add` until the host has its first token; the
+    fastest of three. early: as its first prompts."""
+
+    def measure() -> float:
+        engine = session.reading_engine(1, early=early)
+        return min(_first_token_ms(session, engine, tokens)[0] for _ in range(4))  # the first may compile
+
+    return session.measured(("engine prefill", tokens, early), measure)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A prompt that is read beside a request that decodes causally: milliseconds until its first token, and of that
+    request's steps: how many there were, the longest, and one with nothing beside it."""
+
+    ms: float
+    steps: int
+    longest_ms: float
+    alone_ms: float
+
+
+def beside(session: ServingSession, tokens: int) -> Beside:
+    """The fastest of three."""
+
+    def measure() -> Beside:
+        engine = session.reading_engine(2, early=False)
+        engine.add(session.prompts(1)[0], mode="causal", max_new_tokens=1 << 14)
+        found = []
+        for _ in range(4):  # the first may compile
+            times = [_step_ms(engine) for _ in range(4 * WARM_STEPS)]
+            alone = statistics.median(times[2 * WARM_STEPS :])
+            ms, steps = _first_token_ms(session, engine, tokens)
+            # the last one holds the first step of the prompt's own request
+            found.append(Beside(ms, len(steps), max(steps[:-1], default=ms), alone))
+        return min(found, key=lambda one: one.ms)
+
+    return session.measured(("beside", tokens), measure)
+
+
+def _step_ms(engine: Engine) -> float:
+    start = time.perf_counter()
+    engine.step()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _first_token_ms(session: ServingSession, engine: Engine, tokens: int) -> tuple[float, list[float]]:
+    """(milliseconds from `Engine.add` of a prompt to its first token on the host, those of the engine's steps)."""
+    arrived: list[float] = []
+    prompt = session.prompts(1, tokens)[0]
+    session.wait()
+    start = time.perf_counter()
+    request = engine.add(
+        prompt, mode="causal", max_new_tokens=2, on_tokens=lambda *_: arrived.append(time.perf_counter())
+    )
+    steps = []
+    while not arrived:
+        steps.append(_step_ms(engine))
+    while not request.finished:
+        engine.step()
+    session.wait()
+    return 1e3 * (arrived[0] - start), steps
+
+
 def sampler(session: ServingSession, rows: int) -> Callable[[], tuple[Tensor, ...]]:
     """The choice of a token at temperature 0.7, top-k 20, top-p 0.95 for `rows` rows of float32 logits."""
     device = session.device
@@ -173,8 +237,8 @@ class ReplayingEngine(Engine):
 
     share: Tensor
 
-    def _mode(self, options: GenerationOptions) -> Mode:
-        mode = super()._mode(options)
+    def _mode(self, options: GenerationOptions, key: Hashable = None) -> Mode:
+        mode = super()._mode(options, key)
         if isinstance(mode, ARTrustMode):
             replayed = ReplayedAcceptance(mode.blocks, branches=mode.branches, policy=mode.policy)
             replayed.share = self.share

@@ -61,7 +61,7 @@ def _sampling(session: ServingSession) -> Measured:
 
 
 def _prefill(*, early: bool) -> Measure:
-    """In one forward, and in pieces as long as an engine's."""
+    """In one forward, and in pieces as long as an engine's beside running requests."""
 
     def measure(session: ServingSession) -> Measured:
         tokens, chunk = PROMPT if session.on_gpu else session.context, chunk_on(session.device)
@@ -69,12 +69,31 @@ def _prefill(*, early: bool) -> Measure:
         return Measured(mine / theirs, {
             "ours_ms": mine,
             "stock_ms": theirs,
-            "default_chunks_ms": ours.prefill_ms(session, tokens, chunk, early=early),
-            "default_chunk": float(chunk),
+            "in_chunks_ms": ours.prefill_ms(session, tokens, chunk, early=early),
+            "chunk": float(chunk),
             "tokens": float(tokens),
         })
 
     return measure
+
+
+def _engine_prefill(session: ServingSession) -> Measured:
+    """From a request to its first token, as an engine reads a prompt while nothing else runs."""
+    tokens = PROMPT if session.on_gpu else session.context
+    first, mine = (ours.engine_prefill_ms(session, tokens, early=early) for early in (True, False))
+    theirs = stock.prefill_ms(session, tokens)
+    return Measured(
+        mine / theirs, {"ours_ms": mine, "first_prompts_ms": first, "stock_ms": theirs, "tokens": float(tokens)}
+    )
+
+
+def _beside(session: ServingSession) -> Measured:
+    tokens = PROMPT if session.on_gpu else session.context
+    found = ours.beside(session, tokens)
+    return Measured(found.ms, {
+        "steps": float(found.steps), "longest_step_ms": found.longest_ms, "step_alone_ms": found.alone_ms,
+        "chunk": float(chunk_on(session.device)), "tokens": float(tokens),
+    })
 
 
 def _waits(session: ServingSession) -> Measured:
@@ -144,6 +163,8 @@ ROWS: tuple[Case, ...] = (
     _row("long-context", "AR-Trust step at 32k context to 512", _long, 1.2, 1.08),
     _row("prefill", "prefill of 8k tokens to stock", _prefill(early=False), 1.1, 0.9),
     _row("prefill-first", "prefill of 8k tokens to stock, as first prompts are read", _prefill(early=True)),
+    _row("engine-prefill", "8k tokens until the first one, by the engine, to stock prefill", _engine_prefill, 1.1, 0.9),
+    _row("engine-prefill-beside", "8k tokens until the first one, beside a request that decodes", _beside, unit="ms"),
     _row("first-token-cold", "until the first replayed step, nothing compiled before", _first_token("cold"), 90.0, 45.0,
          unit="s"),
     _row("first-token-warm", "until the first replayed step, everything compiled before", _first_token("warm"), 15.0,
