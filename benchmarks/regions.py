@@ -194,8 +194,11 @@ def prefill(options: argparse.Namespace) -> dict[str, Any]:
         pieces = {chunk: prefill_ms(session, tokens, chunk, early=not compiled) for chunk in (tokens, tokens // 4)}
         step = reading(session, tokens, None, early=not compiled)
         kernels = by_kernel(step, 1)
-        in_pieces = host_of(lambda early=not compiled: reading(session, tokens, tokens // 4, early=early)())
-        row = {"first_seconds": first, "ms_by_piece": pieces, **in_pieces, **kernels}
+
+        def in_pieces(early: bool = not compiled) -> None:
+            reading(session, tokens, tokens // 4, early=early)()
+
+        row = {"first_seconds": first, "ms_by_piece": pieces, **host_of(in_pieces), **kernels}
         found["compiled" if compiled else "first prompts"] = row
         shown("prefill, compiled" if compiled else "prefill, first prompts", row)
         options.result.write_text(json.dumps(found))
