@@ -23,9 +23,11 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 def log(*steps: int, probes: tuple[int, ...] = (), peak: float = 1.0) -> list[str]:
     """Lines of a run of 6 steps, 2 of them warm-up."""
     rates = {1: 0.5 * peak, 2: peak, 3: peak, 4: 0.75 * peak, 5: 0.5 * peak, 6: 0.25 * peak}
-    lines = [{"step": step, "loss": 1.0, "lr": rates.get(step, 0.1), "seconds": 2.0} for step in steps]
-    held_out = [{"step": step, "evaluation": {"ar_loss": 1.0, "seconds": 1.0}} for step in probes]
-    return [json.dumps(line) for line in sorted([*lines, *held_out], key=lambda line: line["step"])]
+    lines: list[dict[str, Any]] = [
+        {"step": step, "loss": 1.0, "lr": rates.get(step, 0.1), "seconds": 2.0} for step in steps
+    ]
+    lines += [{"step": step, "evaluation": {"ar_loss": 1.0, "seconds": 1.0}} for step in probes]
+    return [json.dumps(line) for line in sorted(lines, key=lambda line: int(line["step"]))]
 
 
 def test_what_is_wrong_with_a_log_is_named(script: Any) -> None:
