@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from flarec.recipe import load_recipe
 from tests.models import few_checkpoint, tiny_tokenizer
 from tests.real_scripts import real_script
 
@@ -104,6 +106,19 @@ def test_rates_and_thresholds_that_are_chosen(monkeypatch: pytest.MonkeyPatch) -
 
     assert chosen({0.5: seen(2, 4), 0.8: seen(5, 5), 0.9: seen(5, 6), 0.99: seen(9, 10)}) == 0.8
     assert chosen({0.5: seen(2, 8), 0.9: seen(9, 10)}) == 0.5
+
+
+def test_every_row_is_a_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = real_script(monkeypatch, "table")
+    defaults = argparse.Namespace(source="m", data=["d"], rows=16, micro=8, max_length=512, steps=100, seed=0,
+                                  device="cpu", set=[])
+    for row in script.ROWS.values():
+        command = script.conversion(defaults, row, row.rates[0], tmp_path)
+        settings = [command[place + 1] for place, word in enumerate(command) if word == "--set"]
+        recipe = load_recipe(row.recipe).override(settings)
+        assert recipe.optimizer.lr == float(row.rates[0]) and recipe.optimizer.warmup_steps == 10
+        assert (recipe.name, recipe.diffusion.block_size) == (row.recipe, 6 if row.head else 5)
+        assert "diffusion-trust" in recipe.readouts() or "denoise" not in row.parts
 
 
 def test_a_model_beside_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
