@@ -60,12 +60,12 @@ def test_a_table_of_two_rows_and_one_that_fails(place: Path, monkeypatch: pytest
     row = script.Row
     monkeypatch.setattr(script, "COMMON", ("optimizer.warmup_steps=0",))
     monkeypatch.setattr(script, "ROWS", {
-        "draft": row("draft", ("1e-3", "1e-4"), ("diffusion.block_size=3",), ("denoise",)),
+        "draft": row("draft", ("1e-2",), ("diffusion.block_size=3",), ("denoise",)),
         "fluid": row("fluid", ("1e-3",), ("diffusion.earlier_block_sizes=[]",), ("elastic",), head=True),
         "no": row("nothing", ("1e-3",)),
     })
     words = ["source", "--data", "data.jsonl", "--tasks", "tasks", "--prompts", "prompts.jsonl", "--out", "table.json",
-             "--work", "work", *TINY]
+             "--work", "work", "--rate", "draft=1e-3", "--rate", "draft=1e-4", *TINY]
     assert script.main(words) == 1
     record = json.loads(Path("table.json").read_text())
     assert record["commit"] == "abc" and record["device"].endswith("CPU")

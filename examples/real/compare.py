@@ -107,7 +107,8 @@ def run_all(options: argparse.Namespace, record: dict[str, Any]) -> None:
     """Workers take the next arm that has no result."""
     until, lock = time.monotonic() + options.time_limit, threading.Lock()
     names = options.only or [arm for arm in ARMS if data_of(options, arm)]
-    waiting = [(arm, seed) for seed in range(options.seeds) for arm in names
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    waiting = [(arm, seed) for seed in seeds for arm in names
                if "error" in record["runs"].get(f"{arm} {seed}", {"error": ""})]
     longest = 0.0
 
@@ -156,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--micro", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--limit", type=int, default=128, help="prompts")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--chat", action=argparse.BooleanOptionalAction, default=True)

@@ -31,7 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +174,15 @@ def chosen_rate(tried: dict[str, dict[str, float]], source: float) -> str:
     return max(tried, key=lambda rate: tried[rate]["accuracy"])
 
 
+def row_named(name: str, options: argparse.Namespace) -> Row:
+    """With the learning rates of `--rate NAME=RATE`, if there are any."""
+    given = tuple(rate for key, _, rate in (text.partition("=") for text in options.rate) if key == name)
+    return replace(ROWS[name], rates=given or ROWS[name].rates)
+
+
 def row_of(work: Work, name: str, base: Callable[[], dict[str, Any]]) -> None:
     """One row of the table, into the record."""
-    row, found = ROWS[name], dict[str, Any]()
+    row, found = row_named(name, work.options), dict[str, Any]()
     try:
         with ThreadPoolExecutor(len(row.rates)) as pool:
             checkpoints = dict(zip(row.rates, pool.map(lambda rate: _tried(work, name, row, rate), row.rates),
@@ -307,6 +313,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--micro", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a packed row")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every recipe (repeatable)")
+    parser.add_argument("--rate", action="append", default=[], metavar="ROW=RATE",
+                        help="learning rates of a row, instead of those in ROWS (repeatable)")
     parser.add_argument("--head-rows", type=int, default=64, help="packed rows that a horizon head learns from")
     parser.add_argument("--head-steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -322,6 +330,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--last-part", type=float, default=25.0, help="seconds before the end after which none begins")
     parser.add_argument("--commit", default="")
     options = parser.parse_args(arguments)
+    for text in options.rate:
+        if text.partition("=")[0] not in ROWS:
+            parser.error(f"--rate {text}: give ROW=RATE with a row of {', '.join(ROWS)}")
     options.work.mkdir(parents=True, exist_ok=True)
     said = {
         "source": {"name": options.source.name,
@@ -330,8 +341,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tasks": [commands.described(options.tasks / f"{split}.jsonl") for split in ("choose", "report")],
         "prompts": commands.described(options.prompts),
         "settings": {name: getattr(options, name) for name in (
-            "steps", "rows", "micro", "max_length", "set", "head_rows", "head_steps", "seed", "limit", "max_new_tokens",
-            "task_limit", "texts", "batch")},
+            "steps", "rows", "micro", "max_length", "set", "rate", "head_rows", "head_steps", "seed", "limit",
+            "max_new_tokens", "task_limit", "texts", "batch")},
         "commit": options.commit,
     }
     record: dict[str, Any] = {"measured": {}, "rows": {}}
