@@ -131,10 +131,11 @@ def test_little_is_kept() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "bamba"])
 @torch.no_grad()
 def test_no_kernel_of_a_piece_waits(family: str) -> None:
-    """CUDA says so of everything that a real program runs; the first two pieces may compile and tune."""
+    """CUDA says so of everything that a real program runs; the first two pieces may compile and tune. Of experts the
+    host reads how many tokens each has."""
     from flarec.frontend.export import capture
     from tests.models import tiny_model
 
