@@ -90,6 +90,7 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None, chat: 
             "readouts": readouts,
             "confidence threshold": decode.confidence_threshold,
             "denoising steps": decode.denoising_steps or "block size",
+            "recheck": decode.recheck or "none",
             "mask token": token,
             **({"elastic": "`horizon.safetensors` says how many drafts are taken"} if elastic else {}),
         }),

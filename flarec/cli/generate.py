@@ -41,7 +41,8 @@ CAUSAL_TOKENS = 8
 )
 @click.option("--chat", is_flag=True, help="Put the prompt into the chat template; else it is continued as it is.")
 @generation_options(
-    "mode", "threshold", "denoising_steps", "drafts", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop",
+    "mode", "threshold", "denoising_steps", "recheck", "drafts", "max_new_tokens", "temperature", "top_k", "top_p",
+    "seed", "stop",
 )
 @runtime_options
 @foreign_options
@@ -136,4 +137,5 @@ def _stats(outputs: list[Output], kernels: str) -> Iterator[str]:
             f"{name}{output.mode}, {output.new_tokens} tokens in {output.forwards} forwards "
             f"({output.tokens_per_forward:.2f} per forward), {output.seconds:.2f} s on {kernels} kernels, "
             f"stopped by {output.stop_reason}" + (f", accepted per step {steps}" if steps else "")
+            + (f", {output.taken_back} taken back" if output.taken_back else "")
         )
