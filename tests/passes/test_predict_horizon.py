@@ -126,7 +126,7 @@ def test_elastic_decoding_with_a_recheck_of_one_is_causal(family: str) -> None:
     """Few ids, so that some drafts of a model that was never trained are right."""
     _, engine, _ = elastic(family)
     few, rng = frozenset(range(4, VOCABULARY)), random.Random(3)
-    prompts = [[rng.randrange(MASK) for _ in range(rng.randint(1, 12))] for _ in range(24)]
+    prompts = [[rng.randrange(MASK) for _ in range(rng.randint(1, 12))] for _ in range(16)]
     each = [replace(random_sampling(rng), max_new_tokens=16, suppress=few) for _ in prompts]
     causal = engine.generate(prompts, each, mode="causal")
     found = engine.generate(prompts, each, mode="elastic", threshold=0.0, recheck=1.0)
