@@ -3,7 +3,7 @@
     python benchmarks/recheck_tiny.py --demo out/demo/checkpoint --elastic out/elastic/keep/elastic
 
 --demo: a checkpoint of `make demo`, for Diffusion-Trust; --elastic: one of `benchmarks/elastic_tiny.py --keep`, for
-elastic decoding. Greedy, float32. Every pair of threshold and share is measured on one half of the held-out tasks; of
+elastic decoding. Greedy unless --temperature is given, float32. Every pair of threshold and share is measured on one half of the held-out tasks; of
 each mode, with and without a recheck, the pair is reported on the other half that has most tokens per forward among
 those that keep `KEEPS` of causal decoding's accuracy (the most accurate one if none does). A share of 1 gives the text
 of causal decoding, which is compared.
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=200, help="held-out tasks, half of them to choose on")
     parser.add_argument("--thresholds", default=THRESHOLDS, type=_numbers, help="that are tried, with commas between")
     parser.add_argument("--shares", default=SHARES, type=_numbers, help="of the recheck, with commas between")
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recheck-tiny-cpu.json"))
     options = parser.parse_args()
     start = time.perf_counter()
@@ -73,21 +74,22 @@ def main() -> None:
 def _measured(model: Model, mode: str, options: argparse.Namespace) -> dict[str, Any]:
     """Everything of one checkpoint: its recipe, all pairs on the half that chooses, some on the other one."""
     assert model.manifest is not None
+    heat = options.temperature
     examples = read_examples(DATA, model, limit=options.tasks)
     choose, reported = examples[::2], examples[1::2]
     pairs = [(threshold, 0.0) for threshold in PLAIN[mode]]
     pairs += [(threshold, share) for share in options.shares for threshold in options.thresholds]
     found: dict[str, Any] = {"recipe": model.manifest.recipe, "decode": str(model.manifest.decode)}
-    base, own = _decode(model, choose, "causal")
+    base, own = _decode(model, choose, "causal", heat)
     seen: dict[Pair, dict[str, Any]] = {}
     for pair in pairs:
-        row, attempts = _decode(model, choose, mode, pair)
+        row, attempts = _decode(model, choose, mode, heat, pair)
         row["equal_texts"] = _equal(attempts, own)
         assert pair[1] != 1 or row["equal_texts"] == len(choose), "a share of 1 is causal decoding"
         seen[pair] = row
     found["choosing"] = {"causal": base, "pairs": [{**_named(pair), **row} for pair, row in seen.items()]}
-    base, own = _decode(model, reported, "causal")
-    trusted, _ = _decode(model, reported, "ar-trust")
+    base, own = _decode(model, reported, "causal", heat)
+    trusted, _ = _decode(model, reported, "ar-trust", heat)
     rows: dict[str, Any] = {"causal": base, "ar-trust": trusted}
     for name, part in (
         ("without a recheck", [pair for pair in seen if not pair[1]]),
@@ -96,7 +98,7 @@ def _measured(model: Model, mode: str, options: argparse.Namespace) -> dict[str,
     ):
         if part:
             pair = _chosen({pair: seen[pair] for pair in part}, found["choosing"]["causal"]["accuracy"])
-            row, attempts = _decode(model, reported, mode, pair)
+            row, attempts = _decode(model, reported, mode, heat, pair)
             against = paired(list(rates(attempts).values()), list(rates(own).values()))
             rows[name] = {**_named(pair), **row, "equal_texts": _equal(attempts, own),
                           "to_causal": {"better": against.better, "worse": against.worse, "low": against.low,
@@ -123,10 +125,10 @@ def _chosen(seen: dict[Pair, dict[str, Any]], base: float) -> Pair:
 
 
 def _decode(
-    model: Model, tasks: Sequence[Example], mode: str, pair: Pair | None = None
+    model: Model, tasks: Sequence[Example], mode: str, temperature: float, pair: Pair | None = None
 ) -> tuple[dict[str, Any], list[Attempt]]:
     short = [replace(task, ids=task.ids[:2], responses=((1, 2),)) for task in tasks]  # the loss is not of interest here
-    options = flarec.GenerationOptions(mode=mode)  # type: ignore[arg-type]
+    options = flarec.GenerationOptions(mode=mode, temperature=temperature)  # type: ignore[arg-type]
     if pair is not None:
         options = replace(options, threshold=pair[0], recheck=pair[1])
     start = time.process_time()
