@@ -6,8 +6,8 @@ Converts with the recipe `fluid` at the demo's length, trains the horizon head o
 tasks greedily. The head's say is the ablation: "gate alone" takes drafts by their own probability, "head alone" as many
 as the head says, "fixed n" n drafts in every step. Diffusion-Trust is measured on the same weights, and on those of
 `--denoise`. A row's threshold is chosen on one half of the tasks and reported on the other: the smallest one that keeps
-`KEEPS` of causal decoding's accuracy there, or the most accurate one if none does. Without a recheck: that is measured by
-`recheck_tiny.py`.
+`KEEPS` of causal decoding's accuracy there, or the most accurate one if none does. Without a recheck, which
+`recheck_tiny.py` measures.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python benchmarks/recheck_tiny.py --demo out/demo/checkpoint --elastic out/elastic/keep/elastic
 
 --demo: a checkpoint of `make demo`, for Diffusion-Trust; --elastic: one of `benchmarks/elastic_tiny.py --keep`, for
-elastic decoding. Greedy unless --temperature is given, float32. Every pair of threshold and share is measured on one half of the held-out tasks; of
-each mode, with and without a recheck, the pair is reported on the other half that has most tokens per forward among
-those that keep `KEEPS` of causal decoding's accuracy (the most accurate one if none does). A share of 1 gives the text
-of causal decoding, which is compared.
+elastic decoding. Greedy unless --temperature is given, float32. Every pair of threshold and share is measured on one
+half of the held-out tasks; of each mode, with and without a recheck, the pair is reported on the other half that has
+most tokens per forward among those that keep `KEEPS` of causal decoding's accuracy (the most accurate one if none
+does). A share of 1 gives the text of causal decoding, which is compared.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _decode(
     model: Model, tasks: Sequence[Example], mode: str, temperature: float, pair: Pair | None = None
 ) -> tuple[dict[str, Any], list[Attempt]]:
     short = [replace(task, ids=task.ids[:2], responses=((1, 2),)) for task in tasks]  # the loss is not of interest here
-    options = flarec.GenerationOptions(mode=mode, temperature=temperature)  # type: ignore[arg-type]
+    options = flarec.GenerationOptions(mode=mode, temperature=temperature)
     if pair is not None:
         options = replace(options, threshold=pair[0], recheck=pair[1])
     start = time.process_time()

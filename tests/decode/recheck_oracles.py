@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from flarec.base.generation import GenerationOptions
 
 from .fake_model import FakeModel
@@ -27,14 +29,14 @@ class Rechecked:
     pending: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
-    rows: list[list[float]] = field(default_factory=list)
+    rows: list[np.ndarray] = field(default_factory=list)
     taken_back: int = 0
     forwards: int = 0
     histogram: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.committed = list(self.prompt)
-        self.sources: list[list[float]] = []  # logits that chose what is pending
+        self.sources: list[np.ndarray] = []  # logits that chose what is pending
 
     def choice(self, prefix: list[int]) -> int:
         return pick(self.model.clean(prefix), self.params, len(prefix), [self.model.mask])[0]
@@ -69,10 +71,10 @@ class Rechecked:
             self.pending, self.sources = [self.tokens[-1]], [clean]
         return back
 
-    def emit(self, token: int, origin: str, row: object) -> None:
+    def emit(self, token: int, origin: str, row: np.ndarray) -> None:
         self.tokens.append(token)
         self.origins.append(origin)
-        self.rows.append(list(row))  # type: ignore[call-overload]
+        self.rows.append(row)
 
     @property
     def done(self) -> tuple[list[int], str] | None:
@@ -82,7 +84,7 @@ class Rechecked:
 def rechecked_trust(request: Rechecked, size: int, readout: str, threshold: float, steps: int) -> Rechecked:
     model, mask = request.model, request.model.mask
     block, hidden, step = [mask] * size, set(range(size)), 0
-    chose: list[list[float]] = [[] for _ in range(size)]
+    chose = [model.clean([])] * size
     request.emit(request.choice(request.prompt), "clean", model.clean(request.prompt))
     while True:
         request.forwards += 1
@@ -96,7 +98,7 @@ def rechecked_trust(request: Rechecked, size: int, readout: str, threshold: floa
             for offset in hidden:
                 logits = model.clean(prefix) if offset == 0 else model.noisy(prefix, block, offset - 1, readout)
                 guesses[offset] = pick(logits, request.params, len(prefix) + offset, [mask])
-                chose[offset] = list(logits)
+                chose[offset] = logits
             step += 1
             if step == steps:
                 chosen = set(hidden)
@@ -128,14 +130,14 @@ def rechecked_elastic(request: Rechecked, size: int, threshold: float) -> Rechec
         taken = 0
         if not back:
             prefix = request.committed
-            request.pending, request.sources = [request.tokens[-1]], [list(model.clean(prefix))]
+            request.pending, request.sources = [request.tokens[-1]], [model.clean(prefix)]
             while taken < model.horizon(prefix, size):
                 logits = model.noisy(prefix, [mask] * size, taken, "causal")
                 token, confidence = pick(logits, request.params, len(prefix) + 1 + taken, [mask])
                 if confidence < threshold:
                     break
                 request.pending.append(token)
-                request.sources.append(list(logits))
+                request.sources.append(logits)
                 taken += 1
         request.histogram[taken] += 1
         if request.done is not None:

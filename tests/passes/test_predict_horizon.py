@@ -130,6 +130,7 @@ def test_elastic_decoding_with_a_recheck_of_one_is_causal(family: str) -> None:
     each = [replace(random_sampling(rng), max_new_tokens=16, suppress=few) for _ in prompts]
     causal = engine.generate(prompts, each, mode="causal")
     found = engine.generate(prompts, each, mode="elastic", threshold=0.0, recheck=1.0)
+    assert isinstance(engine.program, Program)
     made = Subject(engine.program, engine.program, shared_model(family), mask_token_id=MASK, block_size=SIZE)
     for prompt, setting, row, other in zip(prompts, each, found, causal, strict=True):
         same = row.token_ids == other.token_ids
