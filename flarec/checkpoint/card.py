@@ -20,8 +20,12 @@ _WHAT_ADAPTED = (
     "fills blocks by parallel denoising (`diffusion-trust`)."
 )
 _ELASTIC = (
-    " A head on the frozen weights says how many drafts are safe (`elastic`: they are taken as they are, so that the "
-    "text may differ from that of `causal`)."
+    " A head on the frozen weights says how many drafts are safe (`elastic`)."
+)
+_RECHECK = (
+    "`recheck`: what `diffusion-trust` and `elastic` take from noisy rows is taken back where the clean stream finds it "
+    "less likely than this share of its own choice. 1 gives the text of `causal`; 0 takes it as it is, and the text may "
+    "differ."
 )
 _NOT_FOR_PEFT = (
     "`adapter/` has the layout of peft, and peft can open it, but **do not load or merge it with peft**: it was "
@@ -94,6 +98,7 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None, chat: 
             "mask token": token,
             **({"elastic": "`horizon.safetensors` says how many drafts are taken"} if elastic else {}),
         }),
+        *([_RECHECK] if elastic or "diffusion-trust" in decode.readouts else []),
         "## Training",
         _table({"recipe": recipe, **data}),
     ]
