@@ -23,9 +23,9 @@ _ELASTIC = (
     " A head on the frozen weights says how many drafts are safe (`elastic`)."
 )
 _RECHECK = (
-    "`recheck`: what `diffusion-trust` and `elastic` take from noisy rows is taken back where the clean stream finds it "
-    "less likely than this share of its own choice. 1 gives the text of `causal`; 0 takes it as it is, and the text may "
-    "differ."
+    "`recheck`: what `diffusion-trust` and `elastic` take from noisy rows is taken back where the clean stream finds "
+    "it less likely than this share of its own choice. 1 gives the text of `causal`; 0 takes it as it is, and the text "
+    "may differ."
 )
 _NOT_FOR_PEFT = (
     "`adapter/` has the layout of peft, and peft can open it, but **do not load or merge it with peft**: it was "
