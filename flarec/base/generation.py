@@ -17,6 +17,8 @@ from .fields import LARGEST, allowed_values, field_types, is_number, key, plain,
 Mode = Literal["causal", "ar-trust", "diffusion-trust", "elastic"]
 Drafts = Literal["branches", "single", "auto", "horizon"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+RECHECKED: tuple[Mode, ...] = ("diffusion-trust", "elastic")
+"""Those that read `recheck`."""
 DRAFTS: tuple[Drafts, ...] = get_args(Drafts)
 HEADLESS: tuple[Drafts, ...] = ("branches", "single", "auto")
 """Those for which a checkpoint needs no horizon head."""
