@@ -28,10 +28,13 @@ from .modes.causal import CausalMode
 from .modes.diffusion_trust import DiffusionTrustMode
 from .modes.elastic import ElasticMode
 from .modes.placed_trust import PlacedTrustMode
+from .modes.rechecked_elastic import RecheckedElasticMode
+from .modes.rechecked_trust import RecheckedTrustMode
 from .noise_ids import NoiseIds, Ranges, pool_of
 from .plan import DecodeProgram
 from .policy import DraftPolicy, choices_of
 from .prefix import PrefixCache
+from .recheck import Recheck
 from .request import MOST_LOGPROBS, Generation, OnTokens, Prompts, Request, StopCheck, Stopping
 from .rows import Mode
 from .scheduler import PREFILL_ROWS, Lane, Scheduler
@@ -45,8 +48,8 @@ host as long whatever it reads."""
 PREFILL_ALONE = {"cuda": PREFILL_ROWS}
 """Clean rows of one prefill forward, all requests together, while nothing runs; elsewhere as beside running ones."""
 SLOTS = 64
-OF_A_LANE = ("mode", "drafts", "threshold", "denoising_steps", "suppress")
-"""What requests that share a forward agree in."""
+OF_A_LANE = ("mode", "drafts", "threshold", "denoising_steps", "recheck", "suppress")
+"""What requests that share a forward agree in; with a recheck of whole blocks also in `eos_ids`."""
 MOST_POLICIES = 64
 """Kinds of lanes of which is remembered how much drafting pays: those that were used last."""
 GRAPHS = ("auto", "off")
@@ -164,7 +167,8 @@ class Engine:
 
         prompts            token ids, at least one each: lists, arrays or tensors
         options, keywords  one `GenerationOptions` for all or one per prompt; keywords are put over them. Where one is
-                           None: causal, branches, 0.9, a step per position of a block, and the engine's `eos_ids`
+                           None: causal, branches, 0.9, a step per position of a block, no recheck, and the engine's
+                           `eos_ids`
         stop_check         see `Stopping`; one for all or one per prompt (`TextStream.stop_check` finds text)
         on_tokens          called with (prompt index, new token ids) as tokens become final
         on_end             called with (prompt index, generation) when a prompt has ended
@@ -250,7 +254,9 @@ class Engine:
         size = self.prefill_chunk if chunk is None else chunk
 
         def key(request: Request) -> Hashable:
-            return (*(getattr(request.options, name) for name in OF_A_LANE), request.logprobs)
+            options = request.options
+            ends = options.eos_ids if options.mode == "diffusion-trust" and options.recheck else None
+            return (*(getattr(options, name) for name in OF_A_LANE), ends, request.logprobs)
 
         def lane(request: Request, key: Hashable) -> Lane:
             mode, suppress = self._mode(request.options, key), self._suppressed(request.options.suppress)
@@ -278,6 +284,7 @@ class Engine:
     def _mode(self, options: GenerationOptions, key: Hashable = None) -> Mode:
         """What decodes a request whose options are complete. key: of its lane; None: for nobody that runs."""
         assert options.drafts is not None and options.threshold is not None and options.denoising_steps is not None
+        recheck = Recheck(options.recheck) if options.recheck else None
         if options.mode == "ar-trust":
             if options.drafts == "horizon":
                 blocks = self._told_blocks("drafts 'horizon'")
@@ -285,9 +292,13 @@ class Engine:
             policy = self._policy(key) if options.drafts == "auto" else None
             return ARTrustMode(self._blocks("ar-trust"), branches=options.drafts != "single", policy=policy)
         if options.mode == "diffusion-trust":
-            return DiffusionTrustMode(self._blocks("diffusion-trust"), options.threshold, options.denoising_steps)
+            given = self._blocks("diffusion-trust"), options.threshold, options.denoising_steps
+            if recheck is None:
+                return DiffusionTrustMode(*given)
+            return RecheckedTrustMode(*given, recheck, options.eos_ids or (), self.program.device)
         if options.mode == "elastic":
-            return ElasticMode(self._told_blocks("mode 'elastic'"), options.threshold, self.program.vocab_size)
+            told = self._told_blocks("mode 'elastic'"), options.threshold, self.program.vocab_size
+            return ElasticMode(*told) if recheck is None else RecheckedElasticMode(*told, recheck)
         return CausalMode()
 
     def _policy(self, key: Hashable, placed: Sequence[int] = ()) -> DraftPolicy:
@@ -306,7 +317,7 @@ class Engine:
 
     def _filled(self, options: GenerationOptions) -> GenerationOptions:
         steps = self.block_size or 1
-        filled = options.filled(mode="causal", drafts="branches", threshold=0.9, denoising_steps=steps)
+        filled = options.filled(mode="causal", drafts="branches", threshold=0.9, denoising_steps=steps, recheck=0.0)
         return filled.filled(eos_ids=self.eos_ids)
 
     def _blocks(self, mode: str) -> BlockSpec:

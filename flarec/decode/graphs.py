@@ -197,7 +197,7 @@ class Store:
         state = {name: t.new_zeros(slots, *t.shape[1:]) for name, t in like.state.items()}
         sampling = like.sampling.changed(lambda values: values.new_zeros(slots), False, False)
         active = torch.zeros(slots, dtype=torch.bool, device=device)
-        results = torch.zeros(slots * (pending + 4), dtype=torch.int64, device=device)
+        results = torch.zeros(slots * (2 * pending + 4), dtype=torch.int64, device=device)
         kept = None if like.suppress is None else like.suppress.clone()
         return Store(
             program, slots, pending, recorder, cache, state, sampling, active, results, kept, {}, held=pending

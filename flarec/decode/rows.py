@@ -20,7 +20,7 @@ from .cache import Cache
 from .pieces import PieceLayouts
 from .plan import DecodeProgram, StepPlan, StepShape
 from .request import Request
-from .sampling import SamplingRows, choose
+from .sampling import SamplingRows, choose, near
 from .stepper import BlockSpec, Stepper
 
 K = TypeVar("K")
@@ -143,6 +143,13 @@ class Rows(Stepper):
             logits.reshape(-1, vocab), self.sampling, first, self.suppress, confidence=confidence, per=n, source=source
         )
         return token.view(-1, n), probability.view(-1, n)
+
+    def near(self, logits: Tensor, tokens: Tensor, choice: Tensor, share: float, first: Tensor) -> Tensor:
+        """[rows, n] bool: whether tokens [rows, n] are the choice [rows, n] of logits [rows, n, V], or nearly as good
+        (`flarec.kernels.sampling.near`); positions as in `choose`."""
+        n, vocab = logits.shape[1:]
+        given = (tokens.reshape(-1), choice.reshape(-1), share)
+        return near(logits.reshape(-1, vocab), *given, self.sampling, first, self.suppress, per=n).view(-1, n)
 
     def note(self, logits: Tensor, tokens: Tensor) -> Tensor | None:
         """How likely tokens [rows, n] are by logits [rows, n, V], if that is wanted: [rows, n, 1 + 2 k] float64, their

@@ -19,7 +19,7 @@ from flarec.base.generation import GenerationOptions
 from flarec.kernels import sampling as kernel
 from flarec.kernels.sampling import UNCHOSEN, mask_of
 
-__all__ = ["UNCHOSEN", "SamplingRows", "choose"]
+__all__ = ["UNCHOSEN", "SamplingRows", "choose", "near"]
 
 
 @dataclass(frozen=True)
@@ -101,3 +101,14 @@ def choose(
         truncated=params.truncated, sampled=params.sampled, confidence=confidence, per=per, source=source,
     )
     return choice.token, choice.probability
+
+
+def near(
+    logits: Tensor, token: Tensor, choice: Tensor, share: float, params: SamplingRows, positions: Tensor,
+    suppress: Tensor | None = None, *, per: int = 1,
+) -> Tensor:
+    """[N] bool: whether a token is the choice, or nearly as good (`flarec.kernels.sampling.near`)."""
+    return kernel.near(
+        logits, token, choice, share, params.temperature, params.top_k, params.top_p, params.seed, positions, suppress,
+        truncated=params.truncated, sampled=params.sampled, per=per,
+    )

@@ -185,6 +185,7 @@ class Lane:
             return None
         gone = [request for request in rows.requests if request.finished]
         self.stats.tokens += sum(len(request.tokens) for request in gone)
+        self.stats.taken_back += sum(request.taken_back for request in gone)
         ended += [request for request in gone if request.stop_reason != CANCELLED]
         if len(gone) < len(rows.requests):
             rows.retire()
