@@ -202,6 +202,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="of sampling, at temperatures above 0")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype")
+    parser.add_argument("--kernels", default="auto")
     parser.add_argument("--batch", type=int, default=64, help="requests of the engine at a time")
     parser.add_argument("--rows", type=int, default=4096, help="of a forward over whole answers")
     parser.add_argument("--shown", type=int, default=10**9, help="answers along which tokens are shown in blocks")
@@ -217,7 +218,9 @@ def main() -> None:
     options.costs = Costs(options.costs)
     table: dict[str, Any] = {"command": command, "commit": commit, "versions": versions(), "runs": []}
     for path in options.checkpoint:
-        model = flarec.load(path, device=options.device, dtype=options.dtype, graphs="off", compile="off")
+        model = flarec.load(
+            path, device=options.device, dtype=options.dtype, kernels=options.kernels, graphs="off", compile="off"
+        )
         device = model.program.device
         threads = f"CPU, {torch.get_num_threads()} threads"
         table["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else threads

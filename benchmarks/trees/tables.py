@@ -22,7 +22,7 @@ from flarec.passes.adapt_noisy_stream import NoisyRows
 from .walk import MASKED, MIXED, SEEN, Key, Slot, Table
 
 CANDIDATES = 3
-NOISE_ROWS = {"cpu": 1 << 22, "cuda": 1 << 27}
+NOISE_ROWS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Scores at a time: the noise of one takes some 30 bytes."""
 
 
