@@ -30,11 +30,12 @@ from flarec.evaluation.loops import loops
 from .judge import Measured
 from .shapes import BUDGETS, Costs, shapes
 from .tables import CANDIDATES, Answer, Measurement
-from .walk import Shape, Table, Walk, complete, walk
+from .walk import MASKED, MIXED, Key, Shape, Table, Walk, complete, walk
 
 ROOT = Path(__file__).parents[2]
 OUTCOMES = "one block per outcome"
 RESAMPLES = 400
+BRANCHED = 8
 
 
 def prompts_of(path: Path, model: Model, limit: int, seed: int) -> list[list[int]]:
@@ -86,6 +87,24 @@ def check(model: Model, answers: list[Answer], size: int, options: argparse.Name
     return found
 
 
+def branches(measurement: Measurement, answers: list[Answer]) -> dict[str, int]:
+    """Blocks whose first row holds the answer's token with the clean stream's weights: at how many places that row
+    chooses what the clean stream does, and the rows behind it draft what a masked block behind the token drafts."""
+    wanted = [
+        [Key(MIXED, place, token) for place, token in enumerate(answer.table.answer[:-2])] for answer in answers
+    ]
+    measurement.fill(answers, wanted)
+    found = {"places": 0, "same choice": 0, "same drafts": 0}
+    for answer, keys in zip(answers, wanted, strict=True):
+        for key in keys:
+            first, *drafts = [slot.tokens[0] for slot in answer.table.drafts(key)]
+            found["places"] += 1
+            found["same choice"] += first == answer.table.answer[key.place + 1]
+            behind = answer.table.drafts(Key(MASKED, key.place + 1))
+            found["same drafts"] += drafts == [slot.tokens[0] for slot in behind]
+    return found
+
+
 def rate(walks: Sequence[Walk]) -> float:
     """Tokens per forward."""
     return sum(one.tokens for one in walks) / sum(one.forwards for one in walks)
@@ -103,7 +122,7 @@ def compare(answers: list[Answer], size: int, options: argparse.Namespace) -> di
     def best(family: str, cost: Callable[[Shape], float], most: float) -> dict[int, Shape]:
         """By request: the shape that the other half chose."""
         chosen: dict[int, Shape] = {}
-        fits = [shape for shape in families[family] if shape.rows <= most]
+        fits = [shape for shape in families[family] if shape.rows <= most and len(walks[shape]) > 1]
         for half in (0, 1) if fits else ():
             pick = max(fits, key=lambda shape: rate(walks[shape][1 - half :: 2]) / cost(shape))
             chosen |= dict.fromkeys(range(half, len(walks[pick]), 2), pick)
@@ -118,7 +137,7 @@ def compare(answers: list[Answer], size: int, options: argparse.Namespace) -> di
         family: [
             {"shape": shape.name, "rows": shape.rows, "tokens_per_forward": rate(walks[shape]),
              "branched": _share(walks[shape], "branched"), "gained": _share(walks[shape], "gained")}
-            for shape in found
+            for shape in found if walks[shape]
         ]
         for family, found in families.items()
     }
@@ -184,7 +203,7 @@ def measure(
         "tokens": sum(len(answer.table.answer) for answer in answers),
         "said": sum(answer.said for answer in answers) / sum(len(answer.table.answer) for answer in answers),
         "instead": judges[0].instead_shares, "rounds": rounds,
-        "check": check(model, answers, size, options),
+        "check": check(model, answers, size, options), "branches": branches(measurement, answers[:BRANCHED]),
         **compare(answers, size, options),
     }
     found["seconds"] = [round(told - start, 1), round(filled - told, 1), round(time.monotonic() - filled, 1)]
@@ -241,6 +260,7 @@ def show(run: dict[str, Any]) -> None:
     for row in run["check"]:
         print(f"  engine, {row['drafts']}, blocks of {row['block']}: {row['engine']:.4f}, walk {row['walk']:.4f}, "
               f"{row['other_forwards']} of {row['texts']} differ, {row['of']} answers")
+    print(f"  branches: {run['branches']}")
     for name in ("by_rows", "by_cost"):
         for limit, families in run[name].items():
             print(f"  {name} {limit}")
