@@ -92,10 +92,12 @@ def test_differences_are_paired_by_seed() -> None:
     assert values["Diffusion-Trust, accuracy"]["mean"] == 0.5
 
 
-def test_arms_run_seed_by_seed() -> None:
-    seeds = [arm.seed for arm in arms()]
-    assert seeds == sorted(seeds)
-    assert [arm.name for arm in arms((0,))][: len(MAIN)] == [name for name, *_ in MAIN]
+def test_main_arms_of_every_seed_come_first() -> None:
+    names = [name for name, *_ in MAIN]
+    main, sizes = arms()[: 3 * len(MAIN)], arms()[3 * len(MAIN) :]
+    assert [(arm.name, arm.seed) for arm in main] == [(name, seed) for seed in range(3) for name in names]
+    assert [arm.seed for arm in sizes] == sorted(arm.seed for arm in sizes)
+    assert not {arm.name for arm in sizes} & set(names)
 
 
 def test_what_runs_is_claimed_once_and_what_ended_is_free(tmp_path: Path) -> None:

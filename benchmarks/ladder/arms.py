@@ -45,8 +45,8 @@ MAIN: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
 
 
 def arms(seeds: tuple[int, ...] = SEEDS) -> list[Arm]:
-    """All runs, seed by seed: the main arms, then other block sizes of the published objective and of `draft`."""
-    return [arm for seed in seeds for arm in (*_main(seed), *_sizes(seed))]
+    """All runs: the main arms seed by seed, then other block sizes of the published objective and of `draft`."""
+    return [arm for several in (_main, _sizes) for seed in seeds for arm in several(seed)]
 
 
 def _main(seed: int) -> list[Arm]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import sys
@@ -20,6 +19,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from commands import machine
 
 from flarec.evaluation.loops import loops
 
@@ -77,7 +78,7 @@ def measure(model: Any, prompts: list[str], options: argparse.Namespace) -> dict
     return result
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--prompts", type=Path, required=True)
@@ -89,22 +90,16 @@ def main() -> int:
     parser.add_argument("--dtype")
     parser.add_argument("--commit")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-
-    import torch
-    import transformers
+    options = parser.parse_args(arguments)
 
     import flarec
 
     start = time.monotonic()
     model = flarec.load(options.checkpoint, device="auto", **({"dtype": options.dtype} if options.dtype else {}))
     found = measure(model, prompts_of(options.prompts, options.limit, options.seed), options)
-    cuda = torch.cuda.is_available()
+    words = sys.argv[1:] if arguments is None else arguments
     record = {
-        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "transformers": transformers.__version__, "flarec": flarec.__version__},
-        "command": " ".join(["python examples/real/measure.py", *sys.argv[1:]]), "commit": options.commit,
+        **machine(), "command": " ".join(["python examples/real/measure.py", *words]), "commit": options.commit,
         "seconds": round(time.monotonic() - start, 1), **found,
     }
     for name, row in found.items():

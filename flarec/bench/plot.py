@@ -67,7 +67,7 @@ def _why_nothing(rows: Mapping[str, Any]) -> str:
 
 
 def draw(results: Path, out: Path) -> None:
-    """Draw the picture of a results file; the suffix of `out` chooses the format (svg, png, pdf).
+    """Draw the picture of a results file; the suffix of `out` chooses one of the formats of matplotlib.
 
     Raises `UsageError` for a file without results, and for one that is no place for the picture.
     """

@@ -241,7 +241,8 @@ def serve(
 
 @command.command()
 @click.argument("results", type=click.Path(path_type=Path))
-@click.option("--out", type=FILE, required=True, metavar="FILE", help="svg, png or pdf.")
+@click.option("--out", type=FILE, required=True, metavar="FILE",
+              help="The suffix chooses the format: svg, png, pdf or another one that matplotlib writes.")
 def plot(results: Path, out: Path) -> None:
     """Draw time against block size from the JSON file of `flarec bench kernels`, or tokens per second against requests
     from that of `flarec bench decode`."""

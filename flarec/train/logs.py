@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .pace import in_words
-from .progress import Reporter, describe_evaluation
+from .progress import Reporter, describe_evaluation, describe_losses
 
 ProgressCallback = Callable[[str, Mapping[str, Any]], object]
 """Called with what happens ("note", "warning", "working", "begin", "step", "evaluation", "answers", "stopping", "end")
@@ -47,8 +47,8 @@ class LoggingReporter(Reporter):
     def step(self, values: Mapping[str, Any]) -> None:
         left = values.get("seconds_left")
         self.logger.info(
-            "step %d of %d: ar %.3f  diffusion %.3f  %.0f tok/s%s", values["step"], self._end, values["ar_loss"],
-            values["diffusion_loss"], values["tokens_per_second"], "" if left is None else f", {in_words(left)} left",
+            "step %d of %d: %s  %.0f tok/s%s", values["step"], self._end, describe_losses(values),
+            values["tokens_per_second"], "" if left is None else f", {in_words(left)} left",
         )
         self._tell("step", total=self._end, **values)
 

@@ -102,8 +102,7 @@ class ConsoleReporter(Reporter):
             self.note(text)
 
     def step(self, values: Mapping[str, Any]) -> None:
-        text = f"ar {values['ar_loss']:.3f}  diffusion {values['diffusion_loss']:.3f}"
-        text += f"  {values['tokens_per_second']:,.0f} tok/s"
+        text = f"{describe_losses(values)}  {values['tokens_per_second']:,.0f} tok/s"
         left = values.get("seconds_left")
         text += "" if left is None else f", {in_words(left)} left"
         if self._progress is not None:
@@ -138,6 +137,12 @@ class ConsoleReporter(Reporter):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def describe_losses(values: Mapping[str, Any]) -> str:
+    """Losses of a step, that of noisy blocks with its name: `el` is negative (docs/semantics.md section 3)."""
+    learned = "+".join(values.get("diffusion_losses", ()))
+    return f"ar {values['ar_loss']:.3f}  diffusion{f' ({learned})' if learned else ''} {values['diffusion_loss']:.3f}"
 
 
 def describe_evaluation(values: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from flarec.base.interrupts import Interrupts
 from flarec.train.heldout import HeldOut
 from flarec.train.metrics import read_metrics
 from flarec.train.pace import Pace, in_words
-from flarec.train.progress import ConsoleReporter
+from flarec.train.progress import ConsoleReporter, describe_losses
 from tests.cli.conversions import QUICK, flarec, place_of_conversions
 
 
@@ -45,6 +45,12 @@ def test_the_estimate_counts_evaluations_saves_and_the_checkpoint() -> None:
     assert pace.left(2) == 8 + 3 * 6.0 + (4 + 1) * 2.0  # behind 3, 6, 9 and 10, and the checkpoint
     assert pace.left(8) == 2 + 6.0 + (2 + 1) * 2.0
     assert pace.left(10) == 2.0
+
+
+def test_a_loss_is_shown_with_its_name() -> None:
+    values = {"ar_loss": 1.25, "diffusion_loss": -0.4, "diffusion_losses": ["kl", "el"]}
+    assert describe_losses(values) == "ar 1.250  diffusion (kl+el) -0.400"
+    assert describe_losses({**values, "diffusion_losses": []}) == "ar 1.250  diffusion -0.400"
 
 
 @given(st.lists(st.floats(0.5, 1.5), min_size=8, max_size=40), st.integers(3, 7), st.floats(10, 1000))
