@@ -128,6 +128,9 @@ def compare(answers: list[Answer], size: int, options: argparse.Namespace) -> di
             chosen |= dict.fromkeys(range(half, len(walks[pick]), 2), pick)
         return chosen
 
+    def cost_of(requests: int) -> Callable[[Shape], float]:
+        return lambda shape: costs.milliseconds(shape.rows, requests)
+
     def against(cost: Callable[[Shape], float], most: float) -> dict[str, Any]:
         base = best(OUTCOMES, cost, most)
         found = {family: best(family, cost, most) for family in families}
@@ -143,10 +146,7 @@ def compare(answers: list[Answer], size: int, options: argparse.Namespace) -> di
     }
     return {
         "by_rows": {str(budget): against(lambda shape: 1.0, budget) for budget in BUDGETS},
-        "by_cost": {
-            str(requests): against(lambda shape, n=requests: costs.milliseconds(shape.rows, n), 1e9)
-            for requests in costs.requests
-        },
+        "by_cost": {str(requests): against(cost_of(requests), 1e9) for requests in costs.requests},
         "shapes": every,
     }
 

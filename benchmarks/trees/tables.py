@@ -162,7 +162,8 @@ class Measurement:
                 scores.append(best)
                 score = score.scatter(1, token, -torch.inf)
         parts = range(0, len(tokens), CANDIDATES)
-        token = torch.cat([torch.cat(tokens[at : at + CANDIDATES], 1) for at in parts]).tolist()
-        score = torch.cat([torch.cat(scores[at : at + CANDIDATES], 1) for at in parts])
-        gaps = (score[:, :-1] - score[:, 1:]).tolist()
-        return [Slot(tuple(ids), tuple(leads)) for ids, leads in zip(token, gaps, strict=True)]
+        ids, leads = (
+            torch.cat([torch.cat(found[at : at + CANDIDATES], 1) for at in parts]) for found in (tokens, scores)
+        )
+        gaps = leads[:, :-1] - leads[:, 1:]
+        return [Slot(tuple(row), tuple(gap)) for row, gap in zip(ids.tolist(), gaps.tolist(), strict=True)]

@@ -74,6 +74,8 @@ class Judge(Protocol):
         """The token of that rank, those of lower ranks being wrong; gap: between it and the next one."""
         ...
 
+    def __hash__(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -138,7 +140,7 @@ def walk(table: Table, shape: Shape, judge: Judge | None = None) -> Walk:
     answer = table.answer
     last = len(answer) - 1
     place, forwards, branched, gained = 0, 1, 0, 0
-    drafts = table.drafts(Key(MASKED, 0))[: shape.size] if last else []
+    drafts: Sequence[Slot] = table.drafts(Key(MASKED, 0))[: shape.size] if last else []
     while place < last:
         forwards += 1
         verified = drafts[: shape.verify]
