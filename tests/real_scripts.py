@@ -18,9 +18,8 @@ FOLDER = Path(__file__).parents[1] / "examples" / "real"
 
 def real_script(monkeypatch: pytest.MonkeyPatch, name: str) -> Any:
     """A module of the folder. `commands.run` of it runs in this process, without time limits."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    found: ModuleType = importlib.import_module(name)
-    assert found.__file__ is not None and Path(found.__file__).parent == FOLDER
+    monkeypatch.syspath_prepend(str(FOLDER))  # scripts import each other
+    found: ModuleType = importlib.import_module(f"examples.real.{name}")
     commands: Any = importlib.import_module("commands")
 
     def run(command: Sequence[str], limit: float, **_: object) -> Any:

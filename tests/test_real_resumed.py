@@ -75,6 +75,25 @@ def test_a_run_is_stopped_resumed_and_measured(
     assert record["measured"]["T=1"]["all"]["prompts"] == 2
 
 
+def test_a_resumed_part_without_time_leaves_what_was_saved(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place_of_conversions(tmp_path, monkeypatch)
+    Path("prompts.jsonl").write_text('{"prompt": "say red one"}\n')
+    run = script.commands.run
+
+    def short(command: list[str], limit: float, **more: Any) -> Any:
+        return script.commands.Ran("", None, "", limit) if "--resume" in command else run(command, limit, **more)
+
+    monkeypatch.setattr(script.commands, "run", short)
+    words = ["source", "--data", "data.jsonl", "--prompts", "prompts.jsonl", "--steps", "4", "--every", "2", "--limit",
+             "1", "--max-new-tokens", "4", "--device", "cpu", "--out", "record.json"]
+    assert script.main([*words, *(part for setting in QUICK for part in ("--set", setting))]) == 1
+    record = json.loads(Path("record.json").read_text())
+    assert record["problems"] == ["resumed part: no time left"] and record["steps"] == 2
+    assert record["measured"]["T=0"]["all"]["prompts"] == 1
+
+
 def test_a_part_that_fails_is_in_the_record(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

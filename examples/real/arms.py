@@ -23,8 +23,17 @@ ARMS: dict[str, tuple[str, ...]] = {
     "attention-only": ("adapter.targets=q_proj+k_proj+v_proj+o_proj",),
     "random-ids": ("mask_token=random",),
     "rate-1e-3": ("optimizer.lr=1e-3",),
+    "nf4": ("adapter.base=nf4",),  # needs pip install 'flarec[quantized]' (bitsandbytes), which nothing else here does
+    "own": (),
+    "given": (),
 }
 """In the order in which they run; `base` first, because the others are compared with it, seed by seed."""
+
+DATA = {"own": "own", "given": "given"}
+"""Arms that learn from data of their own (`--data-of KEY=FILE`): here the model's answers to prompts, and what packages
+have in their place (pairs.py). All others learn from `--data`."""
+BESIDE = {"own": "own", "given": "own"}
+"""What an arm is compared with, where that is not `base`."""
 
 
 def overrides(name: str) -> list[str]:

@@ -6,17 +6,16 @@
 Every arm is a `flarec convert` and an `examples/real/measure.py` of its checkpoint. All arms of a seed come before
 those of the next one. Processes share their devices: the seconds of an arm are no speed. The file is written after
 every arm, and a later call with the same file goes on with what is missing. What is chosen here has to be reported on
-other prompts.
+other prompts. Arms with data of their own (`own`, `given`) take it from --data-of; without --only, arms without data
+are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -24,62 +23,77 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arms import ARMS, overrides
+import commands
+from arms import ARMS, BESIDE, DATA, overrides
 
-MEASURE = Path(__file__).with_name("measure.py")
 TEMPERATURES = ("T=0", "T=1")
 
 
-def commands(options: argparse.Namespace, arm: str, seed: int, folder: Path) -> list[list[str]]:
+def both(options: argparse.Namespace, arm: str, seed: int, folder: Path) -> list[list[str]]:
     """Of one arm: the conversion, and the measurement of its checkpoint."""
     out = folder / "checkpoint"
     settings = [
         f"optimizer.batch_rows={options.rows}", f"optimizer.micro_rows={options.micro}", "data.max_length=512",
         "evaluation.every=0", "train.memory=keep", "train.compile=off", *overrides(arm),
     ]
-    convert = [sys.executable, "-m", "flarec", "convert", str(options.source), "--recipe", "adapter", "--out", str(out),
-               "--overwrite", "--steps", str(options.steps), "--seed", str(seed), "--device", options.device]
-    convert += [part for data in options.data for part in ("--data", str(data))]
+    convert = commands.flarec("convert", options.source, "--recipe", "adapter", "--out", out, "--overwrite", "--steps",
+                              options.steps, "--seed", seed, "--device", options.device)
+    convert += [part for data in data_of(options, arm) for part in ("--data", str(data))]
     convert += [part for setting in settings for part in ("--set", setting)]
-    measure = [sys.executable, str(MEASURE), str(out), "--prompts", str(options.prompts), "--limit", str(options.limit),
-               "--batch", str(options.limit), "--max-new-tokens", str(options.max_new_tokens), "--out",
-               str(folder / "measured.json"), *(() if options.chat else ("--no-chat",))]
+    measure = commands.script(
+        "measure.py", out, "--prompts", options.prompts, "--limit", options.limit, "--batch", options.limit,
+        "--max-new-tokens", options.max_new_tokens, "--out", folder / "measured.json",
+        *(() if options.chat else ("--no-chat",)),
+    )
     return [convert, measure]
+
+
+def data_of(options: argparse.Namespace, arm: str) -> list[Path]:
+    """What an arm learns from: the files of its key, or those of all arms without one."""
+    return options.data_of.get(DATA[arm], []) if arm in DATA else options.data
+
+
+def keyed(given: Sequence[str]) -> dict[str, list[Path]]:
+    """`KEY=FILE`, repeatable, as files by key. Raises `ValueError`."""
+    found: dict[str, list[Path]] = {}
+    for text in given:
+        key, equals, path = text.partition("=")
+        if not equals or key not in DATA.values():
+            raise ValueError(f"--data-of {text}: give KEY=FILE with a key of {', '.join(sorted(set(DATA.values())))}")
+        found.setdefault(key, []).append(Path(path))
+    return found
 
 
 def run_arm(options: argparse.Namespace, arm: str, seed: int, device: str, until: float) -> dict[str, Any]:
     """Tokens per forward of one arm, or what went wrong."""
     folder = options.work / f"{arm}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"CUDA_VISIBLE_DEVICES": device} if device else {})}
-    start, seconds = time.monotonic(), list[float]()
+    seconds = list[float]()
     try:
-        for command in commands(options, arm, seed, folder):
-            limit = max(1.0, until - time.monotonic())
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit, check=False)
-            if done.returncode:
-                return {"error": " ".join((done.stderr or done.stdout).strip().splitlines()[-1:])[:400]}
-            seconds.append(round(time.monotonic() - start - sum(seconds), 1))
+        for command in both(options, arm, seed, folder):
+            ran = commands.run(command, until - time.monotonic(), device=device)
+            if ran.error:
+                return {"error": ran.error}
+            seconds.append(round(ran.seconds, 1))
         found = json.loads((folder / "measured.json").read_text())
         rows = {name: {part: found[name][part] for part in ("all", "loop-free", "equal")} for name in TEMPERATURES}
         return {"arm": arm, "seed": seed, "overrides": overrides(arm), "seconds": seconds, **rows}
-    except subprocess.TimeoutExpired:
-        return {"error": "no time left"}
     finally:
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         shutil.rmtree(folder / "checkpoint.partial", ignore_errors=True)
 
 
 def compared(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Per arm: tokens per forward (loop-free answers) of every seed, and differences to `base` of the same seed."""
+    """Per arm: tokens per forward (loop-free answers) of every seed, and its differences to `base`, or what `BESIDE`
+    says, of the same seed."""
     values: dict[str, dict[str, dict[int, float]]] = {}
     for run in runs.values():
         for name in TEMPERATURES if "error" not in run else ():
             if free := run[name]["loop-free"]:
                 values.setdefault(run["arm"], {}).setdefault(name, {})[run["seed"]] = free["tokens_per_forward"]
-    base = values.get("base", {})
     return {
-        arm: {name: _row(found, base.get(name, {})) for name, found in each.items()} for arm, each in values.items()
+        arm: {name: _row(found, values.get(BESIDE.get(arm, "base"), {}).get(name, {})) for name, found in each.items()}
+        for arm, each in values.items()
     }
 
 
@@ -92,8 +106,9 @@ def _row(found: dict[int, float], base: dict[int, float]) -> dict[str, Any]:
 def run_all(options: argparse.Namespace, record: dict[str, Any]) -> None:
     """Workers take the next arm that has no result."""
     until, lock = time.monotonic() + options.time_limit, threading.Lock()
-    names = options.only or list(ARMS)
-    waiting = [(arm, seed) for seed in range(options.seeds) for arm in names
+    names = options.only or [arm for arm in ARMS if data_of(options, arm)]
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    waiting = [(arm, seed) for seed in seeds for arm in names
                if "error" in record["runs"].get(f"{arm} {seed}", {"error": ""})]
     longest = 0.0
 
@@ -131,7 +146,9 @@ def told(found: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
-    parser.add_argument("--data", type=Path, action="append", required=True, help="answers to learn from (repeatable)")
+    parser.add_argument("--data", type=Path, action="append", default=[], help="answers to learn from (repeatable)")
+    parser.add_argument("--data-of", action="append", default=[], metavar="KEY=FILE",
+                        help="what arms with data of their own learn from instead (arms.py: DATA; repeatable)")
     parser.add_argument("--prompts", type=Path, required=True, help="of other packages, to measure on")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("out/compare"))
@@ -140,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--micro", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--limit", type=int, default=128, help="prompts")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--chat", action=argparse.BooleanOptionalAction, default=True)
@@ -149,13 +167,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--time-limit", type=float, default=540.0, help="seconds")
     parser.add_argument("--commit", default="")
     options = parser.parse_args(arguments)
+    try:
+        options.data_of = keyed(options.data_of)
+    except ValueError as error:
+        parser.error(str(error))
+    for arm in options.only or ():
+        if not data_of(options, arm):
+            parser.error(f"{arm} has no data; give {f'--data-of {DATA[arm]}=FILE' if arm in DATA else '--data FILE'}")
+    if not options.data and not options.data_of:
+        parser.error("give --data or --data-of")
     record: dict[str, Any] = {"runs": {}}
     if options.out.exists():
         record = json.loads(options.out.read_text())
     said = {"source": options.source.name, "prompts": options.prompts.name,
-            "data": [path.name for path in options.data], "steps": options.steps,
-            "rows": options.rows, "limit": options.limit, "max_new_tokens": options.max_new_tokens,
-            "commit": options.commit}
+            "data": [path.name for path in options.data],
+            **{f"data of {key}": [path.name for path in paths] for key, paths in options.data_of.items()},
+            "steps": options.steps, "rows": options.rows, "limit": options.limit,
+            "max_new_tokens": options.max_new_tokens, "commit": options.commit}
     if record["runs"] and {key: record.get(key) for key in said} != said:
         parser.error(f"{options.out} was measured with other settings; give another --out")
     record = {**said, "command": " ".join(["python examples/real/compare.py", *sys.argv[1:]]), **record}

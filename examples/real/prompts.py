@@ -17,7 +17,7 @@ import re
 import sysconfig
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -130,12 +130,12 @@ def _of_file(package: str, path: Path) -> Iterator[tuple[str, str, str, str]]:
 
 def _prompt(package: str, tasks: dict[str, str], text: str, what: str, name: str) -> tuple[str, str, str, str]:
     """One task about a text, chosen by the text."""
-    kind = sorted(tasks)[_number(text) % len(tasks)]
+    kind = sorted(tasks)[number(text) % len(tasks)]
     task = tasks[kind].format(what=what, name=name, package=package)
     return f"{task}\n\n{text}", text, package, kind
 
 
-def split(found: Iterable[list[Prompt]], per_package: int) -> dict[str, list[Prompt]]:
+def split(found: Iterable[Sequence[Prompt]], per_package: int) -> dict[str, list[Prompt]]:
     """The prompts of every split; of a package with too many those whose texts have the smallest hashes."""
     owners: defaultdict[str, set[str]] = defaultdict(set)
     groups = list(found)
@@ -145,15 +145,15 @@ def split(found: Iterable[list[Prompt]], per_package: int) -> dict[str, list[Pro
     splits: dict[str, list[Prompt]] = {name: [] for name in SHARES}
     for group in groups:
         single = {item.text: item for item in group if len(owners[item.text]) == 1}
-        chosen = sorted(single.values(), key=lambda item: _number(item.text))[:per_package]
+        chosen = sorted(single.values(), key=lambda item: number(item.text))[:per_package]
         if chosen:
             splits[split_of(chosen[0].package)] += chosen
-    return {name: sorted(prompts, key=lambda item: _number(item.prompt)) for name, prompts in splits.items()}
+    return {name: sorted(prompts, key=lambda item: number(item.prompt)) for name, prompts in splits.items()}
 
 
 def split_of(package: str) -> str:
     """The split of a package: the same on every machine."""
-    place = _number(package) % 100
+    place = number(package) % 100
     for name, share in SHARES.items():
         if place < share:
             return name
@@ -161,7 +161,8 @@ def split_of(package: str) -> str:
     raise AssertionError("shares are of 100")
 
 
-def _number(text: str) -> int:
+def number(text: str) -> int:
+    """By which a text is known: the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8])
 
 

@@ -10,7 +10,8 @@ resumed run left alone what was logged before, every probe is there, and the lea
 code 1 if something of that does not hold.
 
 If the pace of the first part says that the rest does not fit into --time-limit, the resumed run is given fewer steps;
-the record says how many. It is written after every part, so that a call that is cut leaves what there is.
+the record says how many. If it does not fit all the same, `flarec finish` writes what was saved last, and that is a
+problem in the record. It is written after every part, so that a call that is cut leaves what there is.
 """
 
 from __future__ import annotations
@@ -162,10 +163,16 @@ def convert(options: argparse.Namespace, record: dict[str, Any]) -> bool:
     after = log_of(checkpoint / "metrics.jsonl")
     record["commands"].append(second.command)
     record["seconds"]["resumed part"] = round(second.seconds, 1)
+    there = True
     record["seconds"]["conversion"] = round(first.seconds + second.seconds, 1)
     if second.error:
         record["problems"].append(f"resumed part: {second.error}")
-        after = log_of(partial / "metrics.jsonl")
+        command = commands.flarec("finish", partial, "--overwrite", "--device", options.device)
+        finished = commands.run(command, options.measure_limit)
+        record["commands"].append(finished.command)
+        there = not finished.error
+        after = log_of((checkpoint if there else partial) / "metrics.jsonl")
+        record["steps"] = len(steps_of(after))
     else:
         record["problems"] += faults(before, after, record["steps"], options.every)
         record["problems"] += schedule_faults(after, record["stopped_after"], options.steps, record["steps"])
@@ -174,7 +181,7 @@ def convert(options: argparse.Namespace, record: dict[str, Any]) -> bool:
     record["probes' AR losses are equal"] = len(set(losses)) == 1  # the adapter cannot change the clean stream
     record["probes"] = [{name: _short(value) for name, value in probe.items()} for probe in probes_of(after)]
     record["metrics"] = columns(after)
-    return not second.error
+    return there
 
 
 def measure(options: argparse.Namespace, record: dict[str, Any]) -> None:
