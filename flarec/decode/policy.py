@@ -60,6 +60,8 @@ LONG = 10
 """Drafts of a depth that count, or those of so many steps if these are more."""
 KEEP = 1.03
 """Other blocks than those in use are taken where they yield so much more per second."""
+PROMISING = 1.1
+"""Other blocks are measured again where they would yield so much more if they cost as little as may be hoped."""
 NEW = 1.02
 """The same on top for blocks that were never measured: on a GPU every kind of step is recorded once."""
 FADE = 0.97
@@ -316,7 +318,7 @@ class DraftPolicy:
         }
         best = max(rates, key=lambda item: rates[item], default=None)
         used = self._expected(self.drafting, runs, totals) / costs.get(self.drafting, 1.0)
-        return best if best is not None and rates[best] > KEEP * used else None
+        return best if best is not None and rates[best] > PROMISING * used else None
 
     def _hoped(self, costs: Mapping[Drafting, float]) -> dict[Drafting, float]:
         """What steps may cost: a third of what one takes longer than a causal one may be wrong if it was measured once;

@@ -273,8 +273,8 @@ def test_first_timings_that_were_off_do_not_decide_for_long(rows: int, dear: str
 
 def test_what_may_be_better_is_measured_again() -> None:
     """Once blocks were measured often enough to be believed, no more."""
-    policy, dear, used = DraftPolicy(KINDS), Drafting(3), list[Drafting]()
-    costs = {item: {dear: 1.6, Drafting(3, False): 1.5, CAUSAL: 1.0}.get(item, 1.45) for item in KINDS}
+    costs = {CAUSAL: 1.0, Drafting(3, False): 2.2, (dear := Drafting(3)): 2.3}
+    policy, used = DraftPolicy(list(costs)), list[Drafting]()
     for _ in range(6000):
         drafting = policy.next(1)
         used.append(drafting)
