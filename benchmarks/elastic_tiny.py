@@ -6,7 +6,8 @@ Converts with the recipe `fluid` at the demo's length, trains the horizon head o
 tasks greedily. The head's say is the ablation: "gate alone" takes drafts by their own probability, "head alone" as many
 as the head says, "fixed n" n drafts in every step. Diffusion-Trust is measured on the same weights, and on those of
 `--denoise`. A row's threshold is chosen on one half of the tasks and reported on the other: the smallest one that keeps
-`KEEPS` of causal decoding's accuracy there, or the most accurate one if none does.
+`KEEPS` of causal decoding's accuracy there, or the most accurate one if none does. Without a recheck, which
+`recheck_tiny.py` measures.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ def _chosen(seen: dict[float, dict[str, Any]], base: float) -> float:
 
 def _decode(model: Model, tasks: Sequence[Example], mode: str, threshold: float | None = None) -> dict[str, Any]:
     short = [replace(task, ids=task.ids[:2], responses=((1, 2),)) for task in tasks]  # the loss is not of interest here
-    result = evaluate(model, short, mode=mode, threshold=threshold, batch=len(tasks))
+    result = evaluate(model, short, mode=mode, threshold=threshold, recheck=0.0, batch=len(tasks))
     found = {
         "tasks": len(tasks), "accuracy": result["accuracy"], "interval": list(result["accuracy_interval"]),
         "tokens_per_forward": result["tokens_per_forward"], "seconds": result["seconds"],

@@ -63,6 +63,7 @@ class Output:
     stop_reason        "eos", "stop" (a stop string) or "length"
     origins            where each new token comes from: "clean", "accepted", "corrected" or "unverified"
                        (`flarec.decode.request.Origin`)
+    taken_back         tokens that a recheck took back, with those that it dropped behind them
     """
 
     text: str
@@ -75,6 +76,7 @@ class Output:
     seconds: float
     stop_reason: str
     origins: list[Origin]
+    taken_back: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `flarec generate --json` prints them."""
@@ -329,6 +331,7 @@ class Model:
             drafts=defaults.drafts,
             threshold=defaults.confidence_threshold,
             denoising_steps=defaults.denoising_steps or None,
+            recheck=defaults.recheck,
         )
 
     def encode(self, prompt: Prompt, *, chat: bool = False) -> list[int]:
@@ -351,6 +354,7 @@ class Model:
             seconds=generation.seconds,
             stop_reason=generation.stop_reason,
             origins=generation.origins,
+            taken_back=generation.taken_back,
         )
 
 

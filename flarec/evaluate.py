@@ -122,8 +122,8 @@ def evaluate(
     Returns plain values: mode, records, samples, loss (nats per response token), response_tokens, too_long (prompts
     that fill the context, left out), and, over the generated answers, generated, new_tokens, forwards,
     tokens_per_forward, stop_reasons, seconds, answers (that are graded), correct, accuracy, accuracy_interval (95 %),
-    pass_at ({"k": probability}), loop_free (the speed of answers that do not run in circles). None where there are no
-    such answers. Raises `UsageError` for arguments that make no sense.
+    pass_at ({"k": probability}), loop_free (the speed of answers that do not run in circles), and, where a recheck took
+    tokens back, taken_back. None where there are no such answers. Raises `UsageError` for arguments that make no sense.
     """
     options = merged(options, keywords)
     return assess(model, examples, options, batch=batch, samples=samples, execute=execute, on_output=on_output)[0]
@@ -194,7 +194,7 @@ def _attempts(
         attempts.append(Attempt(
             index, sample, options.seed + sample, output.text, tuple(output.token_ids), output.forwards,
             output.stop_reason, output.seconds, question.grade(output.text) if graded and question else None,
-            tuple(output.origins),
+            tuple(output.origins), output.taken_back,
         ))
     return attempts
 

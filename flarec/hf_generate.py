@@ -53,7 +53,7 @@ _UNSERVED = (
     "negative_prompt_attention_mask", "inputs_embeds", "past_key_values",
 )
 # arguments of flarec that transformers has not, or not under this meaning
-_OWN = ("mode", "seed", "threshold", "denoising_steps", "drafts")
+_OWN = ("mode", "seed", "threshold", "denoising_steps", "recheck", "drafts")
 _CACHED = "_flarec_model"
 _PREPARING = threading.Lock()  # two first calls must not capture the model at the same time, nor copy weights into it
 
@@ -77,7 +77,7 @@ def generate(
     inputs or input_ids  [B, L] int64, padded on either side where attention_mask [B, L] is 0
     generation_config, kwargs   lengths, do_sample, temperature, top_k, top_p, EOS, pad and suppressed ids as in
                          transformers
-    mode, threshold, denoising_steps, drafts   among kwargs: see `flarec.GenerationOptions`
+    mode, threshold, denoising_steps, recheck, drafts   among kwargs: see `flarec.GenerationOptions`
     seed                 names the sampling noise (default: drawn from torch's generator, so `set_seed` decides)
     adapter              among kwargs: a directory with an adapter for the model (`flarec.load`)
     streamer             of transformers; for one prompt

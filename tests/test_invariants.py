@@ -31,7 +31,7 @@ from flarec.verify import (
     split_is_whole,
     views_share_a_row,
 )
-from flarec.verify.decoding import random_sampling
+from flarec.verify.decoding import near_tie, random_sampling
 from flarec.verify.inputs import random_ids, random_layout, reads
 from flarec.verify.streams import influence
 from tests.models import FAMILIES, VOCABULARY, captured, captured_float64, shared_model
@@ -129,6 +129,29 @@ def test_ar_trust_is_causal(family: str, drafts: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ar_trust_is_causal_with_the_whole_vocabulary(family: str) -> None:
     assert ar_trust_is_causal(subject(family), cases=6, new_tokens=12).passed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("readout", ["causal", "block_end"])
+def test_diffusion_trust_with_a_recheck_of_one_is_causal(family: str, readout: str) -> None:
+    """Greedy and sampled, with and without truncation; elastic: tests/passes/test_predict_horizon.py."""
+    its_subject = dataclasses.replace(subject(family), suppress=tuple(range(4, VOCABULARY)))
+    engine = Engine(
+        its_subject.decode, mask_token_id=MASK, block_size=3, readouts={"diffusion-trust": readout}, eos_ids=(),
+        max_positions=256, suppress=its_subject.suppress,
+    )
+    rng = random.Random(3)
+    prompts = [[rng.randrange(MASK) for _ in range(rng.randint(1, 12))] for _ in range(16)]
+    each = [dataclasses.replace(random_sampling(rng), max_new_tokens=12) for _ in prompts]
+    causal = [row.token_ids for row in engine.generate(prompts, each, mode="causal")]
+    forwards = taken_back = 0
+    for threshold in (0.0, 0.5):
+        found = engine.generate(prompts, each, mode="diffusion-trust", threshold=threshold, recheck=1.0)
+        for prompt, setting, row, whole in zip(prompts, each, found, causal, strict=True):
+            assert row.token_ids == whole or near_tie(its_subject, prompt, setting, whole, row.token_ids)
+        forwards, taken_back = forwards + found[0].forwards, taken_back + sum(row.taken_back for row in found)
+        assert [row.token_ids for row in found].count([]) == 0
+    assert forwards < 2 * 12 and taken_back, "tokens must be kept and taken back"
 
 
 def test_a_request_does_not_depend_on_its_batch() -> None:

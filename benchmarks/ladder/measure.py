@@ -45,7 +45,8 @@ def measured(model: Model, data: Path, sizes: Sizes, modes: tuple[str, ...]) -> 
         choose = records(data / "tasks-choose.jsonl.gz", sizes.tasks)
         found["diffusion-trust"] = {
             name: {
-                str(value): solved(model, tasks, sizes, mode="diffusion-trust", threshold=value) for value in THRESHOLDS
+                str(value): solved(model, tasks, sizes, mode="diffusion-trust", threshold=value, recheck=0.0)
+                for value in THRESHOLDS
             }
             for name, tasks in (("choose", choose), ("report", report))
         }

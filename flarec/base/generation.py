@@ -17,6 +17,8 @@ from .fields import LARGEST, allowed_values, field_types, is_number, key, plain,
 Mode = Literal["causal", "ar-trust", "diffusion-trust", "elastic"]
 Drafts = Literal["branches", "single", "auto", "horizon"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+RECHECKED: tuple[Mode, ...] = ("diffusion-trust", "elastic")
+"""Those that read `recheck`."""
 DRAFTS: tuple[Drafts, ...] = get_args(Drafts)
 HEADLESS: tuple[Drafts, ...] = ("branches", "single", "auto")
 """Those for which a checkpoint needs no horizon head."""
@@ -55,6 +57,11 @@ class GenerationOptions:
         None, "diffusion-trust: most steps per block; the last one commits all. Default: the checkpoint's.",
         low=1, high=LARGEST, metavar="N",
     )
+    recheck: float | None = key(
+        None, "diffusion-trust, elastic: the clean stream takes back tokens that it finds less likely than this share "
+        "of its own choice; 1 gives the text of causal decoding, 0 looks at none. Default: the checkpoint's.",
+        low=0, high=1, metavar="F",
+    )
     eos_ids: frozenset[int] | None = key(None, "Token ids that end the text. Default: the model's.")
     suppress: frozenset[int] = key(frozenset(), "Token ids that are never generated, besides the mask token.")
 
@@ -91,6 +98,7 @@ class GenerationKeywords(TypedDict, total=False):
     drafts: Drafts | str | None
     threshold: float | None
     denoising_steps: int | None
+    recheck: float | None
     eos_ids: int | Collection[int] | None
     suppress: int | Collection[int] | None
 

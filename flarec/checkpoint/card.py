@@ -20,8 +20,11 @@ _WHAT_ADAPTED = (
     "fills blocks by parallel denoising (`diffusion-trust`)."
 )
 _ELASTIC = (
-    " A head on the frozen weights says how many drafts are safe (`elastic`: they are taken as they are, so that the "
-    "text may differ from that of `causal`)."
+    " A head on the frozen weights says how many drafts are safe (`elastic`: the next token and that many in a pass)."
+)
+_RECHECK = (
+    "`recheck`, of {0}: a token of a noisy row is taken back where the clean stream finds it less likely than this "
+    "share of its own choice. 1 gives the text of `causal`; 0 leaves every token as it is, and the text may differ."
 )
 _NOT_FOR_PEFT = (
     "`adapter/` has the layout of peft, and peft can open it, but **do not load or merge it with peft**: it was "
@@ -59,6 +62,7 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None, chat: 
     opener = "AutoModelForImageTextToText" if carried else "AutoModelForCausalLM"
     recipe = str(manifest.recipe.get("name", "custom"))
     elastic = "elastic" in manifest.pipelines
+    rechecked = ["`diffusion-trust`"] * ("diffusion-trust" in decode.readouts) + ["`elastic`"] * elastic
     model = source.name if info is not None and info.alone else name
     adapter = f" --adapter {name}" if info is not None and info.alone else ""
     keyword = f', adapter="{name}"' if adapter else ""
@@ -90,9 +94,11 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None, chat: 
             "readouts": readouts,
             "confidence threshold": decode.confidence_threshold,
             "denoising steps": decode.denoising_steps or "block size",
+            "recheck": decode.recheck or "none",
             "mask token": token,
             **({"elastic": "`horizon.safetensors` says how many drafts are taken"} if elastic else {}),
         }),
+        *([_RECHECK.format(" and ".join(rechecked))] if rechecked else []),
         "## Training",
         _table({"recipe": recipe, **data}),
     ]

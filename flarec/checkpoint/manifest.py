@@ -68,6 +68,8 @@ class DecodeDefaults:
     readouts              "ar-trust" and "diffusion-trust" -> "block_end" or "causal"
     confidence_threshold  Diffusion-Trust commits positions that are this confident
     denoising_steps       Diffusion-Trust: most steps per block; 0 for the block size
+    recheck               Diffusion-Trust and elastic: what is less likely than this share of the clean stream's choice
+                          is taken back; 0 for no recheck
     drafts                AR-Trust: "branches" or "single"
     """
 
@@ -75,6 +77,7 @@ class DecodeDefaults:
     readouts: dict[str, str]
     confidence_threshold: float = 0.9
     denoising_steps: int = 0
+    recheck: float = 0.0
     drafts: str = "branches"
 
 

@@ -80,6 +80,7 @@ MANIFEST: dict[str, Check | Mapping[str, Check]] = {
         "readouts": table_of(one_of(*MODES), one_of(*READOUTS)),
         "confidence_threshold": number(0.0, 1.0),
         "denoising_steps": whole(0, LARGEST),
+        "recheck": number(0.0, 1.0),
         "drafts": one_of("branches", "single"),
     },
     "recipe": anything,

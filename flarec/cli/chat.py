@@ -25,7 +25,8 @@ HELP = "/mode NAME changes the mode, /stats shows the last answer's numbers, /re
 @click.command("chat")
 @click.argument("checkpoint", metavar="CKPT")
 @generation_options(
-    "mode", "threshold", "denoising_steps", "drafts", "max_new_tokens", "temperature", "top_k", "top_p", "seed",
+    "mode", "threshold", "denoising_steps", "recheck", "drafts", "max_new_tokens", "temperature", "top_k", "top_p",
+    "seed",
 )
 @prefix_option
 @runtime_options

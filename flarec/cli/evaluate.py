@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from flarec.evaluation.summary import Attempt
 
 OPTIONS = (
-    "mode", "threshold", "denoising_steps", "drafts", "max_new_tokens", "temperature", "top_k", "top_p", "seed",
+    "mode", "threshold", "denoising_steps", "recheck", "drafts", "max_new_tokens", "temperature", "top_k", "top_p",
+    "seed",
 )
 OF_A_RECORD = (*OPTIONS, "samples", "limit", "batch", "execute", "thinking")
 """What --repeat takes from the record."""

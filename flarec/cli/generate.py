@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flarec.base.generation import GenerationOptions
+from flarec.base.generation import RECHECKED, GenerationOptions
 from flarec.base.interrupts import Interrupts
 from flarec.base.prompts import read_prompts
 from flarec.errors import DataError, UsageError
@@ -41,7 +41,8 @@ CAUSAL_TOKENS = 8
 )
 @click.option("--chat", is_flag=True, help="Put the prompt into the chat template; else it is continued as it is.")
 @generation_options(
-    "mode", "threshold", "denoising_steps", "drafts", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop",
+    "mode", "threshold", "denoising_steps", "recheck", "drafts", "max_new_tokens", "temperature", "top_k", "top_p",
+    "seed", "stop",
 )
 @runtime_options
 @foreign_options
@@ -92,7 +93,8 @@ def command(
     if stats:
         sys.stdout.flush()
         per_step = model.engine.stats.step_seconds / max(1, model.engine.stats.steps)
-        for line in [*_stats(outputs, model.kernels), *model.engine.stats.lines(), said()]:
+        share = model.complete(options).recheck or 0.0
+        for line in [*_stats(outputs, model.kernels, share), *model.engine.stats.lines(), said()]:
             click.echo(line, err=True)
         if outputs[0].mode == "ar-trust" and options.drafts not in ("auto", "horizon"):  # they look at what pays
             click.echo(_pays(model, prompts, options, chat, outputs, per_step), err=True)
@@ -128,7 +130,8 @@ def _prompts(prompt: str | None, file: Path | None) -> list[Any]:
     return [text.removesuffix("\n")]  # the newline with which shells end a line is not meant
 
 
-def _stats(outputs: list[Output], kernels: str) -> Iterator[str]:
+def _stats(outputs: list[Output], kernels: str, share: float) -> Iterator[str]:
+    """share: of the recheck."""
     for number, output in enumerate(outputs, 1):
         name = f"prompt {number}: " if len(outputs) > 1 else ""
         steps = " ".join(f"{n}:{count}" for n, count in enumerate(output.accepted) if count)
@@ -136,4 +139,5 @@ def _stats(outputs: list[Output], kernels: str) -> Iterator[str]:
             f"{name}{output.mode}, {output.new_tokens} tokens in {output.forwards} forwards "
             f"({output.tokens_per_forward:.2f} per forward), {output.seconds:.2f} s on {kernels} kernels, "
             f"stopped by {output.stop_reason}" + (f", accepted per step {steps}" if steps else "")
+            + (f", recheck {share:g}: {output.taken_back} taken back" if share and output.mode in RECHECKED else "")
         )

@@ -53,8 +53,8 @@ def command(
     """Serve a converted checkpoint CKPT, or any supported model, with OpenAI's protocol.
 
     /v1/models, /v1/completions and /v1/chat/completions; beside OpenAI's fields a request may say mode, drafts,
-    threshold, denoising_steps, top_k and chat_template_kwargs. /health, and /metrics for Prometheus. SIGTERM and Ctrl-C
-    end it when open requests have ended.
+    threshold, denoising_steps, recheck, top_k and chat_template_kwargs. /health, and /metrics for Prometheus. SIGTERM
+    and Ctrl-C end it when open requests have ended.
 
     With --engine vllm the command line of vLLM's server is printed and run; what follows -- goes to it.
     """

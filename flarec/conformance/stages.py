@@ -204,19 +204,24 @@ def _ar_trust(road: Road) -> str:
 
 
 def _diffusion_trust(road: Road) -> str:
-    """The first token of every block is what transformers chooses after the text so far: no denoising step has left a
-    trace in the caches. The mask token is never emitted, and a batch gives what its prompts give alone."""
+    """Without a recheck the first token of every block is what transformers chooses after the text so far: no denoising
+    step has left a trace in the caches. The mask token is never emitted, and a batch gives what its prompts give alone.
+    With a recheck of 1 the text is that of causal decoding."""
     assert road.mask is not None
-    outputs = _generate(road, "diffusion-trust")
+    outputs = _generate(road, "diffusion-trust", recheck=0.0)
     tokens = [output.token_ids for output in outputs]
     for prompt, new in zip(inputs.prompts(), tokens, strict=True):
         if road.mask.token_id in new:
             raise StageError("Diffusion-Trust emits the mask token")
         _check_greedy(road, prompt, new, range(0, len(new), inputs.BLOCK_SIZE))
     assert road.opened is not None
-    alone = road.opened.generate_ids(inputs.prompts()[:1], mode="diffusion-trust", max_new_tokens=NEW_TOKENS)
+    alone = road.opened.generate_ids(
+        inputs.prompts()[:1], mode="diffusion-trust", recheck=0.0, max_new_tokens=NEW_TOKENS
+    )
     if alone[0].token_ids != tokens[0]:
         raise StageError("Diffusion-Trust gives a prompt other tokens in a batch than alone")
+    if _tokens(road, "diffusion-trust", recheck=1.0) != road.causal[0.0]:
+        raise StageError("Diffusion-Trust with a recheck of 1 gives other tokens than causal decoding")
     count, forwards = sum(map(len, tokens)), sum(output.forwards for output in outputs)
     return f"{count} tokens, {count / forwards:.2f} per forward"
 

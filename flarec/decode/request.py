@@ -20,9 +20,10 @@ StopCheck = Callable[[Sequence[int]], int | None]
 OnTokens = Callable[[int, list[int]], None]
 Origin = Literal["clean", "accepted", "corrected", "unverified"]
 """Where a new token comes from: "clean", the clean stream's own, where no draft was; "accepted", drafted, and what the
-clean stream chose too; "corrected", the clean stream's in the place of a rejected draft; "unverified", of a noisy row
-alone (elastic drafts that were taken, denoised positions). Of causal, ar-trust and elastic each forward ends with one
-token that is clean or corrected."""
+clean stream chose too; "corrected", the clean stream's in the place of a rejected draft, or of a token that a recheck
+took back; "unverified", of a noisy row alone (elastic drafts that were taken, denoised positions), or kept by a recheck
+though the clean stream chose another. Of causal, ar-trust and elastic each forward ends with one token that is clean or
+corrected."""
 MOST_LOGPROBS = 20
 """Alternatives per token of which a request may ask the log-probability."""
 
@@ -60,6 +61,7 @@ class Generation:
     seconds      wall time from when the request was given to its last token
     stop_reason  "eos", "stop" (the stop check), "length" or "cancelled"
     origins      where each of the new tokens comes from (`Origin`)
+    taken_back   tokens that a recheck took back, with those that it dropped behind them
     """
 
     token_ids: list[int]
@@ -69,6 +71,7 @@ class Generation:
     seconds: float
     stop_reason: str
     origins: list[Origin]
+    taken_back: int = 0
 
     @property
     def new_tokens(self) -> int:
@@ -100,11 +103,13 @@ class Request:
     limit    largest number of new tokens, >= 1
     options  complete
     logprobs how many alternatives per token are wanted with it; None: no log-probabilities
-    ready    a note of its mode: how many drafts it has, or whether its block is full
+    ready    a note of its mode: how many drafts it has, whether its block is full, or how much of it the next step
+             commits
     notes    log-probabilities of what the last step chose (`Rows.note`), until it emits
     chosen   those of `tokens`; empty unless they are wanted
     origins  of `tokens`
     offered  drafts that a step verified -> how many steps
+    taken_back  tokens that a recheck took back, and those behind them
     undrafted  steps without drafts in a mode that drafts; in `histogram` and `offered` once it has ended
     failure  what ended it if an error did
     """
@@ -119,6 +124,7 @@ class Request:
     notes: list[list[float]] = field(default_factory=list)
     chosen: list[TokenLogprob] = field(default_factory=list)
     offered: dict[int, int] = field(default_factory=dict)
+    taken_back: int = 0
     undrafted: int = 0
     failure: Exception | None = None
     tokens: list[int] = field(default_factory=list)
@@ -204,5 +210,5 @@ class Request:
         accepted = [self.histogram.get(tokens, 0) for tokens in range(max(self.histogram, default=-1) + 1)]
         return Generation(
             list(self.tokens), self.options.mode, self.forwards, accepted, self.seconds, self.stop_reason,
-            list(self.origins),
+            list(self.origins), self.taken_back,
         )

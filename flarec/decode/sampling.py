@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flarec.base.flat import sent
 from flarec.base.generation import GenerationOptions
 from flarec.kernels import sampling as kernel
 from flarec.kernels.sampling import UNCHOSEN, mask_of
 
-__all__ = ["UNCHOSEN", "SamplingRows", "choose"]
+__all__ = ["UNCHOSEN", "SamplingRows", "choose", "near"]
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class SamplingRows:
     def build(options: Sequence[GenerationOptions], device: torch.device | str = "cpu") -> SamplingRows:
         everything = 2**62
         return SamplingRows(
-            torch.tensor([row.temperature for row in options], dtype=torch.float32, device=device),
-            torch.tensor([row.top_k or everything for row in options], dtype=torch.int64, device=device),
-            torch.tensor([row.top_p for row in options], dtype=torch.float32, device=device),
-            torch.tensor([row.seed for row in options], dtype=torch.int64, device=device),
+            sent(torch.tensor([row.temperature for row in options], dtype=torch.float32), device),
+            sent(torch.tensor([row.top_k or everything for row in options], dtype=torch.int64), device),
+            sent(torch.tensor([row.top_p for row in options], dtype=torch.float32), device),
+            sent(torch.tensor([row.seed for row in options], dtype=torch.int64), device),
             truncated=any(row.top_k or row.top_p < 1 for row in options),
             sampled=any(row.temperature > 0 for row in options),
         )
@@ -100,3 +101,14 @@ def choose(
         truncated=params.truncated, sampled=params.sampled, confidence=confidence, per=per, source=source,
     )
     return choice.token, choice.probability
+
+
+def near(
+    logits: Tensor, token: Tensor, choice: Tensor, share: float, params: SamplingRows, positions: Tensor,
+    suppress: Tensor | None = None, *, per: int = 1,
+) -> Tensor:
+    """[N] bool: whether a token is the choice, or nearly as good (`flarec.kernels.sampling.near`)."""
+    return kernel.near(
+        logits, token, choice, share, params.temperature, params.top_k, params.top_p, params.seed, positions, suppress,
+        truncated=params.truncated, sampled=params.sampled, per=per,
+    )

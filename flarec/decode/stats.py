@@ -13,6 +13,7 @@ class DecodeStats:
     prefills, prefill_seconds  forwards that read prompts
     prompt_tokens, known_tokens  of prompts that were read, and how many of them a prefix cache knew
     tokens                     new tokens
+    taken_back                 tokens that rechecks took back
     replays                    steps that were replays of a graph
     graphs                     graphs that were captured
     eager                      why steps are not replayed, if graphs were asked for; empty otherwise
@@ -25,6 +26,7 @@ class DecodeStats:
     prompt_tokens: int = 0
     known_tokens: int = 0
     tokens: int = 0
+    taken_back: int = 0
     replays: int = 0
     graphs: int = 0
     eager: str = ""
@@ -43,6 +45,8 @@ class DecodeStats:
         ]
         if self.known_tokens:
             lines.append(f"prompts: {self.known_tokens} of {self.prompt_tokens} tokens were read before")
+        if self.taken_back:
+            lines.append(f"recheck: {self.taken_back} tokens taken back")
         if self.eager:
             lines.append(f"graphs: none, {self.eager}")
         elif self.replays:

@@ -32,7 +32,7 @@ from .scoring import Document, Scores, score
 
 GENERATION = ("do_sample", "until", "max_gen_toks", "temperature", "top_k", "top_p", "seed")
 """What a task may ask of a generation, after lm-eval has put its aliases right."""
-OPTIONS = ("mode", "drafts", "threshold", "denoising_steps")
+OPTIONS = ("mode", "drafts", "threshold", "denoising_steps", "recheck")
 DEFAULT_DEVICE = "cuda:0"
 """What lm-eval passes where nobody named a device."""
 LOADING = ("dtype", "kernels", "graphs", "compile", "adapter", "mask_token_id", "block_size")
@@ -42,7 +42,7 @@ class FlarecLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types here
     """A checkpoint, or a source model, for lm-eval's tasks.
 
     path        directory or hub id; `pretrained` is accepted for it
-    mode, drafts, threshold, denoising_steps  of `GenerationOptions`
+    mode, drafts, threshold, denoising_steps, recheck  of `GenerationOptions`
     dtype, kernels, graphs, compile, adapter, mask_token_id, block_size  of `flarec.load`
     device      auto, cpu, cuda ...
     batch_size  prompts, or scored texts, that run together ("auto" is 8)

@@ -35,6 +35,7 @@ class Attempt:
     seconds: float
     correct: bool | None
     origins: tuple[Origin, ...] = ()
+    taken_back: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Without text and ids."""
@@ -42,6 +43,7 @@ class Attempt:
             "index": self.index, "sample": self.sample, "seed": self.seed, "new_tokens": len(self.token_ids),
             "forwards": self.forwards, "stop_reason": self.stop_reason, "correct": self.correct,
             "loops": loops(self.token_ids), "origins": "".join(LETTERS[origin] for origin in self.origins),
+            **({"taken_back": self.taken_back} if self.taken_back else {}),
         }
 
 
@@ -64,6 +66,7 @@ def summarise(attempts: Sequence[Attempt], samples: int) -> dict[str, Any]:
         "seconds": max((attempt.seconds for attempt in attempts), default=0.0),
         **_accuracy(attempts, samples),
         "loop_free": {"generated": len(free), **_speed(free)},
+        **({"taken_back": back} if (back := sum(attempt.taken_back for attempt in attempts)) else {}),
     }
 
 

@@ -182,6 +182,12 @@ class Decode(Section):
     )
     confidence_threshold: float = key(0.9, "Diffusion-Trust commits every position this confident", low=0, high=1)
     denoising_steps: int = key(0, "Diffusion-Trust: most steps per block; 0 for the block size", low=0)
+    recheck: float = key(
+        1.0,
+        "Diffusion-Trust and elastic: the clean stream takes back tokens that it finds less likely than this share of "
+        "its own choice; 1 gives the text of causal decoding, 0 looks at none",
+        low=0, high=1,
+    )
 
 
 @dataclass(frozen=True)

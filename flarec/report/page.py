@@ -12,8 +12,8 @@ from .samples import Sample
 ORIGINS = {
     "accepted": "drafted and accepted",
     "clean": "the clean stream's own",
-    "corrected": "the clean stream's, in the place of a rejected draft",
-    "unverified": "of a noisy row, not verified",
+    "corrected": "the clean stream's, in the place of a draft rejected or taken back",
+    "unverified": "of a noisy row, and not what the clean stream is known to choose",
 }
 NO_SAMPLES = "No samples were asked for: give --prompts FILE."
 

@@ -1,6 +1,6 @@
 """The fields of a request. What is not declared here, or not with a value that has an effect, is refused by its name.
 
-A field that is null counts as absent. `mode`, `drafts`, `threshold`, `denoising_steps`, `top_k` and
+A field that is null counts as absent. `mode`, `drafts`, `threshold`, `denoising_steps`, `recheck`, `top_k` and
 `chat_template_kwargs` are not OpenAI's.
 """
 
@@ -58,6 +58,7 @@ class Sampling(_Strict):
     drafts: Drafts | None = None
     threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     denoising_steps: Whole | None = None
+    recheck: Annotated[float, Field(ge=0, le=1)] | None = None
     user: str | None = None
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None

@@ -70,6 +70,9 @@ class Meter(Collector):
             "flarec_generation_forwards", "Forwards that these took part in, a prefill counts as one.",
             value=self.forwards,
         )
+        yield CounterMetricFamily(
+            "flarec_taken_back_tokens", "Tokens that rechecks took back.", value=self.stats.taken_back
+        )
         yield GaugeMetricFamily(
             "flarec_tokens_per_forward", "New tokens per forward, since the start.",
             value=self.tokens / self.forwards if self.forwards else 0.0,

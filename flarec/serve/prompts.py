@@ -49,6 +49,7 @@ def options_of(model: Served, fields: Sampling, limit: int) -> GenerationOptions
         drafts=fields.drafts,
         threshold=fields.threshold,
         denoising_steps=fields.denoising_steps,
+        recheck=fields.recheck,
     )
     with about("mode"):
         options = model.complete(given)

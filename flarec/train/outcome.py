@@ -115,6 +115,7 @@ class Trained:
                 readouts=dict(recipe.readouts()),
                 confidence_threshold=recipe.decode.confidence_threshold,
                 denoising_steps=recipe.decode.denoising_steps,
+                recheck=recipe.decode.recheck,
                 drafts=recipe.decode.drafts,
             ),
             recipe=recipe.to_dict(),

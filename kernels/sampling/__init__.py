@@ -7,6 +7,7 @@ order of IEEE operations, without fused multiply-adds and without a library's lo
 from __future__ import annotations
 
 from .choose import MOST_TOKENS, UNCHOSEN, Choice, choose, mask_of
+from .near import near
 from .noise import random_ids
 
-__all__ = ["MOST_TOKENS", "UNCHOSEN", "Choice", "choose", "mask_of", "random_ids"]
+__all__ = ["MOST_TOKENS", "UNCHOSEN", "Choice", "choose", "mask_of", "near", "random_ids"]

@@ -67,13 +67,13 @@ def to_unit(word: Tensor) -> Tensor:
 
 
 def uniform(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
-    """Counter-based uniforms. seed [N], position [N], token [V] int64 -> [N, V] float32 strictly inside (0, 1).
+    """Counter-based uniforms. seed [N], position [N], token [V] or [N, V] int64 -> [N, V] float32 inside (0, 1).
 
     Integer arithmetic and one correctly rounded conversion: the same bits on every device.
     """
     stride = _signed(STRIDE)
     row = _mix_(_mix_(seed + stride) + position * stride)
-    return to_unit(_mix_(row[:, None] + (token[None, :] + 1) * stride))
+    return to_unit(_mix_(row[:, None] + (token + 1) * stride))
 
 
 def random_words(seed: Tensor, position: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def gumbel_of(u: Tensor) -> Tensor:
 
 
 def gumbel(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
-    """Standard Gumbel noise, a pure function. seed [N], position [N], token [V] int64 -> [N, V] float32, finite."""
+    """Standard Gumbel noise, a pure function. seed [N], position [N], token [V] or [N, V] int64 -> [N, V] float32."""
     return gumbel_of(uniform(seed, position, token))
 
 

@@ -245,6 +245,7 @@ def test_a_foreign_manifest(copy: Path, contents: str, message: str) -> None:
         {"decode": {"block_size": 4, "readouts": {"ar-trust": ["causal"]}}},
         {"decode": {"block_size": 4, "readouts": {}, "confidence_threshold": 1.5}},
         {"decode": {"block_size": 4, "readouts": {}, "confidence_threshold": "high"}},
+        {"decode": {"block_size": 4, "readouts": {}, "recheck": 1.5}},
         {"decode": {"block_size": 4, "readouts": {}, "denoising_steps": -1}},
         {"decode": {"block_size": 4, "readouts": {}, "drafts": "many"}},
         {"pipelines": {"decode": 3}},
@@ -272,6 +273,7 @@ def test_any_other_value_is_noticed_too(copy: Path) -> None:
     """Values within their bounds: the manifest has a hash of its own, and says how it is used as it is."""
     table = json.loads((copy / NAME).read_text())
     table["decode"]["confidence_threshold"] = 0.8
+    del table["decode"]["recheck"]
     (copy / NAME).write_text(json.dumps(table))
     with pytest.raises(CheckpointError, match=r"was changed after it was written .*put format_version 1 and take"):
         open_checkpoint(copy)
@@ -281,6 +283,7 @@ def test_any_other_value_is_noticed_too(copy: Path) -> None:
     (copy / NAME).write_text(json.dumps({**table, "format_version": 1}))
     manifest = open_checkpoint(copy).manifest
     assert manifest is not None and manifest.decode.confidence_threshold == 0.8
+    assert manifest.decode.recheck == 0  # of checkpoints that were converted before there was one
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 

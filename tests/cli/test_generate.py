@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from flarec import api
+from flarec.base.generation import GenerationOptions
 from flarec.cli import main
 from tests.checkpoints import converted
 from tests.cli.conversions import flarec
@@ -23,7 +24,7 @@ from tests.models import few_checkpoint
 
 KEYS = [
     "text", "token_ids", "mode", "forwards", "new_tokens", "tokens_per_forward", "accepted", "seconds", "stop_reason",
-    "origins",
+    "origins", "taken_back",
 ]
 
 
@@ -98,6 +99,22 @@ def test_json_is_one_array_even_for_one_prompt(generate: Callable[..., Result]) 
     assert item["new_tokens"] == len(item["token_ids"]) == 5
     assert (item["mode"], item["stop_reason"]) == ("ar-trust", "length")
     assert "ar-trust, 5 tokens in" in result.stderr
+
+
+@pytest.mark.parametrize(("given", "share"), [([], 0.0), (["--recheck", "0.3"], 0.3), (["--recheck", "1"], 1.0)])
+def test_a_recheck_is_the_checkpoints_unless_given(
+    generate: Callable[..., Result], model: api.Model, given: list[str], share: float
+) -> None:
+    asked = "Hello", "--mode", "diffusion-trust", "--threshold", "0", "--max-new-tokens", "24"
+    result = generate(*asked, "--json", "--stats", *given)
+    (item,) = json.loads(result.stdout)
+    options = GenerationOptions(mode="diffusion-trust", threshold=0.0, recheck=share, max_new_tokens=24)
+    direct = model.generate("Hello", options)
+    assert (item["token_ids"], item["taken_back"]) == (direct.token_ids, direct.taken_back)
+    assert (f"recheck {share:g}: {direct.taken_back} taken back" in result.stderr) == bool(share)
+    if share == 1:
+        assert direct.token_ids == model.generate("Hello", mode="causal", max_new_tokens=24).token_ids
+        assert direct.taken_back
 
 
 def test_json_keeps_the_order_of_the_prompts(

@@ -21,6 +21,7 @@ MODES: list[tuple[str, dict[str, Any]]] = [
     ("ar-trust", {"drafts": "branches"}),
     ("ar-trust", {"drafts": "single"}),
     ("diffusion-trust", {"threshold": 0.3}),
+    ("diffusion-trust", {"threshold": 0.3, "recheck": 0.5}),
 ]
 PROMPTS = [[1, 2, 3], [4], [5, 6]]
 Change = Callable[[Tensor, Tensor, Tensor, int], None]  # logits [N, V], their request and slot [N], clean slots
@@ -79,6 +80,20 @@ def test_a_draft_that_cannot_be_chosen_is_a_wrong_draft(drafts: str) -> None:
     causal = make_engine(model, 3)[0].generate(PROMPTS, max_new_tokens=20, temperature=1.0)
     result = spoilt(model, change).generate(PROMPTS, mode="ar-trust", drafts=drafts, max_new_tokens=20, temperature=1.0)
     assert [item.token_ids for item in result] == [item.token_ids for item in causal]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.9])
+def test_a_token_that_a_noisy_row_cannot_choose_is_taken_back(threshold: float) -> None:
+    model = FakeModel(agreement=0.9)
+
+    def change(logits: Tensor, request: Tensor, slot: Tensor, clean: int) -> None:
+        logits[slot >= clean] = torch.nan
+
+    asked: dict[str, Any] = {"max_new_tokens": 20, "temperature": 1.0}
+    causal = make_engine(model, 3)[0].generate(PROMPTS, **asked)
+    result = spoilt(model, change).generate(PROMPTS, mode="diffusion-trust", threshold=threshold, recheck=1.0, **asked)
+    assert [item.token_ids for item in result] == [item.token_ids for item in causal]
+    assert all(item.taken_back for item in result)
 
 
 @pytest.mark.parametrize(("mode", "options"), MODES)

@@ -20,6 +20,8 @@ MODE_OPTIONS = [
     ("ar-trust", {"drafts": "branches"}),
     ("ar-trust", {"drafts": "single"}),
     ("diffusion-trust", {"threshold": 0.5}),
+    ("diffusion-trust", {"threshold": 0.3, "recheck": 0.3}),
+    ("elastic", {"threshold": 0.0, "recheck": 0.3}),
 ]
 PARAMS = GenerationOptions(temperature=1.0, seed=5)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from flarec.base.generation import GenerationOptions
 from flarec.decode import Engine, graphs
-from flarec.decode.graphs import Function, PlainReplays, StaticRows
+from flarec.decode.graphs import SETTLE, Function, PlainReplays, StaticRows
+from flarec.decode.plan import StepShape
 from flarec.decode.stores import Shelf
 from tests.decode.fake_model import FakeModel
 from tests.decode.helpers import make_engine, random_options, random_prompts
@@ -92,7 +93,9 @@ def test_one_read_per_step_and_few_graphs(way: dict[str, Any]) -> None:
     engine.generate([[1, 2, 3]], max_new_tokens=150, **way)
     stats, (recorder,) = engine.stats, recorders
     assert recorder.reads == stats.steps - 1  # the first step was not in the buffers yet
-    assert recorder.recorded == stats.graphs <= 2 and recorder.replayed == stats.replays >= stats.steps - 6
+    shapes = 3 if way["mode"] == "diffusion-trust" and "recheck" in way else 2
+    assert recorder.recorded == stats.graphs <= shapes
+    assert recorder.replayed == stats.replays >= stats.steps - 3 * shapes
     before = stats.graphs
     engine.generate([[4, 5]], max_new_tokens=50, **way)
     assert stats.graphs == before and len(recorders) == 1
@@ -191,3 +194,22 @@ def test_buffers_are_filled_together_where_they_can_be(rows: int, monkeypatch: p
     assert torch.equal(windows[:, :, :4], new[0]) and torch.equal(pending[:, :1], new[1])
     assert not windows[:, :, 4:].any() and not pending[:, 1:].any()
     assert together == ([2] if rows == 1 else [])
+
+
+def test_replays_behind_a_recorded_step_are_no_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device had nothing to do while the host recorded it."""
+    engine, _ = make_engine(FakeModel(agreement=0.7), 3)
+    recorders = with_graphs(engine)
+    engine.add([1, 2, 3], mode="ar-trust", drafts="single", max_new_tokens=200)
+    engine.step()
+    (lane,) = engine._serving.lanes.values()
+    timed: list[StepShape] = []
+    monkeypatch.setattr(lane.mode, "timed", lambda shape, seconds: timed.append(shape))
+    quiet = recorded = 0
+    for _ in range(60):
+        before = len(timed)
+        engine.step()
+        quiet = 0 if recorders[0].recorded > recorded or engine.stats.replays == 0 else quiet + 1
+        recorded = recorders[0].recorded
+        assert len(timed) == before or quiet > SETTLE
+    assert timed

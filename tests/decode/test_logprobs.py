@@ -17,12 +17,15 @@ from flarec.errors import GenerationError
 from tests.decode import oracles
 from tests.decode.fake_model import FakeModel
 from tests.decode.helpers import make_engine, random_options, random_prompts
+from tests.decode.recheck_oracles import Rechecked, rechecked_elastic, rechecked_trust
 
 WAYS: list[dict[str, Any]] = [
     {"mode": "causal"},
     {"mode": "ar-trust", "drafts": "branches"},
     {"mode": "ar-trust", "drafts": "single"},
     {"mode": "diffusion-trust", "threshold": 0.4, "denoising_steps": 3},
+    {"mode": "diffusion-trust", "threshold": 0.2, "denoising_steps": 3, "recheck": 0.2},
+    {"mode": "elastic", "threshold": 0.0, "recheck": 0.2},
 ]
 SIZE = 3
 
@@ -31,7 +34,16 @@ def expected(model: FakeModel, prompt: list[int], request: Request) -> list[np.n
     """Log-probabilities [V] of the rows that chose the tokens, in float64, from the definition of the mode."""
     options, tokens = request.options, request.tokens
     rows: list[np.ndarray] = []
-    if options.mode == "diffusion-trust":
+    if options.recheck:
+        assert options.threshold is not None and options.denoising_steps is not None
+        oracle = Rechecked(model, prompt, options, [2], request.limit, options.recheck)
+        if options.mode == "elastic":
+            rechecked_elastic(oracle, SIZE, options.threshold)
+        else:
+            rechecked_trust(oracle, SIZE, "causal", options.threshold, options.denoising_steps)
+        assert oracle.tokens[: len(tokens)] == tokens
+        rows = oracle.rows
+    elif options.mode == "diffusion-trust":
         assert options.threshold is not None and options.denoising_steps is not None
         found = oracles.diffusion_trust(
             model, prompt, options, [2], request.limit, SIZE, "causal", options.threshold, options.denoising_steps, rows

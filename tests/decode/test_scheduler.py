@@ -26,6 +26,8 @@ WAYS: list[dict[str, Any]] = [
     {"mode": "ar-trust", "drafts": "single"},
     {"mode": "diffusion-trust", "threshold": 0.5},
     {"mode": "elastic", "threshold": 0.3},
+    {"mode": "diffusion-trust", "threshold": 0.3, "recheck": 0.3},
+    {"mode": "elastic", "threshold": 0.0, "recheck": 0.3},
 ]
 
 

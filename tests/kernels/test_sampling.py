@@ -17,6 +17,7 @@ from flarec.kernels.sampling import (
     arithmetic,
     choose,
     mask_of,
+    near,
     random_ids,
     reference,
     torch_choice,
@@ -206,6 +207,55 @@ def test_a_compiler_sees_one_op() -> None:
 
     fast = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert torch.equal(fast(logits), step(logits))
+
+
+@pytest.mark.parametrize("settings", [*CASES, [(0.0, OFF, 1.0), (0.7, OFF, 1.0), (1.7, OFF, 1.0)]])
+@pytest.mark.parametrize("step", [0.0, 1.0])
+def test_what_is_nearly_as_good_as_the_choice(settings: list[Settings], step: float) -> None:
+    """Every token of a row, against scores in float64; a share of 1 leaves the choice alone, also among equal ones."""
+    vocab, seen = 20, {True: 0, False: 0}
+    for seed in range(4):
+        given, logits = rows_of(settings, seed, DEVICE), logits_of(3, vocab, seed, step).to(DEVICE)
+        out = hidden([3, 19], vocab).to(DEVICE)
+        choice = choose(logits, *given, out).token
+        kept = [reference_kept(logits[n], settings[n], out) for n in range(3)]
+        for share in (0.01, 0.5, 1.0):
+            found = torch.stack([
+                near(logits, torch.full_like(choice, token), choice, share, *given, out) for token in range(vocab)
+            ], dim=1)
+            for n, (temperature, *_) in enumerate(settings):
+                noise = arithmetic.gumbel(given[3][n : n + 1], given[4][n : n + 1], torch.arange(vocab, device=DEVICE))
+                scores = (logits[n].double() + temperature * noise[0].double()).tolist()
+                own = int(choice[n])
+                for token in range(vocab):
+                    gap = (scores[own] - scores[token]) / (temperature or 1.0)
+                    if token != own and abs(gap + math.log(share)) < 1e-4:
+                        continue
+                    wanted = token == own or (token in kept[n] and gap < -math.log(share))
+                    assert bool(found[n, token]) == wanted
+                    seen[wanted] += token != own
+            if share == 1:
+                assert found.sum() == 3 and found.gather(1, choice[:, None]).all()
+    assert seen[False] and (seen[True] or settings == CASES[2])
+
+
+def reference_kept(logits: Tensor, settings: Settings, out: Tensor) -> set[int]:
+    """Tokens that top-k and top-p keep, by the kernel's own order: those that some noise could choose."""
+    temperature, top_k, top_p = settings
+    scores = logits.masked_fill(out, -math.inf)[None]
+    steep = arithmetic.inverse(torch.tensor([temperature], device=scores.device))
+    weights = arithmetic.weights((scores.amax() - scores) * steep)
+    limits = torch.tensor([top_k], device=scores.device), torch.tensor([top_p], device=scores.device)
+    keep = torch_choice.kept_tokens(scores, weights, *limits)[0] & ~out
+    return set(keep.nonzero()[:, 0].tolist())
+
+
+def test_no_choice_is_near_nothing() -> None:
+    given, logits = rows_of([(0.0, OFF, 1.0), (1.0, OFF, 1.0)]), logits_of(2, 8)
+    logits[0, 1] = math.nan
+    choice = choose(logits, *given).token
+    assert near(logits, choice.clamp_min(0), choice, 0.5, *given).tolist() == [False, True]
+    assert near(logits, choice, choice, 0.5, *given).tolist() == [False, True]
 
 
 def test_limits() -> None:

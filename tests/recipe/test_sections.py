@@ -186,6 +186,11 @@ def test_slot_weights_hold_for_the_losses_that_are_not_the_expected_length() -> 
     assert found == [("kl", "accept-until-fail"), ("el", "uniform")]
 
 
+def test_new_checkpoints_have_a_recheck() -> None:
+    """docs/quality.md says why, and the README that it is causal decoding's text."""
+    assert {load_recipe(name).decode.recheck for name in recipes.NAMES} == {1.0}
+
+
 def test_values_are_checked_when_built_in_python() -> None:
     with pytest.raises(RecipeError, match=r"diffusion\.block_size = 0"):
         Diffusion(block_size=0)

@@ -62,18 +62,30 @@ class DiffusionTrustMode:
         return ids, (full * shape.clean)[:, None]
 
     def read(self, rows: Rows, shape: StepShape, clean: Tensor, noisy: Tensor) -> Tensor:
-        state, full = rows.state, self._full(rows)
+        full = self._full(rows)
         rows.accept(full * shape.clean)
-        state["block"] = state["block"].masked_fill(full[:, None], self.blocks.mask_token_id)
-        state["masked"] = state["masked"] | full[:, None]
-        state["steps"] = state["steps"].masked_fill(full, 0)
+        self._begin(rows, full)
         if shape.heads:
             first, confidence = rows.choose(clean, rows.cache.length, confidence=True)
-            state["first"] = torch.where(full, first[:, 0], state["first"])
-            state["confidence"] = torch.where(full, confidence[:, 0], state["confidence"])
-            if (note := rows.note(clean, first)) is not None:
-                state["first_note"] = torch.where(full[:, None, None], note, state["first_note"])
+            self._choose_first(rows, full, first[:, 0], confidence[:, 0], rows.note(clean, first))
         return self._denoise(rows, noisy[:, 0])
+
+    def _begin(self, rows: Rows, fresh: Tensor) -> None:
+        """A new block where fresh [rows] bool."""
+        state = rows.state
+        state["block"] = state["block"].masked_fill(fresh[:, None], self.blocks.mask_token_id)
+        state["masked"] = state["masked"] | fresh[:, None]
+        state["steps"] = state["steps"].masked_fill(fresh, 0)
+
+    def _choose_first(
+        self, rows: Rows, fresh: Tensor, first: Tensor, confidence: Tensor, note: Tensor | None
+    ) -> None:
+        """Its first token [rows] and that token's confidence [rows] and note [rows, 1, n]."""
+        state = rows.state
+        state["first"] = torch.where(fresh, first, state["first"])
+        state["confidence"] = torch.where(fresh, confidence, state["confidence"])
+        if note is not None:
+            state["first_note"] = torch.where(fresh[:, None, None], note, state["first_note"])
 
     def _full(self, rows: Rows) -> Tensor:
         """[rows] bool: blocks that the next step commits."""
