@@ -118,7 +118,7 @@ class Session:
     def prompts(self, requests: int, tokens: int | None = None) -> list[list[int]]:
         return [[1] * 8 for _ in range(requests)]
 
-    def engine(self, slots: int, *, kind: type[Engine] = Engine) -> Engine:
+    def engine(self, slots: int, *, kind: type[Engine] = Engine, dynamic: bool = False) -> Engine:
         engine = kind(
             Costs(self.machine), mask_token_id=VOCABULARY - 1, block_size=self.block, eos_ids=(), slots=slots,
             max_positions=1 << 20, readouts={"ar-trust": "causal"}, suppress=(VOCABULARY - 1,),

@@ -64,12 +64,16 @@ class ServingSession(Session):
     def vocabulary(self) -> int:
         return SHAPES[self.shape]["vocab_size"]
 
-    def engine(self, slots: int, *, graphs: str = "auto", kind: type[Engine] = Engine) -> Engine:
-        mask = self.vocabulary - 1
+    def engine(
+        self, slots: int, *, graphs: str = "auto", kind: type[Engine] = Engine, dynamic: bool = False
+    ) -> Engine:
+        """dynamic: steps are compiled once for any size, as what reads prompts is, and not for the first ones by
+        themselves: kinds of steps then take no compilation of their own."""
+        mask, make = self.vocabulary - 1, self.reader if dynamic else self._compiled
         return kind(
             self.program, mask_token_id=mask, block_size=self.block, eos_ids=(), max_positions=1 << 20, slots=slots,
             readouts={"ar-trust": "causal", "diffusion-trust": "block_end"}, suppress=(mask,), graphs=graphs,
-            static=Static(self._compiled, read=self.reader) if self.compile and graphs == "auto" else None,
+            static=Static(make, read=self.reader) if self.compile and graphs == "auto" else None,
         )
 
     def reading_engine(self, slots: int, *, early: bool) -> Engine:

@@ -26,6 +26,8 @@ AUTO_SECONDS = 60.0
 """Of `--drafts auto` with one number of requests, after which no other acceptance is begun."""
 AUTO_STEPS, TURN, AUTO_WARM = 384, 8, 64
 """Steps of `--drafts auto`, and as many causal ones; of each in turn; and before them."""
+SETTLED = 16
+"""Replays behind a recorded step that are no steady state: the device had nothing to do for seconds."""
 
 
 @dataclass(frozen=True)
@@ -256,8 +258,9 @@ def chosen_rates(session: ServingSession, requests: int, wanted: Sequence[float]
     """`--drafts auto` to causal steps by tokens per forward of whole blocks.
 
     In short turns, so that both meet the same host, and from the same prompts on. In steady state: a step that is run
-    because its graph is not recorded yet (once per blocks and capacity of the caches) is left out, with its tokens;
-    trials of other blocks are in. Ends early after `AUTO_SECONDS`, with those that were reached.
+    because its graph is not recorded yet (once per blocks and capacity of the caches) is left out, with its tokens, and
+    so are `SETTLED` replays behind it; trials of other blocks are in. Ends early after `AUTO_SECONDS`, with those that
+    were reached.
     """
 
     def measure() -> dict[float, Chosen]:
@@ -289,7 +292,8 @@ def _auto_engines(session: ServingSession, requests: int) -> tuple[ReplayingEngi
     """One pair for all acceptances: what was recorded and learned serves the next one."""
 
     def make() -> tuple[ReplayingEngine, Engine]:
-        auto, plain = session.engine(requests, kind=ReplayingEngine), session.engine(requests)
+        auto = session.engine(requests, kind=ReplayingEngine, dynamic=True)
+        plain = session.engine(requests, dynamic=True)
         assert isinstance(auto, ReplayingEngine)
         auto.share = torch.zeros(1, device=session.device)
         return auto, plain
@@ -307,7 +311,7 @@ class Decoding:
         self.session, self.engine = session, engine
         options = GenerationOptions(mode=mode, drafts="auto", max_new_tokens=1 << 12)
         self.running = [engine.add(prompt, options) for prompt in session.prompts(requests)]
-        self.made, self.seconds, self.last = 0, 0.0, 0.0
+        self.made, self.seconds, self.last, self.settling = 0, 0.0, 0.0, 0
         while any(not request.tokens for request in self.running):
             engine.step()
         warm = AUTO_WARM if mode == "ar-trust" else WARM_STEPS
@@ -319,7 +323,8 @@ class Decoding:
         return self.made / self.seconds
 
     def take(self, steps: int) -> None:
-        """So many steps that are replays of graphs, or, where there are none, that are run."""
+        """So many steps that are replays of graphs, and not soon behind a recorded one, or, where there are none, that
+        are run."""
         counted, stats, made, seconds = 0, self.engine.stats, 0, 0.0
         self.session.wait()
         while counted < steps:
@@ -327,7 +332,9 @@ class Decoding:
             replays, graphs, start = stats.replays, stats.graphs, time.perf_counter()
             self.engine.step()
             took = time.perf_counter() - start
-            if (stats.replays > replays and stats.graphs == graphs) or not stats.graphs:
+            replayed = stats.replays > replays and stats.graphs == graphs
+            self.settling = max(0, self.settling - 1) if replayed else SETTLED
+            if (replayed and not self.settling) or not stats.graphs:
                 made += sum(len(request.tokens) for request in self.running) - before
                 seconds, counted = seconds + took, counted + 1
         self.made, self.seconds, self.last = self.made + made, self.seconds + seconds, made / seconds
