@@ -26,7 +26,7 @@ from torch import Tensor
 
 from flarec.bench.report import versions
 from flarec.bench.serving import ours
-from flarec.bench.serving.rows import ACCEPTANCE, AUTO
+from flarec.bench.serving.rows import AUTO, HIGH, LOW
 from flarec.decode import Engine, graphs, rows
 from flarec.decode.cache import Cache
 from flarec.decode.graphs import Function, PlainReplays, Store
@@ -37,15 +37,18 @@ from flarec.layout import Layout
 CAUSAL_MS, WHOLE = {1: 1.87, 8: 2.2, 64: 4.6}, {1: 1.10, 8: 1.14, 64: 2.8}
 """Of decode-h200.json and a line through it: 64 requests were not measured alone."""
 SHIFT, EAGER_MS, SPREAD_MS = 0.03, 50.0, 0.6
+COLD, COLD_MS = 1.4, 20.0
+"""With --cold: what steps take longer behind one that is no replay, and for how long."""
 VOCABULARY = 8
 
 
 class Machine:
     """A clock, and what runs on it."""
 
-    def __init__(self, requests: int, noise: float, seed: int) -> None:
-        self.requests, self.noise, self.rng = requests, noise, random.Random(seed)
+    def __init__(self, requests: int, noise: float, seed: int, cold: bool = False) -> None:
+        self.requests, self.noise, self.rng, self.cold = requests, noise, random.Random(seed), cold
         self.seconds, self.load, self.replays = 0.0, 1.0, False
+        self.warm = 0.0  # from which second on steps take as long as they do
 
     def clock(self) -> float:
         return self.seconds
@@ -56,7 +59,10 @@ class Machine:
         if rng.random() < 0.02:
             self.load = rng.uniform(1, 1 + 3 * noise)
         cost *= self.load * rng.uniform(1 - noise, 1 + noise) * (2 if rng.random() < 0.002 else 1)
+        cost *= COLD if self.seconds < self.warm else 1
         self.seconds += 1e-3 * (CAUSAL_MS[self.requests] * cost + (0 if self.replays else EAGER_MS))
+        if self.cold and not self.replays:
+            self.warm = self.seconds + 1e-3 * COLD_MS
 
     def record(self, function: Function) -> Function:
         def replay() -> None:
@@ -104,7 +110,7 @@ class Session:
         self.machine = machine
 
     def measured(self, key: object, make: Any) -> Any:
-        return make()
+        return make()  # every run has its own session
 
     def wait(self) -> None:
         pass
@@ -121,8 +127,10 @@ class Session:
         return engine
 
 
-def ratios(requests: int, noise: float, seed: int, wanted: Sequence[float] = ACCEPTANCE) -> dict[float, float]:
-    machine = Machine(requests, noise, seed)
+def ratios(
+    requests: int, noise: float, seed: int, wanted: Sequence[float] = (*LOW, *HIGH), cold: bool = False
+) -> dict[float, float]:
+    machine = Machine(requests, noise, seed, cold)
     spread = Store.spread
 
     def timed(store: Store, held: int) -> None:
@@ -135,7 +143,8 @@ def ratios(requests: int, noise: float, seed: int, wanted: Sequence[float] = ACC
     for module in (graphs, rows):
         vars(module)["clock"] = machine.clock
     try:
-        return ours.chosen_rates(Session(machine), requests, wanted)  # type: ignore[arg-type]
+        found = ours.chosen_rates(Session(machine), requests, wanted)  # type: ignore[arg-type]
+        return {tokens: one.ratio for tokens, one in found.items()}
     finally:
         patched.spread = spread
 
@@ -144,18 +153,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--noise", type=float, default=0.02)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--cold", action="store_true", help="Steps behind a recorded one take longer for a while.")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit")
     options = parser.parse_args()
     found: dict[str, Any] = {}
     for requests in AUTO:
-        each = [ratios(requests, options.noise, seed) for seed in range(options.seeds)]
-        spread = {f"{tokens:g} per step": sorted(round(one[tokens], 4) for one in each) for tokens in ACCEPTANCE}
+        each = [ratios(requests, options.noise, seed, cold=options.cold) for seed in range(options.seeds)]
+        spread = {f"{tokens:g} per step": sorted(round(one[tokens], 4) for one in each) for tokens in (*LOW, *HIGH)}
         found[str(requests)] = spread
         print(f"C = {requests}: {spread}", flush=True)
     if options.out is not None:
         record = {"versions": versions(), "commit": options.commit, "command": " ".join(["python", *sys.argv]),
-                  "causal_ms": CAUSAL_MS, "whole": WHOLE, "noise": options.noise, "ratios": found}
+                  "causal_ms": CAUSAL_MS, "whole": WHOLE, "noise": options.noise, "cold": options.cold, "ratios": found}
         options.out.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

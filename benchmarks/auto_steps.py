@@ -97,7 +97,7 @@ class Watched:
 
     def __init__(self, session: ServingSession, engine: Any, requests: int, mode: Any, warm: int) -> None:
         self.session, self.engine = session, engine
-        self.policy = engine.__dict__.get("_policy")
+        self.policy = engine._policy(None) if mode == "ar-trust" else None
         options = GenerationOptions(mode=mode, drafts="auto", max_new_tokens=1 << 14)
         self.running = [engine.add(prompt, options) for prompt in session.prompts(requests)]
         while any(not request.tokens for request in self.running):
@@ -146,7 +146,8 @@ def of_requests(session: ServingSession, requests: int, turns: int, acceptances:
     plain, auto = session.engine(requests), session.engine(requests, kind=ReplayingEngine)
     assert isinstance(auto, ReplayingEngine)
     auto.share = torch.zeros(1, device=session.device)
-    policy = auto.__dict__["_policy"] = HeldPolicy(choices_of(session.block, "causal"))
+    policy = HeldPolicy(choices_of(session.block, "causal"))
+    auto.__dict__["_policy"] = lambda key, placed=(): policy
     policy.held = CAUSAL
     both = (Watched(session, plain, requests, "causal", 8), Watched(session, auto, requests, "ar-trust", 8))
     for _ in range(turns):

@@ -6,7 +6,8 @@
 errors: losses, logits and gradients of a small Qwen3.5 in bfloat16 and float32, by eager and by compiled regions, each
 against the same parameters in float64; a decode step likewise. A compiled error may be `FACTOR` times eager's.
 sampling: kernels of the choice of 16 tokens from 248k logits, and its time as a graph.
-prefill: kernels of one forward over a long prompt, as first prompts are read and as later ones are; ms in such pieces.
+prefill: kernels of one forward over a long prompt, as first prompts are read and as later ones are; ms in such pieces,
+and what the host does where there are four: seconds until the last one is queued, and its functions by their own time.
 decode, flare, draft: kernels of a step by total time, with and without compiled regions (--compile names one); of
 decoding for every number of --requests, beside the wall time of a step; of
 training what the host does: seconds until a step is queued, and its functions by their own time. Each part runs in a
@@ -192,7 +193,12 @@ def prefill(options: argparse.Namespace) -> dict[str, Any]:
         first = time.perf_counter() - start
         pieces = {chunk: prefill_ms(session, tokens, chunk, early=not compiled) for chunk in (tokens, tokens // 4)}
         step = reading(session, tokens, None, early=not compiled)
-        row = {"first_seconds": first, "ms_by_piece": pieces, **by_kernel(step, 1)}
+        kernels = by_kernel(step, 1)
+
+        def in_pieces(early: bool = not compiled) -> None:
+            reading(session, tokens, tokens // 4, early=early)()
+
+        row = {"first_seconds": first, "ms_by_piece": pieces, **host_of(in_pieces), **kernels}
         found["compiled" if compiled else "first prompts"] = row
         shown("prefill, compiled" if compiled else "prefill, first prompts", row)
         options.result.write_text(json.dumps(found))

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base.flat import flat_input
+from .base.flat import flat_input, sent
 from .errors import LayoutError
 
 BLOCK_END = 0
@@ -101,9 +101,9 @@ class Layout:
         return None
 
     def to(self, device: torch.device | str) -> Layout:
-        """Itself where it is there."""
+        """Itself where it is there; nobody waits for its way to a GPU (`sent`)."""
         tensors = self.tensors()
-        moved = [tensor.to(device) for tensor in tensors]
+        moved = [sent(tensor, device) for tensor in tensors]
         if all(there is here for there, here in zip(moved, tensors, strict=True)):
             return self
         return type(self)(*moved)
@@ -134,7 +134,8 @@ class Layout:
 class SharedDerivations:
     """What is derived once for all steps of a shape, since it does not depend on how many tokens are cached.
 
-    layout: of one such step, far from the start of its documents. built: by derivation.
+    layout: of one such step, far from the start of its documents or as far as all of them; where its numbers are known
+    on the host it is there. built: by derivation.
     """
 
     layout: Layout
@@ -147,18 +148,26 @@ class StepLayout(Layout):
     """The layout of a decode step whose blocks all take up the same number of slots.
 
     kept: of steps whose blocks stand at the same places behind the cached tokens; positions: of all its tokens, where
-    they are known; overwrites: nobody reads the states of the cache any more once the step has read them, so that the
-    next ones may take their place. No leaves of the structure.
+    they are known; host: the same layout on the host, where its numbers are known there, so that nobody reads them from
+    the device; overwrites: nobody reads the states of the cache any more once the step has read them, so that the next
+    ones may take their place. No leaves of the structure.
     """
 
     kept: ClassVar[SharedDerivations | None] = None
     positions: ClassVar[Tensor | None] = None
+    host: ClassVar[Layout | None] = None
     overwrites: ClassVar[bool] = False
 
     def keeping(self, kept: SharedDerivations, positions: Tensor) -> StepLayout:
         """Itself, with what is kept, and `position_ids` [rows, T]."""
         object.__setattr__(self, "kept", kept)  # frozen, and a field would be an input of graphs
         object.__setattr__(self, "positions", positions)
+        return self
+
+    def known(self, host: Layout, kept: SharedDerivations) -> StepLayout:
+        """Itself, with the same layout on the host, and what is kept."""
+        object.__setattr__(self, "host", host)
+        object.__setattr__(self, "kept", kept)
         return self
 
     def overwriting(self) -> StepLayout:

@@ -23,6 +23,14 @@ def flat_input(cls: type[_T]) -> type[_T]:
     return cls
 
 
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device, itself if it is there. What goes from the host to a GPU goes through pinned memory, and
+    nobody waits for it; a plain copy would wait for all that the GPU still has to do."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def save_structure(ctx: Any, value: Any) -> None:
     """Save a structure of tensors, Nones, tuples and `flat_input`s for a backward pass; `saved_structure` has it again.
 
@@ -53,7 +61,8 @@ class Schedule:
         return known
 
     def to(self, device: torch.device | str) -> Self:
-        moved = {name: getattr(self, name).to(device) for name in self._names()[0]}
+        """On a device, without waiting for it (`sent`)."""
+        moved = {name: sent(getattr(self, name), device) for name in self._names()[0]}
         return replace(self, **moved)  # type: ignore[type-var]
 
     def flat(self) -> tuple[list[int], list[Tensor]]:

@@ -11,7 +11,7 @@ from .figures import Points, write_figure
 STEP, RATE = "ar-trust-step-", "ar-trust-rate-"
 DECODING = (
     STEP, RATE, "causal-step-", "diffusion-trust-step-", "stock-generate-", "sampling-", "long-context", "prefill",
-    "first-token-", "waits", "drafts-auto-",
+    "engine-prefill", "first-token-", "waits", "drafts-auto-",
 )
 """How names of rows of `flarec bench decode` begin."""
 

@@ -11,7 +11,7 @@ import click
 
 from flarec.errors import UsageError
 from flarec.threads import said
-from flarec.train.arguments import Arguments
+from flarec.train.arguments import DEFAULT_RECIPE, Arguments
 
 from .options import field_options
 
@@ -38,7 +38,8 @@ OWN = {
 @click.option("--length", type=int, default=2048, show_default=True, help="Tokens per training row and per request.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Rows per forward pass, and requests served.")
 @click.option(
-    "--recipe", default="flare", show_default=True, metavar="NAME|FILE", help="Blocks and views of the training step."
+    "--recipe", default=DEFAULT_RECIPE, show_default=True, metavar="NAME|FILE",
+    help="Blocks and views of the training step.",
 )
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="Whose speed counts: cpu, cuda ...")
 @click.option("--dtype", metavar="NAME", help="That serves. Default: float32 on the CPU, else as stored.")

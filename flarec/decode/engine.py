@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from functools import cached_property
 from typing import Any, Unpack
 
 import torch
@@ -37,17 +37,21 @@ from .prefix import PrefixCache
 from .recheck import Recheck
 from .request import MOST_LOGPROBS, Generation, OnTokens, Prompts, Request, StopCheck, Stopping
 from .rows import Mode
-from .scheduler import Lane, Scheduler
+from .scheduler import PREFILL_ROWS, Lane, Scheduler
 from .stats import DecodeStats
 from .stepper import BlockSpec
 from .stores import Shelf, Static
 
 PREFILL_CHUNK = {"cuda": 2048, "cpu": 512}
-"""Clean rows per request of one prefill forward, by device: beside a GPU a forward takes the host as long whatever it
-reads."""
+"""Clean rows per request of one prefill forward beside running requests, by device: beside a GPU a forward takes the
+host as long whatever it reads."""
+PREFILL_ALONE = {"cuda": PREFILL_ROWS}
+"""Clean rows of one prefill forward, all requests together, while nothing runs; elsewhere as beside running ones."""
 SLOTS = 64
 OF_A_LANE = ("mode", "drafts", "threshold", "denoising_steps", "recheck", "suppress")
 """What requests that share a forward agree in; with a recheck of whole blocks also in `eos_ids`."""
+MOST_POLICIES = 64
+"""Kinds of lanes of which is remembered how much drafting pays: those that were used last."""
 GRAPHS = ("auto", "off")
 NO_DENOISING = (
     "the noise of this checkpoint is random ids, which do not say what positions of a block are still masked, and mode "
@@ -74,7 +78,8 @@ class Engine:
     slots          requests that run at the same time
     graphs         "auto": steps on a CUDA device are replayed as graphs (`flarec.decode.graphs`); "off": never
     causal         gives the program of causal decoding where that is another one, which does less for clean rows and
-                   gives their logits bit for bit; asked when it is needed
+                   gives their logits bit for bit; asked when it is needed. Of `drafts="auto"` it runs the steps that
+                   draft nothing
     static         what runs the steps of running requests, whose shapes are few, in the place of the program: one that
                    is compiled for them, and what reads prompts after many of them; None: the program itself
     horizon        gives the program of elastic decoding (`flarec.decode.horizon`); None: the checkpoint has no head
@@ -134,8 +139,10 @@ class Engine:
             self.shelf = Shelf(lambda: CudaReplays(program.device), static)
         elif static is not None:
             self.shelf = Shelf(PlainReplays, static)
+        self._policies: dict[Hashable, DraftPolicy] = {}
+        self._choosing = threading.Lock()
         self.prefill_chunk = chunk_on(program.device)
-        self._serving = self._scheduler(self.slots, self.prefill_chunk)
+        self._serving = self._scheduler(self.slots)
         self._added = 0
 
     def keep_prefixes(self, limit: int) -> None:
@@ -167,8 +174,8 @@ class Engine:
         on_end             called with (prompt index, generation) when a prompt has ended
         batch              prompts that run at the same time (default: the engine's slots); more wait, the longest come
                            first
-        prefill_chunk      clean rows per prompt of one prefill forward (default: `PREFILL_CHUNK` of the device); with a
-                           prefix cache the length of its pages
+        prefill_chunk      clean rows per prompt of one prefill forward (default: `PREFILL_CHUNK` of the device, and
+                           `PREFILL_ALONE` while no request runs); with a prefix cache the length of its pages
 
         Raises `GenerationError` for arguments that cannot be served.
         """
@@ -177,15 +184,14 @@ class Engine:
         checks = list(stop_check) if isinstance(stop_check, Sequence) else [stop_check] * rows
         if len(checks) != rows:
             raise GenerationError(f"{rows} prompts came with {len(checks)} stop checks; give one for all or one each")
-        chunk = self.prefill_chunk
         if prefill_chunk is not None:
-            chunk = whole_number("prefill_chunk", prefill_chunk, GenerationError, low=1)
+            prefill_chunk = whole_number("prefill_chunk", prefill_chunk, GenerationError, low=1)
         slots = self.slots if batch is None else whole_number("batch", batch, GenerationError, low=1)
         requests = [
             self._request(index, prompt, item, check, on_tokens)
             for index, (prompt, item, check) in enumerate(zip(prompts, each, checks, strict=True))
         ]
-        scheduler = self._scheduler(slots, chunk)
+        scheduler = self._scheduler(slots, prefill_chunk)
         for request in _in_order(requests, slots):
             scheduler.add(request)
         try:
@@ -242,17 +248,25 @@ class Engine:
         """Whether any request that was added waits or runs."""
         return self._serving.busy
 
-    def _scheduler(self, slots: int, chunk: int) -> Scheduler:
+    def _scheduler(self, slots: int, chunk: int | None = None) -> Scheduler:
+        """chunk: of prefills, whatever runs; None: as the device has it best."""
+        alone = 0 if chunk is not None else PREFILL_ALONE.get(self.program.device.type, 0)
+        size = self.prefill_chunk if chunk is None else chunk
+
         def key(request: Request) -> Hashable:
             options = request.options
             ends = options.eos_ids if options.mode == "diffusion-trust" and options.recheck else None
             return (*(getattr(options, name) for name in OF_A_LANE), ends, request.logprobs)
 
         def lane(request: Request, key: Hashable) -> Lane:
-            mode, suppress = self._mode(request.options), self._suppressed(request.options.suppress)
+            mode, suppress = self._mode(request.options, key), self._suppressed(request.options.suppress)
             stores = self.shelf.of(key) if self.shelf is not None and request.logprobs is None else None
             program = self._program(request.options)
-            return Lane(program, mode, suppress, slots, chunk, self.stats, stores, self.prefixes, self._reader)
+            undrafted = (request.options.mode, request.options.drafts) == ("ar-trust", "auto")
+            bare = self._causal() if undrafted else None
+            return Lane(
+                program, mode, suppress, slots, size, self.stats, stores, self.prefixes, self._reader, alone, bare
+            )
 
         return Scheduler(lane, key)
 
@@ -267,15 +281,15 @@ class Engine:
             return self._horizon()
         return self._causal() if options.mode == "causal" else self.program
 
-    def _mode(self, options: GenerationOptions) -> Mode:
-        """What decodes a request whose options are complete."""
+    def _mode(self, options: GenerationOptions, key: Hashable = None) -> Mode:
+        """What decodes a request whose options are complete. key: of its lane; None: for nobody that runs."""
         assert options.drafts is not None and options.threshold is not None and options.denoising_steps is not None
         recheck = Recheck(options.recheck) if options.recheck else None
         if options.mode == "ar-trust":
             if options.drafts == "horizon":
                 blocks = self._told_blocks("drafts 'horizon'")
-                return PlacedTrustMode(blocks, self._placed_policy, self.program.vocab_size)
-            policy = self._policy if options.drafts == "auto" else None
+                return PlacedTrustMode(blocks, self._policy(key, PLACED), self.program.vocab_size)
+            policy = self._policy(key) if options.drafts == "auto" else None
             return ARTrustMode(self._blocks("ar-trust"), branches=options.drafts != "single", policy=policy)
         if options.mode == "diffusion-trust":
             given = self._blocks("diffusion-trust"), options.threshold, options.denoising_steps
@@ -287,17 +301,19 @@ class Engine:
             return ElasticMode(*told) if recheck is None else RecheckedElasticMode(*told, recheck)
         return CausalMode()
 
-    @cached_property
-    def _policy(self) -> DraftPolicy:
-        """What one call learns about this model here serves the next one."""
+    def _policy(self, key: Hashable, placed: Sequence[int] = ()) -> DraftPolicy:
+        """How much the steps of a lane draft. What one call learns about this model here serves the next one, and lanes
+        that take turns learn from steps of their own alone. placed: see `choices_of`."""
         blocks = self._blocks("ar-trust")
-        return DraftPolicy(choices_of(blocks.size, blocks.readout))
-
-    @cached_property
-    def _placed_policy(self) -> DraftPolicy:
-        """The same, with blocks where the horizon head says."""
-        blocks = self._blocks("ar-trust")
-        return DraftPolicy(choices_of(blocks.size, blocks.readout, PLACED))
+        with self._choosing:
+            found = self._policies.pop(key, None)
+            if found is None:
+                found = DraftPolicy(choices_of(blocks.size, blocks.readout, placed))
+            if key is not None:
+                if len(self._policies) >= MOST_POLICIES:
+                    del self._policies[next(iter(self._policies))]
+                self._policies[key] = found
+            return found
 
     def _filled(self, options: GenerationOptions) -> GenerationOptions:
         steps = self.block_size or 1
@@ -376,6 +392,12 @@ class Engine:
 def chunk_on(device: torch.device) -> int:
     """`PREFILL_CHUNK` of a device."""
     return PREFILL_CHUNK.get(device.type, PREFILL_CHUNK["cpu"])
+
+
+def longest_piece(device: torch.device, requests: int = 1) -> int:
+    """Clean rows per request of the longest prefill forward of so many long prompts."""
+    rows = PREFILL_ALONE.get(device.type, chunk_on(device) * requests)
+    return max(1, min(rows, PREFILL_ROWS) // requests)
 
 
 def _in_order(requests: Sequence[Request], slots: int) -> list[Request]:

@@ -35,6 +35,9 @@ from .sampling import SamplingRows
 from .stats import DecodeStats
 
 SMALLEST_CAPACITY = 256
+SETTLE = 6
+"""Replays behind a step that was recorded whose time says little: while the host recorded, or compiled, the device had
+nothing to do."""
 Function = Callable[[], None]
 
 
@@ -149,9 +152,10 @@ def _where(error: BaseException) -> str:
 class Store:
     """Buffers of `slots` requests of one lane, and the graphs over them. One lane uses it at a time.
 
-    program   runs the steps
-    static    runs them in its place once the engine has made `after` steps; None: nothing does
+    program   runs the steps; bare: those without noisy rows, if another one does
+    static    runs them in its place once the engine has made `after` steps, bare_static likewise; None: nothing does
     cache     room for `cache.capacity` positions and `pending` clean rows per slot
+    unsettled replays until a step's time says something again
     held      how many pending rows per slot lie there now, one slot's behind the other's; at first all that have room
     state     what the mode keeps
     active    [slots] bool: whether a request is in the slot
@@ -175,8 +179,11 @@ class Store:
     widths: dict[GraphKey, int] = field(default_factory=dict)
     replays: dict[GraphKey, Function] = field(default_factory=dict)
     static: DecodeProgram | None = None
+    bare: DecodeProgram | None = None
+    bare_static: DecodeProgram | None = None
     after: int = 0
     held: int = 0
+    unsettled: int = 0
     functions: dict[GraphKey, Function] = field(default_factory=dict)
     """What was recorded. A graph knows addresses only; these keep alive what lies there."""
 
@@ -305,8 +312,10 @@ class StaticRows(Rows):
         if kind != self._kind:  # most steps are like the one before
             self._kind, self._key = kind, GraphKey(*kind)
             self._replay = self.store.replays.get(self._key)
-        settled, start = self._replay is not None or bool(self.stats.eager), clock()
+        settled = (self._replay is not None and not self.store.unsettled) or bool(self.stats.eager)
+        start = clock()
         if self._replay is not None:
+            self.store.unsettled = max(0, self.store.unsettled - 1)
             self._replay()
             self.stats.replays += 1
         else:
@@ -316,7 +325,7 @@ class StaticRows(Rows):
         width = self.store.widths[self._key]
         values = self.store.results[: len(self.requests) * width].view(-1, width)
         self._report(self.store.recorder.read(values))
-        if settled:
+        if settled and self.timed:
             self.mode.timed(shape, clock() - start)
 
     def _left(self, shape: StepShape) -> int:
@@ -325,7 +334,7 @@ class StaticRows(Rows):
 
     def _run(self, key: GraphKey) -> None:
         """A step of which there is no graph yet."""
-        store = self.store
+        store, self.store.unsettled = self.store, SETTLE
         uses = store.uses[key] = store.uses.get(key, 0) + 1
         if uses == 1 or self.stats.eager:
             self._function(key)()
@@ -348,7 +357,11 @@ class StaticRows(Rows):
         state = {name: tensor[:rows] for name, tensor in store.state.items()}
         sampling = store.sampling.changed(lambda values: values[:rows], key.truncated, key.sampled)
 
-        program = store.static if key.static and store.static is not None else store.program
+        program, static = store.program, store.static
+        if store.bare is not None and not key.shape.blocks:
+            program, static = store.bare, store.bare_static
+        if key.static and static is not None:
+            program = static
 
         def run() -> None:
             self.program, self.overwrites = program, overwrites

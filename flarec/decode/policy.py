@@ -18,6 +18,7 @@ measurement was above its estimate.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, islice
 from math import ceil, inf
@@ -33,8 +34,12 @@ SWITCH = 0.5
 GUESS = 1.0
 """Steps of causal decoding that a step is believed to take longer than one before any like it was measured."""
 PATIENCE, CLOSE = (256, 512), 1.5
-"""Steps with drafts, after which causal ones measure what those cost now: the first where drafts yield less than
-CLOSE times as much per second. Every fourth time larger blocks are tried instead."""
+"""Steps with drafts, after which causal ones measure what those cost now, and so do those of other blocks that may be
+better (`_promising`): the first where drafts yield less than CLOSE times as much per second. Every fourth time larger
+blocks are tried instead."""
+EARLY = 16
+"""Steps with drafts before that happens for the first time, doubled until it is `PATIENCE`: what was measured when a
+process had just begun, or a GPU had waited for a compiler, may be far off."""
 PAUSES = (64, 1024)
 """Causal steps until drafts are tried, doubled where they did not pay."""
 SOON = 16
@@ -91,11 +96,13 @@ CAUSAL = Drafting(0)
 
 
 class Timings:
-    """Seconds of steps of one kind. cost = the middle one of the last: what delays some of them does not count."""
+    """Seconds of steps of one kind. cost = the middle one of the last: what delays some of them does not count.
+    occasions: how often they were measured anew."""
 
     def __init__(self) -> None:
         self.count = 0
         self.cost = 0.0
+        self.occasions = 1
         self._recent: list[float] = []
 
     def add(self, seconds: float) -> None:
@@ -106,6 +113,7 @@ class Timings:
 
     def forget(self) -> None:
         """They were made a while ago."""
+        self.occasions += 1
         del self._recent[:-STALE]
 
 
@@ -132,11 +140,11 @@ class DraftPolicy:
         self._rows = 0
         self._extra = 0.0  # of a step that is drafted now
         self._wait = 0  # steps until a choice is made
-        self._left: tuple[Drafting, float] | None = None  # what causal steps interrupt
+        self._then: list[tuple[Drafting, float, int]] = []  # what is taken before the next choice, the next one last
         self._pause = PAUSES[0]
         self._drafted = 0  # steps with drafts since the costs were looked at
-        self._patience = PATIENCE[0]
-        self._looks = 0
+        self._patience = EARLY
+        self._looks: Counter[int] = Counter()
 
     def acceptance(self, depth: int) -> float:
         """Share of the drafts at a depth (from 1) that are right when those before them are."""
@@ -221,16 +229,17 @@ class DraftPolicy:
         """The blocks of the next step."""
         rows = _bucket(rows)
         if rows != self._rows:  # its steps have other costs
-            self._rows, self._wait, self._left = rows, 0, None
+            self._rows, self._wait, self._patience = rows, 0, min(self._patience, EARLY << self._looks[rows])
+            self._then.clear()
         self._drafted += self.drafting != CAUSAL
         if self.drafting != CAUSAL and self.purse < self._extra:
+            self._then.clear()
             self._take(CAUSAL)
             self._rest()
         elif self._wait > 0:
             self._wait -= 1
-        elif self._left is not None:
-            self._take(*self._left)
-            self._left = None
+        elif self._then:
+            self._take(*self._then.pop(), back=True)
         else:
             self._choose()
         return self.drafting
@@ -250,8 +259,9 @@ class DraftPolicy:
 
     def _judge(self, costs: Mapping[Drafting, float]) -> None:
         """Go on drafting while that pays; else rest, and then see whether it does now."""
-        used, best, gain = self.drafting, *self._best(costs)
-        pays, self._patience = gain > 1.0, PATIENCE[gain > CLOSE]
+        used, hoped = self.drafting, self._hoped(costs)
+        best, gain = self._best(costs, hoped)
+        pays, self._patience = gain > 1.0, min(PATIENCE[gain > CLOSE], EARLY << self._looks[self._rows])
         if used != CAUSAL:
             if pays:
                 self._pause = PAUSES[0]
@@ -261,35 +271,61 @@ class DraftPolicy:
                 self._rest()
         elif best == CAUSAL:  # no blocks are known, or those that are would take more than a full purse
             self._rest()
-        elif (need := _need(costs[best])) > self.purse:
+        elif (need := _need(hoped[best])) > self.purse:
             self._wait = ceil((need - self.purse) / SLACK)
         else:
             self._doubt()
             self._forget(best)
-            self._take(best, costs[best] - 1, TRIAL - 1)
+            self._take(best, hoped[best] - 1, TRIAL - 1)
 
-    def _best(self, costs: Mapping[Drafting, float]) -> tuple[Drafting, float]:
+    def _best(self, costs: Mapping[Drafting, float], hoped: Mapping[Drafting, float]) -> tuple[Drafting, float]:
         """The blocks that yield most per second, of those that may be tried, and how much, a causal step being 1."""
         runs = self._runs()
         totals, rates = list(accumulate(runs)), dict[Drafting, float]()
         for item, cost in costs.items():
-            if item != CAUSAL and (_need(cost) <= PURSE if self.drafting == CAUSAL else cost - 1 <= self.purse):
+            if item != CAUSAL and (_need(hoped[item]) <= PURSE if self.drafting == CAUSAL else cost - 1 <= self.purse):
                 favour = KEEP if item == self.drafting else 1.0 if self._count(item) else 1 / NEW
                 rates[item] = favour * self._expected(item, runs, totals) / cost
         best = max(rates, key=lambda item: rates[item], default=CAUSAL)
         return best, self._expected(best, runs, totals) / costs.get(best, 1.0)
 
     def _again(self, costs: Mapping[Drafting, float]) -> None:
-        """What is not used for long is measured anew: what a causal step costs, and now and then how many drafts are
-        right in the largest blocks."""
-        self._drafted, self._looks = 0, self._looks + 1
-        largest = max(item for item in self.choices if item.kind == self.drafting.kind)
-        if self._looks % 4:
-            self._left = self.drafting, self._extra
+        """What is not used for long is measured anew: what a causal step costs, and what other blocks cost that may be
+        better; now and then how many drafts are right in the largest blocks."""
+        used = self.drafting
+        self._drafted, self._looks[self._rows] = 0, self._looks[self._rows] + 1
+        largest = max(item for item in self.choices if item.kind == used.kind)
+        if self._looks[self._rows] % 4:
             self._forget(CAUSAL)
-            self._take(CAUSAL, wait=AGAIN - 1)
-        elif largest != self.drafting and costs.get(largest, inf) - 1 < self.purse:
+            self._then = [(used, self._extra, 0), (CAUSAL, 0.0, AGAIN - 1)]
+            other = self._promising(costs)
+            if other is not None:
+                self._forget(other)
+                self._then.append((other, self._hoped(costs)[other] - 1, AGAIN - 1))
+            self._take(*self._then.pop())
+        elif largest != used and costs.get(largest, inf) - 1 < self.purse:
             self._take(largest, costs[largest] - 1, TRIAL - 1)
+
+    def _promising(self, costs: Mapping[Drafting, float]) -> Drafting | None:
+        """The blocks that would be better than those in use if they cost as little as may be hoped."""
+        runs = self._runs()
+        totals = list(accumulate(runs))
+        rates = {
+            item: self._expected(item, runs, totals) / cost for item, cost in self._hoped(costs).items()
+            if item not in (CAUSAL, self.drafting) and cost - 1 <= self.purse
+        }
+        best = max(rates, key=lambda item: rates[item], default=None)
+        used = self._expected(self.drafting, runs, totals) / costs.get(self.drafting, 1.0)
+        return best if best is not None and rates[best] > KEEP * used else None
+
+    def _hoped(self, costs: Mapping[Drafting, float]) -> dict[Drafting, float]:
+        """What steps may cost: a third of what one takes longer than a causal one may be wrong if it was measured once;
+        the (n + 2)-th part after n times."""
+        hoped = {}
+        for item, cost in costs.items():
+            found = self._timings.get((self._rows, item))
+            hoped[item] = cost - max(0.0, cost - 1) / (3 if found is None else 2 + found.occasions)
+        return hoped
 
     def _expected(self, drafting: Drafting, runs: Sequence[float], totals: Sequence[float]) -> float:
         """Tokens per step. runs[n]: the share of steps that accept all of n drafts; totals: their running sums."""
@@ -299,9 +335,9 @@ class DraftPolicy:
         drafted = 1 / (2 - (self.ends.found(size, placed, runs) if placed else runs[size]))
         return drafted * totals[size] + 1 - drafted
 
-    def _take(self, drafting: Drafting, extra: float = 0.0, wait: int = 0) -> None:
-        """From the next step on, for so many steps behind it."""
-        if self.drafting == CAUSAL != drafting and self._left is None:
+    def _take(self, drafting: Drafting, extra: float = 0.0, wait: int = 0, *, back: bool = False) -> None:
+        """From the next step on, for so many steps behind it. back: causal steps were a look, which drafting pays."""
+        if self.drafting == CAUSAL != drafting and not back:
             self.purse -= SWITCH
         self.drafting, self._extra, self._wait = drafting, max(0.0, extra), wait
 

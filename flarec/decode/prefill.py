@@ -15,7 +15,9 @@ from .rows import Rows
 class Prefill:
     """The prompts of some rows, of each of which the same number of chunks is left.
 
-    chunk     clean rows per prompt and forward; with a prefix cache the length of its pages
+    A forward is queued, and nothing waits for it but the first tokens, behind the last one.
+
+    chunk     clean rows per prompt and forward, or a multiple of it; with a prefix cache the length of its pages
     prefixes  where prompts are kept, and known: what is known of each prompt
     program   runs the forwards (default: that of the rows); prefixes are those that it read
     forwards  that were run
@@ -41,15 +43,18 @@ class Prefill:
         length."""
         return -(-tokens // chunk) - known // chunk if known < tokens else 0
 
-    def advance(self) -> bool:
-        """One forward, if one is left. True if it was the last one: the rows have started, and may step."""
+    def advance(self, most: int = 0) -> bool:
+        """One forward, if one is left, of as many chunks as `most` clean rows hold, at least one. True if it was the
+        last one: the rows have started, and may step."""
         rows, at = self.rows, self._at
         prompts = [request.prompt for request in rows.requests]
         if at == list(map(len, prompts)):
             self._start_from_logits()
             return True
+        # where pages are kept each is a forward: states are there behind one alone
+        chunks = 1 if self.prefixes is not None else max(1, most // (self.chunk * len(prompts)))
         ends = [
-            min(len(prompt), (start // self.chunk + 1) * self.chunk)
+            min(len(prompt), (start // self.chunk + chunks) * self.chunk)
             for prompt, start in zip(prompts, at, strict=True)
         ]
         last = ends == list(map(len, prompts))
@@ -57,7 +62,7 @@ class Prefill:
         blocks = [[len(piece)] if last and rows.blocks else [] for piece in pieces]
         plan = rows.plan([len(piece) for piece in pieces], blocks, [int(last)] * len(pieces))
         ids = torch.cat([rows.clean(pieces), rows.masked(plan)], dim=1)
-        logits = rows.run(plan, ids, program=self.program)
+        logits = rows.run(plan, ids, program=self.program, cached=at)
         self.forwards += 1
         rows.cache.accept(plan.counts)
         self._keep_pages()

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from flarec.base.flat import sent
 from flarec.ir.slots import CacheSlot
 
 from .cache import Cache, widened
@@ -237,5 +238,7 @@ def restore(cache: Cache, prefixes: Sequence[Prefix]) -> None:
                     place = own if axis is None else own.narrow(axis, 0, part.shape[axis])
                 place.copy_(part)
     device = cache.length.device
-    cache.accepted = torch.tensor([prefix.pending for prefix in prefixes], dtype=torch.int64, device=device)
-    cache.length = torch.tensor([prefix.length for prefix in prefixes], dtype=torch.int64, device=device)
+    cache.accepted, cache.length = (
+        sent(torch.tensor(numbers, dtype=torch.int64), device)
+        for numbers in ([prefix.pending for prefix in prefixes], [prefix.length for prefix in prefixes])
+    )

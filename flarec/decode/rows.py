@@ -13,9 +13,11 @@ from typing import ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from flarec.base.flat import sent
 from flarec.base.generation import GenerationOptions
 
 from .cache import Cache
+from .pieces import PieceLayouts
 from .plan import DecodeProgram, StepPlan, StepShape
 from .request import Request
 from .sampling import SamplingRows, choose, near
@@ -79,9 +81,11 @@ class Rows(Stepper):
     sampling  parameters of each row
     suppress  [V] bool ids that are never chosen, or None
     plans     shared between the rows of a scheduler, of which `most_plans` are kept (None: all of them)
+    layouts   of pieces of prompts, shared likewise
     constants of `constant`, as many
     active    [rows] bool: rows of a request; None: all of them
     overwrites   whether steps may put new states in the place of the old ones
+    bare      runs steps without noisy rows in the place of the program; None: the program does
     timed     whether the mode is told how long steps take; no: they are no measure for those to come
     logprobs  alternatives per token whose log-probabilities all of its requests want; None: they want none
     notes     what `note` gave for the tokens of the last step, by place in the step
@@ -90,6 +94,7 @@ class Rows(Stepper):
     most_plans: ClassVar[int | None] = 16
     active: Tensor | None = None
     overwrites: bool = False
+    bare: DecodeProgram | None = None
     timed: bool = True
     logprobs: int | None = None
     notes: Tensor | None = None
@@ -102,10 +107,11 @@ class Rows(Stepper):
         options: Sequence[GenerationOptions],
         suppress: Tensor | None,
         plans: dict[StepShape, StepPlan] | None = None,
+        layouts: PieceLayouts | None = None,
     ) -> None:
         self.requests = list(requests)
         cache = Cache.allocate(program.cache_slots, len(requests), self.longest() + 1, program.device)
-        super().__init__(program, cache, mode.blocks)
+        super().__init__(program, cache, mode.blocks, layouts)
         self.mode = mode
         self.logprobs = requests[0].logprobs
         self.sampling = SamplingRows.build(options, self.device)
@@ -191,7 +197,8 @@ class Rows(Stepper):
         if self.overwrites:
             layout.overwriting()
         ids = self.noised(ids, layout)
-        clean, noisy = plan.split(self.program.step(ids, layout, plan.head_rows, self.cache))
+        program = self.program if shape.blocks or self.bare is None else self.bare
+        clean, noisy = plan.split(program.step(ids, layout, plan.head_rows, self.cache))
         return self.mode.read(self, shape, clean, noisy)
 
     def _kept(self, table: dict[K, V], key: K, make: Callable[[], V]) -> V:
@@ -221,7 +228,7 @@ class Rows(Stepper):
         stay = [row for row, request in enumerate(self.requests) if not request.finished]
         if len(stay) == len(self.requests):
             return
-        rows = torch.tensor(stay, dtype=torch.int64, device=self.device)
+        rows = sent(torch.tensor(stay, dtype=torch.int64), self.device)
         self.requests = [self.requests[row] for row in stay]
         self.cache.select(rows, self.longest() + 1)
         self.sampling = self.sampling.take(rows)

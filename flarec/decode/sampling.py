@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flarec.base.flat import sent
 from flarec.base.generation import GenerationOptions
 from flarec.kernels import sampling as kernel
 from flarec.kernels.sampling import UNCHOSEN, mask_of
@@ -41,10 +42,10 @@ class SamplingRows:
     def build(options: Sequence[GenerationOptions], device: torch.device | str = "cpu") -> SamplingRows:
         everything = 2**62
         return SamplingRows(
-            torch.tensor([row.temperature for row in options], dtype=torch.float32, device=device),
-            torch.tensor([row.top_k or everything for row in options], dtype=torch.int64, device=device),
-            torch.tensor([row.top_p for row in options], dtype=torch.float32, device=device),
-            torch.tensor([row.seed for row in options], dtype=torch.int64, device=device),
+            sent(torch.tensor([row.temperature for row in options], dtype=torch.float32), device),
+            sent(torch.tensor([row.top_k or everything for row in options], dtype=torch.int64), device),
+            sent(torch.tensor([row.top_p for row in options], dtype=torch.float32), device),
+            sent(torch.tensor([row.seed for row in options], dtype=torch.int64), device),
             truncated=any(row.top_k or row.top_p < 1 for row in options),
             sampled=any(row.temperature > 0 for row in options),
         )

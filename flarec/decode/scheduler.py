@@ -15,6 +15,7 @@ import torch
 from flarec.kernels.sampling import mask_of
 
 from .graphs import StaticRows
+from .pieces import PieceLayouts
 from .plan import DecodeProgram, StepPlan, StepShape
 from .prefill import Prefill
 from .prefix import Prefix, PrefixCache
@@ -32,8 +33,10 @@ class Lane:
     """The requests that step together, those whose prompts are being read, and those that wait.
 
     stores: buffers for steps as graphs; None: steps are run
+    alone: clean rows of a prefill forward, all requests together, while nothing runs beside it; 0: a chunk of each
     prefixes: prompts that were read before; None: they are read anew. With it a chunk is a page
     reader: gives what reads prompts in the place of the program, for the one that is read next
+    bare: runs steps without noisy rows in the place of the program; None: the program does
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class Lane:
         stores: Stores | None = None,
         prefixes: PrefixCache | None = None,
         reader: Callable[[DecodeProgram], DecodeProgram] = lambda program: program,
+        alone: int = 0,
+        bare: DecodeProgram | None = None,
     ) -> None:
         self.program = program
         self.reader = reader
@@ -54,6 +59,8 @@ class Lane:
         self.suppress = mask_of(suppress, program.vocab_size, program.device) if suppress else None
         self.slots = slots
         self.chunk = prefixes.page if prefixes is not None else chunk
+        self.alone = alone
+        self.bare = bare if bare is not program else None
         self.prefixes = prefixes
         self.stats = stats
         self.stores = stores
@@ -61,29 +68,31 @@ class Lane:
         self.reading: Prefill | None = None
         self.running: Rows | None = None
         self._plans: dict[StepShape, StepPlan] = {}
+        self._layouts = PieceLayouts(program.device)
 
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.reading or self.running)
 
     @torch.no_grad()
-    def step(self) -> list[Request]:
-        """One forward of the running requests, and one of a prefill (all of it if none run). Returns who ended."""
+    def step(self, beside: bool = False) -> list[Request]:
+        """One forward of the running requests, and one of a prefill (all of it if none run). beside: requests of other
+        lanes run. Returns who ended."""
         ended: list[Request] = []
         self.running = self._left(self.running, ended)  # who was cancelled
-        start = time.perf_counter()
-        fresh = self._admitted(ended)
+        start, prefills = time.perf_counter(), self.stats.prefills
+        fresh = self._admitted(ended, beside)
         middle = time.perf_counter()
+        queued = self.reading is not None and self.stats.prefills > prefills
         if self.running is None and self.stores is None:
             self.running, fresh = fresh, None
-        if fresh is not None:
-            fresh.timed = False  # its one step by itself
-        for rows in (self.running, fresh):
+        # neither its one step by itself is a measure, nor one that waits for a prefill
+        for rows, timed in ((self.running, not queued), (fresh, False)):
             if rows is not None:
+                rows.timed = timed
                 rows.step()
+                rows.timed = True
                 self.stats.steps += 1
-        if fresh is not None:
-            fresh.timed = True
         self.running, fresh = self._left(self.running, ended), self._left(fresh, ended)
         if fresh is not None:
             self._join(fresh)
@@ -118,8 +127,9 @@ class Lane:
             running = self.running = larger
         running.join(fresh)
 
-    def _admitted(self, ended: list[Request]) -> Rows | None:
+    def _admitted(self, ended: list[Request], beside: bool) -> Rows | None:
         """Requests whose prompts have just been read, if there are any."""
+        alone = self.running is None and not beside
         if self.reading is None:
             program = self.reader(self.program)
             known = self._group(self.slots - (len(self.running.requests) if self.running else 0), program)
@@ -129,13 +139,14 @@ class Lane:
             self.stats.prompt_tokens += sum(len(request.prompt) for request in group)
             self.stats.known_tokens += sum(prefix.length for prefix in known.values())
             options = [request.options for request in group]
-            rows = Rows(self.program, self.mode, group, options, self.suppress, self._plans)
+            rows = Rows(self.program, self.mode, group, options, self.suppress, self._plans, self._layouts)
+            rows.bare = self.bare
             self.reading = Prefill(rows, self.chunk, self.prefixes, list(known.values()), program)
         if all(request.finished for request in self.reading.rows.requests):
             self.reading = None
             return None
         before = self.reading.forwards
-        while not (done := self.reading.advance()) and self.running is None:
+        while not (done := self.reading.advance(self.alone if alone else 0)) and alone:
             pass
         self.stats.prefills += self.reading.forwards - before
         if not done:
@@ -205,7 +216,9 @@ class Scheduler:
 
     def step(self) -> list[Request]:
         """One step of every lane. Returns the requests that ended by themselves."""
-        ended = [request for lane in list(self.lanes.values()) for request in lane.step()]
+        lanes, ended = list(self.lanes.values()), list[Request]()
+        for lane in lanes:
+            ended += lane.step(any(other.running for other in lanes if other is not lane))
         self.lanes = {key: lane for key, lane in self.lanes.items() if lane.busy}
         return ended
 

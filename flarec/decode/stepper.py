@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flarec.base.flat import sent
 from flarec.layout import Layout
 
 from .cache import Cache
 from .noise_ids import NoiseIds
-from .pieces import PiecePlan, PieceShape
+from .pieces import PieceLayouts, PiecePlan, PieceShape
 from .plan import DecodeProgram
 
 MAX_PLANS = 256  # the plans kept for reuse must not grow forever
@@ -43,15 +44,20 @@ class Stepper:
     """Requests that step together. Row b of every tensor belongs to the same request.
 
     cache holds what the requests have read: who steps makes room in it (`Cache.reserve`) and tells it after each step
-    how many clean rows to keep (`Cache.accept`). blocks are None where no step has noisy blocks.
+    how many clean rows to keep (`Cache.accept`). blocks are None where no step has noisy blocks. layouts: of pieces,
+    where others have read some.
     """
 
-    def __init__(self, program: DecodeProgram, cache: Cache, blocks: BlockSpec | None = None) -> None:
+    def __init__(
+        self, program: DecodeProgram, cache: Cache, blocks: BlockSpec | None = None,
+        layouts: PieceLayouts | None = None,
+    ) -> None:
         self.program = program
         self.cache = cache
         self.blocks = blocks
         self.device = program.device
         self._pieces: dict[PieceShape, PiecePlan] = {}
+        self.layouts = PieceLayouts(self.device) if layouts is None else layouts
 
     def plan(
         self, counts: Sequence[int], anchors: Sequence[Sequence[int]] | None = None, heads: Sequence[int] | None = None
@@ -76,7 +82,7 @@ class Stepper:
         """Input ids [requests, longest piece] int64 of the clean rows: each request's tokens, zeros behind them."""
         width = max(len(piece) for piece in pieces)
         rows = [[*piece, *[0] * (width - len(piece))] for piece in pieces]
-        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+        return sent(torch.tensor(rows, dtype=torch.int64), self.device)
 
     def masked(self, plan: PiecePlan) -> Tensor:
         """Input ids [requests, noisy slots] int64 of fully masked blocks."""
@@ -85,12 +91,14 @@ class Stepper:
         return torch.full(shape, blocks.mask_token_id, dtype=torch.int64, device=self.device)
 
     def run(
-        self, plan: PiecePlan, ids: Tensor, head_rows: Tensor | None = None, program: DecodeProgram | None = None
+        self, plan: PiecePlan, ids: Tensor, head_rows: Tensor | None = None, program: DecodeProgram | None = None,
+        cached: Sequence[int] | None = None,
     ) -> Tensor:
         """One step. ids [requests, T] int64, clean rows first; logits [N, V] of `head_rows` [N] int64 (the plan's).
-        program: another one with the same caches that runs it."""
+        program: another one with the same caches that runs it. cached: what `cache.length` holds, where the host knows
+        it: then the step waits for nothing that the device has to do."""
         wanted = plan.head_rows if head_rows is None else head_rows
-        layout = plan.layout(self.cache.length)
+        layout = self.layouts.of(plan.shape, self.cache.length, cached)
         return (program or self.program).step(self.noised(ids, layout), layout, wanted, self.cache)
 
     @property

@@ -56,7 +56,8 @@ class Stores:
             self._free.clear()  # too small for what comes now
         pending, wanted = like.mode.pending, power_of_two(slots)
         store = Store.allocate(like.program, wanted, capacity, pending, like, self._recorder())
-        store.static, store.after = self._static(like.program), self._after
+        store.static, store.after, store.bare = self._static(like.program), self._after, like.bare
+        store.bare_static = None if like.bare is None else self._static(like.bare)
         return store
 
     def give_back(self, store: Store) -> None:

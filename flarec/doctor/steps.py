@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from flarec.decode import BlockSpec, Cache, Stepper
-from flarec.decode.engine import chunk_on
-from flarec.decode.scheduler import PREFILL_ROWS
+from flarec.decode.engine import longest_piece
 from flarec.device import resolve_compile, resolve_kernels
 from flarec.errors import PassError
 from flarec.ir.program import Program
@@ -110,7 +109,7 @@ def simulate_serving(
     program: lowered for decoding, on the meta device, in the dtype that serves. Raises `CaptureError` as above.
     """
     steps: dict[str, Work] = {}
-    chunk = min(chunk_on(device), length - 1, max(1, PREFILL_ROWS // batch))
+    chunk = min(longest_piece(device, batch), length - 1)
     with Simulation() as simulation, torch.no_grad():
         program, device = with_fake_weights(program, simulation, HOST), HOST
         weights = simulation.live

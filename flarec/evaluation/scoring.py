@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..base.flat import sent
 from ..decode import Cache, Stepper
 from ..decode.plan import DecodeProgram
 
@@ -57,23 +58,27 @@ def _score(documents: Sequence[Document], program: DecodeProgram, suppress: Coll
         ids[row, : len(tokens)] = torch.tensor(tokens)
         for start, end in spans:
             wanted[row, start - 1 : min(end, len(tokens)) - 1] = True
-    ids, wanted = ids.to(device), wanted.to(device)
+    ids = sent(ids, device)
     log_probs = torch.zeros(rows, longest, dtype=torch.float64, device=device)
     greedy = torch.zeros(rows, longest, dtype=torch.bool, device=device)
-    never = torch.tensor(sorted(suppress), dtype=torch.int64, device=device)
+    never = sent(torch.tensor(sorted(suppress), dtype=torch.int64), device)
     cache = Cache.allocate(program.cache_slots, rows, longest, device)
     stepper = Stepper(program, cache)
     chunk = max(1, SCORE_ROWS // rows)
     for start in range(0, longest, chunk):
-        plan = stepper.plan([min(max(length - start, 0), chunk) for length in lengths])
-        here = wanted[plan.clean_request, plan.clean_slot + start]
-        logits = stepper.run(plan, ids[:, start : start + plan.clean_length], plan.head_rows[here])
+        counts = [min(max(length - start, 0), chunk) for length in lengths]
+        plan = stepper.plan(counts)
+        found = [wanted[row, start : start + count] for row, count in enumerate(counts)]
+        here = sent(torch.cat(found).nonzero().squeeze(1), device)
+        logits = stepper.run(
+            plan, ids[:, start : start + plan.clean_length], plan.head_rows[here],
+            cached=[min(start, length) for length in lengths],
+        )
         cache.accept(plan.counts)
         place = plan.clean_request[here], plan.clean_slot[here] + start
         target = ids[place[0], place[1] + 1]
         logits = logits.float().index_fill(1, never, -math.inf)
         log_probs[place] = -torch.nn.functional.cross_entropy(logits, target, reduction="none").double()
         greedy[place] = logits.argmax(dim=1) == target
-    return [
-        Scores(log_probs[row][wanted[row]].cpu(), greedy[row][wanted[row]].cpu()) for row in range(rows)
-    ]
+    log_probs, greedy = log_probs.cpu(), greedy.cpu()
+    return [Scores(log_probs[row][wanted[row]], greedy[row][wanted[row]]) for row in range(rows)]

@@ -149,13 +149,16 @@ class Program:
     ) -> dict[str, Any]:
         """Everything that the graph reads from the layout, computed once for all layers, on the program's device.
 
-        A layout may be given on the host: schedules whose sizes depend on it are then made there, without waiting for
-        what the device is doing. moved: the same layout on the device, if it is there; move: brings a schedule there.
+        A layout may be given on the host, or know itself there (`StepLayout.host`): schedules whose sizes depend on it
+        are then made there, without waiting for what the device is doing. moved: the same layout on the device, if it
+        is there; move: brings a schedule there.
         """
         device = self.device
         moved = layout.to(device) if moved is None else moved
         bring: Callable[[Any], Any] = move or (lambda schedule: schedule.to(device))
         kept = layout.kept if isinstance(layout, StepLayout) and capacity is not None else None
+        if isinstance(layout, StepLayout) and layout.host is not None:
+            layout = layout.host
 
         def build(item: Derivation, layout: Layout, moved: Layout) -> Any:
             on_host = getattr(item, "on_host", False)

@@ -46,6 +46,7 @@ class Chunks:
     operand: ClassVar[str] = "schedule"
     relative: ClassVar[bool] = True
     name: ClassVar[str] = "state_schedule"
+    on_host: ClassVar[bool] = True
 
     def build(self, layout: Layout, capacity: int | None) -> StateSchedule:
         from ..kernels.linear_attention.panels.schedule import StateSchedule
@@ -95,6 +96,7 @@ class StepTiles:
     narrow: bool = False
     operand: ClassVar[str] = "schedule"
     relative: ClassVar[bool] = True
+    on_host: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..base.fields import LARGEST, TEXTS, field_types, key, shown
 from ..errors import UsageError
-from ..train.arguments import read_value
+from ..train.arguments import DEFAULT_RECIPE, read_value
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ScreenArguments:
     by: str = key("loss", "What decides: loss (held-out, per response token) or accuracy.", metavar="loss|accuracy")
     max_new_tokens: int = key(256, "New tokens of an answer, for accuracy.", low=1, high=LARGEST, metavar="N")
     recipe: str = key(
-        "flare", "Recipe of the conversion; its rows, rate and lengths are used here.", metavar="NAME|FILE"
+        DEFAULT_RECIPE, "Recipe of the conversion; its rows, rate and lengths are used here.", metavar="NAME|FILE"
     )
     overrides: TEXTS = key((), "Change a recipe key. Repeat for more.", metavar="KEY=VALUE", option="--set")
     max_length: int | None = key(None, "Tokens per packed row (data.max_length).")

@@ -19,6 +19,10 @@ ANSWER_TOKENS = 512
 """New tokens of an answer of the source, at most."""
 
 
+DEFAULT_RECIPE = "adapter-dual"
+"""Keeps the source's own answers, and has nearly the drafts of all weights trained (docs/objectives.md)."""
+
+
 @dataclass(frozen=True)
 class Arguments:
     """The arguments of `flarec convert`; a list of texts may be one text, and a text a path.
@@ -31,7 +35,7 @@ class Arguments:
         (), "Training data: a JSONL, JSON or Parquet file, or a directory of them or of datasets, with messages, "
         "prompt and response, or text. Repeat to mix several by weight.", metavar="PATH[:WEIGHT]",
     )
-    recipe: str = key("flare", "A built-in recipe or a TOML file.", metavar="NAME|FILE")
+    recipe: str = key(DEFAULT_RECIPE, "A built-in recipe or a TOML file.", metavar="NAME|FILE")
     out: Path | None = key(
         None, "Directory of the checkpoint. Default: the name of SOURCE with -flarec.", metavar="DIR"
     )

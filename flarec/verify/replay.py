@@ -51,9 +51,9 @@ class Replay(Stepper):
     def _step(self, pieces: Sequence[list[int]], anchors: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
         """The logits of each request's piece, [length, V]."""
         plan = self.plan([len(piece) for piece in pieces], anchors)
-        plan.layout(self.cache.length).validate()
+        self.layouts.of(plan.shape, self.cache.length).validate()
         self.cache.reserve(max(self.fed) + plan.clean_length)
-        logits = self.run(plan, torch.cat([self.clean(pieces), self.masked(plan)], dim=1))
+        logits = self.run(plan, torch.cat([self.clean(pieces), self.masked(plan)], dim=1), cached=self.fed)
         return torch.split(logits, [len(piece) for piece in pieces])
 
 

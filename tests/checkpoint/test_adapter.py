@@ -146,6 +146,9 @@ def test_causal_decoding_computes_no_adapter(family: str, made: dict[str, tuple[
     read = {node.target for node in program.graph.nodes if node.op == "get_attr"}
     assert adapter and not read & adapter.keys() and model._causal() is program
     assert calls(program) <= calls(flarec.load(source).decode_program) + 8  # the mask vector's embedding
+    assert program.cache_slots == model.decode_program.cache_slots, "steps without drafts take their turns with others"
+    drafted = model.generate("say red", **{**options, "mode": "ar-trust", "drafts": "auto"})
+    assert drafted.token_ids == found.token_ids
     model.engine._causal = lambda: model.decode_program
     assert model.generate("say red", **options).token_ids == found.token_ids
 

@@ -33,6 +33,16 @@ def arguments(place: Path, out: str, *more: str) -> list[object]:
     return ["convert", place / "bamba", "--data", place / "data.jsonl", "--out", place / out, *QUICK, *RECIPE, *more]
 
 
+def test_a_conversion_leaves_its_source_as_it_is_by_default(place: Path) -> None:
+    """Whoever names no recipe gets an adapter: every file of the source is in the checkpoint, byte for byte."""
+    result = flarec("convert", place / "bamba", "--data", place / "data.jsonl", "--out", place / "default", *QUICK[2:],
+                    "--steps", "1", "--set", "evaluation.every=0")
+    assert result.exit_code == 0, result.output
+    whole, manifest = tree(place / "default"), Manifest.read(place / "default")
+    assert {name: whole[name] for name in tree(place / "bamba")} == tree(place / "bamba")
+    assert manifest is not None and manifest.adapter is not None and manifest.recipe["name"] == "adapter-dual"
+
+
 def test_the_model_is_the_source_and_the_adapter_is_trained(place: Path) -> None:
     """Its own directory and the adapter alone have the same adapter; a link costs no second copy of the weights."""
     before = tree(place / "bamba")

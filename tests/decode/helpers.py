@@ -39,6 +39,12 @@ class RandomPolicy(DraftPolicy):
         return self.drafting
 
 
+def hold(engine: Engine, policy: DraftPolicy) -> DraftPolicy:
+    """Let a policy decide in all lanes of an engine."""
+    engine.__dict__["_policy"] = lambda key, placed=(): policy
+    return policy
+
+
 def make_engine(
     model: FakeModel,
     size: int | None = 3,

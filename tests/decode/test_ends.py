@@ -14,13 +14,14 @@ from flarec.base.generation import GenerationOptions
 from flarec.decode import Engine
 from flarec.decode.ends import EndsPrior, blind_share, likely_ends
 from flarec.decode.horizon import HorizonProgram
+from flarec.decode.modes.ar_trust import ARTrustMode
 from flarec.decode.policy import CAUSAL, Drafting, DraftPolicy, choices_of
 from flarec.decode.request import Request, Stopping
 from flarec.decode.rows import Rows
 from flarec.errors import GenerationError
 from flarec.passes import lower
 from tests.decode.fake_model import FakeModel, prefix_state
-from tests.decode.helpers import HeldPolicy, RandomPolicy, make_engine, random_options, random_prompts
+from tests.decode.helpers import HeldPolicy, RandomPolicy, hold, make_engine, random_options, random_prompts
 from tests.decode.oracles import pick
 from tests.decode.test_graphs import with_graphs
 from tests.decode.test_pure_steps import META, ValuelessProgram
@@ -128,7 +129,8 @@ def forwards(model: FakeModel, prompt: list[int], options: GenerationOptions, li
 def test_the_text_of_causal_decoding_in_the_forwards_of_the_places(drafting: Drafting, graphs: bool) -> None:
     rng, model = random.Random(drafting.size), FakeModel(agreement=0.8, key=drafting.placed)
     engine, _ = make_engine(model, 3)
-    engine.__dict__["_placed_policy"] = policy = HeldPolicy(CHOICES, drafting)
+    policy = HeldPolicy(CHOICES, drafting)
+    hold(engine, policy)
     policy.drafting = drafting
     if graphs:
         with_graphs(engine)
@@ -146,7 +148,8 @@ def test_any_blocks_may_follow_one_another(seed: int) -> None:
     """As they come, with requests that join and leave, and recorded."""
     rng, model = random.Random(seed), FakeModel(agreement=0.8, key=seed)
     engine, _ = make_engine(model, 3)
-    engine.__dict__["_placed_policy"] = policy = RandomPolicy(CHOICES, random.Random(seed))
+    policy = RandomPolicy(CHOICES, random.Random(seed))
+    hold(engine, policy)
     with_graphs(engine)
     prompts = random_prompts(rng, model, 9)
     each = [random_options(rng) for _ in prompts]
@@ -163,7 +166,8 @@ def test_a_real_head_never_changes_the_text(family: str) -> None:
         lower(program, "decode"), mask_token_id=VOCABULARY - 1, block_size=SIZE, readouts={"ar-trust": "causal"},
         eos_ids=(), max_positions=400, suppress=[VOCABULARY - 1], horizon=lambda: HorizonProgram(wide),
     )
-    engine.__dict__["_placed_policy"] = policy = RandomPolicy(CHOICES, random.Random(1))
+    policy = RandomPolicy(CHOICES, random.Random(1))
+    hold(engine, policy)
     prompts = [[5, 17, 33], [7], [101, 4, 4, 9]]
     each = [GenerationOptions(temperature=temperature, seed=3) for temperature in (0.0, 0.8, 1.0)]
     expected = [item.token_ids for item in engine.generate(prompts, each, mode="causal", max_new_tokens=30)]
@@ -178,7 +182,9 @@ def test_it_is_refused_where_nobody_tells() -> None:
     whole, plain = make_engine(model, 3, readout="block_end")[0], make_engine(model, 3)[0]
     with pytest.raises(GenerationError, match=r"whole block.*drafts 'horizon' needs causal ones"):
         whole.generate([[1]], **OPTIONS)
-    assert set(CHOICES) == set(plain._placed_policy.choices) and not any(i.placed for i in plain._policy.choices)
+    modes = [plain._mode(plain._filled(GenerationOptions(mode="ar-trust", drafts=d))) for d in ("horizon", "auto")]
+    placed, others = (mode.policy.choices for mode in modes if isinstance(mode, ARTrustMode) and mode.policy)
+    assert set(CHOICES) == set(placed) and not any(item.placed for item in others)
     plain._horizon = None
     with pytest.raises(GenerationError, match=r"no head.*drafts 'horizon' needs"):
         plain.generate([[1]], **OPTIONS)
@@ -193,7 +199,7 @@ def test_a_step_asks_the_device_nothing(drafting: Drafting) -> None:
         program, mask_token_id=VALUES - 1, block_size=3, eos_ids=(), max_positions=1000,
         readouts={"ar-trust": "causal"}, horizon=lambda: program,
     )
-    engine.__dict__["_placed_policy"] = HeldPolicy(CHOICES, drafting)
+    hold(engine, HeldPolicy(CHOICES, drafting))
     options = engine._filled(GenerationOptions(**OPTIONS))
     requests = [Request(index, [1, 2, 3], 20, Stopping(), options) for index in range(3)]
     rows = Rows(program, engine._mode(options), requests, [options] * 3, None)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from flarec.base.generation import GenerationOptions
 from flarec.decode import Engine, graphs
-from flarec.decode.graphs import Function, PlainReplays, StaticRows
+from flarec.decode.graphs import SETTLE, Function, PlainReplays, StaticRows
+from flarec.decode.plan import StepShape
 from flarec.decode.stores import Shelf
 from tests.decode.fake_model import FakeModel
 from tests.decode.helpers import make_engine, random_options, random_prompts
@@ -193,3 +194,22 @@ def test_buffers_are_filled_together_where_they_can_be(rows: int, monkeypatch: p
     assert torch.equal(windows[:, :, :4], new[0]) and torch.equal(pending[:, :1], new[1])
     assert not windows[:, :, 4:].any() and not pending[:, 1:].any()
     assert together == ([2] if rows == 1 else [])
+
+
+def test_replays_behind_a_recorded_step_are_no_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device had nothing to do while the host recorded it."""
+    engine, _ = make_engine(FakeModel(agreement=0.7), 3)
+    recorders = with_graphs(engine)
+    engine.add([1, 2, 3], mode="ar-trust", drafts="single", max_new_tokens=200)
+    engine.step()
+    (lane,) = engine._serving.lanes.values()
+    timed: list[StepShape] = []
+    monkeypatch.setattr(lane.mode, "timed", lambda shape, seconds: timed.append(shape))
+    quiet = recorded = 0
+    for _ in range(60):
+        before = len(timed)
+        engine.step()
+        quiet = 0 if recorders[0].recorded > recorded or engine.stats.replays == 0 else quiet + 1
+        recorded = recorders[0].recorded
+        assert len(timed) == before or quiet > SETTLE
+    assert timed

@@ -20,7 +20,7 @@ from flarec.decode.stores import Static
 from flarec.ir.compiled import Codes, compiled_by_region
 from flarec.ir.program import Program
 from flarec.passes import lower
-from tests.decode.helpers import RandomPolicy, random_options
+from tests.decode.helpers import RandomPolicy, hold, random_options
 from tests.decode.test_scheduler import WAYS
 from tests.models import VOCABULARY, tiny_model
 from tests.passes.test_predict_horizon import SIZE, add_head, steps_with
@@ -95,8 +95,7 @@ def test_shapes_may_follow_one_another_on_a_gpu(family: str, drafts: Drafts) -> 
     each = [replace(random_options(rng), max_new_tokens=60, eos_ids=frozenset()) for _ in prompts]
     expected = [item.token_ids for item in engine_of(program, "off").generate(prompts, each, mode="causal")]
     graphed = engine_of(program, "auto")
-    placed, name = (1, "_placed_policy") if drafts == "horizon" else (0, "_policy")
-    graphed.__dict__[name] = RandomPolicy([CAUSAL, Drafting(1, False, placed), Drafting(SIZE)], rng)
+    hold(graphed, RandomPolicy([CAUSAL, Drafting(1, False, int(drafts == "horizon")), Drafting(SIZE)], rng))
     for batch in (1, 3):
         found = graphed.generate(prompts, each, batch=batch, mode="ar-trust", drafts=drafts)
         assert [item.token_ids for item in found] == expected

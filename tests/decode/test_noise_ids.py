@@ -14,7 +14,7 @@ from flarec.errors import GenerationError
 from flarec.kernels.sampling import reference
 
 from .fake_model import FakeModel, FakeProgram
-from .helpers import RandomPolicy
+from .helpers import RandomPolicy, hold
 from .test_graphs import with_graphs
 
 RANGES = ((2, 6), (9, 14))
@@ -46,7 +46,7 @@ def test_ar_trust_stays_exact_and_shows_the_hash(drafts: str, readout: str, temp
     prompts = prompts_of(random.Random(1))
     if drafts == "auto":  # whatever a policy chooses, without a clock
         choices = [CAUSAL, Drafting(1, False), Drafting(SIZE)]
-        engine.__dict__["_policy"] = RandomPolicy(choices, random.Random(2))
+        hold(engine, RandomPolicy(choices, random.Random(2)))
     options: dict[str, Any] = {"temperature": temperature, "seed": 7, "max_new_tokens": 120, "eos_ids": ()}
     wanted = engine.generate(prompts, mode="causal", **options)
     program.calls.clear()

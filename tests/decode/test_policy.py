@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -239,3 +240,47 @@ def test_an_engine_that_chooses(monkeypatch: pytest.MonkeyPatch, agreement: floa
         assert with_blocks < 30 and results[0].forwards > 100
     else:
         assert results[0].forwards < 60
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("dear", ["blocks", "causal"])
+def test_first_timings_that_were_off_do_not_decide_for_long(rows: int, dear: str) -> None:
+    """Those of one kind take half as long again when it is used first: what is used later is what is fastest, and
+    drafts that are never right stay cheap."""
+    rng = random.Random(rows)
+    for tokens, wanted in ((2.65, 0.9 * 2.65 / WHOLE[rows]), (1.0, 0.97)):
+        policy, held, made, time = DraftPolicy(KINDS), [0] * rows, 0, 0.0
+        uses: Counter[Drafting] = Counter()
+        for step in range(700):
+            drafting = policy.next(rows)
+            uses[drafting] += 1
+            slow = uses[drafting] <= 8 and (drafting == CAUSAL) == (dear == "causal")
+            before = made
+            for row in range(rows):
+                had = min(held[row], drafting.size)
+                right = next((depth for depth in range(had) if rng.random() >= share_for(tokens)), had)
+                policy.accepted(had, right)
+                made += 1 + right
+                held[row] = drafting.size if drafting.branches or right == had else 0
+            seconds = cost(rows, drafting)
+            policy.timed(rows, drafting, seconds * (1.5 if slow else 1.0), (made - before) / rows)
+            if step < 200:
+                made = 0
+            else:
+                time += seconds
+        assert made / rows / time > wanted
+
+
+def test_what_may_be_better_is_measured_again() -> None:
+    """Once blocks were measured often enough to be believed, no more."""
+    policy, dear, used = DraftPolicy(KINDS), Drafting(3), list[Drafting]()
+    costs = {item: {dear: 1.6, Drafting(3, False): 1.5, CAUSAL: 1.0}.get(item, 1.45) for item in KINDS}
+    for _ in range(6000):
+        drafting = policy.next(1)
+        used.append(drafting)
+        policy.accepted(drafting.size, drafting.size)
+        policy.timed(1, drafting, costs[drafting], 1.0 + drafting.size)
+    begun = next(step for step in range(6000) if used[step : step + 8] == 8 * [Drafting(3, False)])
+    first, later = Counter(used[begun:2500]), Counter(used[2500:])
+    assert 3 <= first[dear] < 40 and first[CAUSAL] > 6
+    assert not later[dear] and 0 < later[CAUSAL] < 40 and later[Drafting(3, False)] > 3450

@@ -18,7 +18,7 @@ from flarec.decode.policy import CAUSAL, Drafting, DraftPolicy, choices_of
 from flarec.ir.program import Program
 from flarec.passes import lower
 from tests.decode.fake_model import FakeModel
-from tests.decode.helpers import HeldPolicy, RandomPolicy, make_engine, random_options, random_prompts
+from tests.decode.helpers import HeldPolicy, RandomPolicy, hold, make_engine, random_options, random_prompts
 from tests.decode.test_graphs import with_graphs
 from tests.models import VOCABULARY, captured
 
@@ -48,7 +48,7 @@ def engine_of(family: str, policy: DraftPolicy) -> Engine:
         program(family), mask_token_id=MASK, block_size=3, readouts={"ar-trust": "causal"},
         eos_ids=(), max_positions=400, suppress=[MASK],
     )
-    engine.__dict__["_policy"] = policy
+    hold(engine, policy)
     return engine
 
 
@@ -81,7 +81,7 @@ def test_shapes_may_follow_one_another(seed: int) -> None:
     """Blocks of random sizes in every step, requests that join and leave: the text of causal decoding."""
     rng, model = random.Random(seed), FakeModel(agreement=0.8, key=seed)
     engine, _ = make_engine(model, 3)
-    engine.__dict__["_policy"] = RandomPolicy(choices_of(3, "causal"), random.Random(seed))
+    hold(engine, RandomPolicy(choices_of(3, "causal"), random.Random(seed)))
     with_graphs(engine)
     prompts = random_prompts(rng, model, 9)
     each = [random_options(rng) for _ in prompts]
@@ -165,7 +165,7 @@ def test_requests_join_buffers_of_any_width() -> None:
     """Those that run have no drafts and one pending row each; who comes has drafted."""
     model, policy = FakeModel(agreement=0.9), HeldPolicy(choices_of(3, "causal"))
     engine, _ = make_engine(model, 3)
-    engine.__dict__["_policy"] = policy
+    hold(engine, policy)
     with_graphs(engine)
     options: dict[str, Any] = {"mode": "ar-trust", "drafts": "auto", "max_new_tokens": 30}
     requests = [engine.add([1, 2, 3], **options), engine.add([4], **options)]

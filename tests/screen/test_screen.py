@@ -21,7 +21,10 @@ from tests.checkpoints import tree
 from tests.cli.conversions import WORDS, flarec, write_data
 from tests.models import TOKENS, tiny_checkpoint
 
-SHORT = ["--steps", "4", "--max-length", "96", "--device", "cpu", "--lr", "3e-3", "--set", "optimizer.batch_rows=2"]
+SHORT = [
+    "--recipe", "flare", "--steps", "4", "--max-length", "96", "--device", "cpu", "--lr", "3e-3", "--set",
+    "optimizer.batch_rows=2",
+]
 
 
 @pytest.fixture
@@ -71,7 +74,7 @@ def test_the_best_mix_is_found_and_converted_with(place: Path) -> None:
 
     assert (found["source"]["loss"], found["source"]["accuracy"]) == oracle(place / "source")
     plain = package.convert(
-        "source", "good.jsonl", out="plain", steps=4, max_length=96, device="cpu",
+        "source", "good.jsonl", out="plain", recipe="flare", steps=4, max_length=96, device="cpu",
         overrides=["objective.diffusion_weight=0", "learning_rate=3e-3", "optimizer.batch_rows=2", "evaluation.every=0",
                    "optimizer.warmup_steps=0"],
     )

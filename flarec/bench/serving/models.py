@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from flarec.decode import Engine
-from flarec.decode.stores import EXACT, Static
+from flarec.decode.graphs import CudaReplays, PlainReplays
+from flarec.decode.stores import EXACT, Shelf, Static
 from flarec.errors import UsageError
 from flarec.frontend.export import capture
 from flarec.ir.compiled import Codes, compiled_by_region
@@ -70,6 +71,17 @@ class ServingSession(Session):
             readouts={"ar-trust": "causal", "diffusion-trust": "block_end"}, suppress=(mask,), graphs=graphs,
             static=Static(self._compiled, read=self.reader) if self.compile and graphs == "auto" else None,
         )
+
+    def reading_engine(self, slots: int, *, early: bool) -> Engine:
+        """Reads prompts as an engine reads its first ones, or as it does after many, which is compiled if steps are.
+        Its own steps are graphs that are not compiled."""
+        engine = self.engine(slots)
+        static = None if early or not self.compile else Static(lambda program: program, read=self.reader, read_after=0)
+        if self.on_gpu:
+            engine.shelf = Shelf(lambda: CudaReplays(self.device), static)
+        elif static is not None:
+            engine.shelf = Shelf(PlainReplays, static)
+        return engine
 
     def _compiled(self, program: Any) -> Program:
         """One for all engines: what was compiled is not compiled again."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +22,10 @@ from flarec.kernels.sampling import choose
 from .models import TURNS, ServingSession
 
 WARM_STEPS = 6  # run, checked, captured, and a few more
-AUTO_SECONDS = 90.0
+AUTO_SECONDS = 60.0
 """Of `--drafts auto` with one number of requests, after which no other acceptance is begun."""
-
-
-AUTO_STEPS, TURN = 512, 64
-"""Steps of `--drafts auto`, and as many causal ones; of each in turn."""
+AUTO_STEPS, TURN, AUTO_WARM = 384, 8, 64
+"""Steps of `--drafts auto`, and as many causal ones; of each in turn; and before them."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +125,70 @@ def reading(session: ServingSession, tokens: int, chunk: int | None, *, early: b
     return read
 
 
+def engine_prefill_ms(session: ServingSession, tokens: int, *, early: bool) -> float:
+    """As an engine reads one prompt while nothing else runs: from `Engine.add` until the host has its first token; the
+    fastest of three. early: as its first prompts."""
+
+    def measure() -> float:
+        engine = session.reading_engine(1, early=early)
+        return min(_first_token_ms(session, engine, tokens)[0] for _ in range(4))  # the first may compile
+
+    return session.measured(("engine prefill", tokens, early), measure)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A prompt that is read beside a request that decodes causally: milliseconds until its first token, and of that
+    request's steps: how many there were, the longest, and one with nothing beside it."""
+
+    ms: float
+    steps: int
+    longest_ms: float
+    alone_ms: float
+
+
+def beside(session: ServingSession, tokens: int) -> Beside:
+    """The fastest of three."""
+
+    def measure() -> Beside:
+        engine = session.reading_engine(2, early=False)
+        engine.add(session.prompts(1)[0], mode="causal", max_new_tokens=1 << 14)
+        found = []
+        for _ in range(4):  # the first may compile
+            times = [_step_ms(engine) for _ in range(4 * WARM_STEPS)]
+            alone = statistics.median(times[2 * WARM_STEPS :])
+            ms, steps = _first_token_ms(session, engine, tokens)
+            # the last one holds the first step of the prompt's own request
+            found.append(Beside(ms, len(steps), max(steps[:-1], default=ms), alone))
+        return min(found, key=lambda one: one.ms)
+
+    return session.measured(("beside", tokens), measure)
+
+
+def _step_ms(engine: Engine) -> float:
+    start = time.perf_counter()
+    engine.step()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _first_token_ms(session: ServingSession, engine: Engine, tokens: int) -> tuple[float, list[float]]:
+    """(milliseconds from `Engine.add` of a prompt to its first token on the host, those of the engine's steps)."""
+    arrived: list[float] = []
+    prompt = session.prompts(1, tokens)[0]
+    session.wait()
+    start = time.perf_counter()
+    request = engine.add(
+        prompt, mode="causal", max_new_tokens=2, on_tokens=lambda *_: arrived.append(time.perf_counter())
+    )
+    steps = []
+    while not arrived:
+        steps.append(_step_ms(engine))
+    while not request.finished:
+        engine.step()
+    session.wait()
+    return 1e3 * (arrived[0] - start), steps
+
+
 def sampler(session: ServingSession, rows: int) -> Callable[[], tuple[Tensor, ...]]:
     """The choice of a token at temperature 0.7, top-k 20, top-p 0.95 for `rows` rows of float32 logits."""
     device = session.device
@@ -173,8 +235,8 @@ class ReplayingEngine(Engine):
 
     share: Tensor
 
-    def _mode(self, options: GenerationOptions) -> Mode:
-        mode = super()._mode(options)
+    def _mode(self, options: GenerationOptions, key: Hashable = None) -> Mode:
+        mode = super()._mode(options, key)
         if isinstance(mode, ARTrustMode):
             replayed = ReplayedAcceptance(mode.blocks, branches=mode.branches, policy=mode.policy)
             replayed.share = self.share
@@ -182,31 +244,40 @@ class ReplayingEngine(Engine):
         return mode
 
 
-def chosen_rates(session: ServingSession, requests: int, wanted: Sequence[float]) -> dict[float, float]:
-    """Tokens per second of `--drafts auto` by tokens per forward of whole blocks, to those of causal steps.
+@dataclass(frozen=True)
+class Chosen:
+    """Tokens per second of `--drafts auto` to those of causal steps; within: half of its 95 % interval, by turns."""
 
-    In turns, so that both meet the same host, and from the same prompts on. In steady state: a step that is run because
-    its graph is not recorded yet (once per blocks and capacity of the caches) is left out, with its tokens; trials of
-    other blocks are in. Ends early after `AUTO_SECONDS`, with those that were reached.
+    ratio: float
+    within: float
+
+
+def chosen_rates(session: ServingSession, requests: int, wanted: Sequence[float]) -> dict[float, Chosen]:
+    """`--drafts auto` to causal steps by tokens per forward of whole blocks.
+
+    In short turns, so that both meet the same host, and from the same prompts on. In steady state: a step that is run
+    because its graph is not recorded yet (once per blocks and capacity of the caches) is left out, with its tokens;
+    trials of other blocks are in. Ends early after `AUTO_SECONDS`, with those that were reached.
     """
 
-    def measure() -> dict[float, float]:
-        auto, plain = session.engine(requests, kind=ReplayingEngine), session.engine(requests)
-        assert isinstance(auto, ReplayingEngine)
-        auto.share = torch.zeros(1, device=session.device)
+    def measure() -> dict[float, Chosen]:
+        auto, plain = _auto_engines(session, requests)
         turns = -(-max(session.steps, AUTO_STEPS) // TURN) if session.on_gpu else 1
         size = TURN if session.on_gpu else session.steps
-        found: dict[float, float] = {}
+        found: dict[float, Chosen] = {}
         begun = time.perf_counter()
         for tokens in wanted:
             if found and time.perf_counter() - begun > AUTO_SECONDS:
                 break
             auto.share.fill_(share_of(tokens, session.block))
             mine, theirs = Decoding(session, auto, requests, "ar-trust"), Decoding(session, plain, requests, "causal")
+            each = []
             for _ in range(turns):
                 theirs.take(size)
                 mine.take(size)
-            found[tokens] = mine.rate / theirs.rate
+                each.append(mine.last / theirs.last)
+            spread = statistics.stdev(each) if turns > 1 else 0.0
+            found[tokens] = Chosen(mine.rate / theirs.rate, 1.96 * spread / len(each) ** 0.5)
             mine.end()
             theirs.end()
         return found
@@ -214,27 +285,42 @@ def chosen_rates(session: ServingSession, requests: int, wanted: Sequence[float]
     return session.measured(("chosen", requests, tuple(wanted)), measure)
 
 
+def _auto_engines(session: ServingSession, requests: int) -> tuple[ReplayingEngine, Engine]:
+    """One pair for all acceptances: what was recorded and learned serves the next one."""
+
+    def make() -> tuple[ReplayingEngine, Engine]:
+        auto, plain = session.engine(requests, kind=ReplayingEngine), session.engine(requests)
+        assert isinstance(auto, ReplayingEngine)
+        auto.share = torch.zeros(1, device=session.device)
+        return auto, plain
+
+    return session.measured(("auto engines", requests), make)
+
+
 class Decoding:
-    """Requests that an engine has begun to serve: what it makes of them in steady state, and in how many seconds."""
+    """Requests that an engine has begun to serve: what it makes of them in steady state, and in how many seconds.
+
+    rate, last: tokens per second, of all and of the last turn.
+    """
 
     def __init__(self, session: ServingSession, engine: Engine, requests: int, mode: ModeName) -> None:
         self.session, self.engine = session, engine
-        options = GenerationOptions(mode=mode, drafts="auto", max_new_tokens=1 << 14)
+        options = GenerationOptions(mode=mode, drafts="auto", max_new_tokens=1 << 12)
         self.running = [engine.add(prompt, options) for prompt in session.prompts(requests)]
-        self.made, self.seconds = 0, 0.0
+        self.made, self.seconds, self.last = 0, 0.0, 0.0
         while any(not request.tokens for request in self.running):
             engine.step()
-        for _ in range(max(WARM_STEPS, session.steps // 2)):  # records graphs, finds out what pays
+        warm = AUTO_WARM if mode == "ar-trust" else WARM_STEPS
+        for _ in range(warm):  # records graphs, finds out what pays
             engine.step()
 
     @property
     def rate(self) -> float:
-        """Tokens per second."""
         return self.made / self.seconds
 
     def take(self, steps: int) -> None:
         """So many steps that are replays of graphs, or, where there are none, that are run."""
-        counted, stats = 0, self.engine.stats
+        counted, stats, made, seconds = 0, self.engine.stats, 0, 0.0
         self.session.wait()
         while counted < steps:
             before = sum(len(request.tokens) for request in self.running)
@@ -242,8 +328,9 @@ class Decoding:
             self.engine.step()
             took = time.perf_counter() - start
             if (stats.replays > replays and stats.graphs == graphs) or not stats.graphs:
-                self.made += sum(len(request.tokens) for request in self.running) - before
-                self.seconds, counted = self.seconds + took, counted + 1
+                made += sum(len(request.tokens) for request in self.running) - before
+                seconds, counted = seconds + took, counted + 1
+        self.made, self.seconds, self.last = self.made + made, self.seconds + seconds, made / seconds
 
     def end(self) -> None:
         """Contexts stay near those of others: the next requests begin anew."""

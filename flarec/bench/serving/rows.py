@@ -14,9 +14,9 @@ from .models import ServingSession
 TOKENS_PER_FORWARD = 2.65
 """Of AR-Trust, where a rate is wanted: what the demo reaches. A step costs the same whatever it accepts."""
 REQUESTS = (1, 8, 32)
-AUTO = (1, 8, 64)
-ACCEPTANCE = (1.0, 2.65, 1.5, 3.5)
-"""Tokens per step of whole blocks that are replayed; the extremes of what pays first."""
+AUTO = (8, 64, 1)
+LOW, HIGH = (1.0, 1.5), (2.65, 3.5)
+"""Tokens per step of whole blocks that are replayed: where drafts may not pay, and where they do."""
 LONG = 32768
 PROMPT = 8192
 ALONE: tuple[Mode, ...] = ("causal", "ar-trust", "diffusion-trust")
@@ -61,7 +61,7 @@ def _sampling(session: ServingSession) -> Measured:
 
 
 def _prefill(*, early: bool) -> Measure:
-    """In one forward, and in pieces as long as an engine's."""
+    """In one forward, and in pieces as long as an engine's beside running requests."""
 
     def measure(session: ServingSession) -> Measured:
         tokens, chunk = PROMPT if session.on_gpu else session.context, chunk_on(session.device)
@@ -69,12 +69,31 @@ def _prefill(*, early: bool) -> Measure:
         return Measured(mine / theirs, {
             "ours_ms": mine,
             "stock_ms": theirs,
-            "default_chunks_ms": ours.prefill_ms(session, tokens, chunk, early=early),
-            "default_chunk": float(chunk),
+            "in_chunks_ms": ours.prefill_ms(session, tokens, chunk, early=early),
+            "chunk": float(chunk),
             "tokens": float(tokens),
         })
 
     return measure
+
+
+def _engine_prefill(session: ServingSession) -> Measured:
+    """From a request to its first token, as an engine reads a prompt while nothing else runs."""
+    tokens = PROMPT if session.on_gpu else session.context
+    first, mine = (ours.engine_prefill_ms(session, tokens, early=early) for early in (True, False))
+    theirs = stock.prefill_ms(session, tokens)
+    return Measured(
+        mine / theirs, {"ours_ms": mine, "first_prompts_ms": first, "stock_ms": theirs, "tokens": float(tokens)}
+    )
+
+
+def _beside(session: ServingSession) -> Measured:
+    tokens = PROMPT if session.on_gpu else session.context
+    found = ours.beside(session, tokens)
+    return Measured(found.ms, {
+        "steps": float(found.steps), "longest_step_ms": found.longest_ms, "step_alone_ms": found.alone_ms,
+        "chunk": float(chunk_on(session.device)), "tokens": float(tokens),
+    })
 
 
 def _waits(session: ServingSession) -> Measured:
@@ -92,13 +111,16 @@ def _alone(mode: Mode, requests: int, graphs: str = "auto") -> Measure:
     return measure
 
 
-def _chosen(requests: int) -> Measure:
-    """The lowest of all acceptances."""
+def _chosen(requests: int, wanted: Sequence[float]) -> Measure:
+    """The lowest of some acceptances."""
 
     def measure(session: ServingSession) -> Measured:
-        found = ours.chosen_rates(session, requests, ACCEPTANCE)
-        notes = () if len(found) == len(ACCEPTANCE) else (f"of {len(ACCEPTANCE)} acceptances, for lack of time",)
-        return Measured(min(found.values()), {f"{tokens:g} per step": rate for tokens, rate in found.items()}, notes)
+        found = ours.chosen_rates(session, requests, wanted)
+        notes = () if len(found) == len(wanted) else (f"of {len(wanted)} acceptances, for lack of time",)
+        values: dict[str, float | None] = {}
+        for tokens, one in found.items():
+            values |= {f"{tokens:g} per step": one.ratio, f"{tokens:g} per step, within": one.within}
+        return Measured(min(one.ratio for one in found.values()), values, notes)
 
     return measure
 
@@ -144,13 +166,20 @@ ROWS: tuple[Case, ...] = (
     _row("long-context", "AR-Trust step at 32k context to 512", _long, 1.2, 1.08),
     _row("prefill", "prefill of 8k tokens to stock", _prefill(early=False), 1.1, 0.9),
     _row("prefill-first", "prefill of 8k tokens to stock, as first prompts are read", _prefill(early=True)),
+    _row("engine-prefill", "8k tokens until the first one, by the engine, to stock prefill", _engine_prefill, 1.1, 0.9),
+    _row("engine-prefill-beside", "8k tokens until the first one, beside a request that decodes", _beside, unit="ms"),
     _row("first-token-cold", "until the first replayed step, nothing compiled before", _first_token("cold"), 90.0, 45.0,
          unit="s"),
     _row("first-token-warm", "until the first replayed step, everything compiled before", _first_token("warm"), 15.0,
          8.0, unit="s"),
     _row("waits", "waits for the device per step", _waits, 1.0, unit="waits"),
     *(
-        _row(f"drafts-auto-{c}", f"--drafts auto to our causal graph, lowest, C = {c}", _chosen(c), 0.98, at_least=True)
+        _row(f"drafts-auto-{c}", f"--drafts auto to our causal graph, 1 and 1.5 tokens per step, C = {c}",
+             _chosen(c, LOW), 0.98, at_least=True)
+        for c in AUTO
+    ),
+    *(
+        _row(f"drafts-auto-gain-{c}", f"the same at 2.65 and 3.5, C = {c}", _chosen(c, HIGH), 0.98, at_least=True)
         for c in AUTO
     ),
     _row("causal-step-8", "causal step to stock graph, C = 8", _causal(8)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,34 +86,37 @@ class Problem:
     def tiles_of_v(self, name: str) -> int:
         return -(-self.value_dim // self.tile_v(name))
 
-    def flags(self, name: str) -> dict[str, Any]:
-        """Values of the constexpr arguments, by name."""
-        tile_v = self.tile_v(name)
-        return {
-            "H": self.heads,
-            "GROUP": self.group,
-            "BK": self.block_k,
-            "BV": tile_v,
-            "NV": self.tiles_of_v(name),
-            "C": self.chunk_size,
-            "R": self.tile_rows,
-            "LARGEST": 1 if self.largest_block < 2 else triton.next_power_of_2(self.largest_block),
-            "GATE": self.gate,
-            "DELTA": self.delta,
-            "L2NORM": self.l2norm,
-            "EXACT_K": self.key_dim == self.block_k,
-            "EXACT_V": self.value_dim % tile_v == 0,
-            "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
-            "key_dim": self.key_dim,
-            "value_dim": self.value_dim,
-        }
-
     def launch(self, name: str, kernel: Any, programs: int, operands: dict[str, Any], **more: Any) -> None:
         """Run `programs` programs (times the tiles of V if the kernel has them); its arguments are taken by name."""
         names = kernel.arg_names
-        known = operands | self.flags(name) | more
+        known = operands | flags(self, name) | more
         if name in PER_TILE_OF_V:
             programs *= self.tiles_of_v(name)
         if programs:
             launch = LAUNCHES[name]
             kernel[(programs,)](**{n: known[n] for n in names}, num_warps=launch.warps, num_stages=launch.stages)
+
+
+@functools.lru_cache(maxsize=1024)
+def flags(p: Problem, name: str) -> dict[str, Any]:
+    """Values of the constexpr arguments, by name: nobody writes into them. A prefill launches 7 kernels in each of many
+    layers that are alike, and to compute this takes the host as long as a launch."""
+    tile_v = p.tile_v(name)
+    return {
+        "H": p.heads,
+        "GROUP": p.group,
+        "BK": p.block_k,
+        "BV": tile_v,
+        "NV": p.tiles_of_v(name),
+        "C": p.chunk_size,
+        "R": p.tile_rows,
+        "LARGEST": 1 if p.largest_block < 2 else triton.next_power_of_2(p.largest_block),
+        "GATE": p.gate,
+        "DELTA": p.delta,
+        "L2NORM": p.l2norm,
+        "EXACT_K": p.key_dim == p.block_k,
+        "EXACT_V": p.value_dim % tile_v == 0,
+        "PRECISION": "tf32x3" if p.dtype == torch.float32 else "tf32",
+        "key_dim": p.key_dim,
+        "value_dim": p.value_dim,
+    }
