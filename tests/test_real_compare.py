@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from flarec.cli.convert import command as convert
 from flarec.recipe import load_recipe
-from tests.cli.conversions import place_of_conversions
 from tests.real_scripts import real_script
 
 CODE = '''
@@ -87,28 +87,30 @@ def test_arms_learn_from_data_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = real_script(monkeypatch, "compare")
-    place_of_conversions(tmp_path, monkeypatch)
-    Path("data.jsonl").rename("own.jsonl")
-    Path("given.jsonl").write_text("".join(Path("own.jsonl").read_text().splitlines(True)[::-1]))
-    Path("prompts.jsonl").write_text('{"prompt": "say red one"}\n{"prompt": "say two"}\n')
-    words = ["source", "--prompts", "prompts.jsonl", "--out", "out.json", "--steps", "1", "--rows", "1", "--micro", "1",
-             "--seeds", "1", "--limit", "2", "--max-new-tokens", "4", "--device", "cpu"]
+    monkeypatch.chdir(tmp_path)
+    words = ["source", "--prompts", "prompts.jsonl", "--out", "out.json", "--first-seed", "1", "--seeds", "2"]
     for bad in (["--data-of", "mine=own.jsonl"], [], ["--only", "base", "--data-of", "own=own.jsonl"]):
         with pytest.raises(SystemExit):
             script.main([*words, *bad])
         assert "--data" in capsys.readouterr().err
-    ran: list[list[str]] = []
-    run = script.commands.run
+    seen: list[dict[str, Any]] = []
+    drafted = {"own.jsonl": 2.0, "given.jsonl": 1.5}
 
-    def noted(command: list[str], limit: float, **more: Any) -> Any:
-        ran.append(command)
-        return run(command, limit, **more)
+    def run(command: list[str], limit: float, **_: object) -> Any:
+        """A conversion is read as the command line reads it; what is measured depends on its data and seed."""
+        if command[3] == "convert":
+            seen.append(convert.make_context("convert", command[4:]).params)
+        else:
+            speed = drafted[seen[-1]["data"][0]] + seen[-1]["seed"] / 10
+            row = {"all": None, "loop-free": {"tokens_per_forward": speed}, "equal": 0}
+            Path(command[command.index("--out") + 1]).write_text(json.dumps({"T=0": row, "T=1": row}))
+        return script.commands.Ran("", 0, "", 1.0)
 
-    monkeypatch.setattr(script.commands, "run", noted)
+    monkeypatch.setattr(script.commands, "run", run)
     assert script.main([*words, "--data-of", "own=own.jsonl", "--data-of", "given=given.jsonl"]) == 0
-    read = [command[command.index("--data") + 1] for command in ran if "convert" in command]
-    assert read == ["own.jsonl", "given.jsonl"], "no other arm has data"
+    assert [(one["data"], one["seed"]) for one in seen] == [
+        (("own.jsonl",), 1), (("given.jsonl",), 1), (("own.jsonl",), 2), (("given.jsonl",), 2)
+    ], "no other arm has data"
     found = json.loads(Path("out.json").read_text())
-    assert found["data of given"] == ["given.jsonl"] and set(found["runs"]) == {"own 0", "given 0"}
-    own, given = found["arms"]["own"]["T=0"], found["arms"]["given"]["T=0"]
-    assert own["to_base"] == [0.0] and given["to_base"] == [given["mean"] - own["mean"]]
+    assert found["data of given"] == ["given.jsonl"] and found["arms"]["own"]["T=1"]["to_base"] == [0, 0]
+    assert found["arms"]["given"]["T=0"]["to_base"] == pytest.approx([-0.5, -0.5])

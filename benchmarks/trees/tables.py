@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flarec.api import Model
 from flarec.decode.cache import Cache
-from flarec.decode.pieces import PiecePlan, PieceShape
+from flarec.decode.pieces import PieceLayouts, PiecePlan, PieceShape
 from flarec.kernels.sampling.arithmetic import gumbel
 from flarec.kernels.sampling.choose import mask_of
 from flarec.passes.adapt_noisy_stream import NoisyRows
@@ -94,7 +94,7 @@ class Measurement:
         plan = PiecePlan(shape, device)
         ids, clean = self._ids(plan, answers, wanted)
         cache = Cache.allocate(program.cache_slots, len(answers), plan.clean_length + 1, device)
-        layout = plan.layout(cache.length)
+        layout = PieceLayouts(device).of(shape, cache.length)
         derived = program.derive(layout, program.capacity(cache))
         if NoisyRows.name in derived:
             rows = torch.arange(ids.shape[1]) >= plan.clean_length

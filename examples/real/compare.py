@@ -186,7 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "max_new_tokens": options.max_new_tokens, "commit": options.commit}
     if record["runs"] and {key: record.get(key) for key in said} != said:
         parser.error(f"{options.out} was measured with other settings; give another --out")
-    record = {**said, "command": " ".join(["python examples/real/compare.py", *sys.argv[1:]]), **record}
+    words = sys.argv[1:] if arguments is None else arguments
+    command = " ".join(["python examples/real/compare.py", *words])
+    record = {**commands.machine(), **said, "command": command, **record}
     run_all(options, record)
     return int(any("error" in run for run in record["runs"].values()))
 

@@ -191,7 +191,7 @@ def row_of(work: Work, name: str, base: Callable[[], dict[str, Any]]) -> None:
         found["failed"] = {rate: why for rate, why in checkpoints.items() if not isinstance(why, Path)}
         if not good:
             raise Failed("; ".join(found["failed"].values()))
-        rate, found["tried"] = _choose(work, name, good, base())
+        rate, found["tried"] = _choose(work, name, good, base)
         model = good[rate]
         found |= {"rate": rate, "command": commands.shown(conversion(work.options, row, rate, model)),
                   "probe": probed(model)}
@@ -227,12 +227,13 @@ def _tried(work: Work, name: str, row: Row, rate: str) -> Path | str:
 
 
 def _choose(
-    work: Work, name: str, checkpoints: dict[str, Path], base: dict[str, Any]
+    work: Work, name: str, checkpoints: dict[str, Path], base: Callable[[], dict[str, Any]]
 ) -> tuple[str, dict[str, dict[str, float]]]:
     """The rate, and what was seen of each where there is a choice."""
     if len(checkpoints) == 1:
         return next(iter(checkpoints)), {}
-    counted = base["counted"]
+    source = base()
+    counted = source["counted"]
 
     def seen(item: tuple[str, Path]) -> dict[str, float]:
         rate, checkpoint = item
@@ -242,7 +243,7 @@ def _choose(
 
     with ThreadPoolExecutor(len(checkpoints)) as pool:
         tried = dict(zip(checkpoints, pool.map(seen, checkpoints.items()), strict=True))
-    return chosen_rate(tried, mean(base["choose"]["right"], counted["choose"])), tried
+    return chosen_rate(tried, mean(source["choose"]["right"], counted["choose"])), tried
 
 
 def _sound(kept: dict[str, Any], part: str) -> None:
