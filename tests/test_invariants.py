@@ -144,14 +144,14 @@ def test_diffusion_trust_with_a_recheck_of_one_is_causal(family: str, readout: s
     prompts = [[rng.randrange(MASK) for _ in range(rng.randint(1, 12))] for _ in range(16)]
     each = [dataclasses.replace(random_sampling(rng), max_new_tokens=12) for _ in prompts]
     causal = [row.token_ids for row in engine.generate(prompts, each, mode="causal")]
-    forwards = taken_back = 0
+    kept = taken_back = 0
     for threshold in (0.0, 0.5):
         found = engine.generate(prompts, each, mode="diffusion-trust", threshold=threshold, recheck=1.0)
         for prompt, setting, row, whole in zip(prompts, each, found, causal, strict=True):
             assert row.token_ids == whole or near_tie(its_subject, prompt, setting, whole, row.token_ids)
-        forwards, taken_back = forwards + found[0].forwards, taken_back + sum(row.taken_back for row in found)
-        assert [row.token_ids for row in found].count([]) == 0
-    assert forwards < 2 * 12 and taken_back, "tokens must be kept and taken back"
+        kept += sum(row.origins.count("accepted") for row in found)
+        taken_back += sum(row.taken_back for row in found)
+    assert kept and taken_back, "tokens must be kept and taken back"
 
 
 def test_a_request_does_not_depend_on_its_batch() -> None:

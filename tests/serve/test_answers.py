@@ -18,6 +18,7 @@ MODES: list[dict[str, Any]] = [
     {"mode": "ar-trust", "drafts": "single"},
     {"mode": "ar-trust", "drafts": "branches"},
     {"mode": "diffusion-trust", "threshold": 0.3, "denoising_steps": 2},
+    {"mode": "diffusion-trust", "threshold": 0.0, "recheck": 0.4},
 ]
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"}]
 FIELDS: dict[str, Any] = {"max_tokens": 16, "temperature": 0.9, "top_p": 0.95, "seed": 11}
@@ -153,7 +154,7 @@ def test_neighbours_with_other_settings(client: Any, model: api.Model) -> None:
 
     def ask(case: tuple[list[int], GenerationOptions]) -> tuple[str, str, int]:
         prompt, options = case
-        way = {name: getattr(options, name) for name in ("mode", "drafts", "threshold", "denoising_steps")}
+        way = {name: getattr(options, name) for name in ("mode", "drafts", "threshold", "denoising_steps", "recheck")}
         answer = client.completions.create(
             model=NAME, prompt=prompt, max_tokens=options.max_new_tokens, temperature=options.temperature,
             top_p=options.top_p, seed=options.seed, extra_body=way,

@@ -47,6 +47,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "mode": ("fast", 1, "", ["causal"]),
     "drafts": ("many", True),
     "threshold": (1.5, -0.1, "0.5"),
+    "recheck": (1.5, -0.1, "0.5"),
     "denoising_steps": (0, 1.5, "2"),
     "frequency_penalty": (0.5, "0"),
     "presence_penalty": (-1,),
@@ -141,7 +142,8 @@ def test_unknown_fields_whatever_they_hold(path: str, name: str, value: Any, url
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 @pytest.mark.parametrize(("mode", "name", "value"), [
     ("causal", "drafts", "auto"), ("causal", "threshold", 0.5), ("causal", "denoising_steps", 2),
-    ("ar-trust", "threshold", 0.5), (None, "denoising_steps", 2), ("diffusion-trust", "drafts", "single"),
+    ("ar-trust", "threshold", 0.5), ("ar-trust", "recheck", 0.5), (None, "denoising_steps", 2),
+    ("diffusion-trust", "drafts", "single"),
 ])
 def test_fields_of_another_mode(mode: str | None, name: str, value: Any, path: str, url: str) -> None:
     error = refused(url, path, {**VALID[path], "mode": mode, name: value})[1]
