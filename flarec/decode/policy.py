@@ -171,8 +171,12 @@ class DraftPolicy:
             yield share
 
     def begun(self) -> None:
-        """A request is new, and its text may be another one."""
+        """A request is new, and its text may be another one: of drafts that blocks in use are too short for, half of
+        what is known of others is forgotten."""
         self._pause, self._wait = PAUSES[0], min(self._wait, SOON)
+        if self.drafting != CAUSAL:
+            for depth in range(self.drafting.size, len(self._tried)):
+                self._right[depth], self._tried[depth] = self._right[depth] / 2, self._tried[depth] / 2
 
     def accepted(self, held: int, right: int) -> None:
         """A request had `held` drafts in a step, of which the first `right` were accepted."""
@@ -200,8 +204,9 @@ class DraftPolicy:
     def _doubt(self) -> None:
         """What was seen counts as little as what was believed at first."""
         for depth, tried in enumerate(self._tried):
-            share = min(1.0, 2 * PRIOR / tried)
-            self._right[depth], self._tried[depth] = share * self._right[depth], share * tried
+            if tried > 2 * PRIOR:
+                share = 2 * PRIOR / tried
+                self._right[depth], self._tried[depth] = share * self._right[depth], share * tried
 
     def timed(self, rows: int, drafting: Drafting, seconds: float, tokens: float) -> None:
         """A step of `rows` rows with these blocks took `seconds`, and gave so many tokens per request."""

@@ -284,3 +284,32 @@ def test_what_may_be_better_is_measured_again() -> None:
     first, later = Counter(used[begun:2500]), Counter(used[2500:])
     assert 3 <= first[dear] < 40 and first[CAUSAL] > 6
     assert not later[dear] and 0 < later[CAUSAL] < 40 and later[Drafting(3, False)] > 3450
+
+
+def test_new_requests_may_have_deeper_drafts() -> None:
+    """Blocks that were too long for the text before are used soon after its requests have ended."""
+    policy, held, used = DraftPolicy(KINDS), 0, list[Drafting]()
+    for step in range(1600):
+        if step == 1500:
+            for _ in range(8):
+                policy.begun()
+        drafting = policy.next(8)
+        used.append(drafting)
+        had = min(held, drafting.size)
+        right = min(had, 1 if step < 1500 else 3)
+        policy.accepted(had, right)
+        policy.timed(8, drafting, cost(8, drafting), 1 + right)
+        held = drafting.size if drafting.branches or right == had else 0
+    assert all(drafting.size <= 1 for drafting in used[1480:1500])
+    assert sum(drafting.size == 3 for drafting in used[1500:]) > 60
+
+
+def test_what_is_forgotten_again_and_again_stays_a_number() -> None:
+    policy = DraftPolicy(KINDS)
+    policy.drafting = Drafting(1)
+    for _ in range(3000):
+        policy.begun()
+    policy.drafting = CAUSAL
+    for _ in range(200):
+        policy.timed(1, policy.next(1), 1.0, 1.0)
+    assert all(0 <= policy.acceptance(depth) <= 1 for depth in (1, 2, 3))
