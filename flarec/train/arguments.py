@@ -20,7 +20,7 @@ ANSWER_TOKENS = 512
 
 
 DEFAULT_RECIPE = "adapter-dual"
-"""Keeps the source's own answers, and has nearly the drafts of all weights trained (docs/objectives.md)."""
+"""Keeps the source's own answers, and has nearly the drafts of all weights trained (docs/quality.md)."""
 
 
 @dataclass(frozen=True)
