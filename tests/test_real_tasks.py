@@ -58,6 +58,13 @@ def test_checks_take_the_answer_and_nothing_else(script: Any) -> None:
         assert not asked.grade(text.replace(text.strip()[:3], "xyz", 1)) and not asked.grade(""), task["kind"]
 
 
+@pytest.mark.parametrize("more", [["--count", "0"], ["--count", "-3"], ["--count", "1000000"]])
+def test_what_cannot_be_made_is_refused(script: Any, more: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--out", str(tmp_path / "tasks"), *more])
+    assert not list(tmp_path.iterdir())
+
+
 def test_python_is_run(script: Any) -> None:
     tasks = script.tasks("report", count=20, only=["function"])
     forms = {re.sub(r"\d+", "", task["tests"]): task for task in tasks}

@@ -167,6 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--time-limit", type=float, default=540.0, help="seconds")
     parser.add_argument("--commit", default="")
     options = parser.parse_args(arguments)
+    if missing := [str(path) for path in (options.source, options.prompts) if not path.exists()]:
+        parser.error(f"{', '.join(missing)} does not exist")
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}: give 1 or more")
     try:
         options.data_of = keyed(options.data_of)
     except ValueError as error:

@@ -229,7 +229,8 @@ def tasks(split: str, seed: int = 0, count: int = COUNT, only: Sequence[str] = (
         items = kind.items(draw)
         draw.shuffle(items)
         mine = items[SPLITS.index(split) :: len(SPLITS)]
-        assert len(mine) >= count, f"{name}: {len(mine)} questions for {count} tasks"
+        if not 0 < count <= len(mine):
+            raise ValueError(f"{count} tasks of {name} cannot be made; give 1 to {len(mine)}, the number of questions")
         draw = random.Random(f"{seed} {name} {split}")
         made = []
         for item in mine[:count]:
@@ -246,9 +247,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="append", choices=KINDS, default=[], help="kinds (repeatable; default: all)")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        found = tasks(split, options.seed, options.count, options.only)
+    try:
+        made = {split: tasks(split, options.seed, options.count, options.only) for split in SPLITS}
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, FileExistsError) as error:
+        parser.error(str(error))
+    for split, found in made.items():
         write_file(options.out / f"{split}.jsonl", "".join(json.dumps(task) + "\n" for task in found))
         print(f"{split}: {len(found)} tasks")
     return 0

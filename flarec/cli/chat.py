@@ -13,13 +13,13 @@ from flarec.base.generation import MODES, GenerationOptions
 from flarec.base.interrupts import Interrupts
 from flarec.errors import DataError, FlarecError, GenerationError
 
-from .loading import open_model
+from .loading import open_model, say_unread
 from .options import adapter_option, foreign_options, generation_options, plugin_options, prefix_option, runtime_options
 
 if TYPE_CHECKING:
     from flarec.api import Model, Output
 
-HELP = "/mode NAME changes the mode, /stats shows the last answer's numbers, /reset forgets, /quit ends"
+HELP = "/mode NAME changes the mode, /stats shows numbers of the last answer and of all, /reset forgets, /quit ends"
 
 
 @click.command("chat")
@@ -40,9 +40,9 @@ def command(
 ) -> None:
     """Talk with a converted checkpoint CKPT, or with any supported model that has a chat template.
 
-    A line is a message; answers stream. /mode NAME changes the mode, /stats shows the last answer's numbers, /reset
-    forgets the conversation, /quit or the end of the input ends. Where the lines do not come from a terminal, the exit
-    code is 1 if one of them failed.
+    A line is a message; answers stream. /mode NAME changes the mode, /stats shows numbers of the last answer and of
+    all, /reset forgets the conversation, /quit or the end of the input ends. Where the lines do not come from a
+    terminal, the exit code is 1 if one of them failed.
     """
     options = GenerationOptions(**keywords)
     model = open_model(
@@ -50,6 +50,7 @@ def command(
         passes=passes, plugins=plugins, graphs=graphs, compile=compile, adapter=adapter,
         mode=options.mode, chat=True,
     )
+    say_unread(options, str(model.complete(options).mode))
     model.engine.keep_prefixes(prefix_cache << 20)
     click.echo(HELP, err=True)
     conversation, typed = Conversation(model, options), sys.stdin.isatty()
@@ -139,5 +140,6 @@ class Conversation:
             f"{last.mode}: {last.new_tokens} tokens, {last.tokens_per_forward:.2f} per forward, {rate:.1f} tokens/s, "
             f"stopped by {last.stop_reason}", err=True,
         )
+        click.echo("all answers:", err=True)
         for line in self.model.engine.stats.lines():
             click.echo(line, err=True)

@@ -29,6 +29,11 @@ def before_training(recipe: Recipe, own: Recipe) -> list[str]:
             f"save.every = {save} saves nothing before the last of {steps} steps: a run that is killed starts again "
             f"(Ctrl-C saves); set save.every={max(1, steps // 5)}"
         )
+    if own.adapter.rank and not recipe.adapter.rank:
+        lines.append(
+            f"adapter.rank = 0 trains the model itself, here with lr = {lr:.3g} and objective.ar_weight = "
+            f"{recipe.objective.ar_weight:g}; --recipe dual and --recipe draft are for that"
+        )
     if lr / usual >= FAR_OFF or usual / lr >= FAR_OFF:
         times = f"{lr / usual:,.3g} times" if lr > usual else f"1/{usual / lr:,.3g} of"
         lines.append(f"optimizer.lr = {lr:.3g} is {times} the recipe's own {usual:.3g}")

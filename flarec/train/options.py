@@ -102,6 +102,14 @@ class Options(Arguments):
         option = "--adapter-only" if self.adapter_only else "--link"
         raise UsageError(f"{option} is for an adapter, and this recipe trains the model itself; set adapter.rank")
 
+    def check_shards(self, recipe: Recipe) -> None:
+        """Raise `UsageError` for a size of weight files where none is written."""
+        if recipe.adapter.rank and self.max_shard_size != Arguments.max_shard_size:
+            raise UsageError(
+                f"--max-shard-size {self.max_shard_size} is for weights that are written anew, and over an adapter the "
+                "weight files are the source's own; leave it out, or train the model itself (--recipe dual)"
+            )
+
     def check_prompts(self) -> None:
         """Raise `UsageError` for options of answers without prompts to be answered: they would do nothing."""
         if self.prompts is not None:

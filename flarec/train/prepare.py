@@ -98,6 +98,7 @@ def prepare(
     load_plugins(options.plugins)
     device = torch_device(ranks.device)
     check_shard_size(options.max_shard_size)
+    options.check_shards(recipe)
     options = _with_kernels(options, device, reporter)
     precision = resolve_precision(recipe.optimizer.precision, device)
     reporter.note(f"precision: {precision}")

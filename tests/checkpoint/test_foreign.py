@@ -196,10 +196,10 @@ def test_tensors_that_transformers_passes_over_are_named(tmp_path: Path) -> None
     save_file({**load_file(weights), "mtp.layers.0.fc.weight": torch.zeros(2)}, weights, metadata={"format": "pt"})
     assert checkpoint.left_out(checkpoint.load_model(device="meta")) == ("mtp.layers.0.fc.weight",)
     data = write_data(tmp_path / "data.jsonl")
-    result = flarec("convert", source, "--data", data, "--out", tmp_path / "out", "--recipe", "dual", *QUICK)
+    result = flarec("convert", source, "--data", data, "--out", tmp_path / "out", *QUICK, "--recipe", "dual")
     assert result.exit_code == 0, result.output
     assert "left out: mtp.layers.0.fc.weight of the source, which transformers does not load" in result.stderr
     weights.write_bytes(weights.read_bytes()[:100])
-    result = flarec("convert", source, "--data", data, "--out", tmp_path / "again", "--recipe", "dual", *QUICK)
+    result = flarec("convert", source, "--data", data, "--out", tmp_path / "again", *QUICK, "--recipe", "dual")
     assert result.exit_code == CheckpointError.exit_code
     assert "model.safetensors is truncated" in result.output

@@ -144,6 +144,12 @@ def test_shard_sizes_that_mean_nothing(size: str) -> None:
         check_shard_size(size)
 
 
+def test_shards_are_refused_where_the_files_stay(tmp_path: Path) -> None:
+    result = flarec("convert", tmp_path, "--data", "x", "--max-shard-size", "5GB", "--recipe", "adapter-dual")
+    assert result.exit_code == 2
+    assert "over an adapter the weight files are the source's own" in " ".join(result.stderr.split())
+
+
 def test_a_bad_shard_size_is_told_before_anything_is_read(tmp_path: Path) -> None:
     result = flarec("convert", tmp_path, "--data", "x", "--max-shard-size", "big")
     assert result.exit_code == 2

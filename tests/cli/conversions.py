@@ -12,10 +12,11 @@ from flarec.cli import main
 from tests.models import few_checkpoint
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five"]
-QUICK = [  # all weights: the same tests for the default, an adapter, are those of test_convert_adapter.py
-    "--recipe", "flare", "--steps", "6", "--max-length", "96", "--device", "cpu", "--set", "optimizer.lr=1e-3",
+QUICK = [
+    "--steps", "6", "--max-length", "96", "--device", "cpu", "--set", "optimizer.lr=1e-3",
     "--set", "optimizer.warmup_steps=0", "--set", "optimizer.batch_rows=2", "--set", "evaluation.every=4",
     "--set", "evaluation.prompts=2", "--set", "evaluation.max_new_tokens=8", "--set", "save.every=2",
+    "--recipe", "flare",  # all weights; of the default, an adapter, see test_convert_adapter.py
 ]
 
 

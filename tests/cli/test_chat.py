@@ -60,7 +60,7 @@ def test_mode_and_stats(chat: Callable[..., Result], model: api.Model) -> None:
     assert done.exit_code == 1 and done.stdout == answers(model, "Hello", mode="causal")[0] + "\n"
     assert "no answer yet" in done.stderr and "causal: 8 tokens, 1.00 per forward" in done.stderr
     assert "Error: unknown mode fast; choose causal, ar-trust, diffusion-trust" in done.stderr
-    assert "tokens/s" in done.stderr and done.stderr.count("/reset forgets") == 2
+    assert "\nall answers:\n" in done.stderr and "tokens/s" in done.stderr and done.stderr.count("/reset forgets") == 2
 
 
 def test_an_error_leaves_the_conversation(chat: Callable[..., Result], model: api.Model) -> None:

@@ -39,7 +39,7 @@ def test_a_source_becomes_a_checkpoint(
     place: Path, family: str, recipe: str, mask: str, overrides: dict[str, Any]
 ) -> None:
     source = few_checkpoint(place, family, **overrides)
-    result = flarec("convert", source, "--data", "data.jsonl", "--recipe", recipe, *QUICK)
+    result = flarec("convert", source, "--data", "data.jsonl", *QUICK, "--recipe", recipe)
     assert result.exit_code == 0, result.output
     out = place / f"{family}-flarec"
     assert sorted(path.name for path in place.iterdir()) == sorted(["data.jsonl", family, out.name])

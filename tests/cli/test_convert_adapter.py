@@ -35,7 +35,7 @@ def arguments(place: Path, out: str, *more: str) -> list[object]:
 
 def test_a_conversion_leaves_its_source_as_it_is_by_default(place: Path) -> None:
     """Whoever names no recipe gets an adapter: every file of the source is in the checkpoint, byte for byte."""
-    result = flarec("convert", place / "bamba", "--data", place / "data.jsonl", "--out", place / "default", *QUICK[2:],
+    result = flarec("convert", place / "bamba", "--data", place / "data.jsonl", "--out", place / "default", *QUICK[:-2],
                     "--steps", "1", "--set", "evaluation.every=0")
     assert result.exit_code == 0, result.output
     whole, manifest = tree(place / "default"), Manifest.read(place / "default")

@@ -27,7 +27,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def arguments(out: str, precision: str, rank: int) -> list[str]:
     trained = ["--set", f"adapter.rank={rank}", "--set", "objective.ar_weight=0"] if rank else []
-    return ["convert", "qwen3_5_text", "--data", "data.jsonl", "--recipe", "dual", "--out", out, *QUICK,
+    return ["convert", "qwen3_5_text", "--data", "data.jsonl", "--out", out, *QUICK, "--recipe", "dual",
             "--steps", str(STEPS), "--set", "save.every=1", "--set", "evaluation.every=6",
             "--set", f"optimizer.precision={precision}", *trained]
 

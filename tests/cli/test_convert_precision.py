@@ -28,7 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def converted(source: Path, *arguments: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Manifest]:
     """Tensors of the checkpoint, of the last save, and the manifest."""
-    result = flarec("convert", source, "--data", "data.jsonl", "--out", "out", "--recipe", "dual", *QUICK, *arguments)
+    result = flarec("convert", source, "--data", "data.jsonl", "--out", "out", *QUICK, "--recipe", "dual", *arguments)
     assert result.exit_code == 0, result.output
     manifest = Manifest.read(Path("out"))
     assert manifest is not None
@@ -78,6 +78,6 @@ def test_another_precision_cannot_continue_a_run(place: Path) -> None:
     source = few_checkpoint(place, "qwen3_5_text")
     converted(source, "--steps", "1")
     Path("out.partial").rename("new.partial")
-    result = flarec("convert", source, "--data", "data.jsonl", "--out", "new", "--recipe", "dual", *QUICK,
+    result = flarec("convert", source, "--data", "data.jsonl", "--out", "new", *QUICK, "--recipe", "dual",
                     "--steps", "1", *BF16, "--resume")
     assert result.exit_code != 0 and "precision was \"auto\" and is now \"bf16\"" in result.stderr

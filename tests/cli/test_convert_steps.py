@@ -161,6 +161,10 @@ def test_what_is_rarely_wanted_is_said() -> None:
     low = own.override(["optimizer.lr=1e-6"])
     assert before_training(low, own) == ["optimizer.lr = 1e-06 is 1/10 of the recipe's own 1e-05"]
 
+    adapter = load_recipe("adapter-dual")
+    (line,) = before_training(adapter.override(["adapter.rank=0"]), adapter)
+    assert line.startswith("adapter.rank = 0 trains the model itself, here with lr = 0.003 and objective.ar_weight = 0")
+
     (line,) = about_repeats("data.jsonl", 12, 20.4)
     assert line.startswith("the run passes about 20 times over the 12 documents of data.jsonl: it learns them by heart")
     assert about_repeats("data.jsonl", 12, 16.0) == []
