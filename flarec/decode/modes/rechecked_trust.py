@@ -51,7 +51,8 @@ class RecheckedTrustMode(DiffusionTrustMode):
         block, count = rows.state["block"], self._count(rows, shape)[:, None]
         slot = torch.arange(shape.clean, device=rows.device)
         clean = block[:, : shape.clean].where(slot < count, 0)
-        return torch.cat([clean, block.masked_fill(count > 0, self.blocks.mask_token_id)], dim=1), count
+        ids = torch.cat([clean, block.masked_fill(count > 0, self.blocks.mask_token_id)], dim=1)
+        return ids.clamp_min(0), count
 
     def read(self, rows: Rows, shape: StepShape, clean: Tensor, noisy: Tensor) -> Tensor:
         state, count = rows.state, self._count(rows, shape)
@@ -79,7 +80,7 @@ class RecheckedTrustMode(DiffusionTrustMode):
         alone."""
         state = rows.state
         block = torch.full_like(state["block"], self.blocks.mask_token_id)
-        block[:, 0] = first.clamp_min(0)
+        block[:, 0] = first
         state["block"] = torch.where(again[:, None], block, state["block"])
         state["masked"] = state["masked"] | again[:, None]
         state["steps"] = state["steps"].masked_fill(again, 0)
