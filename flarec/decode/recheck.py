@@ -54,8 +54,8 @@ class Recheck:
         told = torch.cat([kept[:, None], tokens[:, 1:], choice], dim=1)
         if (own := rows.note(logits, choice)) is not None:
             assert notes is not None
-            emitted = slot < (kept - 1)[:, None]
-            own = torch.where(emitted[..., None], notes[:, : len(slot)].roll(-1, 1), own)
+            others = (slot < (kept - 1)[:, None]) & (behind != choice)  # kept though this row chose another
+            own = torch.where(others[..., None], notes[:, : len(slot)].roll(-1, 1), own)
         return Checked(choice, probability, kept, kept < count, told, own)
 
     def emit(self, request: Request, told: list[int], count: int) -> None:

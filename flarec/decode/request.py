@@ -30,8 +30,8 @@ MOST_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """How likely a new token was, by the logits of the row that chose it: before temperature, top-k and top-p, without
-    the ids that are never generated.
+    """How likely a new token was, by the logits of the row that chose it (the clean one where a noisy one did too):
+    before temperature, top-k and top-p, without the ids that are never generated.
 
     logprob  natural logarithm of its probability
     top      the most likely ids and theirs, in falling order

@@ -59,9 +59,11 @@ class Rechecked:
         while kept < len(self.pending) and self.keeps(self.committed + self.pending[:kept], self.pending[kept]):
             kept += 1
         for index in range(1, kept):
-            own = self.choice(self.committed + self.pending[:index])
-            origin = "accepted" if own == self.pending[index] else "unverified"
-            self.emit(self.pending[index], origin, self.sources[index])
+            prefix, token = self.committed + self.pending[:index], self.pending[index]
+            if token == self.choice(prefix):
+                self.emit(token, "accepted", self.model.clean(prefix))
+            else:
+                self.emit(token, "unverified", self.sources[index])
         back = kept < len(self.pending)
         self.taken_back += len(self.pending) - kept
         self.committed += self.pending[:kept]
