@@ -60,8 +60,10 @@ class Recheck:
 
     def emit(self, request: Request, told: list[int], count: int) -> None:
         """What no step takes back any more: the tokens of noisy rows that were kept, and the clean stream's choice
-        behind them. count: tokens that the step looked at, with the first one."""
-        kept, size = told[0], len(told) // 2
+        behind them. told: empty for a step without clean rows. count: tokens that the step looked at, with the first
+        one."""
+        kept, size = told[0] if told else 0, len(told) // 2
+        request.count(max(0, kept - 1))
         if not kept:
             return
         tokens, choice = told[1:size], told[size:]
