@@ -94,8 +94,9 @@ def test_where_the_text_is_causal_decodings_so_are_they(mode: str) -> None:
     """Of accepted tokens too: both rows chose these, and causal decoding has the clean one alone."""
     engine, _ = make_engine(FakeModel(agreement=0.9, key=4), SIZE)
     asked = GenerationOptions(temperature=0.8, seed=3, max_new_tokens=40)
-    exact = {} if mode == "ar-trust" else {"recheck": 1.0, "threshold": 0.0}
-    found = [engine.add([1, 2], asked, logprobs=3, mode=way, **given) for way, given in ((mode, exact), ("causal", {}))]
+    exact: dict[str, Any] = {} if mode == "ar-trust" else {"recheck": 1.0, "threshold": 0.0}
+    found = [engine.add([1, 2], asked, logprobs=3, mode=mode, **exact)]
+    found.append(engine.add([1, 2], asked, logprobs=3, mode="causal"))
     while engine.busy:
         engine.step()
     assert found[0].tokens == found[1].tokens and found[0].origins.count("accepted") > 9
