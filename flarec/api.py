@@ -58,7 +58,8 @@ class Output:
     new_tokens         len(token_ids)
     tokens_per_forward new_tokens / forwards
     accepted           accepted[n] = steps that accepted n drafts (ar-trust), committed n tokens (diffusion-trust) or
-                       took n drafts (elastic)
+                       took n drafts (elastic); with a recheck, that kept n tokens of noisy rows
+                       (`flarec.decode.Generation`)
     seconds            wall time until this prompt's last token
     stop_reason        "eos", "stop" (a stop string) or "length"
     origins            where each new token comes from: "clean", "accepted", "corrected" or "unverified"

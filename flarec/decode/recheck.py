@@ -41,26 +41,29 @@ class Recheck:
         self, rows: Rows, logits: Tensor, tokens: Tensor, count: Tensor, notes: Tensor | None, *,
         confidence: bool = False,
     ) -> Checked:
-        """Of a step's clean rows, before any is accepted. logits [rows, n, V], tokens [rows, n] int64 that they read,
-        of which count [rows] belong to the request (the first one from a clean row); notes [rows, at least n, k] of
+        """Of a step's clean rows, before any is accepted. logits [rows, n, V], tokens [rows, n] int64 that they read
+        (any id in the place of a negative one, which no row chose and none keeps), of which count [rows] belong to the
+        request (the first one from a clean row); notes [rows, at least n, k] of
         the tokens, if they are wanted."""
         slot = torch.arange(tokens.shape[1], device=rows.device)
         choice, probability = rows.choose(logits, rows.cache.length + 1, confidence=confidence)
         drafted = slot < (count - 1)[:, None]  # rows with a token of the request behind them: others may be any id
         behind = torch.where(drafted, tokens.roll(-1, 1), choice)
-        good = rows.near(logits, behind, choice, self.share, rows.cache.length + 1) & drafted
+        good = rows.near(logits, behind, choice, self.share, rows.cache.length + 1) & drafted & (behind >= 0)
         kept = good.long().cumprod(dim=1).sum(dim=1) + (count > 0)
         told = torch.cat([kept[:, None], tokens[:, 1:], choice], dim=1)
         if (own := rows.note(logits, choice)) is not None:
             assert notes is not None
-            emitted = slot < (kept - 1)[:, None]
-            own = torch.where(emitted[..., None], notes[:, : len(slot)].roll(-1, 1), own)
+            others = (slot < (kept - 1)[:, None]) & (behind != choice)  # kept though this row chose another
+            own = torch.where(others[..., None], notes[:, : len(slot)].roll(-1, 1), own)
         return Checked(choice, probability, kept, kept < count, told, own)
 
     def emit(self, request: Request, told: list[int], count: int) -> None:
         """What no step takes back any more: the tokens of noisy rows that were kept, and the clean stream's choice
-        behind them. count: tokens that the step looked at, with the first one."""
-        kept, size = told[0], len(told) // 2
+        behind them. told: empty for a step without clean rows. count: tokens that the step looked at, with the first
+        one."""
+        kept, size = told[0] if told else 0, len(told) // 2
+        request.count(max(0, kept - 1))
         if not kept:
             return
         tokens, choice = told[1:size], told[size:]

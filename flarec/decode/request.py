@@ -30,8 +30,8 @@ MOST_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """How likely a new token was, by the logits of the row that chose it: before temperature, top-k and top-p, without
-    the ids that are never generated.
+    """How likely a new token was, by the logits of the row that chose it (the clean one where a noisy one did too):
+    before temperature, top-k and top-p, without the ids that are never generated.
 
     logprob  natural logarithm of its probability
     top      the most likely ids and theirs, in falling order
@@ -57,7 +57,9 @@ class Generation:
     forwards     forward passes this request took part in; a prefill in chunks counts as one
     accepted     ar-trust: accepted[a] = steps after the prefill in which a drafts were accepted (a step without drafts
                  accepts 0); diffusion-trust: accepted[c] = denoising steps that committed c tokens; elastic:
-                 accepted[a] = steps, the prefill among them, that took a drafts; causal: empty
+                 accepted[a] = steps, the prefill among them, that took a drafts; both with a recheck: accepted[a] =
+                 steps, the prefill among them, that kept a tokens of noisy rows, 0 where none was to be checked;
+                 causal: empty
     seconds      wall time from when the request was given to its last token
     stop_reason  "eos", "stop" (the stop check), "length" or "cancelled"
     origins      where each of the new tokens comes from (`Origin`)
@@ -156,7 +158,7 @@ class Request:
         self.seconds = time.perf_counter() - self.started
 
     def count(self, tokens: int, offered: int | None = None) -> None:
-        """One more step that accepted (or committed) `tokens` tokens; of `offered` drafts, if it had any."""
+        """One more step that accepted (committed, took, kept) `tokens` tokens; of `offered` drafts, if it had any."""
         self.histogram[tokens] = self.histogram.get(tokens, 0) + 1
         if offered is not None:
             self.offered[offered] = self.offered.get(offered, 0) + 1

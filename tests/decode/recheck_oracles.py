@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -17,7 +16,8 @@ from .oracles import end, gumbel, law, pick
 
 @dataclass
 class Rechecked:
-    """One request. share: of the recheck. A `forward` commits `pending` as far as it is kept."""
+    """One request. share: of the recheck. A `forward` commits `pending` as far as it is kept. kept: tokens of noisy
+    rows, of every forward that looked at some."""
 
     model: FakeModel
     prompt: list[int]
@@ -32,7 +32,7 @@ class Rechecked:
     rows: list[np.ndarray] = field(default_factory=list)
     taken_back: int = 0
     forwards: int = 0
-    histogram: Counter[int] = field(default_factory=Counter)
+    kept: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.committed = list(self.prompt)
@@ -59,10 +59,13 @@ class Rechecked:
         while kept < len(self.pending) and self.keeps(self.committed + self.pending[:kept], self.pending[kept]):
             kept += 1
         for index in range(1, kept):
-            own = self.choice(self.committed + self.pending[:index])
-            origin = "accepted" if own == self.pending[index] else "unverified"
-            self.emit(self.pending[index], origin, self.sources[index])
+            prefix, token = self.committed + self.pending[:index], self.pending[index]
+            if token == self.choice(prefix):
+                self.emit(token, "accepted", self.model.clean(prefix))
+            else:
+                self.emit(token, "unverified", self.sources[index])
         back = kept < len(self.pending)
+        self.kept.append(kept - 1)
         self.taken_back += len(self.pending) - kept
         self.committed += self.pending[:kept]
         clean = self.model.clean(self.committed)
@@ -116,7 +119,6 @@ def rechecked_trust(request: Rechecked, size: int, readout: str, threshold: floa
             if ends or not hidden:
                 request.pending = shown[: ends[0] + 1] if ends else shown
                 request.sources = chose[: len(request.pending)]
-        request.histogram[1 if back else len(chosen)] += 1
         if request.done is not None:
             return request
 
@@ -139,6 +141,5 @@ def rechecked_elastic(request: Rechecked, size: int, threshold: float) -> Rechec
                 request.pending.append(token)
                 request.sources.append(logits)
                 taken += 1
-        request.histogram[taken] += 1
         if request.done is not None:
             return request

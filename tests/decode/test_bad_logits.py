@@ -22,14 +22,22 @@ MODES: list[tuple[str, dict[str, Any]]] = [
     ("ar-trust", {"drafts": "single"}),
     ("diffusion-trust", {"threshold": 0.3}),
     ("diffusion-trust", {"threshold": 0.3, "recheck": 0.5}),
+    ("elastic", {"threshold": 0.0, "recheck": 0.5}),
 ]
 PROMPTS = [[1, 2, 3], [4], [5, 6]]
 Change = Callable[[Tensor, Tensor, Tensor, int], None]  # logits [N, V], their request and slot [N], clean slots
 
 
 def spoilt(model: FakeModel, change: Change, *, after: int = 0) -> Engine:
-    """An engine whose program changes its logits in place, from its step number `after` on."""
+    """An engine whose programs change their logits in place, from its step number `after` on."""
     engine, program = make_engine(model, 3)
+    assert engine._horizon is not None
+    _change(program, change, after)
+    _change(engine._horizon(), change, after)
+    return engine
+
+
+def _change(program: Any, change: Change, after: int) -> None:
     step = FakeProgram.step
 
     def wrong(ids: Tensor, layout: Layout, rows: Tensor, cache: Any) -> Tensor:
@@ -38,8 +46,7 @@ def spoilt(model: FakeModel, change: Change, *, after: int = 0) -> Engine:
             change(logits, rows // layout.length, rows % layout.length, layout.clean_length)
         return logits
 
-    program.step = wrong  # type: ignore[method-assign, assignment]
-    return engine
+    program.step = wrong
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -82,18 +89,29 @@ def test_a_draft_that_cannot_be_chosen_is_a_wrong_draft(drafts: str) -> None:
     assert [item.token_ids for item in result] == [item.token_ids for item in causal]
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.9])
-def test_a_token_that_a_noisy_row_cannot_choose_is_taken_back(threshold: float) -> None:
-    model = FakeModel(agreement=0.9)
+@pytest.mark.parametrize("share", [0.01, 1.0])
+@pytest.mark.parametrize(("mode", "threshold"), [("diffusion-trust", 0.0), ("diffusion-trust", 0.9), ("elastic", 0.0)])
+def test_a_token_that_a_noisy_row_cannot_choose_is_never_kept(mode: str, threshold: float, share: float) -> None:
+    """Not even where the id in its place is right, or nearly: no such token is emitted, nor a number of its row."""
+    model = FakeModel(vocab=8, agreement=0.9)
 
     def change(logits: Tensor, request: Tensor, slot: Tensor, clean: int) -> None:
         logits[slot >= clean] = torch.nan
 
-    asked: dict[str, Any] = {"max_new_tokens": 20, "temperature": 1.0}
+    asked: dict[str, Any] = {"max_new_tokens": 40, "temperature": 1.5}
     causal = make_engine(model, 3)[0].generate(PROMPTS, **asked)
-    result = spoilt(model, change).generate(PROMPTS, mode="diffusion-trust", threshold=threshold, recheck=1.0, **asked)
-    assert [item.token_ids for item in result] == [item.token_ids for item in causal]
-    assert all(item.taken_back for item in result)
+    assert sum(item.token_ids.count(0) for item in causal) > 9
+    engine = spoilt(model, change)
+    requests = [
+        engine.add(prompt, mode=mode, threshold=threshold, recheck=share, logprobs=1, **asked) for prompt in PROMPTS
+    ]
+    while engine.busy:
+        engine.step()
+    for request, right in zip(requests, causal, strict=True):
+        assert request.generation().token_ids == right.token_ids
+        assert {*request.origins} <= {"clean", "corrected"}
+        assert all(math.isfinite(found.logprob) for found in request.chosen)
+        assert bool(request.taken_back) == (mode == "diffusion-trust")  # elastic decoding does not take such drafts
 
 
 @pytest.mark.parametrize(("mode", "options"), MODES)

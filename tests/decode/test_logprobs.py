@@ -89,6 +89,20 @@ def test_they_are_those_of_the_row_that_chose(way: dict[str, Any], graphs: bool)
             assert [value for _, value in found.top] == pytest.approx(right[order].tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["ar-trust", "diffusion-trust", "elastic"])
+def test_where_the_text_is_causal_decodings_so_are_they(mode: str) -> None:
+    """Of accepted tokens too: both rows chose these, and causal decoding has the clean one alone."""
+    engine, _ = make_engine(FakeModel(agreement=0.9, key=4), SIZE)
+    asked = GenerationOptions(temperature=0.8, seed=3, max_new_tokens=40)
+    exact: dict[str, Any] = {} if mode == "ar-trust" else {"recheck": 1.0, "threshold": 0.0}
+    found = [engine.add([1, 2], asked, logprobs=3, mode=mode, **exact)]
+    found.append(engine.add([1, 2], asked, logprobs=3, mode="causal"))
+    while engine.busy:
+        engine.step()
+    assert found[0].tokens == found[1].tokens and found[0].origins.count("accepted") > 9
+    assert found[0].chosen == found[1].chosen
+
+
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_tokens_that_a_stop_check_takes_back_take_theirs_along(way: dict[str, Any]) -> None:
     engine, _ = make_engine(FakeModel(agreement=0.9), SIZE)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flarec.base.generation import GenerationOptions
 from flarec.errors import UsageError
 from flarec.kernels.sampling import (
     MOST_TOKENS,
@@ -23,6 +24,7 @@ from flarec.kernels.sampling import (
     torch_choice,
 )
 from flarec.kernels.sampling.triton_choice import SamplingLaunch, choose_rows, launch_of
+from tests.decode.oracles import gumbel, law
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -216,16 +218,17 @@ def test_what_is_nearly_as_good_as_the_choice(settings: list[Settings], step: fl
     vocab, seen = 20, {True: 0, False: 0}
     for seed in range(4):
         given, logits = rows_of(settings, seed, DEVICE), logits_of(3, vocab, seed, step).to(DEVICE)
-        out = hidden([3, 19], vocab).to(DEVICE)
+        never = [3, 19]
+        out = hidden(never, vocab).to(DEVICE)
         choice = choose(logits, *given, out).token
-        kept = [reference_kept(logits[n], settings[n], out) for n in range(3)]
+        kept = [reference_kept(logits[n], settings[n], never) for n in range(3)]
         for share in (0.01, 0.5, 1.0):
             found = torch.stack([
                 near(logits, torch.full_like(choice, token), choice, share, *given, out) for token in range(vocab)
             ], dim=1)
             for n, (temperature, *_) in enumerate(settings):
-                noise = arithmetic.gumbel(given[3][n : n + 1], given[4][n : n + 1], torch.arange(vocab, device=DEVICE))
-                scores = (logits[n].double() + temperature * noise[0].double()).tolist()
+                noise = [gumbel(int(given[3][n]), int(given[4][n]), token) for token in range(vocab)]
+                scores = [value + temperature * noise[token] for token, value in enumerate(logits[n].tolist())]
                 own = int(choice[n])
                 for token in range(vocab):
                     gap = (scores[own] - scores[token]) / (temperature or 1.0)
@@ -239,15 +242,11 @@ def test_what_is_nearly_as_good_as_the_choice(settings: list[Settings], step: fl
     assert seen[False] and (seen[True] or settings == CASES[2])
 
 
-def reference_kept(logits: Tensor, settings: Settings, out: Tensor) -> set[int]:
-    """Tokens that top-k and top-p keep, by the kernel's own order: those that some noise could choose."""
+def reference_kept(logits: Tensor, settings: Settings, never: list[int]) -> set[int]:
+    """Tokens that top-k and top-p keep, in float64."""
     temperature, top_k, top_p = settings
-    scores = logits.masked_fill(out, -math.inf)[None]
-    steep = arithmetic.inverse(torch.tensor([temperature], device=scores.device))
-    weights = arithmetic.weights((scores.amax() - scores) * steep)
-    limits = torch.tensor([top_k], device=scores.device), torch.tensor([top_p], device=scores.device)
-    keep = torch_choice.kept_tokens(scores, weights, *limits)[0] & ~out
-    return set(keep.nonzero()[:, 0].tolist())
+    options = GenerationOptions(temperature=temperature, top_k=0 if top_k == OFF else top_k, top_p=top_p)
+    return set(law(logits.tolist(), options, never))
 
 
 def test_no_choice_is_near_nothing() -> None:

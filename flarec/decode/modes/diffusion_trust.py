@@ -18,9 +18,9 @@ from ..stepper import BlockSpec
 
 
 class DiffusionTrustMode:
-    """State: block [rows, size] (the mask token where masked), masked [rows, size] bool, steps [rows] done in this
-    block, first and confidence [rows] of its first position; if log-probabilities are wanted, the notes of the first
-    one [rows, 1, n] and of the block [rows, size, n].
+    """State: block [rows, size] (the mask token where masked; negative where a row could not choose, and a step then
+    reads any id), masked [rows, size] bool, steps [rows] done in this block, first and confidence [rows] of its first
+    position; if log-probabilities are wanted, the notes of the first one [rows, 1, n] and of the block [rows, size, n].
 
     threshold = confidence at which a position is committed (`_chosen`), steps = denoising steps per block (the last
     commits all).
@@ -59,7 +59,7 @@ class DiffusionTrustMode:
         block, full = rows.state["block"], self._full(rows)
         clean = block.where(full[:, None], 0)[:, : shape.clean]  # of a block that is not full nothing is committed
         ids = torch.cat([clean, block.masked_fill(full[:, None], self.blocks.mask_token_id)], dim=1)
-        return ids, (full * shape.clean)[:, None]
+        return ids.clamp_min(0), (full * shape.clean)[:, None]
 
     def read(self, rows: Rows, shape: StepShape, clean: Tensor, noisy: Tensor) -> Tensor:
         full = self._full(rows)
@@ -103,10 +103,9 @@ class DiffusionTrustMode:
             confidence = torch.cat([state["confidence"][:, None], confidence], dim=1)
         masked = state["masked"]
         commit = masked & (self._chosen(masked, confidence) | (state["steps"] + 1 >= self.steps)[:, None])
-        block = torch.where(commit, token, state["block"])
+        block = state["block"] = torch.where(commit, token, state["block"])
         state["masked"] = masked & ~commit
         state["steps"] = state["steps"] + 1
-        state["block"] = block.clamp_min(0)
         if "notes" in state:
             behind = rows.note(logits, token[:, 1:])
             assert behind is not None

@@ -49,5 +49,4 @@ class RecheckedElasticMode(ElasticMode):
     def report(self, request: Request, values: list[int]) -> None:
         taken, *told = values
         count, request.ready = request.ready + 1, taken
-        request.count(taken)
         self.recheck.emit(request, told, count)

@@ -35,12 +35,11 @@ class RecheckedTrustMode(DiffusionTrustMode):
         self.ends = torch.tensor(sorted(ends), dtype=torch.int64, device=device)
 
     def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
-        committed = super().start(rows, clean, noisy)[:, :1]
+        super().start(rows, clean, noisy)
         state = rows.state
         state["count"] = self._finished(rows)
         rows.notes = state.get("first_note")
-        one = torch.ones_like(committed)
-        return torch.cat([committed, state["count"][:, None], one, state["first"][:, None]], dim=1)
+        return torch.stack([state["count"], torch.ones_like(state["count"]), state["first"]], dim=1)
 
     def shape(self, rows: Rows) -> StepShape:
         size, most = self.blocks.size, max(request.ready for request in rows.requests)
@@ -51,15 +50,16 @@ class RecheckedTrustMode(DiffusionTrustMode):
         block, count = rows.state["block"], self._count(rows, shape)[:, None]
         slot = torch.arange(shape.clean, device=rows.device)
         clean = block[:, : shape.clean].where(slot < count, 0)
-        return torch.cat([clean, block.masked_fill(count > 0, self.blocks.mask_token_id)], dim=1), count
+        ids = torch.cat([clean, block.masked_fill(count > 0, self.blocks.mask_token_id)], dim=1)
+        return ids.clamp_min(0), count
 
     def read(self, rows: Rows, shape: StepShape, clean: Tensor, noisy: Tensor) -> Tensor:
         state, count = rows.state, self._count(rows, shape)
         if not shape.clean:
             rows.accept(count)
-            committed = self._denoise(rows, noisy[:, 0])[:, :1]
+            self._denoise(rows, noisy[:, 0])
             state["count"] = self._finished(rows)
-            return torch.cat([committed, state["count"][:, None]], dim=1)
+            return state["count"][:, None]
         tokens = state["block"][:, : shape.clean]
         checked = self.recheck.look(rows, clean, tokens, count, state.get("notes"), confidence=True)
         rows.accept(checked.kept)
@@ -67,19 +67,18 @@ class RecheckedTrustMode(DiffusionTrustMode):
         note = None if checked.notes is None else checked.last(checked.notes)
         first = checked.last(checked.choice)[:, 0]
         self._choose_first(rows, count > 0, first, checked.last(checked.confidence)[:, 0], note)
-        committed = self._denoise(rows, noisy[:, 0])[:, :1]
+        self._denoise(rows, noisy[:, 0])
         state["count"] = self._finished(rows)
         self._take_back(rows, checked.again, first)
         rows.notes = checked.notes
-        committed = committed.masked_fill(checked.again[:, None], 1)
-        return torch.cat([committed, state["count"][:, None], checked.told], dim=1)
+        return torch.cat([state["count"][:, None], checked.told], dim=1)
 
     def _take_back(self, rows: Rows, again: Tensor, first: Tensor) -> None:
         """Where again [rows] bool: nothing of the step's block counts, and the next one commits the first token [rows]
         alone."""
         state = rows.state
         block = torch.full_like(state["block"], self.blocks.mask_token_id)
-        block[:, 0] = first.clamp_min(0)
+        block[:, 0] = first
         state["block"] = torch.where(again[:, None], block, state["block"])
         state["masked"] = state["masked"] | again[:, None]
         state["steps"] = state["steps"].masked_fill(again, 0)
@@ -97,8 +96,6 @@ class RecheckedTrustMode(DiffusionTrustMode):
         return torch.where(ends.any(dim=1), ends.long().argmax(dim=1) + 1, whole)
 
     def report(self, request: Request, values: list[int]) -> None:
-        committed, pending, *told = values
+        pending, *told = values
         count, request.ready = request.ready, pending
-        request.count(committed)
-        if told:
-            self.recheck.emit(request, told, count)
+        self.recheck.emit(request, told, count)
