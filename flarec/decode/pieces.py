@@ -26,7 +26,6 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-
 @dataclass(frozen=True)
 class PieceShape:
     """What a forward looks like, per request; hashable.
