@@ -155,6 +155,40 @@ def test_steps_that_wait_for_a_prompt_of_another_lane_are_no_measure(
     assert set(heard) == {1.0}
 
 
+SETTINGS: list[dict[str, Any]] = [{}, {"threshold": 0.5}, {"denoising_steps": 2}, {"recheck": 0.3}, {"drafts": "single"}]
+
+
+@pytest.mark.parametrize(
+    ("mode", "lanes"), [("causal", 1), ("ar-trust", 2), ("elastic", 3), ("diffusion-trust", 4)]
+)
+def test_settings_that_a_mode_does_not_read_share_a_lane(mode: str, lanes: int) -> None:
+    """A lane for all requests that agree in what is read of their settings."""
+    engine, _ = make_engine(FakeModel(), 3)
+    added = [engine.add([1, 2, 3], max_new_tokens=9, mode=mode, **setting) for setting in SETTINGS]
+    assert len(engine._serving.lanes) == lanes
+    while engine.busy:
+        engine.step()
+    alone, _ = make_engine(FakeModel(), 3)
+    for request, setting in zip(added, SETTINGS, strict=True):
+        assert told(request)[0] == alone.generate([[1, 2, 3]], max_new_tokens=9, mode=mode, **setting)[0].token_ids
+
+
+@pytest.mark.parametrize("way", [{"mode": "diffusion-trust", "recheck": 0.3}, {"mode": "ar-trust", "drafts": "auto"}])
+def test_a_request_is_checked_without_a_mode_of_its_own(way: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modes hold tensors on the device: a lane makes one, and whoever is added makes none."""
+    engine, _ = make_engine(FakeModel(), 3)
+    mode, made = engine._mode, list[object]()
+
+    def counted(*arguments: Any) -> Any:
+        made.append(mode(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(engine, "_mode", counted)
+    for _ in range(5):
+        engine.add([1, 2, 3], max_new_tokens=9, **way)
+    assert len(made) == len(engine._serving.lanes) == 1
+
+
 def test_slots_bound_what_runs_and_the_longest_prompts_come_first() -> None:
     model = FakeModel(agreement=0.7)
     engine, program = make_engine(model, 3)
