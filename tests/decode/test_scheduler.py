@@ -155,7 +155,9 @@ def test_steps_that_wait_for_a_prompt_of_another_lane_are_no_measure(
     assert set(heard) == {1.0}
 
 
-SETTINGS: list[dict[str, Any]] = [{}, {"threshold": 0.5}, {"denoising_steps": 2}, {"recheck": 0.3}, {"drafts": "single"}]
+SETTINGS: list[dict[str, Any]] = [
+    {}, {"threshold": 0.5}, {"denoising_steps": 2}, {"recheck": 0.3}, {"drafts": "single"},
+]
 
 
 @pytest.mark.parametrize(
