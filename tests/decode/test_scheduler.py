@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from flarec.base.generation import GenerationOptions
+from flarec.base.generation import MODES, GenerationOptions
+from flarec.decode.engine import OF_A_LANE
 from flarec.decode.graphs import PlainReplays
 from flarec.decode.modes.ar_trust import ARTrustMode
 from flarec.decode.policy import choices_of
@@ -167,7 +168,7 @@ def test_settings_that_a_mode_does_not_read_share_a_lane(mode: str, lanes: int) 
     """A lane for all requests that agree in what is read of their settings."""
     engine, _ = make_engine(FakeModel(), 3)
     added = [engine.add([1, 2, 3], max_new_tokens=9, mode=mode, **setting) for setting in SETTINGS]
-    assert len(engine._serving.lanes) == lanes
+    assert len(engine._serving.lanes) == lanes and set(OF_A_LANE) == set(MODES)
     while engine.busy:
         engine.step()
     alone, _ = make_engine(FakeModel(), 3)
