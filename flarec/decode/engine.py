@@ -18,6 +18,7 @@ from flarec.base.generation import (
     takes_options,
     token_ids,
 )
+from flarec.base.recent import last_used
 from flarec.errors import GenerationError
 from flarec.layout import READOUTS
 
@@ -48,8 +49,14 @@ host as long whatever it reads."""
 PREFILL_ALONE = {"cuda": PREFILL_ROWS}
 """Clean rows of one prefill forward, all requests together, while nothing runs; elsewhere as beside running ones."""
 SLOTS = 64
-OF_A_LANE = ("mode", "drafts", "threshold", "denoising_steps", "recheck", "suppress")
-"""What requests that share a forward agree in; with a recheck of whole blocks also in `eos_ids`."""
+OF_A_LANE: dict[str, tuple[str, ...]] = {
+    "causal": (),
+    "ar-trust": ("drafts",),
+    "diffusion-trust": ("threshold", "denoising_steps", "recheck"),
+    "elastic": ("threshold", "recheck"),
+}
+"""What requests of a mode that share a forward agree in, besides `suppress`: what the mode reads. With a recheck of
+whole blocks also in `eos_ids`."""
 MOST_POLICIES = 64
 """Kinds of lanes of which is remembered how much drafting pays: those that were used last."""
 GRAPHS = ("auto", "off")
@@ -255,8 +262,10 @@ class Engine:
 
         def key(request: Request) -> Hashable:
             options = request.options
+            assert options.mode is not None
             ends = options.eos_ids if options.mode == "diffusion-trust" and options.recheck else None
-            return (*(getattr(options, name) for name in OF_A_LANE), ends, request.logprobs)
+            read = tuple(getattr(options, name) for name in OF_A_LANE[options.mode])
+            return options.mode, *read, options.suppress, ends, request.logprobs
 
         def lane(request: Request, key: Hashable) -> Lane:
             mode, suppress = self._mode(request.options, key), self._suppressed(request.options.suppress)
@@ -285,40 +294,48 @@ class Engine:
         """What decodes a request whose options are complete. key: of its lane; None: for nobody that runs."""
         assert options.drafts is not None and options.threshold is not None and options.denoising_steps is not None
         recheck = Recheck(options.recheck) if options.recheck else None
+        blocks = self._blocks_of(options)
+        if blocks is None:
+            return CausalMode()
         if options.mode == "ar-trust":
             if options.drafts == "horizon":
-                blocks = self._told_blocks("drafts 'horizon'")
                 return PlacedTrustMode(blocks, self._policy(key, PLACED), self.program.vocab_size)
             policy = self._policy(key) if options.drafts == "auto" else None
-            return ARTrustMode(self._blocks("ar-trust"), branches=options.drafts != "single", policy=policy)
+            return ARTrustMode(blocks, branches=options.drafts != "single", policy=policy)
         if options.mode == "diffusion-trust":
-            given = self._blocks("diffusion-trust"), options.threshold, options.denoising_steps
+            given = blocks, options.threshold, options.denoising_steps
             if recheck is None:
                 return DiffusionTrustMode(*given)
             return RecheckedTrustMode(*given, recheck, options.eos_ids or (), self.program.device)
-        if options.mode == "elastic":
-            told = self._told_blocks("mode 'elastic'"), options.threshold, self.program.vocab_size
-            return ElasticMode(*told) if recheck is None else RecheckedElasticMode(*told, recheck)
-        return CausalMode()
+        told = blocks, options.threshold, self.program.vocab_size
+        return ElasticMode(*told) if recheck is None else RecheckedElasticMode(*told, recheck)
 
     def _policy(self, key: Hashable, placed: Sequence[int] = ()) -> DraftPolicy:
         """How much the steps of a lane draft. What one call learns about this model here serves the next one, and lanes
         that take turns learn from steps of their own alone. placed: see `choices_of`."""
         blocks = self._blocks("ar-trust")
+
+        def make() -> DraftPolicy:
+            return DraftPolicy(choices_of(blocks.size, blocks.readout, placed))
+
+        if key is None:
+            return make()
         with self._choosing:
-            found = self._policies.pop(key, None)
-            if found is None:
-                found = DraftPolicy(choices_of(blocks.size, blocks.readout, placed))
-            if key is not None:
-                if len(self._policies) >= MOST_POLICIES:
-                    del self._policies[next(iter(self._policies))]
-                self._policies[key] = found
-            return found
+            return last_used(self._policies, key, make, MOST_POLICIES)
 
     def _filled(self, options: GenerationOptions) -> GenerationOptions:
         steps = self.block_size or 1
         filled = options.filled(mode="causal", drafts="branches", threshold=0.9, denoising_steps=steps, recheck=0.0)
         return filled.filled(eos_ids=self.eos_ids)
+
+    def _blocks_of(self, options: GenerationOptions) -> BlockSpec | None:
+        """The noisy blocks of a request whose options are complete; None: it has none. Raises `GenerationError` where
+        this model cannot decode so; on the device nothing is made."""
+        if options.mode == "elastic":
+            return self._told_blocks("mode 'elastic'")
+        if options.mode == "ar-trust" and options.drafts == "horizon":
+            return self._told_blocks("drafts 'horizon'")
+        return None if options.mode in (None, "causal") else self._blocks(options.mode)
 
     def _blocks(self, mode: str) -> BlockSpec:
         """The noisy blocks of a mode that has some."""
@@ -366,7 +383,7 @@ class Engine:
         tokens = self.read_prompt(prompt, name or f"prompt {index}")
         limit = min(options.max_new_tokens, self.max_positions - len(tokens))
         assert options.eos_ids is not None
-        self._mode(options)
+        self._blocks_of(options)
         self._suppressed(options.suppress)
         return Request(index, tokens, limit, Stopping(options.eos_ids, check, on_tokens), options)
 

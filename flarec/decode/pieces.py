@@ -7,24 +7,20 @@ host as well, where schedules are made of them, so that a piece never waits for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from flarec.base.flat import Schedule, sent
+from flarec.base.recent import last_used
 from flarec.layout import BLOCK_END, PADDING, READOUTS, SharedDerivations, StepLayout
 
 from .plan import FAR
 
 MOST_KEPT = 8
 """Arrangements of pieces of which is kept what is derived from them: a prompt's first piece, others, and last ones."""
-
-K = TypeVar("K")
-V = TypeVar("V")
-
 
 
 @dataclass(frozen=True)
@@ -124,26 +120,19 @@ class PieceLayouts:
             here = PiecePlaces.of(shape)
             return here, here.to(self.device)
 
-        here, there = _last_used(self._places, shape, made)
+        here, there = last_used(self._places, shape, made, MOST_KEPT)
         layout = there.layout(cached)
         if known is None:
             return layout
         near = tuple(min(count, FAR) for count in known)
-        kept = _last_used(self._kept, (shape, near), lambda: SharedDerivations(here.layout(_numbers(near))))
+        kept = last_used(
+            self._kept, (shape, near), lambda: SharedDerivations(here.layout(_numbers(near))), MOST_KEPT
+        )
         return layout.known(here.layout(_numbers(known)), kept)
 
 
 def _numbers(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
-
-
-def _last_used(table: dict[K, V], key: K, make: Callable[[], V]) -> V:
-    """What is in a table under a key, or is made now; of the others those that were used last stay."""
-    found = table.pop(key) if key in table else make()
-    if len(table) >= MOST_KEPT:
-        del table[next(iter(table))]
-    table[key] = found
-    return found
 
 
 class PiecePlan:

@@ -12,7 +12,9 @@ Beliefs may be wrong, and texts change. So the time that drafting has lost to ca
 steps of causal decoding: a step that drafts takes out what it took longer than the tokens it gave would have taken
 there, or puts in what it gained, up to `PURSE`; every step puts in `SLACK`. What the purse does not hold is not risked.
 Over any steps drafting loses at most `PURSE`, `SLACK` of each, and once for every kind of step what its first
-measurement was above its estimate.
+measurement was above its estimate. A purse is never emptier than `-PURSE`: what one step takes beyond that, which
+needs costs that rose all at once, is forgotten, at most once in `PURSE / SLACK` steps; not to draft any more would not
+bring it back.
 """
 
 from __future__ import annotations
@@ -217,7 +219,7 @@ class DraftPolicy:
         gain = SLACK
         if drafting != CAUSAL and (plain := self._timings.get((rows, CAUSAL))) is not None and plain.cost:
             gain += tokens - own.cost / plain.cost
-        self.purse = min(PURSE, self.purse + gain)
+        self.purse = max(-PURSE, min(PURSE, self.purse + gain))
 
     def cost(self, rows: int, drafting: Drafting) -> float | None:
         """Seconds of a step; between two of the same kind that were measured, by the rows of each. None if unknown."""
@@ -236,7 +238,7 @@ class DraftPolicy:
         """The blocks of the next step."""
         rows = _bucket(rows)
         if rows != self._rows:  # its steps have other costs
-            self._rows, self._wait, self._patience = rows, 0, min(self._patience, EARLY << self._looks[rows])
+            self._rows, self._wait, self._patience = rows, 0, min(self._patience, _early(self._looks[rows]))
             self._then.clear()
         self._drafted += self.drafting != CAUSAL
         if self.drafting != CAUSAL and self.purse < self._extra:
@@ -268,7 +270,7 @@ class DraftPolicy:
         """Go on drafting while that pays; else rest, and then see whether it does now."""
         used, hoped = self.drafting, self._hoped(costs)
         best, gain = self._best(costs, hoped)
-        pays, self._patience = gain > 1.0, min(PATIENCE[gain > CLOSE], EARLY << self._looks[self._rows])
+        pays, self._patience = gain > 1.0, min(PATIENCE[gain > CLOSE], _early(self._looks[self._rows]))
         if used != CAUSAL:
             if pays:
                 self._pause = PAUSES[0]
@@ -379,6 +381,11 @@ def _between(known: Sequence[tuple[int, float]], rows: int) -> float | None:
         return None
     (low, below), (high, above) = known[place - 1], known[place]
     return below + (above - below) * (rows - low) / (high - low)
+
+
+def _early(looks: int) -> int:
+    """Steps with drafts before costs are looked at once more; as many as `PATIENCE` allows after a few looks."""
+    return min(PATIENCE[1], EARLY << min(looks, PATIENCE[1].bit_length()))
 
 
 def _bucket(rows: int) -> int:

@@ -6,15 +6,16 @@ elsewhere come in (`join`). What a row computes depends on no other row and on n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter as clock
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from flarec.base.flat import sent
 from flarec.base.generation import GenerationOptions
+from flarec.base.recent import last_used
 
 from .cache import Cache
 from .pieces import PieceLayouts
@@ -22,9 +23,6 @@ from .plan import DecodeProgram, StepPlan, StepShape
 from .request import Request
 from .sampling import SamplingRows, choose, near
 from .stepper import BlockSpec, Stepper
-
-K = TypeVar("K")
-V = TypeVar("V")
 
 
 class Mode(Protocol):
@@ -80,7 +78,8 @@ class Rows(Stepper):
     state     what the mode keeps, by name: tensors with a row per request
     sampling  parameters of each row
     suppress  [V] bool ids that are never chosen, or None
-    plans     shared between the rows of a scheduler, of which `most_plans` are kept (None: all of them)
+    plans     shared between the rows of a scheduler, of which `most_plans` are kept (None: all of them): requests that
+    end one by one make as many shapes as they are
     layouts   of pieces of prompts, shared likewise
     constants of `constant`, as many
     active    [rows] bool: rows of a request; None: all of them
@@ -167,9 +166,10 @@ class Rows(Stepper):
 
     def constant(self, value: int, *sizes: int) -> Tensor:
         """int64 of one value, made once: nobody writes into it."""
-        return self._kept(
-            self.constants, (value, sizes), lambda: torch.full(sizes, value, dtype=torch.int64, device=self.device)
-        )
+        def make() -> Tensor:
+            return torch.full(sizes, value, dtype=torch.int64, device=self.device)
+
+        return last_used(self.constants, (value, sizes), make, self.most_plans)
 
     def accept(self, rows: Tensor) -> None:
         """Keep the first `rows[b]` clean rows of the step that just ran."""
@@ -191,7 +191,7 @@ class Rows(Stepper):
 
     def compute(self, shape: StepShape) -> Tensor:
         """The part of a step that is a function of tensors; returns what `Mode.report` is given [rows, n] int64."""
-        plan = self._kept(self.plans, shape, lambda: StepPlan(shape, self.device))
+        plan = last_used(self.plans, shape, lambda: StepPlan(shape, self.device), self.most_plans)
         ids, anchors = self.mode.inputs(self, shape)
         layout = plan.layout(self.cache.length, anchors)
         if self.overwrites:
@@ -200,15 +200,6 @@ class Rows(Stepper):
         program = self.program if shape.blocks or self.bare is None else self.bare
         clean, noisy = plan.split(program.step(ids, layout, plan.head_rows, self.cache))
         return self.mode.read(self, shape, clean, noisy)
-
-    def _kept(self, table: dict[K, V], key: K, make: Callable[[], V]) -> V:
-        """What was made for a key. The oldest go: requests that end one by one make as many shapes as they are."""
-        found = table.get(key)
-        if found is None:
-            if self.most_plans is not None and len(table) >= self.most_plans:
-                del table[next(iter(table))]
-            found = table[key] = make()
-        return found
 
     def _report(self, values: list[list[int]]) -> None:
         """Tell the mode. A request whose report fails ends; the others go on."""

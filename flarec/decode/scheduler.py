@@ -37,6 +37,8 @@ class Lane:
     prefixes: prompts that were read before; None: they are read anew. With it a chunk is a page
     reader: gives what reads prompts in the place of the program, for the one that is read next
     bare: runs steps without noisy rows in the place of the program; None: the program does
+    queued: whether a piece of a prompt, of any lane, is queued and nobody has waited for it yet: who reads results next
+    waits for it as well
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Lane:
         self.waiting: deque[Request] = deque()
         self.reading: Prefill | None = None
         self.running: Rows | None = None
+        self.queued = False
         self._plans: dict[StepShape, StepPlan] = {}
         self._layouts = PieceLayouts(program.device)
 
@@ -80,18 +83,17 @@ class Lane:
         lanes run. Returns who ended."""
         ended: list[Request] = []
         self.running = self._left(self.running, ended)  # who was cancelled
-        start, prefills = time.perf_counter(), self.stats.prefills
+        start = time.perf_counter()
         fresh = self._admitted(ended, beside)
         middle = time.perf_counter()
-        queued = self.reading is not None and self.stats.prefills > prefills
         if self.running is None and self.stores is None:
             self.running, fresh = fresh, None
         # neither its one step by itself is a measure, nor one that waits for a prefill
-        for rows, timed in ((self.running, not queued), (fresh, False)):
+        for rows, timed in ((self.running, not self.queued), (fresh, False)):
             if rows is not None:
                 rows.timed = timed
                 rows.step()
-                rows.timed = True
+                rows.timed, self.queued = True, False
                 self.stats.steps += 1
         self.running, fresh = self._left(self.running, ended), self._left(fresh, ended)
         if fresh is not None:
@@ -149,6 +151,7 @@ class Lane:
         while not (done := self.reading.advance(self.alone if alone else 0)) and alone:
             pass
         self.stats.prefills += self.reading.forwards - before
+        self.queued = not done  # the first tokens were read
         if not done:
             return None
         fresh, self.reading = self.reading.rows, None
@@ -202,6 +205,7 @@ class Scheduler:
         self._lane = lane
         self._key = key
         self.lanes: dict[Hashable, Lane] = {}
+        self._queued = False
 
     @property
     def busy(self) -> bool:
@@ -218,7 +222,9 @@ class Scheduler:
         """One step of every lane. Returns the requests that ended by themselves."""
         lanes, ended = list(self.lanes.values()), list[Request]()
         for lane in lanes:
+            lane.queued = self._queued
             ended += lane.step(any(other.running for other in lanes if other is not lane))
+            self._queued = lane.queued
         self.lanes = {key: lane for key, lane in self.lanes.items() if lane.busy}
         return ended
 

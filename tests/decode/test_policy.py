@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flarec.decode.policy import CAUSAL, PURSE, SLACK, Drafting, DraftPolicy, choices_of
+from flarec.decode.policy import CAUSAL, PURSE, RECENT, SLACK, Drafting, DraftPolicy, choices_of
 from tests.decode.fake_model import FakeModel
 from tests.decode.helpers import make_engine
 from tests.decode.test_graphs import with_graphs
@@ -313,3 +313,35 @@ def test_what_is_forgotten_again_and_again_stays_a_number() -> None:
     for _ in range(200):
         policy.timed(1, policy.next(1), 1.0, 1.0)
     assert all(0 <= policy.acceptance(depth) <= 1 for depth in (1, 2, 3))
+
+
+def took(policy: DraftPolicy, rows: int, seconds: float) -> Drafting:
+    """A step in which all drafts are right."""
+    drafting = policy.next(rows)
+    policy.accepted(drafting.size, drafting.size)
+    policy.timed(rows, drafting, seconds, 1.0 + drafting.size)
+    return drafting
+
+
+def test_looks_are_without_end() -> None:
+    """However often costs were looked at: a server runs for months."""
+    policy = DraftPolicy(KINDS)
+    policy._looks[1] = policy._looks[2] = 1 << 70
+    for rows in (1, 2):
+        used = [drafting for _ in range(400) if (drafting := took(policy, rows, 1.0)) != CAUSAL]
+        assert len(used) > 300
+
+
+def test_no_step_empties_the_purse_for_ever() -> None:
+    """Blocks that had a bad time, once: what else there is to draft is tried again within some two purses."""
+    policy = DraftPolicy([CAUSAL, Drafting(1, False), Drafting(3, False)])
+    for _ in range(500):
+        took(policy, 1, 1.0)
+    used, smaller = policy.drafting, Drafting(1, False)
+    assert used.size == 3
+    for drafting, seconds, tokens in ((smaller, 1.0, 2.0), (used, 1e4, 1.0)):
+        for _ in range(RECENT):
+            policy.timed(1, drafting, seconds, tokens)
+    assert policy.purse == -PURSE
+    tried = [took(policy, 1, 1e4 if policy.drafting == used else 1.0) for _ in range(int(2.5 * PURSE / SLACK))]
+    assert tried.count(smaller) > 100

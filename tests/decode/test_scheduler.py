@@ -12,13 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from flarec.base.generation import GenerationOptions
+from flarec.base.generation import MODES, GenerationOptions
+from flarec.decode.engine import OF_A_LANE
 from flarec.decode.graphs import PlainReplays
+from flarec.decode.modes.ar_trust import ARTrustMode
+from flarec.decode.policy import choices_of
 from flarec.decode.request import Request
+from flarec.decode.rows import Rows
+from flarec.decode.stepper import Stepper
 from flarec.decode.stores import Shelf
 from flarec.errors import GenerationError
 from tests.decode.fake_model import FakeModel, FakeProgram
-from tests.decode.helpers import make_engine, random_options, random_prompts
+from tests.decode.helpers import HeldPolicy, hold, make_engine, random_options, random_prompts
 
 WAYS: list[dict[str, Any]] = [
     {"mode": "causal"},
@@ -94,6 +99,7 @@ def test_prompts_beside_running_requests(way: dict[str, Any]) -> None:
     assert [len(call.clean) for call in program.calls] == [2]
     assert second.forwards == 3
 
+
 @pytest.mark.parametrize("offset", range(5))
 def test_steps_are_timed_whoever_runs(offset: int) -> None:
     """Only the first step of requests that join is by itself and no measure: not the later ones, if the others ended in
@@ -108,6 +114,82 @@ def test_steps_are_timed_whoever_runs(offset: int) -> None:
         lanes = engine._serving.lanes.values()
         assert all(lane.running is None or lane.running.timed for lane in lanes)
 
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("chosen_first", [True, False])
+def test_steps_that_wait_for_a_prompt_of_another_lane_are_no_measure(
+    chosen_first: bool, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A piece is queued; who reads results next waits for it, in whichever lane, and nobody behind that."""
+    engine, _ = make_engine(FakeModel())
+    if graphs:
+        engine.shelf = Shelf(PlainReplays)
+    engine._serving = engine._scheduler(4, 5)
+    hold(engine, HeldPolicy(choices_of(3, "causal")))
+    seconds, queued, heard = 0.0, 0.0, list[float]()
+    run, report = Stepper.run, Rows._report
+
+    def piece(stepper: Stepper, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        nonlocal queued
+        queued += 100.0
+        return run(stepper, *arguments, **keywords)
+
+    def waited(rows: Rows, values: list[list[int]]) -> None:
+        nonlocal seconds, queued
+        seconds, queued = seconds + 1.0 + queued, 0.0
+        report(rows, values)
+
+    monkeypatch.setattr(Stepper, "run", piece)
+    monkeypatch.setattr(Rows, "_report", waited)
+    monkeypatch.setattr("flarec.decode.rows.clock", lambda: seconds)
+    monkeypatch.setattr("flarec.decode.graphs.clock", lambda: seconds)
+    monkeypatch.setattr(ARTrustMode, "timed", lambda mode, shape, took: heard.append(took))
+    engine.add([1, 2], max_new_tokens=60, mode="ar-trust", drafts="auto")
+    for _ in range(20):
+        engine.step()
+    long, timed = engine.add([4] * 23, max_new_tokens=9), len(heard)
+    if not chosen_first:
+        engine._serving.lanes = dict(reversed(engine._serving.lanes.items()))
+    for _ in range(10):
+        engine.step()
+    assert long.tokens and timed > 5 and len(heard) == timed + 10 - 4, "of the last piece the lane itself has read"
+    assert set(heard) == {1.0}
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {}, {"threshold": 0.5}, {"denoising_steps": 2}, {"recheck": 0.3}, {"drafts": "single"},
+]
+
+
+@pytest.mark.parametrize(
+    ("mode", "lanes"), [("causal", 1), ("ar-trust", 2), ("elastic", 3), ("diffusion-trust", 4)]
+)
+def test_settings_that_a_mode_does_not_read_share_a_lane(mode: str, lanes: int) -> None:
+    """A lane for all requests that agree in what is read of their settings."""
+    engine, _ = make_engine(FakeModel(), 3)
+    added = [engine.add([1, 2, 3], max_new_tokens=9, mode=mode, **setting) for setting in SETTINGS]
+    assert len(engine._serving.lanes) == lanes and set(OF_A_LANE) == set(MODES)
+    while engine.busy:
+        engine.step()
+    alone, _ = make_engine(FakeModel(), 3)
+    for request, setting in zip(added, SETTINGS, strict=True):
+        assert told(request)[0] == alone.generate([[1, 2, 3]], max_new_tokens=9, mode=mode, **setting)[0].token_ids
+
+
+@pytest.mark.parametrize("way", [{"mode": "diffusion-trust", "recheck": 0.3}, {"mode": "ar-trust", "drafts": "auto"}])
+def test_a_request_is_checked_without_a_mode_of_its_own(way: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modes hold tensors on the device: a lane makes one, and whoever is added makes none."""
+    engine, _ = make_engine(FakeModel(), 3)
+    mode, made = engine._mode, list[object]()
+
+    def counted(*arguments: Any) -> Any:
+        made.append(mode(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(engine, "_mode", counted)
+    for _ in range(5):
+        engine.add([1, 2, 3], max_new_tokens=9, **way)
+    assert len(made) == len(engine._serving.lanes) == 1
 
 
 def test_slots_bound_what_runs_and_the_longest_prompts_come_first() -> None:

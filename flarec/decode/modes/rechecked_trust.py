@@ -11,6 +11,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from flarec.base.flat import sent
+
 from ..plan import StepShape
 from ..recheck import Recheck
 from ..request import Request
@@ -32,7 +34,7 @@ class RecheckedTrustMode(DiffusionTrustMode):
     ) -> None:
         super().__init__(blocks, threshold, steps)
         self.recheck = recheck
-        self.ends = torch.tensor(sorted(ends), dtype=torch.int64, device=device)
+        self.ends = sent(torch.tensor(sorted(ends), dtype=torch.int64), device)
 
     def start(self, rows: Rows, clean: Tensor, noisy: Tensor) -> Tensor:
         super().start(rows, clean, noisy)
