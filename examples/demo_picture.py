@@ -29,10 +29,12 @@ def draw(report: dict[str, Any], metrics: Sequence[dict[str, Any]], path: Path) 
         axes.tick_params(axis="x", rotation=15)
         axes.spines[["top", "right"]].set_visible(False)
     steps = [row for row in metrics if "diffusion_loss" in row]
-    losses = (("ar_loss", "AR (clean stream)", COLOURS[1]), ("diffusion_loss", "diffusion", COLOURS[3]))
+    kinds = dict.fromkeys("+".join(row["diffusion_losses"]) for row in steps)
+    noisy = f"diffusion ({', then '.join(kinds)})"
+    losses = (("ar_loss", "AR (clean stream)", COLOURS[1]), ("diffusion_loss", noisy, COLOURS[3]))
     for key, label, colour in losses:
         right.plot([row["step"] for row in steps], [row[key] for row in steps], label=label, color=colour)
-    right.set_yscale("log")
+    right.set_yscale("symlog", linthresh=0.01)  # el is minus the expected accepted length
     right.set_xlabel("optimizer step")
     right.set_title("losses of the conversion")
     right.legend(frameon=False)
