@@ -143,7 +143,8 @@ def ratios(
     for module in (graphs, rows):
         vars(module)["clock"] = machine.clock
     try:
-        found = ours.chosen_rates(Session(machine), requests, wanted)  # type: ignore[arg-type]
+        session: Any = Session(machine)
+        found = ours.chosen_rates(session, requests, wanted)
         return {tokens: one.ratio for tokens, one in found.items()}
     finally:
         patched.spread = spread

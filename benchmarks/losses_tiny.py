@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -31,20 +30,6 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "kl": ("diffusion.loss=kl", "diffusion.earlier_losses=[]"),
     "ce": ("diffusion.loss=ce", "diffusion.earlier_losses=[]"),
 }
-
-
-def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per loss the mean over seeds, and the differences to the recipe's, seed by seed."""
-    table: dict[str, Any] = {}
-    for name in ("T=0", "T=1"):
-        values = {loss: {one["seed"]: one[name]["tokens_per_forward"] for one in runs if one["loss"] == loss}
-                  for loss in LOSSES}
-        table[name] = {
-            loss: {"mean": statistics.mean(seeds.values()),
-                   "to_recipe": [seeds[seed] - values["recipe"][seed] for seed in seeds]}
-            for loss, seeds in values.items() if seeds
-        }
-    return table
 
 
 def main() -> None:
@@ -74,7 +59,7 @@ def main() -> None:
             ])
             run = noise_tiny.run(recipe, "vector", seed, options)
             table["runs"].append({"loss": loss, **run})
-            table["summary"] = summary(table["runs"])
+            table["summary"] = noise_tiny.summary(table["runs"], "loss", tuple(LOSSES))
             options.out.write_text(json.dumps(table, indent=1) + "\n")
             print(f"{time.monotonic() - start:.0f} s: {loss} {seed}: {run['T=0']['tokens_per_forward']:.3f}, "
                   f"{run['T=1']['tokens_per_forward']:.3f}", flush=True)

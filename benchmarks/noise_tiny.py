@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +92,16 @@ def device_text(device: str) -> str:
     return torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per kind the mean over seeds, and the differences to the vector, seed by seed."""
+def summary(runs: list[dict[str, Any]], key: str = "kind", kinds: Sequence[str] = KINDS) -> dict[str, Any]:
+    """Per kind, which runs have under `key`, the mean over seeds, and the differences to the first, seed by seed."""
     table: dict[str, Any] = {}
+    first = kinds[0]
     for name in ("T=0", "T=1"):
-        values = {kind: {one["seed"]: one[name]["tokens_per_forward"] for one in runs if one["kind"] == kind}
-                  for kind in KINDS}
+        values = {kind: {one["seed"]: one[name]["tokens_per_forward"] for one in runs if one[key] == kind}
+                  for kind in kinds}
         table[name] = {
             kind: {"mean": statistics.mean(seeds.values()),
-                   "to_vector": [seeds[seed] - values["vector"][seed] for seed in seeds if seed in values["vector"]]}
+                   f"to_{first}": [seeds[seed] - values[first][seed] for seed in seeds if seed in values[first]]}
             for kind, seeds in values.items() if seeds
         }
     return table

@@ -21,8 +21,11 @@ def near(
 
     logits [N, V] of any float dtype; token and choice [N] int64, choice as `choose` made it of the other operands,
     which are those of `choose`; share in (0, 1]. False where there is no choice. Scores are those of `choose`, bit for
-    bit, so that they tell apart what it tells apart. It waits for no device; truncated rows are sorted.
+    bit, so that they tell apart what it tells apart. It waits for no device. Truncated rows are sorted, unless share
+    is 1: then nothing but the choice is good enough, and no row is looked at.
     """
+    if share == 1:
+        return (token == choice) & (choice >= 0)
     if per > 1:
         temperature, top_k, top_p, seed, position = (
             x[:, None].expand(-1, per).reshape(-1) for x in (temperature, top_k, top_p, seed, position)

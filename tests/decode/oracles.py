@@ -177,6 +177,15 @@ def elastic(
             return Oracle(*done, forwards, histogram, origins)
 
 
+def confident(guesses: dict[int, tuple[int, float]], readout: str, threshold: float) -> set[int]:
+    """Which masked offsets of a block a step fills. guesses: a token and its confidence for each of them."""
+    if readout == "causal":
+        stop = next((offset for offset in sorted(guesses)[1:] if guesses[offset][1] < threshold), max(guesses) + 1)
+        return {offset for offset in guesses if offset < stop}
+    best = max(sorted(guesses), key=lambda offset: guesses[offset][1])
+    return {best} | {offset for offset, (_, confidence) in guesses.items() if confidence >= threshold}
+
+
 def diffusion_trust(
     model: FakeModel,
     prompt: list[int],
@@ -207,14 +216,7 @@ def diffusion_trust(
                     logits = model.noisy(prefix, block, offset - 1, readout)
                 guesses[offset] = pick(logits, params, len(prefix) + offset, [model.mask])
                 chose[offset] = logits
-            if step == steps - 1:
-                chosen = set(hidden)
-            elif readout == "causal":
-                stop = next((offset for offset in sorted(hidden)[1:] if guesses[offset][1] < threshold), size)
-                chosen = {offset for offset in hidden if offset < stop}
-            else:
-                best = max(sorted(hidden), key=lambda offset: guesses[offset][1])
-                chosen = {best} | {offset for offset in hidden if guesses[offset][1] >= threshold}
+            chosen = set(hidden) if step == steps - 1 else confident(guesses, readout, threshold)
             for offset in chosen:
                 block[offset] = guesses[offset][0]
             hidden -= chosen

@@ -11,7 +11,7 @@ import numpy as np
 from flarec.base.generation import GenerationOptions
 
 from .fake_model import FakeModel
-from .oracles import end, gumbel, law, pick
+from .oracles import confident, end, gumbel, law, pick
 
 
 @dataclass
@@ -103,14 +103,7 @@ def rechecked_trust(request: Rechecked, size: int, readout: str, threshold: floa
                 guesses[offset] = pick(logits, request.params, len(prefix) + offset, [mask])
                 chose[offset] = logits
             step += 1
-            if step == steps:
-                chosen = set(hidden)
-            elif readout == "causal":
-                stop = next((offset for offset in sorted(hidden)[1:] if guesses[offset][1] < threshold), size)
-                chosen = {offset for offset in hidden if offset < stop}
-            else:
-                best = max(sorted(hidden), key=lambda offset: guesses[offset][1])
-                chosen = {best} | {offset for offset in hidden if guesses[offset][1] >= threshold}
+            chosen = set(hidden) if step == steps else confident(guesses, readout, threshold)
             for offset in chosen:
                 block[offset] = guesses[offset][0]
             hidden -= chosen

@@ -133,10 +133,13 @@ def test_a_new_request_is_tried_soon() -> None:
     assert sum(drafting != CAUSAL for drafting in used) > 20
 
 
-def test_larger_blocks_are_tried_again() -> None:
-    """Where only first drafts were right blocks are short; when the others are right as well they get longer."""
+def more_right(steps: int, new: int) -> list[Drafting]:
+    """What eight requests draft whose first drafts alone are right, and all of them from step 1500 on, with which so
+    many requests are new."""
     policy, held, used = DraftPolicy(KINDS), 0, list[Drafting]()
-    for step in range(3000):
+    for step in range(steps):
+        for _ in range(new if step == 1500 else 0):
+            policy.begun()
         drafting = policy.next(8)
         used.append(drafting)
         had = min(held, drafting.size)
@@ -144,6 +147,12 @@ def test_larger_blocks_are_tried_again() -> None:
         policy.accepted(had, right)
         policy.timed(8, drafting, cost(8, drafting), 1 + right)
         held = drafting.size if drafting.branches or right == had else 0
+    return used
+
+
+def test_larger_blocks_are_tried_again() -> None:
+    """Where only first drafts were right blocks are short; when the others are right as well they get longer."""
+    used = more_right(3000, new=0)
     assert sum(drafting.size == 1 for drafting in used[1100:1500]) > 350
     assert sum(drafting.size == 3 for drafting in used[2000:]) > 900
 
@@ -288,18 +297,7 @@ def test_what_may_be_better_is_measured_again() -> None:
 
 def test_new_requests_may_have_deeper_drafts() -> None:
     """Blocks that were too long for the text before are used soon after its requests have ended."""
-    policy, held, used = DraftPolicy(KINDS), 0, list[Drafting]()
-    for step in range(1600):
-        if step == 1500:
-            for _ in range(8):
-                policy.begun()
-        drafting = policy.next(8)
-        used.append(drafting)
-        had = min(held, drafting.size)
-        right = min(had, 1 if step < 1500 else 3)
-        policy.accepted(had, right)
-        policy.timed(8, drafting, cost(8, drafting), 1 + right)
-        held = drafting.size if drafting.branches or right == had else 0
+    used = more_right(1600, new=8)
     assert all(drafting.size <= 1 for drafting in used[1480:1500])
     assert sum(drafting.size == 3 for drafting in used[1500:]) > 60
 
