@@ -25,8 +25,8 @@ WARM_STEPS = 6  # run, checked, captured, and a few more
 AUTO_SECONDS = 60.0
 """Of `--drafts auto` with one number of requests, after which no other acceptance is begun."""
 AUTO_STEPS, TURN, AUTO_WARM = 1536, 8, 64
-"""Steps of `--drafts auto`, and as many causal ones; of each in turn; and before them. Many, since what a policy may lose
-once is no steady state."""
+"""Steps of `--drafts auto`, and as many causal ones; of each in turn; and before them. Many: what a policy may
+lose once is no steady state."""
 SETTLED = 16
 """Replays behind a recorded step that are no steady state: the device had nothing to do for seconds."""
 
