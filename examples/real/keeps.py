@@ -52,7 +52,8 @@ def answer(model: Any, tasks: Sequence[dict[str, Any]], batch: int, **keywords: 
     """Of every task in order: right (0 or 1), tokens, forwards, and a hash of the tokens."""
     examples = to_examples(tasks, model)
     start = time.monotonic()
-    options = [GenerationOptions(max_new_tokens=task["tokens"], **keywords) for task in tasks]
+    options = [GenerationOptions(max_new_tokens=task["tokens"], stop=tuple(task.get("stop", ())), **keywords)
+               for task in tasks]
     outputs = model.generate_ids([example.prompt for example in examples], options, batch=batch)
     pairs = list(zip(examples, outputs, strict=True))
     with ThreadPoolExecutor(4) as pool:  # Python runs in processes

@@ -1,12 +1,16 @@
 """Tasks with exact checks that a model of 135 M parameters can do: grammar, arithmetic, short Python, records.
 
     python examples/real/tasks.py --out out/tasks      # choose.jsonl, report.jsonl: 624 tasks each, no question in both
+    python examples/real/tasks.py --out out/plain --no-chat      # for a base model: the same questions as texts to continue
 
 Records are those of `flarec eval --data FILE --execute`. Most show two to four examples of the same kind first, as
 turns of a chat or as lines: SmolLM2-135M-Instruct (dequantised, greedy) gives 45 to 100 % right answers of each kind
 then (24 of each). What it was tried on and can do less often is left out: subtraction below 20 (2 of 16 right),
 additions of three digits without carries (3 of 20), the larger of two numbers (6 of 20), values of expressions with
 strings (3 of 16), a list of two records (0 of 20).
+
+Without a chat the examples and the question are one text, which goes on with the answer, and each task holds what an
+answer ends before (`stop`): a base model goes on with a question of its own.
 """
 
 from __future__ import annotations
@@ -210,6 +214,22 @@ KINDS = {
 }
 
 
+PLAIN_SHOTS = 2
+"""At least so many examples of a kind are shown where there is no chat: nothing else says what an answer looks like."""
+
+
+def continued(item: Item, shots: Sequence[Item], kind: Kind) -> dict[str, Any]:
+    """A text that goes on with the answer, for a model without a chat template."""
+    if not kind.chat:
+        return {**record_of(item, shots, kind), "stop": ["\n"]}
+    # code begins in a line of its own: Python does not run what is indented by a space
+    before = "\n" if "\n" in item.answer else " "
+    texts = [f"Question: {each.question}\nAnswer:" for each in (*shots, item)]
+    shown = "".join(f"{text}{before}{shot.answer}\n\n" for text, shot in zip(texts, shots, strict=False))
+    return {"prompt": shown + texts[-1] + before.strip(" "), "response": before.strip("\n") + item.answer,
+            "stop": ["\n\n"], **dict(item.check)}
+
+
 def record_of(item: Item, shots: Sequence[Item], kind: Kind) -> dict[str, Any]:
     """As `flarec eval` reads it."""
     if not kind.chat:
@@ -221,8 +241,11 @@ def record_of(item: Item, shots: Sequence[Item], kind: Kind) -> dict[str, Any]:
     return {"messages": turns, **dict(item.check)}
 
 
-def tasks(split: str, seed: int = 0, count: int = COUNT, only: Sequence[str] = ()) -> list[dict[str, Any]]:
+def tasks(
+    split: str, seed: int = 0, count: int = COUNT, only: Sequence[str] = (), *, chat: bool = True
+) -> list[dict[str, Any]]:
     """`count` tasks of every kind, in turn. A question is in one split only, as task or as example of another one."""
+    record, least = (record_of, 0) if chat else (continued, PLAIN_SHOTS)
     drawn: list[list[dict[str, Any]]] = []
     for name in only or KINDS:
         kind, draw = KINDS[name], random.Random(f"{seed} {name}")
@@ -234,8 +257,8 @@ def tasks(split: str, seed: int = 0, count: int = COUNT, only: Sequence[str] = (
         draw = random.Random(f"{seed} {name} {split}")
         made = []
         for item in mine[:count]:
-            shots = draw.sample([other for other in mine if other is not item], kind.shots)
-            made.append({**record_of(item, shots, kind), "kind": name, "group": kind.group, "tokens": kind.tokens})
+            shots = draw.sample([other for other in mine if other is not item], max(kind.shots, least))
+            made.append({**record(item, shots, kind), "kind": name, "group": kind.group, "tokens": kind.tokens})
         drawn.append(made)
     return [task for together in zip(*drawn, strict=True) for task in together]
 
@@ -246,9 +269,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=COUNT, help="tasks per kind and split")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="append", choices=KINDS, default=[], help="kinds (repeatable; default: all)")
+    parser.add_argument("--chat", action=argparse.BooleanOptionalAction, default=True,
+                        help="questions as turns of a chat; --no-chat: as texts that a base model continues")
     options = parser.parse_args(arguments)
     try:
-        made = {split: tasks(split, options.seed, options.count, options.only) for split in SPLITS}
+        made = {split: tasks(split, options.seed, options.count, options.only, chat=options.chat)
+                for split in SPLITS}
         options.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, FileExistsError) as error:
         parser.error(str(error))

@@ -20,7 +20,8 @@ OPTIONS = [item for item in fields(AnswerArguments) if item.name != "source"]
 def command(**values: Any) -> None:
     """Let SOURCE (directory or hub id) answer prompts, and write the answers as training data.
 
-    Each answer depends on its prompt, the seed and its number alone. Answers without an end are dropped and counted.
+    Each answer depends on its prompt, the seed and its number alone. Answers without an end are dropped and counted,
+    unless --keep-unfinished is given.
     """
     arguments = AnswerArguments(**values)
     # imported here so that `flarec answers --help` stays quick

@@ -94,6 +94,23 @@ def test_they_are_training_data(home: Path) -> None:
             assert said in ([*written, tokenizer.eos_token_id], written)
 
 
+def test_unfinished_answers_train_without_an_end(home: Path) -> None:
+    """What is dropped else is there, up to where it was cut."""
+    assert answers(home, "kept.jsonl", "--max-new-tokens", "4", "--keep-unfinished").exit_code == 0
+    found, whole = lines(home / "kept.jsonl"), lines(home / "whole.jsonl")
+    cut = [line for line in found if line["stop_reason"] == "length"]
+    assert [line for line in found if line not in cut] == [line for line in whole if line["tokens"] <= 4]
+    counts = json.loads((home / "kept.jsonl.record.json").read_text())["counts"]
+    assert counts["unfinished"] == len(cut) > 0 and not counts.get("truncated")
+    (source,) = load_sources(
+        [parse_source(str(home / "kept.jsonl"))], package.load(home / "source/lfm2").tokenizer, max_length=64)
+    for number, line in enumerate(found):
+        document = source.document(number)
+        ((start, end),) = document.responses
+        if line in cut:
+            assert document.ids[start:].tolist() == line["flarec_ids"]["ids"] and end == len(document.ids)
+
+
 def test_an_interrupted_run_has_the_same_bytes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second batch is never counted; another batch size alone changes no answer."""
     from flarec.train.answers.log import AnswerLog

@@ -34,9 +34,13 @@ class AnswerArguments:
     top_p: float = key(1.0, "1 keeps everything.", above=0, high=1, metavar="P")
     chat: bool = key(False, "Put each prompt into the chat template; else it is continued as it is.")
     max_new_tokens: int = key(
-        ANSWER_TOKENS, "An answer without an end within so many tokens is dropped.", low=1, high=LARGEST, metavar="N"
+        ANSWER_TOKENS, "An answer without an end within so many tokens is dropped (see --keep-unfinished).", low=1,
+        high=LARGEST, metavar="N",
     )
     stop: TEXTS = key((), "An answer also ends before this text. Repeat for more.", metavar="TEXT")
+    keep_unfinished: bool = key(
+        False, "Keep answers without an end too, as a base model writes them: they are trained without one."
+    )
     seed: int = key(0, "Equal seeds give equal answers.", low=0, high=LARGEST)
     batch: int = key(16, "Answers that are written at the same time.", low=1, high=LARGEST, metavar="N")
     device: str = key("auto", "auto, cpu, cuda, cuda:1 ...", metavar="NAME")

@@ -86,7 +86,8 @@ def identity_of(arguments: AnswerArguments) -> dict[str, Any]:
     source = describe_source(arguments.source)
     device = torch_device(arguments.device)
     values = asdict(arguments)
-    for name in ("out", "resume", "overwrite"):
+    # records of runs that dropped such answers do not name the option
+    for name in ("out", "resume", "overwrite", *([] if arguments.keep_unfinished else ["keep_unfinished"])):
         del values[name]
     return {
         **values,
@@ -109,6 +110,8 @@ def summary(arguments: AnswerArguments, progress: Progress) -> str:
     counts = Counter(progress.counts)
     text = f"{arguments.out}: {counts['written']:,} answers, {counts['tokens']:,} tokens"
     text += f" (ended by the model {counts['eos']:,}, by a stop text {counts['stop']:,})"
+    if counts["unfinished"]:
+        text += f"; {counts['unfinished']:,} of them without an end in {arguments.max_new_tokens:,} tokens"
     reasons = {
         "truncated": f"without an end in {arguments.max_new_tokens:,} tokens",
         "too_long": "prompts that fill the model's context",
@@ -171,7 +174,7 @@ class _Writer:
         if not progress.counts.get("written"):
             raise TrainingError(
                 f"none of {progress.total:,} answers can be used ({summary(arguments, progress)}); raise "
-                "--max-new-tokens or give a --stop text, and start again with --overwrite"
+                "--max-new-tokens, give a --stop text or --keep-unfinished, and start again with --overwrite"
             )
         return progress
 
@@ -199,7 +202,8 @@ class _Writer:
 
     def _line(self, question: Question, sample: int, made: Generation, counts: Counter[str]) -> str:
         """The record of an answer as a line, empty if it is dropped."""
-        if made.stop_reason == "length":
+        unfinished = made.stop_reason == "length"
+        if unfinished and not self.arguments.keep_unfinished:
             counts["truncated"] += 1
             return ""
         answer = cut(self._decode(made.token_ids), self.arguments.stop)
@@ -211,13 +215,16 @@ class _Writer:
             if not text[1]:
                 raise BadRecord("has no response")
             field = self._generated(record, question, made, answer)
+            if unfinished and field is None:
+                raise BadRecord("read as text, it would end where it was cut")
             if field is not None:
-                counts["other_tokens"] += self.encode({**record, KEY: field}) != text
+                written, read = self.encode({**record, KEY: field})[0], text[0]
+                counts["other_tokens"] += written != (read[: len(written)] if unfinished else read)
         except BadRecord:
             counts["unusable"] += 1
             return ""
         counts["without_ids"] += field is None
-        counts.update({"written": 1, "tokens": made.new_tokens, made.stop_reason: 1})
+        counts.update({"written": 1, "tokens": made.new_tokens, "unfinished" if unfinished else made.stop_reason: 1})
         record |= {"line": question.line, "sample": sample, "tokens": made.new_tokens, "stop_reason": made.stop_reason}
         return json.dumps(record | ({KEY: field} if field else {}), ensure_ascii=False) + "\n"
 
@@ -231,7 +238,8 @@ class _Writer:
             if len(text) < len(answer):
                 return None
             ids.pop()
-        field, reader = self.encode.generated.field(question.ids, ids), self.encode
+        unfinished, reader = made.stop_reason == "length", self.encode
+        field = reader.generated.field(question.ids, ids, unfinished=unfinished)
         before = reader.notes[USED]
         reader({**record, KEY: field})
         return field if reader.notes[USED] > before else None

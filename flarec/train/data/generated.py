@@ -5,8 +5,9 @@ which the model would never write in their place. `flarec answers` therefore add
 
     "flarec_ids": {"tokenizer": HASH, "prompt": HASH, "ids": [...]}
 
-the ids of the answer, a hash of the vocabulary that they are of, and one of the prompt's ids. Whoever reads the text
-alone finds the record as it was without.
+the ids of the answer, a hash of the vocabulary that they are of, and one of the prompt's ids. `"unfinished": true` says
+that the answer was cut at a number of tokens, so that no end belongs behind it. Whoever reads the text alone finds the
+record as it was without.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ NO_ANSWER = "records whose token ids are left out (they end with no answer that 
 @dataclass(frozen=True)
 class Generated:
     """What a record says of its answer: hashes of vocabulary and prompt, and the answer's ids, an end token included
-    where the model wrote one."""
+    where the model wrote one. unfinished: the answer was cut, and no end is trained behind it."""
 
     tokenizer: str
     prompt: str
     ids: tuple[int, ...]
+    unfinished: bool = False
 
 
 def generated_of(record: Mapping[str, Any]) -> Generated | None:
@@ -54,12 +56,14 @@ def generated_of(record: Mapping[str, Any]) -> Generated | None:
     table = value if isinstance(value, Mapping) else {}
     hashes, ids = [table.get(name) for name in ("tokenizer", "prompt")], table.get("ids")
     numbers = isinstance(ids, list) and all(type(i) is int and 0 <= i <= LARGEST for i in ids)
-    if not ids or not isinstance(ids, list) or not numbers or not all(isinstance(text, str) for text in hashes):
+    unfinished = table.get("unfinished", False)
+    sound = numbers and isinstance(unfinished, bool) and all(isinstance(text, str) for text in hashes)
+    if not ids or not isinstance(ids, list) or not sound:
         raise BadRecord(
             f'"{KEY}" is not what flarec answers writes (tokenizer, prompt, and a list of token ids); remove it, and '
             "the text alone is read"
         )
-    return Generated(str(hashes[0]), str(hashes[1]), tuple(ids))
+    return Generated(str(hashes[0]), str(hashes[1]), tuple(ids), unfinished)
 
 
 class GeneratedIds:
@@ -70,9 +74,10 @@ class GeneratedIds:
         self._vocabulary = ""
         self._known: frozenset[int] = frozenset()
 
-    def field(self, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
+    def field(self, prompt: Sequence[int], answer: Sequence[int], *, unfinished: bool = False) -> dict[str, Any]:
         """What a record says of an answer (under `KEY`)."""
-        return {"tokenizer": self.vocabulary, "prompt": hash_of(prompt), "ids": list(answer)}
+        said = {"tokenizer": self.vocabulary, "prompt": hash_of(prompt), "ids": list(answer)}
+        return said | ({"unfinished": True} if unfinished else {})
 
     @property
     def vocabulary(self) -> str:
@@ -95,7 +100,8 @@ class GeneratedIds:
         """(token ids and spans with the answer as it was written, `USED`); (None, the reason) if its text must do.
 
         text: token ids and spans of the record read as text, from which what surrounds the answer comes: the turns
-        before it, the end token where the model wrote none, and what the template writes behind it. ends, closing:
+        before it, the end token where the model wrote none, and what the template writes behind it (neither behind an
+        unfinished answer). ends, closing:
         tokens that end a text, and those that may end a turn.
         """
         answer = _answer(shape)
@@ -117,9 +123,11 @@ class GeneratedIds:
             return None, OTHER_PROMPT
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, prompt, strict=False)))
         behind = spans[-1][1]
+        earlier = [span for span in spans[:-1] if span[1] <= shared]
+        if given.unfinished:
+            return ([*prompt, *given.ids], [*earlier, (len(prompt), len(prompt) + len(given.ids))]), USED
         open_ended = given.ids[-1] not in ends and given.ids[-1] != ids[behind - 1] in closing
         said = [*given.ids, ids[behind - 1]] if open_ended else list(given.ids)
-        earlier = [span for span in spans[:-1] if span[1] <= shared]
         span = (len(prompt), len(prompt) + len(said))
         return ([*prompt, *said, *ids[behind:]], [*earlier, span]), USED
 
