@@ -3,11 +3,11 @@
     flarec convert SOURCE --recipe adapter --data answers.jsonl --steps 10 --out out/adapter
     python examples/real/exact.py out/adapter --source SOURCE --prompts out/prompts/report.jsonl --out exact.json
 
-Greedy: the texts of AR-Trust (a draft block per accepted length) and what transformers computes from the source with its
-cache, a token at a time, one prompt at a time. Sampled at T = 1: AR-Trust and causal decoding of the checkpoint with the
-same seeds. Where two texts part, the place, both tokens and the gap of their scores are written, and whether logits
-within the measured rounding error lead to both (`flarec verify` measures it so). Exit code 1 if a text parts
-without such a tie.
+Greedy: the texts of AR-Trust (a draft block per accepted length) and what transformers computes from the source with
+its cache, a token at a time, one prompt at a time. Sampled at T = 1: AR-Trust and causal decoding of the checkpoint
+with the same seeds. Where two texts part, the place and both tokens are written, how far the source's logit was ahead
+of its next one (greedy), and whether logits within the measured rounding error lead to both tokens (as `flarec verify`
+measures it). Exit code 1 if a text parts without such a tie.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def partings(
     left: Sequence[list[int]], right: Sequence[list[int]],
 ) -> list[dict[str, Any]]:
     """Each text that differs: where, and whether a tie explains it."""
-    found = {place: Parting(prompt, setting, a, b)
-             for place, (prompt, setting, a, b) in enumerate(zip(prompts, settings, left, right, strict=True)) if a != b}
+    each = enumerate(zip(prompts, settings, left, right, strict=True))
+    found = {place: Parting(prompt, setting, a, b) for place, (prompt, setting, a, b) in each if a != b}
     ties = near_ties(subject, list(found.values())) if found else []
     return [{"prompt": place, "token": parting.first, "ids": [parting.a[parting.first], parting.b[parting.first]],
              "near_tie": tie} for (place, parting), tie in zip(found.items(), ties, strict=True)]

@@ -1,7 +1,7 @@
 """Tasks with exact checks that a model of 135 M parameters can do: grammar, arithmetic, short Python, records.
 
     python examples/real/tasks.py --out out/tasks      # choose.jsonl, report.jsonl: 624 tasks each, no question in both
-    python examples/real/tasks.py --out out/plain --no-chat      # for a base model: the same questions as texts to continue
+    python examples/real/tasks.py --out out/plain --no-chat  # the same questions as texts that a base model continues
 
 Records are those of `flarec eval --data FILE --execute`. Most show two to four examples of the same kind first, as
 turns of a chat or as lines: SmolLM2-135M-Instruct (dequantised, greedy) gives 45 to 100 % right answers of each kind
@@ -10,8 +10,8 @@ additions of three digits without carries (3 of 20), the larger of two numbers (
 strings (3 of 16), a list of two records (0 of 20).
 
 Without a chat the examples and the question are one text, which goes on with the answer, and each task holds what an
-answer ends before (`stop`): a base model goes on with a question of its own. gemma-3-270m, a base model, gives 50 to 100 %
-right answers of each kind then (12 of each, greedy, bfloat16 on a CPU).
+answer ends before (`stop`): a base model goes on with a question of its own. gemma-3-270m, a base model, gives 50 to
+100 % right answers of each kind then (12 of each, greedy, bfloat16 on a CPU).
 """
 
 from __future__ import annotations
