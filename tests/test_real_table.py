@@ -82,6 +82,9 @@ def test_a_table_of_two_rows_and_one_that_fails(place: Path, monkeypatch: pytest
     assert draft["texts"]["loss_change"] != 0 and draft["texts"]["texts"] == 3
     assert draft["denoise"]["tokens_per_forward"]["ratio"] > 0 and fluid["elastic"]["causal"] == 1.0
 
+    for found in (draft["denoise"], fluid["elastic"]):  # of the recipe, and so of the checkpoint
+        assert found["recheck"] == 1.0 and found["equal_answers"] == found["tasks"] == 4 and "0.0" in found["choose"]
+
     ran: list[str] = []
 
     def fails(command: list[str], limit: float) -> Any:

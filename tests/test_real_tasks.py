@@ -58,6 +58,21 @@ def test_checks_take_the_answer_and_nothing_else(script: Any) -> None:
         assert not asked.grade(text.replace(text.strip()[:3], "xyz", 1)) and not asked.grade(""), task["kind"]
 
 
+def test_a_text_that_goes_on_asks_the_same(script: Any) -> None:
+    """Without a chat: the same questions and checks; examples show how an answer ends, and an answer holds no end."""
+    for task, other in zip(script.tasks("choose", count=4, chat=False), script.tasks("choose", count=4), strict=True):
+        asked = str(other["messages"][-2]["content"]) if "messages" in other else question(other)
+        assert asked in task["prompt"] and (task["kind"], task["tokens"]) == (other["kind"], other["tokens"])
+        (stop,) = task["stop"]
+        before, text = task["prompt"].split(stop)[:-1], task["response"]
+        assert len(before) >= script.PLAIN_SHOTS and stop not in text and text.strip() == response(other).strip()
+        assert not any(asked in shot for shot in before)
+        graded = question_of(task)
+        assert graded is not None and graded.grade(text)
+        if isinstance(graded, PatternQuestion):  # what it would go on with is cut off before it is graded
+            assert not graded.grade(text.replace(text.strip()[:3], "xyz", 1)), task["kind"]
+
+
 @pytest.mark.parametrize("more", [["--count", "0"], ["--count", "-3"], ["--count", "1000000"]])
 def test_what_cannot_be_made_is_refused(script: Any, more: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -77,7 +77,9 @@ def _at_threshold(part: dict[str, Any]) -> dict[str, Any]:
     """Beside causal decoding of the same weights, which is "source" in `accuracy`."""
     own, causal = part["report"], part["causal"]
     found = {name.replace("source", "causal"): value for name, value in accuracy(own["right"], causal["right"]).items()}
-    return {"choose": part["choose"], "causal, choose": part["causal, choose"], "threshold": part["threshold"], **found,
+    return {"choose": part["choose"], "causal, choose": part["causal, choose"], "threshold": part["threshold"],
+            "recheck": part["recheck"], **found,
+            "equal_answers": sum(one == two for one, two in zip(own["answers"], causal["answers"], strict=True)),
             "tokens_per_forward": ratio(list(zip(own["tokens"], own["forwards"], strict=True)))}
 
 
@@ -114,7 +116,8 @@ def print_table(rows: dict[str, dict[str, Any]]) -> None:
             if "threshold" in bold:
                 tokens = bold["tokens_per_forward"]["ratio"]
                 cells.append(f"{bold['accuracy']:.2f} of {bold['causal']:.2f} at {tokens:.2f} "
-                             f"(threshold {bold['threshold']})")
+                             f"(threshold {bold['threshold']}, "
+                             f"recheck {bold['recheck']})")
         print("| " + " | ".join(cells) + " |")
 
 

@@ -9,7 +9,7 @@ choose    causal answers to the tasks that choose (tasks.py), greedy
 report    the same on the tasks that are reported
 texts     nats and tokens of every text that the prompts of `--prompts` are about, from the clean stream
 drafts    tokens per forward of AR-Trust, T = 0 and T = 1, on these prompts (measure.py)
-denoise   Diffusion-Trust on the tasks whose answer is a record, at thresholds
+denoise   Diffusion-Trust on the tasks whose answer is a record, at thresholds, with the checkpoint's recheck
 elastic   the same of elastic decoding, for a checkpoint with a horizon head
 
 --out is written after every part, and parts that it holds already are not measured again.
@@ -101,15 +101,18 @@ def chosen_threshold(seen: dict[float, dict[str, Any]]) -> float:
 
 def at_thresholds(model: Any, options: argparse.Namespace, mode: str) -> dict[str, Any]:
     """The curve on the tasks that choose, and on the reported ones the threshold that it chose, beside causal decoding
-    of the same weights."""
+    of the same weights. The recheck is the checkpoint's; with one, 0 is a threshold too."""
+    recheck = model.complete(GenerationOptions(mode=mode)).recheck or 0.0
+    thresholds = (0.0, *THRESHOLDS) if recheck else THRESHOLDS
     choose, report = (tasks_of(options.tasks / f"{split}.jsonl", options.task_limit, STRUCTURED)
                       for split in ("choose", "report"))
-    seen = {threshold: answer(model, choose, options.batch, mode=mode, threshold=threshold) for threshold in THRESHOLDS}
+    seen = {threshold: answer(model, choose, options.batch, mode=mode, threshold=threshold) for threshold in thresholds}
     threshold = chosen_threshold(seen)
     curve = {str(each): {"accuracy": accuracy(found), "tokens_per_forward": speed(found)}
              for each, found in seen.items()}
     return {"choose": curve, "causal, choose": accuracy(answer(model, choose, options.batch, mode="causal")),
-            "threshold": threshold, "report": answer(model, report, options.batch, mode=mode, threshold=threshold),
+            "threshold": threshold, "recheck": recheck,
+            "report": answer(model, report, options.batch, mode=mode, threshold=threshold),
             "causal": answer(model, report, options.batch, mode="causal")}
 
 

@@ -1,7 +1,7 @@
 """Tasks with exact checks that a model of 135 M parameters can do: grammar, arithmetic, short Python, records.
 
     python examples/real/tasks.py --out out/tasks      # choose.jsonl, report.jsonl: 624 tasks each, no question in both
-    python examples/real/tasks.py --out out/plain --no-chat      # for a base model: the same questions as texts to continue
+    python examples/real/tasks.py --out out/plain --no-chat  # the same questions as texts that a base model continues
 
 Records are those of `flarec eval --data FILE --execute`. Most show two to four examples of the same kind first, as
 turns of a chat or as lines: SmolLM2-135M-Instruct (dequantised, greedy) gives 45 to 100 % right answers of each kind
@@ -10,7 +10,8 @@ additions of three digits without carries (3 of 20), the larger of two numbers (
 strings (3 of 16), a list of two records (0 of 20).
 
 Without a chat the examples and the question are one text, which goes on with the answer, and each task holds what an
-answer ends before (`stop`): a base model goes on with a question of its own.
+answer ends before (`stop`): a base model goes on with a question of its own. gemma-3-270m, a base model, gives 50 to
+100 % right answers of each kind then (12 of each, greedy, bfloat16 on a CPU).
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def functions(_: random.Random) -> list[Item]:
             for k in range(2, 14):
                 value = expression.format(k=k)
                 question = f"Write a Python function f(x) that returns {text.format(k=k)}."
-                tests = f"for x in {inputs}:\n    assert f(x) == {value}, x"
+                tests = f"for x in {inputs}:\n    assert f(x) == ({value}), x"
                 found.append(Item(question, f"def f(x):\n    return {value}", (("tests", tests),)))
     return found
 
