@@ -8,7 +8,7 @@ they continue behind every page.
 States are at hand between the forwards of a prompt and nowhere else: the next forward commits them first (`Cache`).
 Prompts are read in pieces as large as without a prefix cache, so that states are kept behind pieces and at ends. A
 prompt that follows known pages further than any state (it diverges inside of a piece, or inside of a prompt that was
-read at once) ends a piece there, at the *branch*, and leaves states: what some prompts share is a hit from the third on.
+read at once) ends a piece there, at the *branch*, and leaves states: what prompts share is a hit from the third one on.
 
 What is found was computed from the same tokens, in other pieces than those of a prompt that is read anew. In float32
 that is rounding in the last places; in bfloat16 a text may take another one of two nearly equal choices, as it may

@@ -76,7 +76,7 @@ def test_what_is_left_in_pieces() -> None:
                 for pages in (1, 2, 3):
                     ends = chunk_ends(tokens, pages * PAGE, known, PAGE)
                     starts = [length, *ends][: len(ends)]
-                    assert ends[-1:] == [tokens] * (length < tokens) and not branch or branch in ends
+                    assert ends[-1:] == [tokens] * (length < tokens) and (not branch or branch in ends)
                     assert all(end % PAGE == 0 for end in ends[:-1])
                     assert all(0 < end - start <= pages * PAGE for start, end in zip(starts, ends, strict=True))
                     fewest = [-(-(until - start // PAGE * PAGE) // (pages * PAGE))
