@@ -60,6 +60,11 @@ class Cache:
     def batch(self) -> int:
         return self.length.shape[0]
 
+    @property
+    def has_states(self) -> bool:
+        """Whether a request is more than keys and values, which are there at every position."""
+        return not all(slot.in_place for slot in self.slots)
+
     def accept(self, rows: Tensor) -> None:
         """Keep the first `rows[b]` clean rows of the step that just ran (the next step commits them). rows [batch]."""
         self.keep(rows.clone(), self.length + rows)  # the caller may reuse `rows`, a step may clear `accepted`

@@ -182,7 +182,7 @@ class Engine:
         batch              prompts that run at the same time (default: the engine's slots); more wait, the longest come
                            first
         prefill_chunk      clean rows per prompt of one prefill forward (default: `PREFILL_CHUNK` of the device, and
-                           `PREFILL_ALONE` while no request runs); with a prefix cache the length of its pages
+                           `PREFILL_ALONE` while no request runs); with a prefix cache its whole pages, at least one
 
         Raises `GenerationError` for arguments that cannot be served.
         """

@@ -17,7 +17,7 @@ from flarec.kernels.sampling import mask_of
 from .graphs import StaticRows
 from .pieces import PieceLayouts
 from .plan import DecodeProgram, StepPlan, StepShape
-from .prefill import Prefill
+from .prefill import Prefill, chunk_ends, whole_pages
 from .prefix import Prefix, PrefixCache
 from .request import Request
 from .rows import Mode, Rows
@@ -34,8 +34,9 @@ class Lane:
 
     stores: buffers for steps as graphs; None: steps are run
     alone: clean rows of a prefill forward, all requests together, while nothing runs beside it; 0: a chunk of each
-    prefixes: prompts that were read before; None: they are read anew. With it a chunk is a page
+    prefixes: prompts that were read before; None: they are read anew. With it chunks are whole pages
     reader: gives what reads prompts in the place of the program, for the one that is read next
+    read: the prefill behind which the first step is taken now
     bare: runs steps without noisy rows in the place of the program; None: the program does
     queued: whether a piece of a prompt, of any lane, is queued and nobody has waited for it yet: who reads results next
     waits for it as well
@@ -60,7 +61,8 @@ class Lane:
         self.mode = mode
         self.suppress = mask_of(suppress, program.vocab_size, program.device) if suppress else None
         self.slots = slots
-        self.chunk = prefixes.page if prefixes is not None else chunk
+        self.page = prefixes.page if prefixes is not None else 1
+        self.chunk = whole_pages(chunk, self.page)
         self.alone = alone
         self.bare = bare if bare is not program else None
         self.prefixes = prefixes
@@ -68,6 +70,7 @@ class Lane:
         self.stores = stores
         self.waiting: deque[Request] = deque()
         self.reading: Prefill | None = None
+        self.read: Prefill | None = None
         self.running: Rows | None = None
         self.queued = False
         self._plans: dict[StepShape, StepPlan] = {}
@@ -95,6 +98,9 @@ class Lane:
                 rows.step()
                 rows.timed, self.queued = True, False
                 self.stats.steps += 1
+        if self.read is not None:
+            self.read.keep_committed()
+            self.read = None
         self.running, fresh = self._left(self.running, ended), self._left(fresh, ended)
         if fresh is not None:
             self._join(fresh)
@@ -154,8 +160,10 @@ class Lane:
         self.queued = not done  # the first tokens were read
         if not done:
             return None
-        fresh, self.reading = self.reading.rows, None
-        return self._left(fresh, ended)
+        read, self.reading = self.reading, None
+        fresh = self._left(read.rows, ended)
+        self.read = None if fresh is None else read
+        return fresh
 
     def _group(self, free: int, program: DecodeProgram) -> dict[Request, Prefix]:
         """Who is read next, with what the program knows of each prompt: the one that waits longest, and others whose
@@ -164,19 +172,18 @@ class Lane:
             self.waiting.popleft()
         if not self.waiting or free < 1:
             return {}
-        widest = min(self.chunk, max(len(request.prompt) for request in self.waiting))
-        most = min(free, max(1, PREFILL_ROWS // widest))
         group: dict[Request, Prefix] = {}
-        chunks: int | None = None
+        chunks, widest = 0, 0  # of each, and tokens of the longest one
         rest: deque[Request] = deque()
         for request in self.waiting:
-            if len(group) < most and not request.finished:
+            if len(group) < free and (len(group) + 1) * widest <= PREFILL_ROWS and not request.finished:
                 known = Prefix()
                 if self.prefixes is not None:
                     known = self.prefixes.find(program, request.prompt, self.mode.blocks)
-                left = Prefill.chunks(len(request.prompt), self.chunk, known.length)
-                if chunks in (None, left):
-                    group[request], chunks = known, left
+                ends = chunk_ends(len(request.prompt), self.chunk, known, self.page)
+                wide = max(widest, min(self.chunk, len(request.prompt) - known.length))
+                if not group or (chunks == len(ends) and (len(group) + 1) * wide <= PREFILL_ROWS):
+                    group[request], chunks, widest = known, len(ends), wide
                     continue
             rest.append(request)
         self.waiting = rest

@@ -66,7 +66,7 @@ def scenario(seed: int, families: tuple[str, ...]) -> tuple[int, int, int, list[
     prefixes = rng.choice([0, 0, 3 * 10**5, 10**8])  # none, one that forgets, one that keeps everything
     if prefixes:
         engine.prefixes = PrefixCache(prefixes, rng.choice([2, 5]))
-        engine._serving = engine._scheduler(rng.choice([1, 2, 4]), 1)
+        engine._serving = engine._scheduler(rng.choice([1, 2, 4]), rng.choice([1, 11, 512]))
     waiting, running = list(range(REQUESTS)), dict[int, Request]()
     while waiting or engine.busy:
         for index in waiting[: rng.choice([0, 1, 3])]:

@@ -17,6 +17,7 @@ from flarec.decode.modes.causal import CausalMode
 from flarec.decode.pieces import MOST_KEPT, PieceLayouts, PieceShape
 from flarec.decode.plan import FAR
 from flarec.decode.prefill import Prefill
+from flarec.decode.prefix import PrefixCache
 from flarec.decode.request import Request, Stopping
 from flarec.decode.rows import Mode, Rows
 from flarec.decode.stepper import BlockSpec, Stepper
@@ -131,16 +132,18 @@ def test_little_is_kept() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "bamba"])
 @torch.no_grad()
-def test_no_kernel_of_a_piece_waits(family: str) -> None:
+def test_no_kernel_of_a_piece_waits(family: str, kept: bool) -> None:
     """CUDA says so of everything that a real program runs; the first two pieces may compile and tune. Of experts the
     host reads how many tokens each has."""
     from flarec.frontend.export import capture
     from tests.models import tiny_model
 
     program = lower(capture(tiny_model(family).cuda()), "decode", kernels="triton")
-    prefill = Prefill(rows_of(program, ARTrustMode(BLOCKS), [640, 601]), 128)
+    prefixes = PrefixCache(1 << 30, 64) if kept else None
+    prefill = Prefill(rows_of(program, ARTrustMode(BLOCKS), [640, 601]), 128, prefixes)
     prefill.advance()
     prefill.advance()
     torch.cuda.set_sync_debug_mode("error")

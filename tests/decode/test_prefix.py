@@ -13,7 +13,6 @@ import torch
 
 from flarec.base.generation import MODES
 from flarec.decode import Cache, Engine
-from flarec.decode.prefill import Prefill
 from flarec.decode.prefix import PrefixCache
 from flarec.errors import GenerationError
 from flarec.ir.slots import CacheSlot
@@ -89,15 +88,72 @@ def test_parts_are_those_of_the_request() -> None:
     prefixes.add_page("p", prompt, 4, cache, 1)
     page = prefixes.find("p", prompt, None).nodes[-1]
     assert torch.equal(page.tensors["keys"], cache.tensors["keys"][1:2, :4])
-    assert torch.equal(page.tensors["conv"], cache.tensors["conv"][1:2, :, :2])
-    assert torch.equal(page.tensors["state"], cache.tensors["state"][1:2])
-    assert page.tensors["pending"].shape == (1, 0, 2)
+    assert page.states is not None
+    assert torch.equal(page.states["conv"], cache.tensors["conv"][1:2, :, :2])
+    assert torch.equal(page.states["state"], cache.tensors["state"][1:2])
+    assert page.states["pending"].shape == (1, 0, 2)
     prefixes.add_page("p", prompt, 8, cache, 1)
     prefixes.add_end("p", prompt, cache, 1, 5, None, LOGITS)
     end = prefixes.find("p", [*prompt, 1], None).nodes[-1]
     assert torch.equal(end.tensors["keys"], cache.tensors["keys"][1:2, 8:9])
-    assert torch.equal(end.tensors["conv"], cache.tensors["conv"][1:2, :, :7])
-    assert torch.equal(end.tensors["pending"], cache.tensors["pending"][1:2, :5])
+    assert end.states is not None
+    assert torch.equal(end.states["conv"], cache.tensors["conv"][1:2, :, :7])
+    assert torch.equal(end.states["pending"], cache.tensors["pending"][1:2, :5])
+    assert set(page.tensors) == set(end.tensors) == {"keys"} and set(page.states) == set(end.states)
+
+
+def test_a_page_without_states_is_a_branch() -> None:
+    """Known, and nothing to continue from: what is found says how far pages go, until somebody leaves states there."""
+    prefixes, prompt = PrefixCache(10**6, PAGE), list(range(14))
+    for end, states in ((4, True), (8, False), (12, False)):
+        prefixes.add_page("p", prompt, end, cache_of(), 0, states=states)
+    pages = prefixes.bytes
+    for given, length, branch in (
+        (prompt, 4, 12), ([*prompt[:11], 99, 98], 4, 8), ([*prompt[:7], 99], 4, 0), ([99, *prompt], 0, 0),
+        (prompt[:12], 4, 8),  # one token is left to read
+    ):
+        found = prefixes.find("p", given, None)
+        assert (found.length, found.branch) == (length, branch)
+    prefixes.add_page("p", prompt, 8, cache_of(), 1)
+    found = prefixes.find("p", prompt, None)
+    assert (found.length, found.branch) == (8, 12) and prefixes.bytes > pages
+    assert torch.equal(found.states["state"], cache_of().tensors["state"][1:2])
+    prefixes.add_end("p", prompt, cache_of(clean=2), 0, 0, None, LOGITS)
+    assert (prefixes.find("p", [*prompt, 1], None).length, prefixes.find("p", [*prompt, 1], None).branch) == (14, 0)
+    nothing_lost(prefixes)
+
+
+def test_keys_and_values_alone_need_no_states() -> None:
+    """A model of softmax attention continues behind every page."""
+    prefixes, prompt = PrefixCache(10**6, PAGE), list(range(10))
+    cache = Cache.allocate(SLOTS[:1], 1, 64, "cpu")
+    for end in (4, 8):
+        prefixes.add_page("p", prompt, end, cache, 0, states=False)
+    found = prefixes.find("p", prompt, None)
+    assert (found.length, found.branch, found.states) == (8, 0, {})
+
+
+def test_states_of_pages_make_room_for_an_end() -> None:
+    """Where a prompt fills the limit: those behind its last pages first, and none in vain."""
+    def filled(limit: int) -> PrefixCache:
+        prefixes = PrefixCache(limit, PAGE)
+        for end in (4, 8):
+            prefixes.add_page("p", prompt, end, cache_of(), 0)
+        prefixes.add_end("p", prompt, cache_of(), 0, 0, None, LOGITS)
+        nothing_lost(prefixes)
+        return prefixes
+
+    prompt = list(range(10))
+    whole = filled(10**6)
+    page, end = whole.find("p", prompt[:9], None).nodes[0], whole.find("p", prompt, None).nodes[-1]
+    states = page.size - sum(tensor.nbytes for tensor in page.tensors.values())
+    assert whole.bytes == 2 * page.size + end.size
+    for missing, left in ((0, [4, 8]), (1, [4]), (states, [4]), (states + 1, [])):
+        prefixes = filled(whole.bytes - missing)
+        assert prefixes.find("p", prompt, None).length == 10
+        found = prefixes.find("p", prompt[:9], None)
+        assert (found.length, found.branch) == (left[-1] if left else 0, 0 if 8 in left else 8)
+    assert filled(whole.bytes - 2 * states - 1).find("p", [*prompt, 1], None).length == 4
 
 
 def test_the_least_recently_used_go_first() -> None:
@@ -116,8 +172,12 @@ def test_the_least_recently_used_go_first() -> None:
     assert prefixes.find("p", chain, None).length == 4 and prefixes.find("p", other, None).length == 0
     nothing_lost(prefixes)
     small = PrefixCache(one.bytes - 1, PAGE)
-    small.add_page("p", chain, 4, cache_of(), 0)
-    assert len(small) == small.bytes == 0
+    small.add_page("p", chain, 4, cache_of(), 0)  # its states do not fit
+    assert len(small) == 1 and (small.find("p", chain, None).length, small.find("p", chain, None).branch) == (0, 4)
+    nothing_lost(small)
+    tiny = PrefixCache(9, PAGE)
+    tiny.add_page("p", chain, 4, cache_of(), 0)
+    assert len(tiny) == tiny.bytes == 0
     filled = PrefixCache(2 * one.bytes, PAGE)
     for end in (4, 8):
         filled.add_page("p", [*chain, 1, 2, 3, 4], end, cache_of(), 0)
@@ -134,7 +194,7 @@ def test_random_prompts_and_evictions() -> None:
         assert [token for node in known.nodes for token in node.tokens] == prompt[: known.length]
         assert known.length < len(prompt) or known.logits is not None
         for end in range(PAGE, len(prompt), PAGE):
-            prefixes.add_page("p", prompt, end, cache_of(1), 0)
+            prefixes.add_page("p", prompt, end, cache_of(1), 0, states=rng.random() < 0.5)
         prefixes.add_end("p", prompt, cache_of(1), 0, 1, None, LOGITS)
         nothing_lost(prefixes)
     assert prefixes.evicted > 0
@@ -161,8 +221,9 @@ def test_outputs_are_those_without_it(seed: int, limit: int) -> None:
         ]
         options = random_options(rng)
         way = rng.choice(WAYS)
-        found = engine.generate(prompts, options, **way, max_new_tokens=9)
-        expected = plain.generate(prompts, options, **way, max_new_tokens=9)
+        chunk = rng.choice([1, 8, 9, 512])
+        found = engine.generate(prompts, options, **way, max_new_tokens=9, prefill_chunk=chunk)
+        expected = plain.generate(prompts, options, **way, max_new_tokens=9, prefill_chunk=chunk)
         for one, other in zip(found, expected, strict=True):
             assert (one.token_ids, one.forwards, one.accepted) == (other.token_ids, other.forwards, other.accepted)
     assert engine.prefixes is not None and engine.stats.known_tokens > 0 == plain.stats.known_tokens
@@ -193,24 +254,20 @@ def test_threads_share_it() -> None:
     nothing_lost(engine.prefixes)
 
 
-def test_a_whole_hit_needs_no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_hit_needs_no_forward() -> None:
     engine, program = make_engine(FakeModel(agreement=0.7), 3)
     with_cache(engine, 10**6)
-    prompt, calls, step = list(range(3, 14)), list[Any](), program.step
-
-    def counted(*given: Any) -> Any:
-        calls.append(given)
-        return step(*given)
-
-    monkeypatch.setattr(program, "step", counted)
-    first = engine.generate([prompt], mode="ar-trust", max_new_tokens=1)[0]
-    assert len(calls) == 3
-    again = engine.generate([prompt], mode="ar-trust", max_new_tokens=1)[0]
-    assert len(calls) == 3 and told_alike(first, again)
+    prompt, calls = list(range(3, 14)), program.calls
+    first = engine.generate([prompt], mode="ar-trust", max_new_tokens=2)[0]
+    steps = len(calls) - 1
+    again = engine.generate([prompt], mode="ar-trust", max_new_tokens=2)[0]
+    assert len(calls) == 1 + 2 * steps and told_alike(first, again)
     engine.generate([[*prompt, 5]], mode="causal", max_new_tokens=1)  # behind the end
-    assert len(calls) == 4
+    assert [len(call.clean[0]) for call in calls[1 + 2 * steps :]] == [1]
     engine.generate([prompt], mode="causal", max_new_tokens=1)  # another mode starts from other logits
-    assert len(calls) == 5 == engine.stats.prefills
+    assert [len(call.clean[0]) for call in calls[2 + 2 * steps :]] == [8, 3]  # and leaves states behind the last page
+    engine.generate([[*prompt[:8], 1, 2]], mode="causal", max_new_tokens=1)
+    assert [len(call.clean[0]) for call in calls[4 + 2 * steps :]] == [2] and engine.stats.prefills == 5
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -219,7 +276,7 @@ def test_one_token_that_is_left(way: dict[str, Any]) -> None:
     model = FakeModel(agreement=0.7)
     engine, plain = with_cache(make_engine(model, 3)[0], 10**6), make_engine(model, 3)[0]
     prompt = list(range(3, 14))
-    engine.generate([prompt], **way, max_new_tokens=1)
+    engine.generate([prompt], **way, max_new_tokens=2)
     known = engine.stats.known_tokens
     found, expected = (one.generate([[*prompt, 5]], **way, max_new_tokens=12)[0] for one in (engine, plain))
     assert engine.stats.known_tokens - known == len(prompt)
@@ -228,20 +285,6 @@ def test_one_token_that_is_left(way: dict[str, Any]) -> None:
 
 def told_alike(one: Any, other: Any) -> bool:
     return bool((one.token_ids, one.forwards) == (other.token_ids, other.forwards))
-
-
-def test_chunks_that_are_left() -> None:
-    def left(tokens: int, known: int) -> int:
-        """By counting: pieces end at multiples of the page."""
-        count, at = 0, known
-        while at < tokens:
-            at = min(tokens, (at // PAGE + 1) * PAGE)
-            count += 1
-        return count
-
-    for tokens in range(1, 20):
-        for known in range(tokens + 1):
-            assert Prefill.chunks(tokens, PAGE, known) == left(tokens, known)
 
 
 def test_bad_limits() -> None:

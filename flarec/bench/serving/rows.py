@@ -87,6 +87,16 @@ def _engine_prefill(session: ServingSession) -> Measured:
     )
 
 
+def _kept_prefill(session: ServingSession) -> Measured:
+    """The same engine with a prefix cache of 1 GiB to without one."""
+    tokens = PROMPT if session.on_gpu else session.context
+    found = ours.kept_prefill(session, tokens)
+    return Measured(found.ms / found.plain_ms, {
+        "with_ms": found.ms, "without_ms": found.plain_ms, "known_ms": found.known_ms, "tokens": float(tokens),
+        "forwards_with": float(found.forwards), "forwards_without": float(found.plain_forwards),
+    })
+
+
 def _beside(session: ServingSession) -> Measured:
     tokens = PROMPT if session.on_gpu else session.context
     found = ours.beside(session, tokens)
@@ -167,6 +177,7 @@ ROWS: tuple[Case, ...] = (
     _row("prefill", "prefill of 8k tokens to stock", _prefill(early=False), 1.1, 0.9),
     _row("prefill-first", "prefill of 8k tokens to stock, as first prompts are read", _prefill(early=True)),
     _row("engine-prefill", "8k tokens until the first one, by the engine, to stock prefill", _engine_prefill, 1.1, 0.9),
+    _row("engine-prefill-prefix", "the same with an empty prefix cache to without one", _kept_prefill),
     _row("engine-prefill-beside", "8k tokens until the first one, beside a request that decodes", _beside, unit="ms"),
     _row("first-token-cold", "until the first replayed step, nothing compiled before", _first_token("cold"), 90.0, 45.0,
          unit="s"),
