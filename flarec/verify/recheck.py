@@ -45,10 +45,10 @@ def recheck_is_causal(subject: Subject, cases: int = 4, *, new_tokens: int = 16)
 
 def _engine(subject: Subject) -> Engine:
     """Decodes in all modes that have a recheck; no token ends a text."""
-    elastic, readouts = subject.elastic, {"ar-trust": "causal", **subject.rechecked}
-    readouts.pop("elastic", None)
+    elastic = subject.elastic
+    readouts: dict[str, str] = {mode: readout for mode, readout in subject.rechecked.items() if mode != "elastic"}
     return Engine(
         subject.decode, mask_token_id=subject.mask_token_id, block_size=subject.block_size,
-        readouts=readouts, eos_ids=(), max_positions=MOST_POSITIONS,
+        readouts={"ar-trust": "causal", **readouts}, eos_ids=(), max_positions=MOST_POSITIONS,
         suppress=subject.suppress, noise_ids=subject.noise_ids, horizon=None if elastic is None else lambda: elastic,
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flarec.base.generation import Mode
 from flarec.checkpoint.directory import Checkpoint, open_checkpoint
 from flarec.checkpoint.lowered import lowered_elastic, pipeline_of
 from flarec.checkpoint.manifest import Manifest
@@ -70,7 +71,7 @@ class Subject:
     adapted: Adapted | None = None
     texts: Texts | None = None
     noise_ids: tuple[tuple[int, int], ...] = ()
-    rechecked: Mapping[str, str] = field(default_factory=dict)
+    rechecked: Mapping[Mode, str] = field(default_factory=dict)
     elastic: HorizonProgram | None = None
 
     @property
@@ -211,11 +212,14 @@ def open_subject(
 def _rechecked(checkpoint: Checkpoint, manifest: Manifest, program: Program, how: dict[str, Any]) -> dict[str, Any]:
     """Fields of a subject: its modes with a recheck, and what they need."""
     readouts = {} if manifest.mask.ids else manifest.decode.readouts  # random ids are refused by Diffusion-Trust
-    modes = {mode: readout for mode, readout in readouts.items() if mode == "diffusion-trust"}
+    modes: dict[Mode, str] = {}
+    if "diffusion-trust" in readouts:
+        modes["diffusion-trust"] = readouts["diffusion-trust"]
     if not checkpoint.has_horizon:
         return {"rechecked": modes}
     elastic = HorizonProgram(lowered_elastic(checkpoint, program, **how))
-    return {"rechecked": modes | {"elastic": "causal"}, "elastic": elastic}
+    modes["elastic"] = "causal"
+    return {"rechecked": modes, "elastic": elastic}
 
 
 def _texts_of(checkpoint: Checkpoint, vocabulary: int, say: Callable[[str], None]) -> Texts | None:

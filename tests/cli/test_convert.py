@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import flarec as package
-from flarec.checkpoint import hub
 from flarec.checkpoint.manifest import Manifest
 from flarec.train.convert import READ_EVERY
 from flarec.train.metrics import read_metrics
@@ -108,14 +108,14 @@ def test_dry_run_says_what_would_run_and_writes_nothing(place: Path) -> None:
 
 def test_dry_run_says_what_is_written_and_pushed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And refuses what a run would refuse before it begins."""
-    monkeypatch.setattr(hub.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub.huggingface_hub, "get_token", lambda: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     source = few_checkpoint(place, "qwen3_5_text")
     words = ["convert", source, "--data", "data.jsonl", "--out", "out", *QUICK, "--dry-run"]
     more = ["--push-to-hub", "me/mine"]
     refused = flarec(*words, *more)
     assert refused.exit_code == 2 and "--push-to-hub me/mine: nobody is logged in" in refused.stderr
-    monkeypatch.setattr(hub.huggingface_hub, "get_token", lambda: "token")
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
     result = flarec(*words, *more, "--set", "adapter.rank=2", "--set", "objective.ar_weight=0", "--adapter-only")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
