@@ -206,6 +206,14 @@ def _stretched(rope: dict[str, Any]) -> int:
     return int((rope.get("original_max_position_embeddings") or 0) * (rope.get("factor") or 1))
 
 
+def refuse_converted(location: str | Path, manifest: Manifest | None) -> None:
+    """Raise `CheckpointError` for what flarec converted: it is no source. manifest: of that directory."""
+    if manifest is not None:
+        raise CheckpointError(
+            f"{location} is a converted checkpoint already; convert its source model ({manifest.source.name})"
+        )
+
+
 def open_checkpoint(
     path: str | Path,
     *,

@@ -12,6 +12,8 @@ from flarec.errors import UsageError
 
 from .options import compile_option
 
+FORMATS = "svg, svgz, pdf, png, jpg, jpeg, tif, tiff, webp, gif, avif, eps, ps, raw or rgba"
+
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -192,7 +194,7 @@ def train(
 @click.option("--chat/--text", default=True, show_default=True, help="Send texts as a user's message, or as they are.")
 @click.option("--api-key", envvar="FLAREC_API_KEY", metavar="KEY", help="Of the server. Default: $FLAREC_API_KEY.")
 @click.option("--out", type=FILE, metavar="FILE", help="Write the results as JSON.")
-@click.option("--plot", "picture", type=FILE, metavar="FILE", help="Draw them: svg, png or pdf.")
+@click.option("--plot", "picture", type=FILE, metavar="FILE", help=f"Draw them: {FORMATS}.")
 @click.option("--commit", metavar="ID", help="Commit of the tree, kept in the results.")
 def serve(
     url: str, prompts: Path, modes: tuple[str, ...], clients: tuple[int, ...], rates: tuple[float, ...],
@@ -242,7 +244,7 @@ def serve(
 @command.command()
 @click.argument("results", type=click.Path(path_type=Path))
 @click.option("--out", type=FILE, required=True, metavar="FILE",
-              help="The suffix chooses the format: svg, png, pdf or another one that matplotlib writes.")
+              help=f"The suffix chooses the format: {FORMATS}.")
 def plot(results: Path, out: Path) -> None:
     """Draw time against block size from the JSON file of `flarec bench kernels`, or tokens per second against requests
     from that of `flarec bench decode`."""

@@ -96,24 +96,25 @@ def command(
         share = model.complete(options).recheck or 0.0
         for line in [*_stats(outputs, model.kernels, share), *model.engine.stats.lines(), said()]:
             click.echo(line, err=True)
-        if outputs[0].mode == "ar-trust" and options.drafts not in ("auto", "horizon"):  # they look at what pays
+        if outputs[0].mode != "causal" and options.drafts not in ("auto", "horizon"):  # they look at what pays
             click.echo(_pays(model, prompts, options, chat, outputs, per_step), err=True)
 
 
 def _pays(
     model: Model, prompts: list[Any], options: GenerationOptions, chat: bool, outputs: list[Output], trusted: float
 ) -> str:
-    """Whether AR-Trust paid, measured against a few causal steps of the same prompts. trusted: seconds of its steps."""
-    from flarec.decode.break_even import verdict
+    """Whether the mode paid, measured against a few causal steps of the same prompts. trusted: seconds of its steps."""
+    from flarec.decode.break_even import NAMES, verdict
 
     stats, causal = model.engine.stats, replace(options, mode="causal", drafts=None, max_new_tokens=CAUSAL_TOKENS)
     steps, seconds = stats.steps, stats.step_seconds
     model.generate(prompts, replace(causal, stop=(), eos_ids=frozenset()), chat=chat)
     if stats.steps == steps:
-        return "no causal step could be measured, so nothing is said of whether AR-Trust pays"
+        return f"no causal step could be measured, so nothing is said of whether {NAMES[outputs[0].mode]} pays"
     per_step = (stats.step_seconds - seconds) / (stats.steps - steps)
     made = sum(output.new_tokens for output in outputs) / max(1, sum(output.forwards for output in outputs))
-    return verdict(trusted, per_step, block_size=model.engine.block_size or 1, tokens_per_forward=made)
+    size = model.engine.block_size or 1
+    return verdict(trusted, per_step, block_size=size, tokens_per_forward=made, mode=outputs[0].mode)
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[Any]:

@@ -43,7 +43,7 @@ def command(
 
     Everything but --dtype runs in float32 on the CPU, on pieces of a small text; transformers, in float64 too, is the
     witness for invariants 1 and 6. With an adapter, checks 8 to 11 show that the model is its source (docs/semantics.md
-    section 6).
+    section 6); of what a checkpoint decodes with a recheck, check 12 shows that one of 1 gives causal decoding's text.
 
     Exit code 1 if one fails.
     """

@@ -17,6 +17,12 @@ PLACED = (1, 2)
 BELIEVED = 16.0
 """Misses that are believed at first, of as many that measured acceptance alone would have: the head is as good."""
 KEPT = 0.99
+"""Of misses, from one request's step to the next."""
+FADE = 0.97
+"""What is left of them from one choice to the next, where no placed blocks are used."""
+FLOOR = 0.5
+"""Misses of both kinds that are always believed besides: where all drafts were right for long there are none, and the
+first one would say that the head is worth nothing, for ever, since its blocks would not be used any more."""
 
 
 def likely_ends(horizon: Tensor, have: Tensor, count: int, blocks: int) -> Tensor:
@@ -44,12 +50,12 @@ class EndsPrior:
     have is left with those of the head. One number for all sizes, so that few steps tell it."""
 
     def __init__(self) -> None:
-        self._missed = self._blind = BELIEVED
+        self._missed = self._blind = BELIEVED - FLOOR
 
     @property
     def left(self) -> float:
         """1 where the head knows nothing more, 0 where it is always right."""
-        return self._missed / self._blind
+        return (self._missed + FLOOR) / (self._blind + FLOOR)
 
     def found(self, size: int, blocks: int, runs: Sequence[float]) -> float:
         """The share of steps behind which there are drafts."""
@@ -60,3 +66,7 @@ class EndsPrior:
         of them that would have by measured acceptance alone."""
         kept = KEPT**steps
         self._missed, self._blind = kept * self._missed + missed, kept * self._blind + steps * blind
+
+    def fade(self) -> None:
+        """No placed blocks are used, which may have become better: what was seen counts less and less."""
+        self._missed, self._blind = FADE * self._missed, FADE * self._blind

@@ -12,14 +12,14 @@ Beliefs may be wrong, and texts change. So the time that drafting has lost to ca
 steps of causal decoding: a step that drafts takes out what it took longer than the tokens it gave would have taken
 there, or puts in what it gained, up to `PURSE`; every step puts in `SLACK`. What the purse does not hold is not risked.
 Over any steps drafting loses at most `PURSE`, `SLACK` of each, and once for every kind of step what its first
-measurement was above its estimate. A purse is never emptier than `-PURSE`: what one step takes beyond that, which
+measurement was above its estimate. What looks too dear is tried again from other savings (`retrial`), which are lost at
+most once on top. A purse is never emptier than `-PURSE`: what one step takes beyond that, which
 needs costs that rose all at once, is forgotten, at most once in `PURSE / SLACK` steps; not to draft any more would not
 bring it back.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, islice
@@ -28,6 +28,8 @@ from operator import mul
 from typing import NamedTuple
 
 from .ends import EndsPrior, blind_share
+from .retrial import Retrials, aged
+from .timings import Timings, between
 
 PURSE = 4.0
 SLACK = 0.004
@@ -53,8 +55,6 @@ LEAST = 3
 """Steps of a trial, and of the shortest one: nothing is verified in the first."""
 WARM, FIRST = 3, 5
 """Timings of blocks before they are judged, and of causal steps, by which all others are judged."""
-RECENT, STALE = 9, 2
-"""Timings of which the middle one counts, and how many are left of those that were made a while ago."""
 AGAIN = 3
 """Causal steps in a row that measure anew what they cost: the first finds other buffers than those that follow."""
 MEMORY = 64.0
@@ -99,28 +99,6 @@ class Drafting(NamedTuple):
 CAUSAL = Drafting(0)
 
 
-class Timings:
-    """Seconds of steps of one kind. cost = the middle one of the last: what delays some of them does not count.
-    occasions: how often they were measured anew."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.cost = 0.0
-        self.occasions = 1
-        self._recent: list[float] = []
-
-    def add(self, seconds: float) -> None:
-        self.count += 1
-        self._recent.append(seconds)
-        del self._recent[:-RECENT]
-        self.cost = sorted(self._recent)[(len(self._recent) - 1) // 2]
-
-    def forget(self) -> None:
-        """They were made a while ago."""
-        self.occasions += 1
-        del self._recent[:-STALE]
-
-
 class DraftPolicy:
     """choices = what a step may draft, `CAUSAL` among them.
 
@@ -133,6 +111,7 @@ class DraftPolicy:
         self.choices = tuple(sorted(choices))
         self.drafting = CAUSAL
         self.purse = PURSE
+        self.retrials = Retrials()
         self.ends = EndsPrior()
         kinds = {item.kind: item for item in self.choices if item != CAUSAL}
         # of the blocks the largest of every kind are measured first: costs of the others lie between them
@@ -142,6 +121,7 @@ class DraftPolicy:
         self._news = [[0, 0] for _ in range(largest)]
         self._timings: dict[tuple[int, Drafting], Timings] = {}
         self._rows = 0
+        self._steps = 0  # that were timed
         self._extra = 0.0  # of a step that is drafted now
         self._wait = 0  # steps until a choice is made
         self._then: list[tuple[Drafting, float, int]] = []  # what is taken before the next choice, the next one last
@@ -189,6 +169,8 @@ class DraftPolicy:
 
     def _learn(self) -> None:
         """From the last step's drafts."""
+        if not self.drafting.placed:
+            self.ends.fade()
         for depth, news in enumerate(self._news):
             right, tried = news
             if tried:
@@ -215,15 +197,22 @@ class DraftPolicy:
         rows = _bucket(rows)
         if (own := self._timings.get((rows, drafting))) is None:
             own = self._timings[rows, drafting] = Timings()
-        own.add(seconds)
-        gain = SLACK
-        if drafting != CAUSAL and (plain := self._timings.get((rows, CAUSAL))) is not None and plain.cost:
-            gain += tokens - own.cost / plain.cost
+        self._steps += 1
+        plain = self._timings.get((rows, CAUSAL))
+        gain = self.retrials.fill(SLACK)
+        if self.retrials.trying and drafting == self.drafting and plain is not None and plain.cost:
+            own.again(seconds, self._steps)
+            self.retrials.end(seconds / plain.cost - tokens)
+        else:
+            own.add(seconds, self._steps)
+            if drafting != CAUSAL and plain is not None and plain.cost:
+                gain += tokens - own.cost / plain.cost
+        self.retrials.spill(max(0.0, self.purse + gain - PURSE))
         self.purse = max(-PURSE, min(PURSE, self.purse + gain))
 
     def cost(self, rows: int, drafting: Drafting) -> float | None:
         """Seconds of a step; between two of the same kind that were measured, by the rows of each. None if unknown."""
-        return _between(self._known(_bucket(rows), drafting.kind), drafting.rows)
+        return between(self._known(_bucket(rows), drafting.kind), drafting.rows)
 
     def _known(self, rows: int, kind: tuple[bool, int]) -> list[tuple[int, float]]:
         """Rows of each request with one kind of block, where that was measured, in order, and their costs."""
@@ -240,6 +229,9 @@ class DraftPolicy:
         if rows != self._rows:  # its steps have other costs
             self._rows, self._wait, self._patience = rows, 0, min(self._patience, _early(self._looks[rows]))
             self._then.clear()
+            self.retrials.trying = False
+        if self.retrials.trying and self._goes_on():
+            return self.drafting
         self._drafted += self.drafting != CAUSAL
         if self.drafting != CAUSAL and self.purse < self._extra:
             self._then.clear()
@@ -264,6 +256,8 @@ class DraftPolicy:
                 return self._take(item, extra)
         if self.drafting != CAUSAL and self._drafted >= self._patience:
             return self._again(costs)
+        if self.drafting == CAUSAL and (old := self._aged(costs)) is not None:
+            return self._retry(old, SWITCH)
         return self._judge(costs)
 
     def _judge(self, costs: Mapping[Drafting, float]) -> None:
@@ -311,6 +305,8 @@ class DraftPolicy:
             if other is not None:
                 self._forget(other)
                 self._then.append((other, self._hoped(costs)[other] - 1, AGAIN - 1))
+            elif (old := self._aged(costs)) is not None:
+                return self._retry(old)
             self._take(*self._then.pop())
         elif largest != used and costs.get(largest, inf) - 1 < self.purse:
             self._take(largest, costs[largest] - 1, TRIAL - 1)
@@ -326,6 +322,34 @@ class DraftPolicy:
         best = max(rates, key=lambda item: rates[item], default=None)
         used = self._expected(self.drafting, runs, totals) / costs.get(self.drafting, 1.0)
         return best if best is not None and rates[best] > PROMISING * used else None
+
+    def _aged(self, costs: Mapping[Drafting, float]) -> Drafting | None:
+        """What was measured long ago and may have been delayed then: it would be better than what is used, or nothing
+        else is left to draft, if it cost no more than a causal step; and its trial can be paid. The best of those."""
+        runs = self._runs()
+        totals, used = list(accumulate(runs)), self.drafting
+        least = PROMISING * self._expected(used, runs, totals) / costs.get(used, 1.0)
+        if used == CAUSAL and self._best(costs, self._hoped(costs))[0] == CAUSAL:
+            least = 0.0  # nobody sees whether drafts are right
+        gains = {
+            item: self._expected(item, runs, totals) for item, cost in costs.items()
+            if item not in (CAUSAL, used) and (found := self._timings.get((self._rows, item))) is not None
+            and aged(found, self._steps) and self.retrials.affords(cost - 1 + SWITCH)
+        }
+        best = max(gains, key=lambda item: gains[item], default=None)
+        return best if best is not None and gains[best] > least else None
+
+    def _retry(self, drafting: Drafting, switch: float = 0.0) -> None:
+        """One step, which `retrials` pays."""
+        self.retrials.begin(switch)
+        self._take(drafting, back=True)
+
+    def _goes_on(self) -> bool:
+        """Whether the step of a trial was no measure yet. In the end it is given up, until it is old once more."""
+        goes_on = self.retrials.goes_on()
+        if not goes_on and (found := self._timings.get((self._rows, self.drafting))) is not None:
+            found.last = self._steps
+        return goes_on
 
     def _hoped(self, costs: Mapping[Drafting, float]) -> dict[Drafting, float]:
         """What steps may cost: a third of what one takes longer than a causal one may be wrong if it was measured once;
@@ -362,7 +386,7 @@ class DraftPolicy:
     def _relative(self) -> dict[Drafting, float]:
         """Costs of steps, a causal one being 1; of those about which something is known."""
         known = {kind: self._known(self._rows, kind) for kind in {item.kind for item in self.choices}}
-        costs = {item: _between(known[item.kind], item.rows) for item in self.choices}
+        costs = {item: between(known[item.kind], item.rows) for item in self.choices}
         plain = costs[CAUSAL] or 1.0
         return {item: cost / plain for item, cost in costs.items() if cost}
 
@@ -370,17 +394,6 @@ class DraftPolicy:
 def _need(cost: float) -> float:
     """What a purse has to hold for a trial of steps that cost so many causal ones; of the dearest, a short trial."""
     return max(SWITCH + LEAST * (cost - 1), min(SWITCH + TRIAL * (cost - 1), PURSE))
-
-
-def _between(known: Sequence[tuple[int, float]], rows: int) -> float | None:
-    """The cost of so many rows, on the line between those around them that are known; None beyond them."""
-    place = bisect_left(known, (rows,))
-    if place < len(known) and known[place][0] == rows:
-        return known[place][1]
-    if not 0 < place < len(known):
-        return None
-    (low, below), (high, above) = known[place - 1], known[place]
-    return below + (above - below) * (rows - low) / (high - low)
 
 
 def _early(looks: int) -> int:

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from flarec.checkpoint.directory import refuse_converted
+from flarec.checkpoint.manifest import Manifest
 from flarec.checkpoint.merging import check_mergeable
-from flarec.errors import CaptureError, PassError, PropertyError, UsageError
+from flarec.errors import CaptureError, CheckpointError, PassError, PropertyError, UsageError
 from flarec.frontend.export import capture
 from flarec.frontend.loading import judge_source, meta_model
 from flarec.inspect import summarize
@@ -28,7 +30,7 @@ from .report import Report
 from .source import anatomy, located, wrapper_of
 from .steps import training_program
 
-NOT_CONVERTED = (CaptureError, PassError, PropertyError)
+NOT_CONVERTED = (CaptureError, CheckpointError, PassError, PropertyError)
 
 
 def _silent(text: str) -> None:
@@ -84,6 +86,8 @@ def diagnose(
                 report = replace(report, data=examine_data(source, gguf, location, text, data, recipe, length))
             wrapper = wrapper_of(location)
             report = replace(report, anatomy=anatomy(model, None, wrapper))
+            if Path(location).is_dir():
+                refuse_converted(source, Manifest.read(Path(location)))
             say(f"capturing {type(model).__name__}")
             start = time.perf_counter()
             captured = capture(model, cache=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..checkpoint.hub import check_push
 from ..decode import Cache
 from ..decode.engine import SLOTS
 from ..device import memory_of, resident
@@ -22,6 +23,7 @@ from .plain_source import plain_source
 from .prepare import Run, epochs_of, prepare
 from .progress import Reporter
 from .ranks.group import joined
+from .trackers.tracking import chosen_trackers
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,12 @@ class Plan:
         size = self.run.trainer.ranks.size
         return "" if size == 1 else f" on each of {size} ranks; memory is that of rank 0"
 
+    def _output(self) -> str:
+        options = self.run.options
+        if options.adapter_only:
+            return f"{options.output}: the adapter alone, which opens with {options.source}"
+        return f"{options.output}" + (": the adapter, and links to the source's weight files" if options.link else "")
+
     def text(self) -> str:
         """For people; sizes in GB = 10^9 bytes or MB = 10^6 bytes."""
         run, recipe = self.run, self.run.recipe
@@ -77,7 +85,8 @@ class Plan:
         lines = [
             f"source       {run.options.source} ({run.captured.family}), {run.model.num_parameters():,} parameters",
             f"trained      {self.parameters:,} parameters",
-            f"output       {run.options.output}",
+            f"output       {self._output()}",
+            *([f"pushed       to {push} once it is complete"] if (push := run.options.push_to_hub) is not None else []),
             *(
                 f"data         {source.stats}, weight {source.weight:g}, about {epochs:.2f} epochs"
                 for source, epochs in zip(run.sources, self.epochs, strict=True)
@@ -108,6 +117,9 @@ def _mask_text(mask: MaskToken) -> str:
 
 def plan(options: Options, reporter: Reporter) -> Plan | None:
     """Prepare the run, measure one step in memory and return what was found; of several ranks on the first one."""
+    if options.push_to_hub is not None:
+        check_push(options.push_to_hub)  # nothing is pushed; a run would be refused
+    chosen_trackers(options.report_to)
     with joined(options.device) as ranks:
         reporter = reporter if ranks.first else Reporter()
         with plain_source(options, reporter) as opened:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..base.heap import give_back_large_blocks
 from ..checkpoint.carried import Carried
-from ..checkpoint.directory import Checkpoint, context_of, open_checkpoint
+from ..checkpoint.directory import Checkpoint, context_of, open_checkpoint, refuse_converted
 from ..checkpoint.write import check_shard_size
 from ..device import resolve_compile, resolve_kernels, torch_device
-from ..errors import CheckpointError, DataError, UsageError
+from ..errors import DataError, UsageError
 from ..frontend.export import capture
 from ..ir.pipeline import Pass, pipeline_text
 from ..ir.program import Program
@@ -277,10 +277,7 @@ def _with_kernels(options: Options, device: torch.device, reporter: Reporter) ->
 
 def _open_source(location: str, *, dequantize: bool = False) -> Checkpoint:
     source = open_checkpoint(location, dequantize=dequantize)
-    if source.manifest is not None and not source.foreign:
-        raise CheckpointError(
-            f"{location} is a converted checkpoint already; convert its source model ({source.manifest.source.name})"
-        )
+    refuse_converted(location, None if source.foreign else source.manifest)
     return source
 
 

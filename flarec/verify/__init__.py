@@ -25,6 +25,7 @@ from .adapter import (
     weights_are_the_sources,
 )
 from .decoding import ar_trust_is_causal, opens_in_transformers, rejected_draft_leaves_no_trace, split_is_whole
+from .recheck import recheck_is_causal
 from .streams import clean_logits, no_leak, views_share_a_row
 from .subject import Result, Subject, open_subject
 from .ties import TEXTS, ar_trust_up_to_ties, prompts_of
@@ -47,12 +48,13 @@ TITLES = {
     4: "AR-Trust against causal decoding", 5: "rejected drafts leave no trace", 6: "decoding against transformers",
     7: "views and grids share a row", 8: "weights of the source", 9: "the adapter leaves clean rows",
     10: "the source in transformers", 11: "AR-Trust against the source's text",
+    12: "a recheck of 1 against causal decoding",
 }
 """What a check is called before it runs."""
 
 QUICK: dict[int, dict[str, int]] = {
     **{number: {"cases": 1} for number in (1, 2, 3, 5, 6, 7, 9, 10)},
-    **{number: {"cases": 2, "new_tokens": 8} for number in (4, 11)},
+    **{number: {"cases": 2, "new_tokens": 8} for number in (4, 11, 12)},
 }
 """The sizes of a quick run: every check, on a text or two."""
 QUICK_TEXTS = 20
@@ -78,7 +80,8 @@ def verify(
     """Measure invariants 1 to 7 on a checkpoint or model directory (float32 on the CPU); results come one by one.
 
     For a checkpoint with an adapter also checks 8 to 11 of `flarec.verify.adapter`; 10 compares with `source`, the
-    model that it was made from, and is left out without it. adapter: of a model whose adapter lies elsewhere.
+    model that it was made from, and is left out without it. Of one that decodes by Diffusion-Trust or elastic also
+    12, `recheck_is_causal`. adapter: of a model whose adapter lies elsewhere.
 
     quick: fewer and shorter texts, and no check behind every pass. say: called with a line before each slow part.
     dtype: not float32: AR-Trust against causal decoding in that dtype alone, near ties listed apart; then also
@@ -118,6 +121,8 @@ def verify(
     checks = dict(INVARIANTS)
     if subject.adapted is not None:
         checks |= _adapter_checks(source)
+    if subject.rechecked:
+        checks[12] = recheck_is_causal
     for done, (number, check) in enumerate(checks.items(), 1):
         say(f"check {number} ({done} of {len(checks)}): {TITLES[number]}")
         sizes: dict[str, Any] = QUICK.get(number, {}) if quick else {}
@@ -143,6 +148,7 @@ __all__ = [
     "no_leak",
     "open_subject",
     "opens_in_transformers",
+    "recheck_is_causal",
     "rejected_draft_leaves_no_trace",
     "split_is_whole",
     "verify",

@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flarec.base.generation import Mode
 from flarec.checkpoint.directory import Checkpoint, open_checkpoint
-from flarec.checkpoint.lowered import pipeline_of
+from flarec.checkpoint.lowered import lowered_elastic, pipeline_of
+from flarec.checkpoint.manifest import Manifest
+from flarec.decode.horizon import HorizonProgram
 from flarec.device import resolve_kernels, torch_device
 from flarec.errors import CheckpointError
 from flarec.frontend.export import capture
@@ -54,6 +57,7 @@ class Subject:
     readouts        of the checkpoint's blocks; suppress: ids that are never generated
     adapted         of a checkpoint with an adapter: what its checks look at
     texts           to take tokens from; None: random ids
+    rechecked       modes whose tokens a recheck takes back, and their readouts; elastic: what runs elastic decoding
     """
 
     train: Program
@@ -67,6 +71,8 @@ class Subject:
     adapted: Adapted | None = None
     texts: Texts | None = None
     noise_ids: tuple[tuple[int, int], ...] = ()
+    rechecked: Mapping[Mode, str] = field(default_factory=dict)
+    elastic: HorizonProgram | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -199,7 +205,21 @@ def open_subject(
         seed=seed,
         texts=texts,
         adapted=_without_adapter(checkpoint, program, steps) if checkpoint.adapter is not None else None,
+        **_rechecked(checkpoint, manifest, program, {"kernels": kernels, "foreign": passes, "plugins": plugins}),
     )
+
+
+def _rechecked(checkpoint: Checkpoint, manifest: Manifest, program: Program, how: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a subject: its modes with a recheck, and what they need."""
+    readouts = {} if manifest.mask.ids else manifest.decode.readouts  # random ids are refused by Diffusion-Trust
+    modes: dict[Mode, str] = {}
+    if "diffusion-trust" in readouts:
+        modes["diffusion-trust"] = readouts["diffusion-trust"]
+    if not checkpoint.has_horizon:
+        return {"rechecked": modes}
+    elastic = HorizonProgram(lowered_elastic(checkpoint, program, **how))
+    modes["elastic"] = "causal"
+    return {"rechecked": modes, "elastic": elastic}
 
 
 def _texts_of(checkpoint: Checkpoint, vocabulary: int, say: Callable[[str], None]) -> Texts | None:

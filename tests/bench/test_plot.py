@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.figure import Figure
 
 from flarec.bench import rows as kernels
+from flarec.bench.figures import FORMATS, write_figure
 from flarec.bench.plot import curves
 from flarec.bench.rates import is_decoding, rates
 from flarec.bench.serving import rows as serving
@@ -61,6 +64,19 @@ def test_rates_of_decoding(tmp_path: Path) -> None:
     results.write_text(json.dumps({"rows": DECODING}))
     done = CliRunner().invoke(main, ["bench", "plot", str(results), "--out", str(out)])
     assert done.exit_code == 0 and b"tokens per second" in out.read_bytes(), done.output
+
+
+def test_every_format_that_is_named_is_drawn_and_no_other(tmp_path: Path) -> None:
+    """The help names them, and so does what is said of another one; pgf needs LaTeX."""
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"rows": ROWS}))
+    said = " ".join(CliRunner().invoke(main, ["bench", "plot", "--help"]).stdout.split())
+    assert f"format: {', '.join(FORMATS[:-1])} or {FORMATS[-1]}." in said
+    assert set(FORMATS) == set(FigureCanvasBase.get_supported_filetypes()) - {"pgf"}
+    for suffix in ("webp", "eps"):
+        write_figure(Figure(figsize=(1, 1)), tmp_path / f"out.{suffix}")
+    done = CliRunner().invoke(main, ["bench", "plot", str(results), "--out", str(tmp_path / "out.pgf")])
+    assert done.exit_code == 2 and f"no picture 'pgf'); give {', '.join(FORMATS)}" in done.stderr
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])

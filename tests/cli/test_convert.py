@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -103,6 +104,24 @@ def test_dry_run_says_what_would_run_and_writes_nothing(place: Path) -> None:
                  "row, id 300", "s per step", "memory", "activations", "duplicate-streams()", "thread-cache()",
                  "block_size = 4"):
         assert text in result.stdout
+
+
+def test_dry_run_says_what_is_written_and_pushed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And refuses what a run would refuse before it begins."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    source = few_checkpoint(place, "qwen3_5_text")
+    words = ["convert", source, "--data", "data.jsonl", "--out", "out", *QUICK, "--dry-run"]
+    more = ["--push-to-hub", "me/mine"]
+    refused = flarec(*words, *more)
+    assert refused.exit_code == 2 and "--push-to-hub me/mine: nobody is logged in" in refused.stderr
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
+    result = flarec(*words, *more, "--set", "adapter.rank=2", "--set", "objective.ar_weight=0", "--adapter-only")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert f"output       out: the adapter alone, which opens with {source}" in lines
+    assert "pushed       to me/mine once it is complete" in lines
+    assert not (place / "out").exists()
 
 
 def test_overwrite_replaces_only_after_success(place: Path) -> None:

@@ -26,6 +26,7 @@ from flarec.inspect.summary import mixer_kind
 from flarec.ir.program import Program
 from flarec.passes import lower
 from flarec.recipe import load_recipe
+from tests.checkpoints import converted
 from tests.models import FAMILIES, shared_model, tiny_config
 
 
@@ -179,6 +180,14 @@ def test_a_model_that_does_not_convert(tmp_path: Path, config: dict[str, Any], w
     assert found["converts"] is False and words in found["reason"]
     assert (found["anatomy"] or {"layers": None})["layers"] == layers
     assert found["convert"] is None and found["speed"] == []
+
+
+def test_a_converted_checkpoint_is_no_source(tmp_path: Path) -> None:
+    """Said as `flarec convert` says it."""
+    _, out = converted(tmp_path, "lfm2")
+    done = run(out, "--quick")
+    assert done.exit_code == 1, done.output
+    assert f"converts    no: {out} is a converted checkpoint already; convert its source model (" in done.stdout
 
 
 @pytest.mark.parametrize("error", [PassError, PropertyError])

@@ -65,6 +65,20 @@ def test_a_head_is_worth_the_misses_that_it_avoids() -> None:
     assert prior.left == pytest.approx(2.0, abs=0.01) and prior.found(3, 1, runs) == pytest.approx(0.0, abs=0.01)
 
 
+def test_a_long_time_without_misses_says_nothing_for_ever() -> None:
+    """All drafts are right for long, so that there are no misses to avoid; then the head misses once."""
+    prior = EndsPrior()
+    for _ in range(100_000):
+        prior.seen(1, 0, 0.0)
+    prior.seen(1, 1, 0.0)
+    assert 1.0 < prior.left < 4.0 and prior.found(3, 1, [1.0, 0.9, 0.8, 0.7]) > 0
+    policy = DraftPolicy(CHOICES)
+    policy.ends = prior
+    for _ in range(3000):
+        policy.timed(1, policy.next(1), 1.0, 1.0)
+    assert prior.left < 1.1
+
+
 def simulated(policy: DraftPolicy, cost: Any, knows: float, steps: int, share: float) -> tuple[list[Drafting], float]:
     """A request whose head says the right end with a probability, and any other else. (what was drafted, tokens)."""
     rng, held, tokens, used = random.Random(0), 0, 0, []
@@ -101,7 +115,7 @@ def test_expected_tokens_are_those_of_a_simulation(drafting: Drafting, knows: fl
     policy._right, policy._tried = [share] * 3, [1.0] * 3
     runs = list(accumulate([share] * drafting.size, mul, initial=1.0))
     missed = 1 - blind_share(drafting.size, drafting.placed, runs)
-    policy.ends._missed, policy.ends._blind = 1 - knows, missed
+    policy.ends._missed, policy.ends._blind = 1e6 * (1 - knows), 1e6 * missed  # nothing else counts
     assert policy.tokens(drafting) == pytest.approx(tokens, rel=0.06)
 
 

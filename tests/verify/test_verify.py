@@ -17,10 +17,14 @@ import flarec.verify
 from flarec.checkpoint.manifest import DecodeDefaults, Manifest, MaskToken, Source
 from flarec.checkpoint.write import write_checkpoint
 from flarec.cli import main
+from flarec.decode.horizon import HorizonProgram
+from flarec.decode.recheck import Recheck
+from flarec.passes import lower
 from flarec.passes.embed_mask import PARAMETER
-from flarec.verify import INVARIANTS, Result, open_subject, verify
+from flarec.verify import INVARIANTS, Result, Subject, open_subject, verify
 from flarec.verify.subject import ROUNDING_STEPS, Comparison
 from tests.models import VOCABULARY, tiny_checkpoint, tiny_model, tiny_tokenizer
+from tests.passes.test_predict_horizon import SIZE, with_head
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,26 @@ def test_a_converted_checkpoint(converted: Path) -> None:
             assert torch.equal(program.parameters()[PARAMETER], stored)
     for result in verify(converted):
         assert result.passed, result
+
+
+def test_a_recheck_that_keeps_more_than_it_may_fails(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = open_subject(converted, debug=False)
+    assert subject.rechecked == {"diffusion-trust": "block_end"}
+    monkeypatch.setattr("flarec.decode.engine.Recheck", lambda share: Recheck(share / 100))
+    result = flarec.verify.recheck_is_causal(subject, cases=4)
+    assert not result.passed and result.difference > 0 and "rechecked" in result.notes[0]
+
+
+def test_elastic_decoding_is_verified_where_there_is_a_head() -> None:
+    """And a text is compared for each threshold and mode."""
+    program, wide, _ = with_head("lfm2")
+    decode = lower(program, "decode")
+    subject = Subject(
+        decode, decode, None, mask_token_id=VOCABULARY - 1, block_size=SIZE, suppress=(VOCABULARY - 1,),
+        rechecked={"diffusion-trust": "causal", "elastic": "causal"}, elastic=HorizonProgram(wide),
+    )
+    result = flarec.verify.recheck_is_causal(subject, cases=2, new_tokens=8)
+    assert result.passed and result.compared.startswith("8 texts of diffusion-trust and elastic")
 
 
 def test_a_converted_checkpoint_is_inspected_with_its_mask(converted: Path) -> None:
