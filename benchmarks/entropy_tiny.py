@@ -1,0 +1,134 @@
+"""Which positions Diffusion-Trust commits, and in which order: by probability or by entropy, on the bundled tiny model.
+
+    python benchmarks/entropy_tiny.py --checkpoint out/demo/checkpoint
+
+--checkpoint: one of `make demo`. A position's confidence is the probability of its token, as decoding has it, or
+`exp(-H)` of its row's distribution (one over its perplexity, in (0, 1], so that a threshold on it is one on the entropy
+`H`). Commits go from the left, as decoding with the causal readout does, or to the most confident positions first,
+wherever they stand. Greedy, float32. The halves are those of `flarec tune`; each way chooses its setting, with and
+without a recheck, on the one (the most tokens per forward of those that keep `KEEPS` of causal decoding's accuracy,
+else the most accurate one) and is compared with decoding as it is on the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import flarec
+from flarec.api import Model
+from flarec.decode.modes.diffusion_trust import DiffusionTrustMode
+from flarec.decode.rows import Rows
+from flarec.evaluate import answered, read_examples
+from flarec.evaluation.choice import Setting, best
+from flarec.evaluation.summary import Attempt, compare, summarise
+from flarec.tune import Halves, graded
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "examples" / "tiny" / "data" / "test.jsonl"
+KEEPS = 0.97
+WAYS = {"probability, from the left": (False, False), "entropy, from the left": (True, False),
+        "probability, most certain first": (False, True), "entropy, most certain first": (True, True)}
+"""(by entropy, in the order of confidence); the first one is how decoding is."""
+PLAIN = tuple(Setting(threshold, 0.0) for threshold in (0.7, 0.9, 0.97, 0.99, 0.999))
+RECHECKED = tuple(Setting(threshold, recheck) for recheck in (0.3, 1.0) for threshold in (0.0, 0.5, 0.9))
+NUMBERS = ("answers", "accuracy", "accuracy_interval", "tokens_per_forward", "forwards")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--checkpoint", type=Path, default=Path("out/demo/checkpoint"))
+    parser.add_argument("--tasks", type=int, default=200, help="held-out tasks, about half of them to choose on")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/entropy-tiny-cpu.json"))
+    options = parser.parse_args()
+    start = time.perf_counter()
+    model = flarec.load(options.checkpoint, dtype="float32")
+    assert model.manifest is not None
+    halves = graded(read_examples(DATA, model, limit=options.tasks), model.engine.max_positions)
+    report: dict[str, Any] = {
+        "command": "python benchmarks/entropy_tiny.py " + " ".join(sys.argv[1:]), "commit": _commit(),
+        "device": f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores",
+        "versions": {"flarec": flarec.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "keeps": KEEPS, "recipe": model.manifest.recipe, "decode": str(model.manifest.decode),
+    }
+    causal = {half: _decode(model, halves, half, None) for half in halves}
+    report["causal"] = {half: _numbers(found) for half, found in causal.items()}
+    bar = report["causal"]["choosing"]["accuracy"]
+    report["ways"], base = {}, {}
+    for name, (entropy, certain) in WAYS.items():
+        with _decoding(entropy, certain):
+            way: dict[str, Any] = {}
+            for kind, settings in (("without a recheck", PLAIN), ("with a recheck", RECHECKED)):
+                seen = {each: _numbers(_decode(model, halves, "choosing", each)) for each in settings}
+                chosen = best(seen, bar, KEEPS) or max(seen, key=lambda each: float(seen[each]["accuracy"]))
+                attempts = _decode(model, halves, "reporting", chosen)
+                first = base.setdefault(kind, attempts)
+                way[kind] = {
+                    "choosing": [{**each._asdict(), **row} for each, row in seen.items()], "chosen": chosen._asdict(),
+                    "reported": _numbers(attempts), "to_causal": compare(attempts, causal["reporting"])["paired"],
+                    "to_decoding_as_it_is": compare(attempts, first)["paired"],
+                }
+        report["ways"][name] = way
+        report["seconds"] = time.perf_counter() - start
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+@contextmanager
+def _decoding(entropy: bool, certain: bool) -> Iterator[None]:
+    """Diffusion-Trust with another confidence, or another order of commits."""
+    choose = Rows.choose
+
+    def by_entropy(
+        rows: Rows, logits: Tensor, first: Tensor, *, confidence: bool = False, source: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        token, probability = choose(rows, logits, first, confidence=confidence, source=source)
+        if not confidence:
+            return token, probability
+        assert source is None and not rows.sampling.sampled
+        scores = logits.float() if rows.suppress is None else logits.float().masked_fill(rows.suppress, -torch.inf)
+        return token, torch.exp(-torch.special.entr(scores.softmax(dim=-1)).sum(dim=-1))
+
+    def most_certain(mode: DiffusionTrustMode, masked: Tensor, confidence: Tensor) -> Tensor:
+        place = confidence.masked_fill(~masked, -1.0).argmax(dim=1, keepdim=True)
+        return (confidence >= mode.threshold).scatter(1, place, True)
+
+    with ExitStack() as stack:
+        if entropy:
+            stack.enter_context(mock.patch.object(Rows, "choose", by_entropy))
+        if certain:
+            stack.enter_context(mock.patch.object(DiffusionTrustMode, "_chosen", most_certain))
+        yield
+
+
+def _decode(model: Model, halves: Halves, half: Any, setting: Setting | None) -> list[Attempt]:
+    mode = {"mode": "causal"} if setting is None else {"mode": "diffusion-trust", **setting._asdict()}
+    found = answered(model, halves[half], flarec.GenerationOptions(**mode), batch=len(halves[half]))
+    print(half, setting, _numbers(found), flush=True)
+    return found
+
+
+def _numbers(attempts: list[Attempt]) -> dict[str, Any]:
+    found = summarise(attempts, 1)
+    return {name: found[name] for name in NUMBERS} | {"taken_back": found.get("taken_back", 0)}
+
+
+def _commit() -> str | None:
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    main()
