@@ -27,7 +27,7 @@ NUMBERS = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class Tuning:
     """What is measured. modes: of `RECHECKED`; keep: share of causal decoding's accuracy that a setting has to keep;
     options: of every setting but mode, threshold and recheck; batch, samples, execute: see `flarec.evaluate.evaluate`.
     """
@@ -88,7 +88,7 @@ def graded(examples: Sequence[Example], room: int, *, execute: bool = False) -> 
 
 
 def tune(
-    model: Model, halves: Halves, plan: Plan, on_output: Callable[[], None] = lambda: None
+    model: Model, halves: Halves, plan: Tuning, on_output: Callable[[], None] = lambda: None
 ) -> dict[Mode, dict[str, Any]]:
     """Measure all settings of some modes on what `graded` gave. on_output: called as an answer ends; `answers_of` says
     how many there are.
@@ -124,7 +124,7 @@ def tune(
 
 
 def noted(
-    found: Mapping[Mode, Mapping[str, Any]], identity: Mapping[str, Any], plan: Plan
+    found: Mapping[Mode, Mapping[str, Any]], identity: Mapping[str, Any], plan: Tuning
 ) -> dict[str, dict[str, Any]]:
     """What `tune` found with what it was measured with, as a record and a manifest have it (`flarec.checkpoint.curve`).
     identity: of `flarec.evaluate.identity`."""
@@ -137,7 +137,7 @@ def noted(
     return {mode: {**made, **table} for mode, table in found.items()}
 
 
-def answers_of(plan: Plan, halves: Halves) -> int:
+def answers_of(plan: Tuning, halves: Halves) -> int:
     """How many answers `tune` lets the model write, if every mode finds a setting."""
     choosing, reporting = (len(halves[half]) for half in HALVES)
     rounds = 1 + len(plan.modes) * len(plan.settings)
@@ -147,7 +147,7 @@ def answers_of(plan: Plan, halves: Halves) -> int:
 class _Answers:
     """Answers of one model: every half is decoded once in every setting."""
 
-    def __init__(self, model: Model, halves: Halves, plan: Plan, on_output: Callable[[], None]) -> None:
+    def __init__(self, model: Model, halves: Halves, plan: Tuning, on_output: Callable[[], None]) -> None:
         self.model, self.halves, self.plan = model, halves, plan
         self.on_output = on_output
         self._known: dict[tuple[Half, Mode, Setting | None], list[Attempt]] = {}

@@ -27,7 +27,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from flarec.api import Model
-    from flarec.tune import Halves, Plan
+    from flarec.tune import Halves, Tuning
 
 OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 SHARE = click.FloatRange(0, 1)
@@ -90,9 +90,9 @@ def command(
         adapter=adapter, **keywords,
     )
     from flarec.evaluate import identity, read_examples  # slow to import, like everything below flarec.api
-    from flarec.tune import Plan, graded, modes_of, noted
+    from flarec.tune import Tuning, graded, modes_of, noted
 
-    plan = Plan(modes_of(model, modes), thresholds, rechecks, keep, options, batch, samples, execute)
+    plan = Tuning(modes_of(model, modes), thresholds, rechecks, keep, options, batch, samples, execute)
     halves = graded(
         read_examples(data, model, limit=limit, thinking=thinking), model.engine.max_positions, execute=execute
     )
@@ -128,7 +128,7 @@ def _check_writable(checkpoint: str, adapter: Path | None, mask_token_id: int | 
     check_retunable(checkpoint, small)
 
 
-def _measure(model: Model, halves: Halves, plan: Plan) -> dict[Any, dict[str, Any]]:
+def _measure(model: Model, halves: Halves, plan: Tuning) -> dict[Any, dict[str, Any]]:
     from rich.console import Console
     from rich.progress import Progress
 
