@@ -4,22 +4,22 @@
 
 --checkpoint: one of `make demo`. A position's confidence is the probability of its token, as decoding has it, or
 `exp(-H)` of its row's distribution (one over its perplexity, in (0, 1], so that a threshold on it is one on the entropy
-`H`). Commits go from the left, as decoding with the causal readout does, or to the most confident positions first,
-wherever they stand. Greedy, float32. The halves are those of `flarec tune`; each way chooses its setting, with and
-without a recheck, on the one (the most tokens per forward of those that keep `KEEPS` of causal decoding's accuracy,
-else the most accurate one) and is compared with decoding as it is on the other.
+`H`). Commits go from the left, as decoding with the causal readout does, or to the most certain positions first,
+wherever they stand. A threshold of `exp(-H)` is as strict as one of the probability where one other token has the rest.
+Greedy, float32, on the tasks that choose in `flarec tune`; every way is compared with decoding as it is, task by task.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,23 +29,22 @@ import torch
 from torch import Tensor
 
 import flarec
+from flarec import GenerationOptions
 from flarec.api import Model
 from flarec.decode.modes.diffusion_trust import DiffusionTrustMode
 from flarec.decode.rows import Rows
-from flarec.evaluate import answered, read_examples
-from flarec.evaluation.choice import Setting, best
+from flarec.evaluate import Example, answered, read_examples
+from flarec.evaluation.choice import Setting
 from flarec.evaluation.summary import Attempt, compare, summarise
-from flarec.tune import Halves, graded
+from flarec.tune import graded
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "examples" / "tiny" / "data" / "test.jsonl"
-KEEPS = 0.97
 WAYS = {"probability, from the left": (False, False), "entropy, from the left": (True, False),
-        "probability, most certain first": (False, True), "entropy, most certain first": (True, True)}
+        "entropy, most certain first": (True, True), "probability, most certain first": (False, True)}
 """(by entropy, in the order of confidence); the first one is how decoding is. At a threshold of 0 all are the same."""
-PLAIN = tuple(Setting(threshold, 0.0) for threshold in (0.9, 0.99, 0.999))
-RECHECKED = tuple(Setting(threshold, recheck) for recheck in (0.3, 1.0) for threshold in (0.5, 0.9))
-NUMBERS = ("answers", "accuracy", "accuracy_interval", "tokens_per_forward", "forwards")
+SETTINGS = tuple(map(Setting, (0.9, 0.99, 0.999, 0.5, 0.9, 0.5), (0.0, 0.0, 0.0, 0.3, 0.3, 1.0)))
+NUMBERS = ("answers", "correct", "accuracy", "accuracy_interval", "tokens_per_forward", "forwards")
 
 
 def main() -> None:
@@ -57,33 +56,35 @@ def main() -> None:
     start = time.perf_counter()
     model = flarec.load(options.checkpoint, dtype="float32")
     assert model.manifest is not None
-    halves = graded(read_examples(DATA, model, limit=options.tasks), model.engine.max_positions)
+    tasks = graded(read_examples(DATA, model, limit=options.tasks), model.engine.max_positions)["choosing"]
     report: dict[str, Any] = {
         "command": "python benchmarks/entropy_tiny.py " + " ".join(sys.argv[1:]), "commit": _commit(),
         "device": f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores",
         "versions": {"flarec": flarec.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "keeps": KEEPS, "recipe": model.manifest.recipe, "decode": str(model.manifest.decode),
+        "recipe": model.manifest.recipe, "decode": str(model.manifest.decode),
     }
-    causal = {half: _decode(model, halves, half, None) for half in halves}
-    report["causal"] = {half: _numbers(found) for half, found in causal.items()}
-    bar = report["causal"]["choosing"]["accuracy"]
-    report["ways"], base = {}, {}
+    report["causal"], report["ways"] = _numbers(_decode(model, tasks, None)), {}
+    base: dict[Setting, list[Attempt]] = {}
     for name, (entropy, certain) in WAYS.items():
+        rows = []
         with _decoding(entropy, certain):
-            way: dict[str, Any] = {}
-            for kind, settings in (("without a recheck", PLAIN), ("with a recheck", RECHECKED)):
-                seen = {each: _numbers(_decode(model, halves, "choosing", each)) for each in settings}
-                chosen = best(seen, bar, KEEPS) or max(seen, key=lambda each: float(seen[each]["accuracy"]))
-                attempts = _decode(model, halves, "reporting", chosen)
-                first = base.setdefault(kind, attempts)
-                way[kind] = {
-                    "choosing": [{**each._asdict(), **row} for each, row in seen.items()], "chosen": chosen._asdict(),
-                    "reported": _numbers(attempts), "to_causal": compare(attempts, causal["reporting"])["paired"],
-                    "to_decoding_as_it_is": compare(attempts, first)["paired"],
-                }
-        report["ways"][name] = way
+            for setting in SETTINGS:
+                used = setting._replace(threshold=_as_strict(setting.threshold)) if entropy else setting
+                attempts = _decode(model, tasks, used)
+                beside = compare(attempts, base.setdefault(setting, attempts))
+                rows.append({
+                    "probability": setting.threshold, **used._asdict(), **_numbers(attempts),
+                    "to_decoding_as_it_is": {name: beside[name] for name in ("equal_texts", "paired")},
+                })
+        report["ways"][name] = rows
         report["seconds"] = time.perf_counter() - start
         options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _as_strict(probability: float) -> float:
+    """exp(-H) of a row that gives one token this probability and another one the rest."""
+    rest = 1 - probability
+    return math.exp(probability * math.log(probability) + rest * math.log(rest))
 
 
 @contextmanager
@@ -113,10 +114,12 @@ def _decoding(entropy: bool, certain: bool) -> Iterator[None]:
         yield
 
 
-def _decode(model: Model, halves: Halves, half: Any, setting: Setting | None) -> list[Attempt]:
-    mode = {"mode": "causal"} if setting is None else {"mode": "diffusion-trust", **setting._asdict()}
-    found = answered(model, halves[half], flarec.GenerationOptions(**mode), batch=len(halves[half]))
-    print(half, setting, _numbers(found), flush=True)
+def _decode(model: Model, tasks: Sequence[Example], setting: Setting | None) -> list[Attempt]:
+    options = GenerationOptions(mode="causal")
+    if setting is not None:
+        options = GenerationOptions(mode="diffusion-trust", threshold=setting.threshold, recheck=setting.recheck)
+    found = answered(model, tasks, options, batch=len(tasks))
+    print(setting, _numbers(found), flush=True)
     return found
 
 
