@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .manifest import Manifest
 
 KEY = "tuning"
-HEAD = ("half", "threshold", "recheck", "accuracy", "95 %", "tokens per forward", "tasks")
+HEAD = ("half", "threshold", "recheck", "accuracy", "95 %", "tokens per forward", "answers")
 CAUSAL = "causal"
 LARGEST = 1e15
 """Of a number that is shown."""
@@ -64,6 +64,15 @@ def curves(manifest: Manifest) -> list[Curve]:
     found = [Curve(mode, _about(table), tuple(_points(table))) for mode, table in sorted(tables.items())
              if isinstance(table, Mapping)]
     return [curve for curve in found if curve.points]
+
+
+def without_settings(manifest: Manifest, mode: str) -> Manifest:
+    """A manifest without what was chosen and measured for a mode."""
+    tables = _mapping(manifest.metrics.get(KEY))
+    rest = {name: table for name, table in tables.items() if name != mode}
+    metrics = {name: value for name, value in manifest.metrics.items() if name != KEY} | ({KEY: rest} if rest else {})
+    chosen = {name: pair for name, pair in manifest.decode.chosen.items() if name != mode}
+    return replace(manifest, decode=replace(manifest.decode, chosen=chosen), metrics=metrics)
 
 
 def _points(table: Mapping[str, Any]) -> Iterable[Point]:

@@ -11,6 +11,7 @@ import click
 
 from flarec.base.files import check_apart, check_name, write_file
 from flarec.base.generation import RECHECKED, GenerationOptions
+from flarec.errors import UsageError
 from flarec.evaluation.choice import KEEP, RECHECKS, THRESHOLDS
 
 from .loading import open_model
@@ -83,6 +84,8 @@ def command(
         check_name(out)
         check_apart([out], [data, Path(checkpoint), *([adapter] if adapter is not None else [])])
     options = GenerationOptions(**{name: keywords.pop(name) for name in OPTIONS})
+    if write and passes:
+        raise UsageError("--write is for the checkpoint as it is opened without --pass; leave one of them out")
     if write:
         _check_writable(checkpoint, adapter, mask_token_id, block_size)
     model = open_model(

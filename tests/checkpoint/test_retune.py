@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
-from flarec.base.files import unused
+from flarec.base.files import replace_file, unused
 from flarec.base.lock import OutputLock
 from flarec.checkpoint import retune
 from flarec.checkpoint.card import CURVES, DECODING, model_card, retold
 from flarec.checkpoint.curve import KEY, curves
 from flarec.checkpoint.directory import open_checkpoint
+from flarec.checkpoint.horizon import manifest_with
 from flarec.checkpoint.manifest import NAME, Manifest
 from flarec.checkpoint.retune import check_retunable, retuned, rewrite
 from flarec.errors import CheckpointError, UsageError
+from flarec.passes import PredictHorizon, pipeline
 from tests.checkpoints import tree
 
 ROW = {"answers": 40, "accuracy": 0.9, "accuracy_interval": [0.75, 0.95], "tokens_per_forward": 1.0}
@@ -81,14 +83,25 @@ def test_a_card_that_was_removed_stays_so(copy: Path) -> None:
     assert curves(read(copy))[0].points and open_checkpoint(copy, whole=True)
 
 
+def test_another_head_is_not_measured(pair: tuple[Path, Path]) -> None:
+    """A head that is trained anew takes the checkpoint's settings for elastic decoding with it, and no other ones."""
+    before, steps = read(pair[1]), pipeline("decode")
+    one = retuned(before, FOUND)
+    both = retuned(one, {"elastic": FOUND["diffusion-trust"]})
+    assert len(curves(both)) == 2 and len(curves(one)) == 1
+    for kept, manifest in ((one, both), (before, retuned(before, {"elastic": FOUND["diffusion-trust"]}))):
+        after = manifest_with(manifest, steps, PredictHorizon(3, 8), {}, {})
+        assert after.decode == kept.decode and after.metrics == {**kept.metrics, "horizon": {}}
+
+
 def test_a_failure_leaves_a_checkpoint_that_opens(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever of the two files cannot be written; and what a kill left in writing goes with the next time."""
-    before, written = read(copy), retune.replace_file
+    before = read(copy)
     for name in ("README.md", NAME):
         def fails(path: Path, data: str, part: Path, name: str = name) -> None:
             if path.name == name:
                 raise OSError(28, "No space left on device")
-            written(path, data, part)
+            replace_file(path, data, part)
 
         monkeypatch.setattr(retune, "replace_file", fails)
         with pytest.raises(CheckpointError, match="No space left"):

@@ -14,7 +14,7 @@ ROW = st.tuples(st.integers(0, 20), st.integers(10, 40))
 """Right answers of 20, and tenths of a token per forward."""
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.dictionaries(st.tuples(SHARES, SHARES), ROW, min_size=1), st.integers(1, 20), st.integers(0, 100))
 def test_most_tokens_per_forward_of_those_that_keep_enough(
     seen: dict[tuple[float, float], tuple[int, int]], right: int, percent: int
