@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import pytest
 
 from flarec import api
 from flarec.base.generation import GenerationOptions
+from flarec.checkpoint.manifest import Manifest
+from flarec.cli.chat import Conversation
+from flarec.errors import GenerationError
 from flarec.evaluate import evaluate, to_examples
 from flarec.evaluation.choice import half_of
-from tests.checkpoints import converted, tree
+from tests.checkpoints import adapted, converted, tree
 from tests.cli.conversions import flarec
 
 NEW = 6
@@ -151,3 +155,31 @@ def test_a_source_has_no_settings(path: Path, place: Path) -> None:
     assert result.exit_code == 2 and "not converted" in result.stderr
     result = flarec("tune", source, "--data", "tasks.jsonl", "--write", *SMALL)
     assert result.exit_code == 2 and "no flarec.json to --write" in result.stderr
+
+
+def test_an_adapter_has_settings_of_its_own(place: Path) -> None:
+    """What is written is the directory of the adapter; its model, which may be anybody's, is not touched."""
+    source, adapter = adapted(place / "adapter", "llama", alone=True)
+    before = tree(source), tree(adapter)
+    result = flarec("tune", source, "--adapter", adapter, "--data", "tasks.jsonl", "--threshold", 0.5, "--recheck", 1,
+                    "--write", *SMALL)
+    assert result.exit_code == 0, result.output
+    now = tree(adapter)
+    assert tree(source) == before[0] and now.keys() == before[1].keys()
+    assert {name for name in now if now[name] != before[1][name]} == {"flarec.json", "README.md"}
+    manifest = Manifest.read(adapter)
+    assert manifest is not None and manifest.decode.settings("diffusion-trust") == {"threshold": 0.5, "recheck": 1.0}
+
+
+def test_a_mode_in_a_chat_has_its_own_defaults(model: api.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert model.manifest is not None
+    own = {"diffusion-trust": {"threshold": 0.25, "recheck": 0.5}}
+    decode = replace(model.manifest.decode, chosen=own)
+    monkeypatch.setattr(model, "manifest", replace(model.manifest, decode=decode))
+    conversation = Conversation(model, GenerationOptions(seed=3))
+    assert conversation.take("/mode diffusion-trust")
+    found = model.complete(conversation.options)
+    assert (found.mode, found.threshold, found.recheck, found.seed) == ("diffusion-trust", 0.25, 0.5, 3)
+    with pytest.raises(GenerationError):
+        conversation.take("/mode elastic")
+    assert conversation.options.mode == "diffusion-trust"
