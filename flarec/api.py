@@ -327,12 +327,10 @@ class Model:
         if self.manifest is None:
             return options.filled(mode="causal")
         defaults = self.manifest.decode
+        mode = options.mode or "ar-trust"
         return options.filled(
-            mode="ar-trust",
-            drafts=defaults.drafts,
-            threshold=defaults.confidence_threshold,
-            denoising_steps=defaults.denoising_steps or None,
-            recheck=defaults.recheck,
+            mode=mode, drafts=defaults.drafts, denoising_steps=defaults.denoising_steps or None,
+            **defaults.settings(mode),
         )
 
     def encode(self, prompt: Prompt, *, chat: bool = False) -> list[int]:

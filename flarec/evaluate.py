@@ -143,8 +143,7 @@ def assess(
     batch = whole_number("batch", batch, UsageError, low=1)
     samples = whole_number("samples", samples, UsageError, low=1)
     options = model.complete(options)
-    if samples > 1 and options.temperature == 0:
-        raise UsageError(f"{samples} samples at temperature 0 are {samples} times the same answer; give a temperature")
+    check_samples(samples, options.temperature)
     untested = sum(isinstance(example.question, PythonQuestion) for example in examples)
     if untested and not execute:
         warnings.warn(
@@ -153,7 +152,9 @@ def assess(
             stacklevel=3,
         )
     total, tokens = response_loss(model, examples, batch)
-    attempts = _attempts(model, examples, options, batch, samples, execute, on_output)
+    attempts = answered(
+        model, examples, options, batch=batch, samples=samples, execute=execute, on_output=on_output
+    )
     result = {
         "mode": options.mode,
         "records": len(examples),
@@ -166,10 +167,23 @@ def assess(
     return result, attempts
 
 
-def _attempts(
-    model: Model, examples: Sequence[Example], options: GenerationOptions, batch: int, samples: int, execute: bool,
-    on_output: Callable[[int, Output], None] | None,
+def check_samples(samples: int, temperature: float) -> None:
+    """Raise `UsageError` for several answers that would all be the same."""
+    if samples > 1 and temperature == 0:
+        raise UsageError(f"{samples} samples at temperature 0 are {samples} times the same answer; give a temperature")
+
+
+def answered(
+    model: Model,
+    examples: Sequence[Example],
+    options: GenerationOptions,
+    *,
+    batch: int = 8,
+    samples: int = 1,
+    execute: bool = False,
+    on_output: Callable[[int, Output], None] | None = None,
 ) -> list[Attempt]:
+    """The single answers to examples with a prompt, graded; `evaluate` says what the arguments are."""
     room = model.engine.max_positions
     asked = [
         (index, sample)

@@ -22,7 +22,7 @@ LONGEST_FUNCTION = 60  # lines, its docstring not counted
 
 # Which module belongs to which layer: the longest prefix decides.
 AT_THE_ROOT = ("errors", "layout", "device", "collector", "threads")
-API = ("api", "hf_generate", "evaluate")
+API = ("api", "hf_generate", "evaluate", "tune")
 KERNELS = tuple(sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")))
 ROOMS = (
     "base", "recipe", "ir", "ops", "frontend", "passes", "checkpoint", "train", "decode", "serve", "verify", "inspect",

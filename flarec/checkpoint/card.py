@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .curve import HEAD, KEY, curves
 from .manifest import RUN_KEY, Manifest
 
 _WHAT_CONVERTED = (
@@ -32,6 +33,9 @@ _NOT_FOR_PEFT = (
     "the text that the model itself writes, and so what `ar-trust` verifies against. flarec applies it to noisy rows."
 )
 
+DECODING, CURVES = "## Decoding", "## Accuracy at tokens per forward"
+"""Headings of the sections that `retold` makes anew."""
+
 
 def licence_of(directory: Path) -> str | None:
     """The `license` of the front matter of a directory's README.md, None if there is none."""
@@ -50,19 +54,10 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None, chat: 
     carried: for a multimodal checkpoint, what of it was converted and what was not. chat: it has a chat template.
     """
     data = {key: value for key, value in manifest.data.items() if key != RUN_KEY}
-    source, decode, mask = manifest.source, manifest.decode, manifest.mask
-    info = manifest.adapter
-    if mask.kind == "row":
-        token = f"the spare vocabulary row {mask.token_id}; it is never generated"
-    elif mask.kind == "random":
-        token = f"none: masked positions show one of {sum(end - first for first, end in mask.ids):,} ids at random"
-    else:
-        token = f"a learned vector in `{'adapter/' if info else ''}flarec.safetensors`"
-    readouts = ", ".join(f"{mode}: {readout}" for mode, readout in decode.readouts.items())
+    source, info = manifest.source, manifest.adapter
     opener = "AutoModelForImageTextToText" if carried else "AutoModelForCausalLM"
     recipe = str(manifest.recipe.get("name", "custom"))
     elastic = "elastic" in manifest.pipelines
-    rechecked = ["`diffusion-trust`"] * ("diffusion-trust" in decode.readouts) + ["`elastic`"] * elastic
     model = source.name if info is not None and info.alone else name
     adapter = f" --adapter {name}" if info is not None and info.alone else ""
     keyword = f', adapter="{name}"' if adapter else ""
@@ -88,25 +83,84 @@ def model_card(manifest: Manifest, name: str, carried: str | None = None, chat: 
         "```",
         *(["## The adapter", _NOT_FOR_PEFT] if info is not None else []),
         *(["## Multimodal", f"{carried}. The decode modes of flarec take text."] if carried else []),
-        "## Decoding",
-        _table({
-            "block size": decode.block_size,
-            "readouts": readouts,
-            "confidence threshold": decode.confidence_threshold,
-            "denoising steps": decode.denoising_steps or "block size",
-            "recheck": decode.recheck or "none",
-            "mask token": token,
-            **({"elastic": "`horizon.safetensors` says how many drafts are taken"} if elastic else {}),
-        }),
-        *([_RECHECK.format(" and ".join(rechecked))] if rechecked else []),
+        *_decoding(manifest),
+        *_curves(manifest),
         "## Training",
         _table({"recipe": recipe, **data}),
     ]
-    if manifest.metrics:
-        sections += ["## Measurements", _table(manifest.metrics)]
+    if metrics := {name: value for name, value in manifest.metrics.items() if name != KEY}:
+        sections += ["## Measurements", _table(metrics)]
     licence = source.licence or "not stated by the source; ask its authors before you pass this model on"
     sections += ["## Licence", f"That of the source: {licence}.", "## Versions", _table(manifest.versions)]
     return "\n\n".join(sections) + "\n"
+
+
+def retold(text: str, manifest: Manifest) -> str:
+    """A card, as it was written or as somebody edited it, with what it says of decoding as the manifest has it now. The
+    rest stays; sections that are missing are added, behind the one on decoding or at the end."""
+    parts = _sections(text)
+    for heading, made in ((DECODING, _decoding(manifest)), (CURVES, _curves(manifest))):
+        headings = [part.partition("\n")[0].rstrip() for part in parts]
+        if heading not in headings:
+            place = headings.index(DECODING) + 1 if DECODING in headings else len(parts)
+            parts.insert(place, "")
+        else:
+            place = headings.index(heading)
+        parts[place] = "\n\n".join(made)
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def _sections(text: str) -> list[str]:
+    """What stands before the first heading of the second level, then every section from its heading on. Lines in blocks
+    of code are no headings."""
+    parts: list[list[str]] = [[]]
+    fenced = False
+    for line in text.split("\n"):
+        fenced ^= line.startswith("```")
+        if line.startswith("## ") and not fenced:
+            parts.append([])
+        parts[-1].append(line)
+    return ["\n".join(part) for part in parts]
+
+
+def _decoding(manifest: Manifest) -> list[str]:
+    """The section on how the checkpoint decodes unless told otherwise."""
+    decode, mask, elastic = manifest.decode, manifest.mask, "elastic" in manifest.pipelines
+    if mask.kind == "row":
+        token = f"the spare vocabulary row {mask.token_id}; it is never generated"
+    elif mask.kind == "random":
+        token = f"none: masked positions show one of {sum(end - first for first, end in mask.ids):,} ids at random"
+    else:
+        token = f"a learned vector in `{'adapter/' if manifest.adapter else ''}flarec.safetensors`"
+    rechecked = ["diffusion-trust"] * ("diffusion-trust" in decode.readouts) + ["elastic"] * elastic
+    own = [mode for mode in rechecked if mode in decode.chosen]
+    shared = _settings(decode.settings("")) if len(own) < max(1, len(rechecked)) else {}
+    for mode in own:
+        shared |= {f"{mode}, {name}": value for name, value in _settings(decode.chosen[mode]).items()}
+    names = " and ".join(f"`{mode}`" for mode in rechecked)
+    table = {
+        "block size": decode.block_size,
+        "readouts": ", ".join(f"{mode}: {readout}" for mode, readout in decode.readouts.items()),
+        **shared,
+        "denoising steps": decode.denoising_steps or "block size",
+        "mask token": token,
+        **({"elastic": "`horizon.safetensors` says how many drafts are taken"} if elastic else {}),
+    }
+    return [DECODING, _table(table), *([_RECHECK.format(names)] if rechecked else [])]
+
+
+def _settings(values: dict[str, float]) -> dict[str, Any]:
+    return {"confidence threshold": values["threshold"], "recheck": values["recheck"] or "none"}
+
+
+def _curves(manifest: Manifest) -> list[str]:
+    """The section on what `flarec tune` measured; nothing where it did not."""
+    parts = []
+    for curve in curves(manifest):
+        rows = [HEAD, tuple("---" for _ in HEAD), *(point.cells() for point in curve.points)]
+        lines = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
+        parts += [f"`{_cell(curve.mode)}`. {_cell(curve.about)}", "\n".join(lines)]
+    return [CURVES, *parts] if parts else []
 
 
 def _front_matter(manifest: Manifest, *, multimodal: bool) -> str:

@@ -25,6 +25,7 @@ from ..ir.pipeline import Pass, parse_pass, pipeline_text
 from ..passes import PASSES, PredictHorizon
 from ..passes.narrow_head import NarrowHead
 from .adapter import linked
+from .curve import without_settings
 from .manifest import NAME as MANIFEST
 from .manifest import RUN_KEY, Manifest
 from .weights import weight_files
@@ -85,8 +86,10 @@ def with_horizon(steps: list[Pass], horizon: PredictHorizon) -> str:
 def manifest_with(
     manifest: Manifest, steps: list[Pass], horizon: PredictHorizon, data: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> Manifest:
-    """That of the checkpoint with the head. It is no run's result any more. steps: of the pipeline `decode`."""
+    """That of the checkpoint with the head. It is no run's result any more, and what `flarec tune` chose for another
+    head is gone. steps: of the pipeline `decode`."""
     kept = {name: value for name, value in manifest.data.items() if name != RUN_KEY}
+    manifest = without_settings(manifest, TARGET)
     return replace(
         manifest,
         pipelines={**manifest.pipelines, TARGET: with_horizon(steps, horizon)},

@@ -71,6 +71,8 @@ class DecodeDefaults:
     recheck               Diffusion-Trust and elastic: what is less likely than this share of the clean stream's choice
                           is taken back; 0 for no recheck
     drafts                AR-Trust: "branches" or "single"
+    chosen                "diffusion-trust" and "elastic" -> "threshold" and "recheck" that `flarec tune` chose for that
+                          mode, in the place of the two above
     """
 
     block_size: int
@@ -79,6 +81,12 @@ class DecodeDefaults:
     denoising_steps: int = 0
     recheck: float = 0.0
     drafts: str = "branches"
+    chosen: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def settings(self, mode: str) -> dict[str, float]:
+        """Threshold and recheck of a mode."""
+        shared = {"threshold": self.confidence_threshold, "recheck": self.recheck}
+        return dict(self.chosen.get(mode, shared))
 
 
 @dataclass(frozen=True)
@@ -129,8 +137,9 @@ class Manifest:
         for name in ("plugins", "adapter"):  # versions that do not know the key open a checkpoint without it
             if not table[name]:
                 order.remove(name)
-        if not table["mask"]["ids"]:
-            del table["mask"]["ids"]
+        for section, key in (("mask", "ids"), ("decode", "chosen")):
+            if not table[section][key]:
+                del table[section][key]
         values = {name: table[name] for name in order}
         if self.format_version >= 2:
             values[SELF] = _hash_of(values)

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ..base.fields import LARGEST, LARGEST_BLOCK, shown
-from ..base.generation import MODES
+from ..base.generation import MODES, RECHECKED
 from ..layout import READOUTS
 
 Check = Callable[[Any], bool]
@@ -67,6 +67,12 @@ def ranges(value: Any) -> bool:
     return inside and all(a <= b for a, b in pairwise(ends)) and all(first < end for first, end in value)
 
 
+def settings(value: Any) -> bool:
+    """Threshold and recheck of a mode, both of them."""
+    both = isinstance(value, dict) and set(value) == {"threshold", "recheck"}
+    return both and all(map(number(0.0, 1.0), value.values()))
+
+
 anything = table_of(text, lambda value: True)
 """A table for readers: nothing is decided by it."""
 
@@ -82,6 +88,7 @@ MANIFEST: dict[str, Check | Mapping[str, Check]] = {
         "denoising_steps": whole(0, LARGEST),
         "recheck": number(0.0, 1.0),
         "drafts": one_of("branches", "single"),
+        "chosen": table_of(one_of(*RECHECKED), settings),
     },
     "recipe": anything,
     "pipelines": table_of(text, text),

@@ -30,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "chat": "Talk with a checkpoint or a source model in the terminal.",
     "serve": "Serve a checkpoint or a source model with OpenAI's protocol.",
     "eval": "Held-out loss, exact-match accuracy and tokens per forward on a data file.",
+    "tune": "Measure settings of decoding on a data file, and make the best one the default.",
     "report": "One page about a checkpoint: its run, evaluations, and coloured samples.",
     "lm-eval": "Run the tasks of lm-eval on a checkpoint: its own command line.",
     "inspect": "Show a model's program, layer by layer, and what each pass changed.",

@@ -75,7 +75,7 @@ class Conversation:
 
     def __init__(self, model: Model, options: GenerationOptions) -> None:
         self.model = model
-        self.options = model.complete(options)
+        self.options = options  # as they were given: every mode has defaults of its own
         self.messages: list[dict[str, str]] = []
         self.last: Output | None = None
         self.failed = False
@@ -128,7 +128,9 @@ class Conversation:
     def _mode(self, name: str) -> None:
         if name not in MODES:
             raise GenerationError(f"unknown mode {name or 'without a name'}; choose {', '.join(MODES)}")
-        self.options = self.model.complete(replace(self.options, mode=name))
+        options = replace(self.options, mode=name)
+        self.model.complete(options)  # says whether the checkpoint has the mode
+        self.options = options
 
     def _stats(self) -> None:
         if self.last is None:

@@ -14,7 +14,16 @@ from flarec.base.generation import GenerationOptions
 from flarec.errors import UsageError
 
 from .loading import open_model, say_unread
-from .options import adapter_option, foreign_options, generation_options, plugin_options, runtime_options
+from .options import (
+    adapter_option,
+    asking_options,
+    check_data,
+    data_option,
+    foreign_options,
+    generation_options,
+    plugin_options,
+    runtime_options,
+)
 
 if TYPE_CHECKING:
     from flarec.api import Model, Output
@@ -31,29 +40,9 @@ OF_A_RECORD = (*OPTIONS, "samples", "limit", "batch", "execute", "thinking")
 
 @click.command("eval")
 @click.argument("checkpoint", metavar="CKPT")
-@click.option(
-    "--data", required=True, metavar="FILE", type=click.Path(path_type=Path),
-    help='Records as for training. Those with "answer" and "pattern" (a regular expression with a group), or with '
-    '"tests" (Python code), count for accuracy.',
-)
+@data_option
 @generation_options(*OPTIONS)
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N records.")
-@click.option(
-    "--batch", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Prompts at the same time.",
-)
-@click.option(
-    "--samples", type=click.IntRange(1), default=1, show_default=True, metavar="N",
-    help="Answers per prompt, for pass@k; the seed of each is one higher.",
-)
-@click.option(
-    "--thinking/--no-thinking", default=None,
-    help="The chat template's enable_thinking, for records that do not state it. Default: the template's.",
-)
-@click.option(
-    "--execute", is_flag=True,
-    help='Run the Python code of answers to records with "tests". It has limits on time and memory and no sandbox '
-    "beyond: use a machine that has nothing to lose.",
-)
+@asking_options
 @click.option(
     "--against", metavar="MODEL", help="Another model, such as the source, compared on the same prompts and seeds.",
 )
@@ -82,10 +71,7 @@ def command(
     The loss is that of the clean stream per response token. Every record with a prompt is generated, greedily unless
     a temperature is given.
     """
-    if not data.exists():
-        raise UsageError(f"--data {data} does not exist; give a JSONL or Parquet file")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise UsageError(f"--out {out}: there is no directory {out.parent}; make it first")
+    check_data(data, out)
     options = GenerationOptions(**{name: keywords.pop(name) for name in OPTIONS})
     settings: dict[str, Any] = {
         "samples": samples, "limit": limit, "batch": batch, "execute": execute, "thinking": thinking,

@@ -15,6 +15,7 @@ from click.core import ParameterSource
 
 from flarec.base.fields import TEXTS, field_types, option_name
 from flarec.base.generation import GenerationOptions
+from flarec.errors import UsageError
 from flarec.train.arguments import Arguments
 
 
@@ -133,6 +134,48 @@ def adapter_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--adapter`: of a directory that holds no model."""
     text = "What `flarec convert --adapter-only` wrote for this model; another model is refused."
     return click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help=text)(command)
+
+
+data_option = click.option(
+    "--data", required=True, metavar="FILE", type=click.Path(path_type=Path),
+    help='Records as for training. Those with "answer" and "pattern" (a regular expression with a group), or with '
+    '"tests" (Python code), count for accuracy.',
+)
+"""`--data`: of commands that grade answers."""
+
+
+def asking_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--limit`, `--batch`, `--samples`, `--thinking`, `--execute`: which records are asked, and how."""
+    for option in reversed((
+        click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N records."),
+        click.option(
+            "--batch", type=click.IntRange(1), default=8, show_default=True, metavar="N",
+            help="Prompts at the same time.",
+        ),
+        click.option(
+            "--samples", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+            help="Answers per prompt, at a temperature; the seed of each is one higher.",
+        ),
+        click.option(
+            "--thinking/--no-thinking", default=None,
+            help="The chat template's enable_thinking, for records that do not state it. Default: the template's.",
+        ),
+        click.option(
+            "--execute", is_flag=True,
+            help='Run the Python code of answers to records with "tests". It has limits on time and memory and no '
+            "sandbox beyond: use a machine that has nothing to lose.",
+        ),
+    )):
+        command = option(command)
+    return command
+
+
+def check_data(data: Path, out: Path | None) -> None:
+    """Raise `UsageError` for data that are not there, and for an output without a directory, before anything slow."""
+    if not data.exists():
+        raise UsageError(f"--data {data} does not exist; give a JSONL or Parquet file")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UsageError(f"--out {out}: there is no directory {out.parent}; make it first")
 
 
 prefix_option = click.option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from flarec.checkpoint.curve import HEAD, Curve, curves
 from flarec.train.state import METRICS
 
 from .figures import Figure, Points
@@ -13,6 +14,7 @@ from .recorded import ONE_PER_FORWARD, SPAN, EvaluationRecord, Recorded, at, at_
 MOST_ROWS = 12
 """Of each series in a table of points; the figure shows more of them."""
 NO_EVALUATION = "Not recorded: the run made no held-out evaluation (evaluation.every)."
+NO_CURVE = "Not recorded: flarec tune CKPT --data FILE --write measures settings and notes their curve."
 NO_RECORD = "Not recorded: give records of `flarec eval CKPT --data FILE --out RECORD.json` with --eval."
 
 
@@ -48,6 +50,7 @@ def chapters(run: Recorded, records: Sequence[EvaluationRecord]) -> list[Chapter
         Chapter("Held-out probes", tuple(_probes(run))),
         Chapter("Tokens per forward", tuple(_speed(run, records))),
         Chapter("Accuracy against forwards", (_accuracy(records),)),
+        Chapter("Accuracy at tokens per forward, by setting", tuple(_settings(run))),
         Chapter("Router load", tuple(_router(run))),
     ]
 
@@ -154,6 +157,31 @@ def _accuracy(records: Sequence[EvaluationRecord]) -> Topic:
     figure = Figure("Accuracy against forwards", "forwards per answer", "accuracy", series, intervals, joined=False)
     head = ("record", "model", "mode", "temperature", "forwards per answer", "accuracy", "95 %", "graded answers")
     return Topic("", figure, Table(head, rows))
+
+
+def _settings(run: Recorded) -> Iterable[Topic]:
+    """What `flarec tune --write` noted."""
+    found = curves(run.manifest)
+    if not found:
+        yield Topic("", note=NO_CURVE)
+    for curve in found:
+        yield replace(_curve(curve), note=curve.about)
+
+
+def _curve(curve: Curve) -> Topic:
+    """A line per recheck over thresholds, and where the chosen setting is on the other half."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    intervals: dict[str, list[tuple[float, float]]] = {}
+    for point in curve.points:
+        if point.accuracy is None or point.tokens_per_forward is None:
+            continue
+        recheck = "causal" if point.causal else f"recheck {_text(point.recheck)}"
+        name = recheck if point.half == "choosing" else f"{recheck}, reporting"
+        series.setdefault(name, []).append((point.tokens_per_forward, point.accuracy))
+        intervals.setdefault(name, []).append(point.interval or (point.accuracy, point.accuracy))
+    table = Table(HEAD, [point.cells() for point in curve.points])
+    figure = Figure(curve.mode, "tokens per forward", "accuracy", series, intervals) if series else None
+    return Topic(curve.mode, figure, table)
 
 
 def _router(run: Recorded) -> Iterable[Topic]:

@@ -134,6 +134,7 @@ ON_A_SOURCE = {
     "eval": ["eval", "model", *DATA],
     "verify": ["verify", "model"],
     "serve": ["serve", "model"],
+    "tune": ["tune", "model", *DATA],
     "screen": ["screen", "model", "--mix", "a=data.jsonl", "--mix", "b=data.jsonl", "--max-length", "64"],
 }
 NO_SOURCE = {"recipes", "families", "bench", "passes", "finish", "lm-eval", "train-head", "report"}

@@ -15,7 +15,7 @@ from flarec.checkpoint.manifest import DecodeDefaults, Manifest, Source
 from flarec.decode.request import Origin
 from flarec.errors import UsageError
 from flarec.report import EvaluationRecord, Recorded, Sample, chapters, to_html, to_markdown
-from flarec.report.chapters import MOST_ROWS, NO_EVALUATION, NO_RECORD, Topic
+from flarec.report.chapters import MOST_ROWS, NO_CURVE, NO_EVALUATION, NO_RECORD, Topic
 from flarec.report.figures import MOST_POINTS, Figure, thinned
 from flarec.report.recorded import SPAN, read_evaluations, read_recorded
 from flarec.train.mask_token import MaskToken
@@ -74,6 +74,22 @@ def test_numbers_are_those_of_the_metrics() -> None:
     assert points(part_of(run(), [], "Held-out probes")) == {"position 1": [(0, 0.5)], "position 3": [(0, 0.125)]}
     assert part_of(run(), [], "Held-out probes", 2).note == NO_EVALUATION, "None is no number"
     assert points(part_of(run(), [], "Tokens per forward")) == {"held-out": [(0, 1.875)]}
+
+
+def test_the_curve_of_settings() -> None:
+    title = "Accuracy at tokens per forward, by setting"
+    assert part_of(run(), [], title).note == NO_CURVE
+    row = {"accuracy": 0.5, "accuracy_interval": [0.25, 0.75], "answers": 4}
+    curve = [{**row, "threshold": t, "recheck": f, "tokens_per_forward": 2 + t} for f in (0, 1) for t in (0.5, 0.25)]
+    table = {"curve": curve, "causal": {"choosing": {**row, "tokens_per_forward": 1}},
+             "chosen": {"threshold": 0.5, "recheck": 1}, "reported": {**row, "tokens_per_forward": 3}}
+    measured = replace(MANIFEST, metrics={"tuning": {"elastic": table}})
+    part = part_of(replace(run(), manifest=measured), [], title)
+    assert points(part) == {
+        "causal": [(1, 0.5)], "recheck 0": [(2.5, 0.5), (2.25, 0.5)], "recheck 1": [(2.5, 0.5), (2.25, 0.5)],
+        "recheck 1, reporting": [(3, 0.5)],
+    }
+    assert part.table is not None and len(part.table.rows) == 6 and "recheck of 1 has most" in part.note
 
 
 def test_tables_show_the_rare_points_too() -> None:
