@@ -245,6 +245,13 @@ class DraftPolicy:
             self._choose()
         return self.drafting
 
+    def unmeasured(self) -> Drafting:
+        """The blocks of a step that will not be timed, in the place of `next`: those in use. There may be many such
+        steps in a row, and what looks too dear is tried in one."""
+        if not self.retrials.trying:
+            return self.drafting
+        return self._then[0][0] if self._then else CAUSAL
+
     def _choose(self) -> None:
         self._learn()
         if self._count(CAUSAL) < FIRST:

@@ -89,11 +89,14 @@ class Prefill:
         page, cache = self.prefixes.page, self.rows.cache
         for row, (request, start, end) in enumerate(zip(self.rows.requests, starts, ends, strict=True)):
             prompt = request.prompt
+            node = None
             if start and start % page == 0:
-                self.prefixes.add_page(self.program, prompt, start, cache, row)
+                node = self.prefixes.add_page(self.program, prompt, start, cache, row)
             # the last page of a prompt, also a full one, is its end
             for place in range(start // page * page + page, min(end, len(prompt) - 1) + 1, page):
-                self.prefixes.add_page(self.program, prompt, place, cache, row, states=False)
+                node = self.prefixes.add_page(self.program, prompt, place, cache, row, states=False, behind=node)
+                if node is None:
+                    break  # nothing leads to those behind it
 
     def _keep_ends(self, pending: Sequence[int], clean: Tensor, noisy: Tensor) -> None:
         """The last forward has run. Pending rows of more than a page are no states to keep: those ends are kept once

@@ -149,33 +149,40 @@ class PrefixCache:
         return None
 
     def add_page(
-        self, program: object, prompt: Sequence[int], end: int, cache: Cache, row: int, *, states: bool = True
-    ) -> None:
+        self, program: object, prompt: Sequence[int], end: int, cache: Cache, row: int, *, states: bool = True,
+        behind: PrefixNode | None = None,
+    ) -> PrefixNode | None:
         """Keep the page that ends there, whose positions the cache has read. states: also those behind it, because the
-        cache has just run the forward that begins there."""
+        cache has just run the forward that begins there. behind: the page before it, where the caller has it, so that
+        nobody has to look for it. Returns the page; None if it is not kept."""
         with self._lock:
-            parent = self._parent(program, prompt, end - self.page)
+            if behind is not None and behind in self._used:  # nobody dropped it meanwhile
+                parent: PrefixNode | None = behind
+            else:
+                parent = self._parent(program, prompt, end - self.page)
             if parent is None:
-                return
+                return None
             tokens = tuple(prompt[end - self.page : end])
             node = parent.pages.get(tokens)
             if node is None:
                 node = PrefixNode(parent, tokens, end - self.page, _positions(cache, row, end - self.page, end))
                 node.states = None if cache.has_states else {}
                 if not self._keep(node):
-                    return
+                    return None
                 parent.pages[tokens] = node
             if states and node.states is None:
                 node.states = _states(cache, row, 0)
                 if not self._keep(node):
                     node.states = None
+            return node
 
     def add_end(
         self, program: object, prompt: Sequence[int], cache: Cache, row: int, pending: int, mode: Hashable,
         logits: tuple[Tensor, Tensor],
     ) -> None:
         """Keep the end of a prompt. The cache has run its last forward, which left `pending` clean rows, or with 0 also
-        the step behind it, which committed them."""
+        the step behind it, which committed them. An end that is known stays where the one with these logits, too, does
+        not fit."""
         with self._lock:
             start = (len(prompt) - 1) // self.page * self.page
             parent = self._parent(program, prompt, start)
@@ -191,8 +198,13 @@ class PrefixCache:
                 parent, tokens, start, _positions(cache, row, start, len(prompt)), _states(cache, row, pending),
                 pending, {**others, **kept},
             )
-            if self._keep(node, before=True):
-                parent.ends[tokens] = node
+            if not self._keep(node, before=True):
+                if known is None:
+                    return
+                node = known
+                self._count(node)
+                self._touch(node)
+            parent.ends[tokens] = node
 
     def _root(self, program: object) -> PrefixNode:
         return self._roots.setdefault(id(program), (program, PrefixNode(None, (), 0, {})))[1]

@@ -397,6 +397,28 @@ def test_what_is_dear_is_tried_again_at_a_bounded_price(monkeypatch: pytest.Monk
     assert any(took(policy, 1, 1.0).size for _ in range(int((dear + SAVED) / (SLACK * SHARE))))
 
 
+@pytest.mark.parametrize("pays", [True, False])
+def test_steps_that_are_no_measure_try_nothing(monkeypatch: pytest.MonkeyPatch, pays: bool) -> None:
+    """A long prompt is read while a dear kind is tried again: the steps beside it, of which there may be any number,
+    draft what is in use otherwise, and the trial is still one step of those that are timed."""
+    monkeypatch.setattr(retrial, "AGES", (16, 64))
+    good, dear = Drafting(1, False), Drafting(3)
+    policy, rng, before, beside = DraftPolicy([CAUSAL, good, dear]), random.Random(0), CAUSAL, Counter[Drafting]()
+    costs = {CAUSAL: 1.0, good: 1.0 if pays else 3.0, dear: 3.0}
+    for _ in range(4000):
+        drafting = policy.next(1)
+        tried = policy.retrials.trying
+        unmeasured = {policy.unmeasured() for _ in range(50)}
+        assert unmeasured == {before if tried else drafting}
+        beside.update(unmeasured if tried else ())
+        right = drafting.size if pays and rng.random() < 0.8 else 0
+        policy.accepted(drafting.size, right)
+        policy.timed(1, drafting, costs[drafting], 1.0 + right)
+        assert not policy.retrials.trying
+        before = drafting
+    assert beside[good if pays else CAUSAL] > 2 and not beside[dear]
+
+
 def test_what_a_trial_took_is_not_owed_for_ever() -> None:
     """It fell into a pause of the host as well, which lasted for days."""
     retrials = Retrials()

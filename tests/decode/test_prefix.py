@@ -156,6 +156,42 @@ def test_states_of_pages_make_room_for_an_end() -> None:
     assert filled(whole.bytes - 2 * states - 1).find("p", [*prompt, 1], None).length == 4
 
 
+def test_an_end_stays_where_more_logits_do_not_fit() -> None:
+    """Another mode has read the same prompt, and brings what it starts from."""
+    def filled(limit: int) -> PrefixCache:
+        prefixes = PrefixCache(limit, PAGE)
+        for mode in ("one", "two"):
+            prefixes.add_end("p", [1, 2, 3], cache_of(), 0, 0, mode, LOGITS)
+            nothing_lost(prefixes)
+        return prefixes
+
+    both = filled(10**6)
+    for missing, modes in ((0, ["one", "two"]), (1, ["one"])):
+        prefixes = filled(both.bytes - missing)
+        assert [mode for mode in ("one", "two") if prefixes.find("p", [1, 2, 3], mode).logits is not None] == modes
+        assert prefixes.find("p", [1, 2, 3, 4], "two").length == 3
+
+
+def test_a_page_behind_one_that_was_dropped() -> None:
+    """Whoever keeps several in a row hands the last one on; meanwhile others may have dropped it, or read it anew."""
+    prefixes, prompt = PrefixCache(10**6, PAGE), list(range(13))
+    first = prefixes.add_page("p", prompt, 4, cache_of(), 0)
+    assert first is not None
+    second = prefixes.add_page("p", prompt, 8, cache_of(), 0, behind=first)
+    assert second is not None and second.parent is first
+    prefixes.limit = first.size
+    assert prefixes.add_page("p", [7] * 5, 4, cache_of(), 0) is not None  # nothing else is left
+    assert prefixes.add_page("p", prompt, 8, cache_of(), 0, behind=first) is None
+    nothing_lost(prefixes)
+    prefixes.limit = 10**6
+    assert prefixes.add_page("p", prompt, 12, cache_of(), 0, behind=second) is None
+    again = prefixes.add_page("p", prompt, 4, cache_of(), 0)
+    found = prefixes.add_page("p", prompt, 8, cache_of(), 0, behind=first)
+    assert again is not None and found is not None and found.parent is again is not first
+    assert prefixes.find("p", prompt, None).length == 8
+    nothing_lost(prefixes)
+
+
 def test_the_least_recently_used_go_first() -> None:
     one = PrefixCache(10**6, PAGE)
     one.add_page("p", list(range(5)), 4, cache_of(), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -96,6 +97,25 @@ def test_prompts_with_the_same_opening() -> None:
     assert read(program, fourth[:30] + fourth[:3], engine) == [(28, 5)]
     assert read(program, [*opening[:17], 9, 9], engine) == [(0, 16), (16, 3)]  # leaves it inside of the first piece
     assert read(program, [*opening[:18], 8, 8], engine) == [(16, 4)]
+
+
+def test_pages_of_a_piece_are_kept_without_a_search_for_each() -> None:
+    """Of a long prompt that would be its pages squared."""
+    searches: list[int] = []
+
+    class Counting(PrefixCache):
+        def _parent(self, program: object, prompt: Sequence[int], end: int) -> PrefixNode | None:
+            searches.append(end)
+            return super()._parent(program, prompt, end)
+
+    engine, _ = engine_of()
+    engine.prefixes = Counting(10**6, PAGE)
+    ask(engine, text(60))
+    assert searches == [0, 56] and len(engine.prefixes) == 15  # of the first page, and of the end
+    engine.prefixes = Counting(100, PAGE)  # two pages fit
+    searches.clear()
+    ask(engine, text(60))
+    assert len(searches) <= 4
 
 
 def test_a_chat_goes_on_behind_its_end() -> None:

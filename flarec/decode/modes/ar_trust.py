@@ -56,7 +56,7 @@ class ARTrustMode:
 
     def shape(self, rows: Rows) -> StepShape:
         if self.policy is not None:  # a step verifies as many drafts as a block of its has: one graph per choice
-            drafting = self.policy.next(rows.width) if rows.timed else self.policy.drafting
+            drafting = self.policy.next(rows.width) if rows.timed else self.policy.unmeasured()
             size, blocks, clean = drafting.size, drafting.blocks, 1 + drafting.size
         else:
             clean = 1 + max(request.ready for request in rows.requests)
