@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub import constants  # the package's own attribute is there only once something imported it
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -19,7 +20,7 @@ def check_push(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UsageError(f"--push-to-hub {repo}: {first_line(error)}") from None
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise UsageError(f"--push-to-hub {repo}: HF_HUB_OFFLINE is set; unset it, or leave the option out")
     if not huggingface_hub.get_token():
         raise UsageError(f"--push-to-hub {repo}: nobody is logged in; run `hf auth login`, or set HF_TOKEN")

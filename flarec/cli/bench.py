@@ -10,7 +10,7 @@ import click
 
 from flarec.errors import UsageError
 
-from .options import compile_option
+from .options import FiniteRange, compile_option
 
 FORMATS = "svg, svgz, pdf, png, jpg, jpeg, tif, tiff, webp, gif, avif, eps, ps, raw or rgba"
 
@@ -38,7 +38,7 @@ def command() -> None:
 @click.option("--out", type=FILE, metavar="FILE", help="Write the results as JSON.")
 @click.option("--only", multiple=True, metavar="NAME", help="Only this row, or rows that begin so (repeatable).")
 @click.option("--quick", is_flag=True, help="Only rows with a bar, and shorter timings.")
-@click.option("--time-limit", type=click.FloatRange(min=0), metavar="S", help="Begin no row after S seconds.")
+@click.option("--time-limit", type=FiniteRange(min=0), metavar="S", help="Begin no row after S seconds.")
 @click.option("--commit", metavar="ID", help="Commit of the tree, kept in the results.")
 @click.option("--device", default="cuda", show_default=True, metavar="NAME", help="cuda, cuda:1 ...")
 @click.option("--list", "show", is_flag=True, help="List the rows and stop.")
@@ -80,7 +80,7 @@ def kernels(
 @click.option("--context", type=click.IntRange(min=8), default=512, show_default=True, metavar="N", help="Of prompts.")
 @click.option("--block-size", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Positions.")
 @click.option("--steps", type=click.IntRange(min=2), default=200, show_default=True, metavar="N", help="Timed steps.")
-@click.option("--time-limit", type=click.FloatRange(min=0), default=280, show_default=True, metavar="S",
+@click.option("--time-limit", type=FiniteRange(min=0), default=280, show_default=True, metavar="S",
               help="Begin no row after S seconds.")
 @click.option("--library", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="DIR",
               help="A folder with flash-linear-attention, for the stock model's prefill alone.")
@@ -138,7 +138,7 @@ def decode(
               help="A folder with flash-linear-attention, for the stock model alone.")
 @click.option("--quick", is_flag=True, help="Shorter timings.")
 @click.option("--ahead/--no-ahead", default=True, show_default=True, help="Compile kernels in parallel before.")
-@click.option("--time-limit", type=click.FloatRange(min=0), default=540, show_default=True, metavar="S",
+@click.option("--time-limit", type=FiniteRange(min=0), default=540, show_default=True, metavar="S",
               help="Begin no part after S seconds, and stop the one that runs.")
 @click.option("--commit", metavar="ID", help="Commit of the tree, kept in the results.")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1 ...")
@@ -186,11 +186,11 @@ def train(
               help="Of flarec's own server (repeatable): causal, ar-trust ... Default: the server's.")
 @click.option("--clients", multiple=True, type=click.IntRange(min=1), metavar="N",
               help="Closed loop: so many clients, each asks again when it was answered (repeatable). Default: 1 to 64.")
-@click.option("--rate", "rates", multiple=True, type=click.FloatRange(min=0, min_open=True), metavar="R",
+@click.option("--rate", "rates", multiple=True, type=FiniteRange(min=0, min_open=True), metavar="R",
               help="Open loop: R requests per second, at random times (repeatable).")
 @click.option("--requests", type=click.IntRange(min=1), metavar="N", help="Of each load. Default: 4 per client.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, metavar="N", help="New ones.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0, show_default=True, metavar="T")
+@click.option("--temperature", type=FiniteRange(min=0), default=0, show_default=True, metavar="T")
 @click.option("--chat/--text", default=True, show_default=True, help="Send texts as a user's message, or as they are.")
 @click.option("--api-key", envvar="FLAREC_API_KEY", metavar="KEY", help="Of the server. Default: $FLAREC_API_KEY.")
 @click.option("--out", type=FILE, metavar="FILE", help="Write the results as JSON.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields
@@ -17,6 +18,16 @@ from flarec.base.fields import TEXTS, field_types, option_name
 from flarec.base.generation import GenerationOptions
 from flarec.errors import UsageError
 from flarec.train.arguments import Arguments
+
+
+class FiniteRange(click.FloatRange):
+    """`click.FloatRange` that takes numbers only: nan lies within every range, because it is not outside of it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
 
 
 def field_options(cls: Any, *names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -16,6 +16,7 @@ from flarec.evaluation.choice import KEEP, RECHECKS, THRESHOLDS
 
 from .loading import open_model
 from .options import (
+    FiniteRange,
     adapter_option,
     asking_options,
     check_data,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from flarec.tune import Halves, Tuning
 
 OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-SHARE = click.FloatRange(0, 1)
+SHARE = FiniteRange(0, 1)
 KIND, FORMAT_VERSION = "flarec tuning", 1
 
 

@@ -248,7 +248,7 @@ def _inspect(road: Road) -> str:
 
 
 def _verify(road: Road) -> str:
-    """All invariants of docs/semantics.md section 5."""
+    """Those invariants of docs/semantics.md section 5 that `flarec verify` shows: 1 to 7, and 11 of Diffusion-Trust."""
     results = list(verify(road.checkpoint))
     for result in results:
         if not result.passed:

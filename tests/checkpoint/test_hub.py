@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 
+from flarec.checkpoint.hub import check_push
 from flarec.checkpoint.manifest import Manifest
+from flarec.errors import UsageError
 from tests.checkpoints import tree
 from tests.cli.conversions import QUICK, flarec, place_of_conversions
 
@@ -97,3 +100,11 @@ def test_what_can_be_known_is_said_before_training(
     result = flarec("convert", tmp_path / "nowhere", "--out", tmp_path / "out", "--push-to-hub", repo)
     assert (result.exit_code, words in result.stderr) == (2, True), result.stderr
     assert tree(tmp_path) == before
+
+
+def test_the_hub_is_asked_for_nothing_that_others_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run checks the name before anything imported `huggingface_hub.constants`, which the package then lacks."""
+    monkeypatch.delattr(huggingface_hub, "constants", raising=False)
+    monkeypatch.setattr(sys.modules["huggingface_hub.constants"], "HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match="HF_HUB_OFFLINE is set"):
+        check_push("owner/name")

@@ -106,3 +106,12 @@ def test_the_rows_of_decoding_are_listed() -> None:
     assert [line.split()[0] for line in listed.stdout.splitlines()] == ["waits"]
     wrong = CliRunner().invoke(main, ["bench", "decode", "--only", "nonsense"])
     assert wrong.exit_code == 2 and "no row is called nonsense" in wrong.output
+
+
+@pytest.mark.parametrize("arguments", [
+    ["serve", "http://localhost:1", "--rate", "nan"], ["serve", "http://localhost:1", "--temperature", "inf"],
+    ["kernels", "--time-limit", "nan"], ["decode", "--time-limit", "nan"], ["train", "--time-limit", "nan"],
+])
+def test_a_number_is_a_number(arguments: list[str]) -> None:
+    done = CliRunner().invoke(main, ["bench", *arguments])
+    assert done.exit_code == 2 and "is no finite number" in done.stderr, done.output

@@ -127,6 +127,9 @@ def test_no_setting_keeps_enough(place: Path, model: api.Model, monkeypatch: pyt
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--threshold", "1.5"], "1.5 is not in the range"),
+    (["--threshold", "nan"], "nan is no finite number"),
+    (["--recheck", "nan"], "nan is no finite number"),
+    (["--keep", "nan"], "nan is no finite number"),
     (["--mode", "ar-trust"], "is not one of"),
     (["--mode", "elastic"], "train one with flarec train-head"),
     (["--samples", "2"], "2 samples at temperature 0"),
