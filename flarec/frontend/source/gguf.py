@@ -15,6 +15,7 @@ import torch
 from ...errors import UsageError, first_line
 from ..trust import opened
 from .rehearsal import quiet
+from .words import check_words
 
 _NEEDED = ("gguf", "accelerate")
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf")
@@ -94,11 +95,17 @@ def gguf_model(file: Path) -> Any:
 
 
 def gguf_tokenizer(file: Path) -> Any:
-    """The tokenizer with the file's chat template. Raises `UsageError`."""
+    """The tokenizer with the file's chat template.
+
+    Raises `UsageError`, also for one that transformers makes without a word and that does not reach its own vocabulary
+    (5.17 takes the ranks of Gemma's merges for log probabilities).
+    """
     from transformers import AutoTokenizer
 
     with _reading(file):
-        return opened(AutoTokenizer, file.parent, gguf_file=file.name)
+        tokenizer = opened(AutoTokenizer, file.parent, gguf_file=file.name)
+        check_words(tokenizer, file)
+    return tokenizer
 
 
 def _dtype(file: Path) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ def source_model() -> Any:
     return tiny_model("llama", attention_bias=False, mlp_bias=False, tie_word_embeddings=False)
 
 
-def write_gguf(file: Path, kind: Kind = Kind.Q8_0, more: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
+def write_gguf(
+    file: Path, kind: Kind = Kind.Q8_0, more: Mapping[str, Any] | None = None, words: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
     """Write `source_model()` with its matrices as `kind`. Returns the values that the file holds, by the model's names.
 
-    more: further tensors.
+    more: further tensors; words: further tokens, which no merge makes.
     """
     model, tokenizer = source_model(), tiny_tokenizer()
     config = model.config
@@ -37,7 +39,7 @@ def write_gguf(file: Path, kind: Kind = Kind.Q8_0, more: Mapping[str, Any] | Non
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    _write_tokenizer(writer, tokenizer, config.vocab_size)
+    _write_tokenizer(writer, tokenizer, config.vocab_size, words)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     held = {}
     for name, tensor in model.state_dict().items():
@@ -60,8 +62,8 @@ def write_gguf(file: Path, kind: Kind = Kind.Q8_0, more: Mapping[str, Any] | Non
     return held
 
 
-def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
-    words = [word for word, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, rows: int, more: Sequence[str]) -> None:
+    words = [word for word, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])] + list(more)
     words += [f"[PAD{index}]" for index in range(len(words), rows)]
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")

@@ -61,6 +61,14 @@ def test_a_plain_copy_speaks_as_the_tokenizer_did(tmp_path: Path) -> None:
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (expected.eos_token_id, expected.pad_token_id)
 
 
+def test_a_tokenizer_that_does_not_reach_its_words_is_refused(tmp_path: Path) -> None:
+    """Before anything is written."""
+    write_gguf(tmp_path / "tiny.gguf", words=["Ġyellow", "Ġgreen"])
+    with pytest.raises(UsageError, match=r"the tokenizer of .*tiny\.gguf: 2 of 2 words .* pip install -U transformers"):
+        write_plain_gguf(tmp_path / "plain", tmp_path / "tiny.gguf")
+    assert not (tmp_path / "plain").exists()
+
+
 def test_a_conversion(tmp_path: Path) -> None:
     """SOURCE is the directory or the file itself; the plain copy is gone."""
     (tmp_path / "model").mkdir()
