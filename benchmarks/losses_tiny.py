@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.losses_tiny --out benchmarks/results/losses-tiny-cpu.json
 
 Data order, noise, steps, measurement: those of `noise_tiny.py`. "recipe" is KL for half of the steps and the expected
-accepted length behind it.
+accepted length behind it, "short-kl" KL for a fifth of them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from flarec.recipe import load_recipe
 
 LOSSES: dict[str, tuple[str, ...]] = {
     "recipe": (),
+    "short-kl": ('diffusion.earlier_losses=["kl:0.2"]',),
     "el": ("diffusion.earlier_losses=[]",),
     "tv": ("diffusion.loss=tv", "diffusion.earlier_losses=[]"),
     "kl": ("diffusion.loss=kl", "diffusion.earlier_losses=[]"),
