@@ -188,9 +188,11 @@ def _row(threshold: str, recheck: str, row: Mapping[str, Any], note: str = "") -
 def _why(mode: str, table: Mapping[str, Any]) -> str:
     """That no setting keeps enough, in a sentence."""
     row = max(table["curve"], key=lambda row: float(row["accuracy"]))
+    exact = any(other["recheck"] == 1 for other in table["curve"])
+    higher = "try a higher --recheck (1 gives the text of causal decoding)"
+    cure = "near ties alone part a recheck of 1 from it: measure more tasks, or in --dtype float32" if exact else higher
     return (
         f"no setting of {mode} keeps {table['keep']:.0%} of causal decoding's accuracy of "
         f"{table['causal']['choosing']['accuracy']:.1%}: the most accurate one, threshold {row['threshold']:g} with "
-        f"recheck {row['recheck']:g}, has {row['accuracy']:.1%}; try a higher --recheck (1 gives the text of causal "
-        "decoding)"
+        f"recheck {row['recheck']:g}, has {row['accuracy']:.1%}; {cure}"
     )

@@ -13,6 +13,7 @@ from flarec import api
 from flarec.base.generation import GenerationOptions
 from flarec.checkpoint.manifest import Manifest
 from flarec.cli.chat import Conversation
+from flarec.cli.tune import _why
 from flarec.errors import GenerationError
 from flarec.evaluate import evaluate, to_examples
 from flarec.evaluation.choice import half_of
@@ -121,8 +122,15 @@ def test_no_setting_keeps_enough(place: Path, model: api.Model, monkeypatch: pyt
     assert result.exit_code == 1 and "Traceback" not in result.output
     assert "no setting of diffusion-trust keeps 97% of causal decoding's accuracy" in result.stderr
     assert "nothing is written" in result.stderr and tree(place / "mine") == files
+    assert "try a higher --recheck" in result.stderr
     table = json.loads(result.stdout)["modes"]["diffusion-trust"]
     assert table["chosen"] is None and table["reported"] is None and len(table["curve"]) == 1
+
+
+def test_a_higher_recheck_is_not_advised_where_there_is_none() -> None:
+    row = {"threshold": 0.5, "recheck": 1.0, "accuracy": 0.4}
+    table = {"keep": 1.0, "causal": {"choosing": {"accuracy": 0.5}}, "curve": [row]}
+    assert "--dtype float32" in _why("elastic", table) and "higher" not in _why("elastic", table)
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
