@@ -73,7 +73,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     subject = open_subject(options.checkpoint, dtype=torch.float32, device=torch.device(options.device), debug=False)
     assert subject.texts is not None
     prompts = token_ids(options, subject.texts.tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(options.source, dtype=torch.float32).to(options.device).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        options.source, dtype=torch.float32, trust_remote_code=False
+    ).to(options.device).eval()
     theirs = [greedy(model, prompt, options.new_tokens) for prompt in prompts]
     del model
     engine = engine_of(subject, subject.readouts[0])

@@ -30,7 +30,17 @@ from .report import Report
 from .source import anatomy, located, wrapper_of
 from .steps import training_program
 
-NOT_CONVERTED = (CaptureError, CheckpointError, PassError, PropertyError)
+NOT_CONVERTED = (CaptureError, PassError, PropertyError)
+
+
+def _refuse_converted(source: str, location: str) -> None:
+    """Raise `CaptureError`, which is a verdict; other faults of a checkpoint's files are errors."""
+    if Path(location).is_dir():
+        manifest = Manifest.read(Path(location))
+        try:
+            refuse_converted(source, manifest)
+        except CheckpointError as error:
+            raise CaptureError(str(error)) from error
 
 
 def _silent(text: str) -> None:
@@ -86,8 +96,7 @@ def diagnose(
                 report = replace(report, data=examine_data(source, gguf, location, text, data, recipe, length))
             wrapper = wrapper_of(location)
             report = replace(report, anatomy=anatomy(model, None, wrapper))
-            if Path(location).is_dir():
-                refuse_converted(source, Manifest.read(Path(location)))
+            _refuse_converted(source, location)
             say(f"capturing {type(model).__name__}")
             start = time.perf_counter()
             captured = capture(model, cache=True)

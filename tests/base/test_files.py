@@ -184,6 +184,7 @@ MAY_REMOVE = {
     "flarec/train/state.py": "what a run wrote, in a folder with a run's record",
     "flarec/checkpoint/place.py": "folders that the lock names, and a checkpoint that `check_destination` knows",
     "flarec/checkpoint/write.py": "a folder in the one that it made",
+    "flarec/checkpoint/retune.py": "what a kill left of its own temporary files, by name, in a checkpoint",
     "flarec/base/lock.py": "a lock that this process holds",
     "flarec/train/answers/log.py": "the answers of an earlier run, whose record has their hash",
     "flarec/train/trackers/services.py": "event files of TensorBoard in the folder of a run's own that it writes",
