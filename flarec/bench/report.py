@@ -50,18 +50,26 @@ def record(
     checks: Mapping[str, Check],
     lines: Sequence[Line],
     seconds: float,
+    settings: Mapping[str, Any],
+    earlier_checks: Mapping[str, Any],
+    earlier: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """What the JSON file holds."""
+    """What the JSON file holds. settings: of the session; earlier: calls whose lines are among these."""
     return {
         "device": device_text(device),
         "versions": versions(),
         "command": command,
         "commit": commit,
+        "settings": dict(settings),
         "seconds": round(seconds, 1),
+        **({"earlier": [*earlier]} if earlier else {}),
         "ceilings": dict(ceilings),
         "checks": {
-            name: {"passed": check.passed, "errors": dict(check.errors), "allowed": dict(check.budgets)}
-            for name, check in checks.items()
+            **earlier_checks,
+            **{
+                name: {"passed": check.passed, "errors": dict(check.errors), "allowed": dict(check.budgets)}
+                for name, check in checks.items()
+            },
         },
         "rows": [line.to_dict() for line in lines],
     }

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import UsageError
 from . import baselines, report, warm
+from .resume import Before, before
 from .rows import select
 from .session import Case, Line, Session, check_rows, run_rows
 
@@ -29,11 +30,13 @@ def run_kernels(
     command: str = "flarec bench kernels",
     time_limit: float = TIME_LIMIT,
     device: str = "cuda",
+    resume: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[Line]:
     """Check and measure the rows that `only` names, or all; write `out` after each of them.
 
-    quick: rows with a bar only, and shorter timings. Raises `UsageError` for an unknown row or a missing device.
+    quick: rows with a bar only, and shorter timings. resume: rows that `out` has measured are kept. Raises
+    `UsageError` for an unknown row, a missing device, or a file of another device, version or commit.
     """
     rows = select(only, quick=quick)
     if torch.device(device).type != "cuda" or not torch.cuda.is_available():
@@ -42,7 +45,8 @@ def run_kernels(
         raise UsageError("the kernels need the package triton; install flarec[gpu]")
     session = Session(torch.device(device), budget_ms=30 if quick else 100)
     return run_session(
-        rows, session, out=out, commit=commit, command=command, time_limit=time_limit, say=say, warm_up=True
+        rows, session, out=out, commit=commit, command=command, time_limit=time_limit, say=say, warm_up=True,
+        resume=resume,
     )
 
 
@@ -56,8 +60,16 @@ def run_session(
     time_limit: float,
     say: Callable[[str], None],
     warm_up: bool,
+    resume: bool = False,
 ) -> list[Line]:
-    """As `run_kernels`, in a session on any device. warm_up: compile the baselines' kernels in other processes."""
+    """As `run_kernels`, in a session on any device. warm_up: compile the baselines' kernels in other processes.
+
+    Returns the lines of the file: with `resume` those of earlier calls too.
+    """
+    kept = Before()
+    if resume:
+        kept = before(out, device=session.device, commit=commit, settings=session.settings)
+        rows = [row for row in rows if not kept.measured(row.name)]
     if out is not None:
         report.make_place(out)
     started = time.monotonic()
@@ -84,10 +96,13 @@ def run_session(
                 commit=commit,
                 ceilings=ceilings,
                 checks=session.checks,
-                lines=lines,
+                lines=kept.table(lines),
                 seconds=time.monotonic() - started,
+                settings=session.settings,
+                earlier_checks=kept.checks,
+                earlier=kept.calls,
             )
             report.write(out, values)
 
     run_rows(rows, session, time_limit=time_limit, on_line=keep, started=started)
-    return lines
+    return kept.table(lines)

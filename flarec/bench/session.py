@@ -108,6 +108,11 @@ class Session:
         self._measured: dict[object, Any] = {}
         self._baselines: Baselines | NotMeasured | None = None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What rows of this session have in common beside the device: kept in the results."""
+        return {"budget_ms": self.clock.budget_ms, "small_tokens": self.small_tokens}
+
     def check(self, name: str, run: Callable[[], Check]) -> None:
         """Run a correctness check, once per session. Raises `CheckFailed` each time if it fails."""
         if name not in self.checks:

@@ -28,6 +28,12 @@ def _check_list(show: bool, out: Path | None) -> None:
         raise UsageError(f"--list measures nothing, so that --out {out} would hold no results; leave one of them out")
 
 
+resume_option = click.option(
+    "--resume", is_flag=True,
+    help="Keep what --out has measured, if device, versions, commit and options are the same; measure the rest.",
+)
+
+
 @click.group("bench")
 def command() -> None:
     """Measure Triton kernels against flash-linear-attention and torch, decoding and training against transformers, and
@@ -41,10 +47,11 @@ def command() -> None:
 @click.option("--time-limit", type=FiniteRange(min=0), metavar="S", help="Begin no row after S seconds.")
 @click.option("--commit", metavar="ID", help="Commit of the tree, kept in the results.")
 @click.option("--device", default="cuda", show_default=True, metavar="NAME", help="cuda, cuda:1 ...")
+@resume_option
 @click.option("--list", "show", is_flag=True, help="List the rows and stop.")
 def kernels(
     out: Path | None, only: tuple[str, ...], quick: bool, time_limit: float | None, commit: str | None, device: str,
-    show: bool,
+    resume: bool, show: bool,
 ) -> None:
     """Check every kernel against its float64 reference, then time it.
 
@@ -62,7 +69,7 @@ def kernels(
     lines = run_kernels(
         only=only, quick=quick, out=out, commit=commit, device=device, say=click.echo,
         time_limit=TIME_LIMIT if time_limit is None else time_limit,
-        command=_typed("kernels"),
+        command=_typed("kernels"), resume=resume,
     )
     from rich.console import Console
 
@@ -87,10 +94,12 @@ def kernels(
 @click.option("--commit", metavar="ID", help="Commit of the tree, kept in the results.")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1 ...")
 @compile_option
+@resume_option
 @click.option("--list", "show", is_flag=True, help="List the rows and stop.")
 def decode(
     shape: str, out: Path | None, only: tuple[str, ...], context: int, block_size: int, steps: int,
-    time_limit: float, library: Path | None, commit: str | None, device: str, compile: str, show: bool,
+    time_limit: float, library: Path | None, commit: str | None, device: str, compile: str, resume: bool,
+    show: bool,
 ) -> None:
     """Time steps of decoding with random weights, beside stock transformers in the same run.
 
@@ -118,7 +127,7 @@ def decode(
     )
     lines = run_session(
         rows, session, out=out, commit=commit, time_limit=time_limit, say=click.echo, warm_up=False,
-        command=_typed("decode"),
+        command=_typed("decode"), resume=resume,
     )
     Console(width=160).print(table(lines, title=f"Decoding, {shape}, context {context}, blocks of {block_size}"))
     if any(line.status == "failed" or line.verdict == "missed" for line in lines):
@@ -143,11 +152,12 @@ def decode(
 @click.option("--commit", metavar="ID", help="Commit of the tree, kept in the results.")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda, cuda:1 ...")
 @compile_option
+@resume_option
 @click.option("--list", "show", is_flag=True, help="List the rows and stop.")
 def train(
     shape: str, out: Path | None, only: tuple[str, ...], rows: int, length: int, micro: tuple[int, ...],
     library: Path | None, quick: bool, ahead: bool, time_limit: float, commit: str | None, device: str, compile: str,
-    show: bool,
+    resume: bool, show: bool,
 ) -> None:
     """Time optimizer steps with random weights, beside fine-tuning of stock transformers in the same run.
 
@@ -173,7 +183,9 @@ def train(
         torch_device(device), shape, rows=rows, length=length, micro=micro, compile=compile, library=library,
         quick=quick, limit=time_limit,
     )
-    lines = run_training(chosen, session, out=out, commit=commit, say=click.echo, ahead=ahead, command=_typed("train"))
+    lines = run_training(
+        chosen, session, out=out, commit=commit, say=click.echo, ahead=ahead, command=_typed("train"), resume=resume
+    )
     Console(width=160).print(table(lines, title=f"Training, {shape}, {rows} rows of {length} clean tokens"))
     if any(line.status == "failed" or line.verdict == "missed" for line in lines):
         sys.exit(1)

@@ -129,6 +129,41 @@ def test_the_file_is_written_after_each_row(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
+def test_a_later_call_measures_what_is_missing(tmp_path: Path) -> None:
+    out, session = tmp_path / "results.json", small_session()
+    session.checks["first check"] = Check({"out": 0.0}, {"out": 1.0})
+    run([made_row("first", returns(1.0)), made_row("second", raises(RuntimeError("no luck")))], session, out)
+    rows = [made_row(name, returns(2.0)) for name in ("third", "second", "first")]
+    again = run_session(rows, small_session(), out=out, commit="abc", command="again", time_limit=1e6,
+                        say=lambda text: None, warm_up=False, resume=True)
+    found = json.loads(out.read_text())
+    assert [(row["name"], row["value"]) for row in found["rows"]] == [("first", 1.0), ("second", 2.0), ("third", 2.0)]
+    assert found["rows"] == json.loads(json.dumps([line.to_dict() for line in again]))
+    assert found["command"] == "again" and [call["command"] for call in found["earlier"]] == ["a command"]
+    assert set(found["checks"]) == {"first check"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"commit": "other"}, 'the commit "other"'), ({"versions": {}}, "versions"), ({"settings": None}, "settings"),
+        ({"device": "a GPU"}, "device"), ({"rows": [{}]}, "no results"), (None, "there is no"),
+    ],
+)
+def test_rows_of_something_else_are_not_mixed_in(
+    tmp_path: Path, change: dict[str, Any] | None, words: str
+) -> None:
+    out = tmp_path / "results.json"
+    if change is not None:
+        run([made_row("first", returns(1.0))], small_session(), out)
+        out.write_text(json.dumps(json.loads(out.read_text()) | change))
+    before = out.read_text() if out.exists() else None
+    with pytest.raises(UsageError, match=words):
+        run_session([made_row("second", returns(1.0))], small_session(), out=out, commit="abc", command="again",
+                    time_limit=1e6, say=lambda text: None, warm_up=False, resume=True)
+    assert (out.read_text() if out.exists() else None) == before
+
+
 def test_the_time_limit_stops_before_a_row() -> None:
     now = iter(range(0, 100, 10))
     rows = [made_row(str(i), returns(1.0)) for i in range(4)]

@@ -44,7 +44,10 @@ def operands(
     return [x.masked_fill(padding if i < 3 else empty, torch.nan) for i, x in enumerate(made)]
 
 
-def compare(layout: Layout, given: list[Tensor], rtol: float, launch: StepLaunch | None = None, **options: Any) -> None:
+def compare(
+    layout: Layout, given: list[Tensor], rtol: float, launch: StepLaunch | None = None, shift: int = 0, **options: Any
+) -> None:
+    """shift: numbers before each table in a buffer of its own."""
     layout = layout.validate()
     exact = [x.double() for x in given]
     wanted = oracle(*exact, layout, **options)
@@ -53,7 +56,8 @@ def compare(layout: Layout, given: list[Tensor], rtol: float, launch: StepLaunch
         found = step(*moved, there, **options)
     else:
         names = ("clean_document", "clean_position", "noisy_block", "noisy_position", "block_anchor", "block_readout")
-        tensors = tuple(getattr(there, name) for name in (*names, "cached"))
+        tables = [getattr(there, name) for name in (*names, "cached")]
+        tensors = tuple(torch.cat([x.new_zeros(shift), x.flatten()])[shift:].view(x.shape) for x in tables)
         found = run(*moved, tensors, launch=launch, **{"window": None, "softcap": None} | options)
     assert found.dtype == given[0].dtype
     error = (found.cpu().double() - wanted).norm() / wanted.norm()
@@ -207,3 +211,27 @@ def test_real_sizes_on_a_gpu(dtype: torch.dtype, heads: int, group: int, dim: in
         found = step(*moved, there, scale=0.1)
     graph.replay()
     assert torch.equal(found, eager)
+
+
+@pytest.mark.gpu
+def test_kinds_of_steps_share_what_is_compiled() -> None:
+    """Other counts of rows and blocks, splits, capacities of the cache, and places of the tables in a buffer."""
+    from flarec.kernels.softmax_attention.step.kernel import attention_kernel, combine_kernel
+
+    def compiled() -> tuple[int, int]:
+        device = torch.cuda.current_device()
+        return len(attention_kernel.device_caches[device][0]), len(combine_kernel.device_caches[device][0])
+
+    def take(clean: int, blocks: int, splits: int, capacity: int, shift: int = 0) -> None:
+        anchors = [Block(0, 20 + index % clean, 2) for index in range(blocks)]
+        layout = build_layout([[clean]], [anchors], cached=[20])
+        given = operands(layout, capacity, 1, 2, 48, 48, torch.bfloat16)
+        compare(layout, given, 6e-3, StepLaunch(16, 16, splits), shift, scale=0.2)
+
+    take(2, 1, 2, 64)
+    before = compiled()
+    for kind in ((1, 0, 2, 64), (1, 1, 2, 80), (4, 4, 2, 64), (16, 0, 2, 96), (3, 1, 2, 65), (3, 1, 2, 65, 1)):
+        take(*kind)
+    assert compiled() == before
+    take(3, 2, 4, 64)
+    assert compiled() == (before[0], before[1] + 1), "other powers of two of splits are combined by another program"

@@ -46,6 +46,11 @@ class ServingSession(Session):
         self.on_gpu = device.type == "cuda"
 
     @property
+    def settings(self) -> dict[str, Any]:
+        return {"shape": self.shape, "block": self.block, "context": self.context, "steps": self.steps,
+                "compile": self.compile}
+
+    @property
     def model(self) -> Any:
         """The transformers model: bfloat16 on a GPU, float32 elsewhere."""
         return self.measured("model", self._build)

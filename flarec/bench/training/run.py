@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..report import make_place
+from ..resume import before
 from ..run import run_session
 from ..session import Case, Line
 from .rows import parts_of
@@ -23,11 +24,16 @@ def run_training(
     command: str = "flarec bench train",
     say: Callable[[str], None] = print,
     ahead: bool = True,
+    resume: bool = False,
 ) -> list[Line]:
     """Measure some rows and write `out` after each of them. ahead: compile kernels in parallel before, on a GPU.
+    resume: rows that `out` has measured are kept.
 
     Parts end with the time limit of the run; rows that need no further part are computed behind it.
     """
+    if resume:
+        kept = before(out, device=session.device, commit=commit, settings=session.settings)
+        rows = [row for row in rows if not kept.measured(row.name)]
     if out is not None:
         make_place(out)
     with contextlib.ExitStack() as stack:
@@ -36,5 +42,6 @@ def run_training(
             ended = stack.enter_context(session.prepared(session.wanted))
             say(f"compiled ahead: {', '.join(f'{name}: {how}' for name, how in ended.items())}")
         return run_session(
-            rows, session, out=out, commit=commit, command=command, time_limit=math.inf, say=say, warm_up=False
+            rows, session, out=out, commit=commit, command=command, time_limit=math.inf, say=say, warm_up=False,
+            resume=resume,
         )

@@ -62,6 +62,11 @@ class TrainingSession(Session):
         """Whether what parts need was compiled before them."""
 
     @property
+    def settings(self) -> dict[str, Any]:
+        return {"shape": self.shape, "rows": self.rows, "length": self.length, "micro": [*self.micro],
+                "compile": self.compile, "quick": self.quick}
+
+    @property
     def tokens(self) -> int:
         """Clean tokens of a step."""
         return self.rows * self.length

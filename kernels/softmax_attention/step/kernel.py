@@ -17,6 +17,11 @@ from ..triton_forward import dot, online_softmax, tanh
 
 BLOCK_END = tl.constexpr(LAYOUT_BLOCK_END)
 FAR = tl.constexpr(2**30)
+# What differs between kinds of steps is no reason to compile again: counts, and where in a buffer tables lie.
+COUNTS = ("clean", "noisy", "blocks", "tiles", "capacity", "window")
+TABLES = (
+    "clean_document", "clean_position", "noisy_block", "noisy_position", "block_anchor", "block_readout", "cached",
+)
 
 
 @triton.jit
@@ -66,12 +71,12 @@ def queries_of(
 @triton.jit
 def store(
     out, part_total, part_peak, acc, total, peak, row64, token, head, exists, length, key_heads, tiles, split,
-    GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLIT: tl.constexpr,
 ):
-    """A tile's result, or its share of sums that are not divided yet."""
+    """A tile's result, or if SPLIT its share of sums that are not divided yet."""
     value_columns = tl.arange(0, BLOCK_DV)
     rows = (row64 * length + token) * (key_heads * GROUP) + head
-    if SPLITS == 1:
+    if not SPLIT:
         acc = tl.where(total[:, None] > 0, acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
     else:
         rows += split.to(tl.int64) * (tl.num_programs(0) // tiles // key_heads) * length * (key_heads * GROUP)
@@ -121,7 +126,7 @@ def write(
         tl.store(place, found.to(cache.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["clean", "noisy", "blocks", "tiles", "capacity", "window"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=TABLES)
 def attention_kernel(
     q, k, v, k_cache, v_cache, clean_document, clean_position, noisy_block, noisy_position, block_anchor, block_readout,
     cached, out, part_total, part_peak,
@@ -129,11 +134,11 @@ def attention_kernel(
     kc_row, kc_head, kc_slot, vc_row, vc_head, vc_slot,
     inner, to_base2, key_heads, clean, noisy, blocks, capacity, window, tiles,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """out: [B, T, H, DV] if SPLITS is 1, else sums that are not divided yet [SPLITS, B, T, H, DV] float32 beside
-    part_total and part_peak [SPLITS, B, T, H]."""
-    program, split = tl.program_id(0), tl.program_id(1)
+    """Grid: B * Hkv * tiles, splits. out: [B, T, H, DV] if not SPLIT, else sums that are not divided yet
+    [splits, B, T, H, DV] float32 beside part_total and part_peak [splits, B, T, H]."""
+    program, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     tile, pair = program % tiles, program // tiles
     row, key_head = pair // key_heads, pair % key_heads
     length = clean + noisy
@@ -149,7 +154,7 @@ def attention_kernel(
 
     lowest, highest = tl.min(tl.where(end > 0, first, FAR), 0), tl.max(end, 0)
     stop = tl.minimum(held, highest)
-    share = tl.cdiv(tl.cdiv(tl.maximum(stop - lowest, 0), BLOCK_N), SPLITS) * BLOCK_N
+    share = tl.cdiv(tl.cdiv(tl.maximum(stop - lowest, 0), BLOCK_N), splits) * BLOCK_N
     begin = lowest + split * share
     stop = tl.minimum(stop, begin + share)
     base_k, base_v = k_cache + row64 * kc_row + head64 * kc_head, v_cache + row64 * vc_row + head64 * vc_head
@@ -162,7 +167,7 @@ def attention_kernel(
             D, DV, BLOCK_D, BLOCK_DV, SOFTCAP, PRECISION,
         )
 
-    if split == SPLITS - 1:
+    if split == splits - 1:
         base_k, base_v = k + row64 * k_row + head64 * k_head, v + row64 * v_row + head64 * v_head
         for start in range(tl.maximum(lowest - held, 0), tl.minimum(clean, highest - held), BLOCK_N):
             at = start + tl.arange(0, BLOCK_N)
@@ -198,24 +203,23 @@ def attention_kernel(
 
     store(
         out, part_total, part_peak, acc, total, peak, row64, token, head, exists, length, key_heads, tiles, split,
-        GROUP, DV, BLOCK_DV, SPLITS,
+        GROUP, DV, BLOCK_DV, SPLIT,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def combine_kernel(
-    part, part_total, part_peak, out, rows, DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    part, part_total, part_peak, out, rows, splits, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):
     """The output of a (token, head) from its partial sums."""
     row = tl.program_id(0).to(tl.int64)
     split, columns = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_DV)
     at = split.to(tl.int64) * rows + row
-    peak = tl.load(part_peak + at, mask=split < SPLITS, other=float("-inf"))
+    peak = tl.load(part_peak + at, mask=split < splits, other=float("-inf"))
     highest = tl.max(peak, 0)
     factor = tl.exp2(peak - tl.where(highest == float("-inf"), 0.0, highest))
-    total = tl.sum(tl.load(part_total + at, mask=split < SPLITS, other=0.0) * factor, 0)
-    mask = (split < SPLITS)[:, None] & (columns < DV)[None, :]
+    total = tl.sum(tl.load(part_total + at, mask=split < splits, other=0.0) * factor, 0)
+    mask = (split < splits)[:, None] & (columns < DV)[None, :]
     sums = tl.load(part + at[:, None] * DV + columns[None, :], mask=mask, other=0.0)
     found = tl.sum(sums * factor[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + row * DV + columns, found.to(out.dtype.element_ty), mask=columns < DV)

@@ -195,12 +195,12 @@ def run(
         q, k, v, k_cache, v_cache, *layout, part, *sums, *strides, *score_factors(scale, softcap),
         key_heads, clean, noisy, blocks, k_cache.shape[2], window or FAR.value, tiles,
         GROUP=group, D=dim, DV=value_dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_DV=value_block,
-        BLOCK_M=launch.queries, BLOCK_N=launch.keys, SPLITS=launch.splits, SOFTCAP=softcap is not None,
+        BLOCK_M=launch.queries, BLOCK_N=launch.keys, SPLIT=split, SOFTCAP=softcap is not None,
         PRECISION=precision(q), num_warps=launch.warps, num_stages=launch.stages, **more,
     )
     if split:
         combine_kernel[(rows * length * heads,)](
-            part, *sums, out, rows * length * heads, DV=value_dim, BLOCK_DV=value_block, SPLITS=launch.splits,
+            part, *sums, out, rows * length * heads, launch.splits, DV=value_dim, BLOCK_DV=value_block,
             BLOCK_S=triton.next_power_of_2(launch.splits), num_warps=4,
         )
     return out

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..triton_forward import dot, load_rows, online_softmax, tanh
-from .kernel import FAR, queries_of, store, write
+from .kernel import COUNTS, FAR, TABLES, queries_of, store, write
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _walk(
     return total, peak, acc
 
 
-@triton.jit(do_not_specialize=["clean", "noisy", "blocks", "tiles", "capacity", "window"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=TABLES)
 def prefill_kernel(
     q, k, v, k_cache, v_cache, clean_document, clean_position, noisy_block, noisy_position, block_anchor, block_readout,
     cached, out, part_total, part_peak,
@@ -86,12 +86,12 @@ def prefill_kernel(
     kc_row, kc_head, kc_slot, vc_row, vc_head, vc_slot,
     inner, to_base2, key_heads, clean, noisy, blocks, capacity, window, tiles,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
     """out, part_total, part_peak: as of `attention_kernel`. Clean keys are slots 0, 1, ... at positions cached,
     cached + 1, ..., so that what is before the end of a row's keys is no padding."""
-    program, split = tl.program_id(0), tl.program_id(1)
+    program, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     tile, pair = tiles - 1 - program % tiles, program // tiles
     row, key_head = pair // key_heads, pair % key_heads
     length = clean + noisy
@@ -109,7 +109,7 @@ def prefill_kernel(
     # rows behind the last token read anything: nobody stores what they get
     all_first, all_end = tl.max(tl.where(exists, first, 0), 0), tl.min(tl.where(exists, end, FAR), 0)
     stop = tl.minimum(held, highest)
-    share = tl.cdiv(tl.cdiv(tl.maximum(stop - lowest, 0), BLOCK_N), SPLITS) * BLOCK_N
+    share = tl.cdiv(tl.cdiv(tl.maximum(stop - lowest, 0), BLOCK_N), splits) * BLOCK_N
     begin = lowest + split * share
     stop = tl.minimum(stop, begin + share)
     total, peak, acc = _walk(
@@ -118,7 +118,7 @@ def prefill_kernel(
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, SOFTCAP, PRECISION, WINDOW,
     )
 
-    if split == SPLITS - 1:
+    if split == splits - 1:
         base_k, base_v = k + row64 * k_row + head64 * k_head, v + row64 * v_row + head64 * v_head
         total, peak, acc = _walk(
             queries, base_k, base_v, k_slot, v_slot, tl.maximum(lowest - held, 0), tl.minimum(clean, highest - held),
@@ -149,5 +149,5 @@ def prefill_kernel(
 
     store(
         out, part_total, part_peak, acc, total, peak, row64, token, head, exists, length, key_heads, tiles, split,
-        GROUP, DV, BLOCK_DV, SPLITS,
+        GROUP, DV, BLOCK_DV, SPLIT,
     )
