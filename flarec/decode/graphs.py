@@ -438,10 +438,11 @@ def _place(written: tuple[Tensor, Tensor, CacheSlot]) -> tuple[Tensor, Tensor]:
 
 
 def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy the second of each pair into the first. Those of one dtype that lie alike in memory are one kernel."""
+    """Copy the second of each pair into the first, unless it lies there: keys, values and states that were written in
+    place are views of the buffers. Those of one dtype that lie alike in memory are one kernel."""
     together: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
     for buffer, new in pairs:
-        if new is buffer or not new.numel():
+        if not new.numel() or _is_there(new, buffer):
             continue
         # along an axis of one element no stride is taken; one request's first rows lie together
         sizes = zip(new.shape, new.stride(), buffer.stride(), strict=True)
@@ -452,6 +453,14 @@ def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
             buffer.copy_(new)
     for alike in together.values():
         torch._foreach_copy_([buffer for buffer, _ in alike], [new for _, new in alike])
+
+
+def _is_there(new: Tensor, buffer: Tensor) -> bool:
+    """Whether both are the same elements of the same memory."""
+    return new is buffer or (
+        new.data_ptr() == buffer.data_ptr() and new.dtype == buffer.dtype and new.shape == buffer.shape
+        and new.stride() == buffer.stride()
+    )
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -38,6 +38,22 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Copied(TorchDispatchMode):
+    """Elements that copies write, and how many of them onto themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = self.onto_itself = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func) in ("aten.copy_.default", "aten._foreach_copy_.default"):
+            targets, sources = (x if isinstance(x, list | tuple) else [x] for x in args[:2])
+            for target, source in zip(targets, sources, strict=True):
+                self.elements += target.numel()
+                self.onto_itself += target.numel() * (target.data_ptr() == source.data_ptr())
+        return func(*args, **(kwargs or {}))
+
+
 @functools.cache
 def program(family: str) -> Program:
     return lower(captured(family), "decode")
@@ -74,6 +90,34 @@ def test_without_drafts_a_step_does_what_a_causal_one_does(family: str, requests
     causal, plain_reads = operations(engine_of(family, policy), requests, mode="causal")
     assert auto == causal and reads == plain_reads == 1
     assert sum("copy" in name for name in auto) > 0
+
+
+@pytest.mark.parametrize("mode", ["causal", "ar-trust", "diffusion-trust"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_written_in_place_is_not_copied(family: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replayed step copies as much into buffers of 1,024 positions as into those of 256, and nothing onto itself."""
+    copy, copied = graphs._copy, []
+
+    def counted(pairs: Any) -> None:
+        with found:
+            copy(pairs)
+
+    monkeypatch.setattr(graphs, "_copy", counted)
+    for limit in (50, 1000):
+        engine = Engine(
+            program(family), mask_token_id=MASK, block_size=3, eos_ids=(), max_positions=2000, suppress=[MASK],
+            readouts={"ar-trust": "causal", "diffusion-trust": "block_end"},
+        )
+        with_graphs(engine)
+        engine.add([5] * (260 if limit > 50 else 20), mode=mode, max_new_tokens=limit)
+        found = Copied()
+        for _ in range(6):
+            engine.step()
+        replays, found = engine.stats.replays, Copied()
+        engine.step()
+        assert engine.stats.replays == replays + 1 and not found.onto_itself
+        copied.append(found.elements)
+    assert copied[0] == copied[1] > 0
 
 
 @pytest.mark.parametrize("seed", range(2))
