@@ -9,14 +9,15 @@ sampling: kernels of the choice of 16 tokens from 248k logits, and its time as a
 prefill: kernels of one forward over a long prompt, as first prompts are read and as later ones are; ms in such pieces,
 and what the host does where there are four: seconds until the last one is queued, and its functions by their own time.
 decode, flare, draft: kernels of a step by total time, with and without compiled regions (--compile names one); of
-decoding for every number of --requests, beside the wall time of a step; of
-training what the host does: seconds until a step is queued, and its functions by their own time. Each part runs in a
-process of its own, and one that fails is recorded.
+decoding (on a GPU) for every number of --requests, beside the wall time of a step, the gaps between its kernels and the
+time of a launch; of training what the host does: seconds until a step is queued, and its functions by their own time.
+Each part runs in a process of its own, and one that fails is recorded.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -41,6 +42,7 @@ from torch import Tensor
 from flarec.bench.training import part as training_part
 from flarec.bench.training.profile import kernels_of, length, seconds_of, union, wait
 from flarec.bench.training.shapes import PartPlan
+from flarec.decode import Engine
 
 FACTOR = 1.25
 PARTS = ("errors", "sampling", "prefill", "decode", "flare", "draft")
@@ -141,7 +143,8 @@ def decode_errors(model: Any) -> dict[str, Any]:
 
 
 def by_kernel(step: Callable[[], object], count: int) -> dict[str, Any]:
-    """Kernels of a step: how many, their time in ms, and the largest by total time."""
+    """Kernels of a step: how many, their time in ms, and the largest by total time; what copies and sets memory without
+    a kernel; and between which kernels the GPU has nothing to do for longest, in ms a step."""
     if not torch.cuda.is_available():
         return {"largest": []}
     kernels = kernels_of(step, count)
@@ -150,8 +153,16 @@ def by_kernel(step: Callable[[], object], count: int) -> dict[str, Any]:
         totals[name].append(last - first)
     largest = sorted(totals, key=lambda name: -sum(totals[name]))[:40]
     busy = length(union(span for _, span in kernels))
+    kernels.sort(key=lambda kernel: kernel[1])
+    gaps: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for (before, (_, last)), (behind, (first, _)) in itertools.pairwise(kernels):
+        gaps[before, behind].append(max(0, first - last))
+    longest = sorted(gaps, key=lambda pair: -sum(gaps[pair]))[:20]
     return {
         "kernels": len(kernels) / count, "busy_ms": busy / count / 1e6,
+        "memory": {name: len(totals[name]) / count for name in totals if name.startswith(("Memcpy", "Memset"))},
+        "gaps": [[f"{pair[0][:60]} | {pair[1][:60]}", len(gaps[pair]) / count, sum(gaps[pair]) / count / 1e6]
+                 for pair in longest],
         "largest": [[name[:100], len(totals[name]) / count, sum(totals[name]) / count / 1e6] for name in largest],
     }
 
@@ -160,6 +171,8 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
     from flarec.base.generation import GenerationOptions, Mode
     from flarec.bench.serving.models import ServingSession
 
+    if not torch.cuda.is_available():
+        raise SystemExit("steps of decoding are replayed on a GPU alone")
     found: dict[str, Any] = {}
     for compiled in (choice == "on" for choice in options.compile):
         session = ServingSession(torch.device(options.device), options.shape, compile=compiled)
@@ -174,10 +187,29 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
             session.wait()
             ready = time.perf_counter() - start
             row = {"seconds_to_replays": ready, "wall_ms": wall_ms(engine.step, 100)} | by_kernel(engine.step, 4)
+            row |= replayed_ms(engine)
             found[name] = row
             shown(name, row)
             options.result.write_text(json.dumps(found))  # what there is, if time runs out
     return found
+
+
+def replayed_ms(engine: Engine) -> dict[str, float]:
+    """Medians of one replay without the rest of a step: until the host has launched it, and until it is done. What the
+    requests hold is wrong afterwards."""
+    (lane,) = engine._serving.lanes.values()
+    replay = getattr(lane.running, "_replay", None)
+    if replay is None or not torch.cuda.is_available():
+        return {}
+    launched, done = [], []
+    for _ in range(100):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        replay()
+        launched.append(1e3 * (time.perf_counter() - start))
+        torch.cuda.synchronize()
+        done.append(1e3 * (time.perf_counter() - start))
+    return {"launch_ms": statistics.median(launched), "replay_ms": statistics.median(done)}
 
 
 def prefill(options: argparse.Namespace) -> dict[str, Any]:
@@ -272,8 +304,10 @@ def host_of(step: Callable[[], object]) -> dict[str, Any]:
 
 
 def shown(name: str, row: dict[str, Any]) -> None:
-    print(f"== {name}: " + ", ".join(f"{key} {value}" for key, value in row.items() if key not in ("largest", "host")),
-          flush=True)
+    listed = ("largest", "host", "gaps")
+    print(f"== {name}: " + ", ".join(f"{key} {value}" for key, value in row.items() if key not in listed), flush=True)
+    for pair, count, ms in row.get("gaps", ())[:12]:
+        print(f"   idle {ms:8.4f} ms {count:6.1f} x {pair}", flush=True)
     for ms, count, function in row.get("host", ()):
         print(f"   host {ms:8.2f} ms {count:6} x {function}", flush=True)
     for kernel, count, ms in row["largest"][:24]:

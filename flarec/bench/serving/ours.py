@@ -19,6 +19,7 @@ from flarec.decode.prefill import Prefill
 from flarec.decode.rows import Mode, Rows
 from flarec.kernels.sampling import choose
 
+from ..measure import NotMeasured
 from .models import TURNS, ServingSession
 
 WARM_STEPS = 6  # run, checked, captured, and a few more
@@ -27,6 +28,8 @@ AUTO_SECONDS = 60.0
 AUTO_STEPS, TURN, AUTO_WARM = 1536, 8, 64
 """Steps of `--drafts auto`, and as many causal ones; of each in turn; and before them. Many: what a policy may
 lose once is no steady state."""
+AUTO_TOKENS = 1 << 13
+"""Of each request: more than that many steps make."""
 SETTLED = 16
 """Replays behind a recorded step that are no steady state: the device had nothing to do for seconds."""
 
@@ -342,7 +345,7 @@ class Decoding:
 
     def __init__(self, session: ServingSession, engine: Engine, requests: int, mode: ModeName) -> None:
         self.session, self.engine = session, engine
-        options = GenerationOptions(mode=mode, drafts="auto", max_new_tokens=1 << 12)
+        options = GenerationOptions(mode=mode, drafts="auto", max_new_tokens=AUTO_TOKENS)
         self.running = [engine.add(prompt, options) for prompt in session.prompts(requests)]
         self.made, self.seconds, self.last, self.settling = 0, 0.0, 0.0, 0
         while any(not request.tokens for request in self.running):
@@ -357,7 +360,7 @@ class Decoding:
 
     def take(self, steps: int) -> None:
         """So many steps that are replays of graphs, and not soon behind a recorded one, or, where there are none, that
-        are run."""
+        are run. Raises `NotMeasured` if a request ends meanwhile: the others' steps are another kind."""
         counted, stats, made, seconds = 0, self.engine.stats, 0, 0.0
         self.session.wait()
         while counted < steps:
@@ -365,6 +368,9 @@ class Decoding:
             replays, graphs, start = stats.replays, stats.graphs, time.perf_counter()
             self.engine.step()
             took = time.perf_counter() - start
+            if any(request.finished for request in self.running):
+                tokens = max(len(request.tokens) for request in self.running)
+                raise NotMeasured(f"a request ended after {tokens} tokens, before {steps} more steps were timed")
             replayed = stats.replays > replays and stats.graphs == graphs
             self.settling = max(0, self.settling - 1) if replayed else SETTLED
             if (replayed and not self.settling) or not stats.graphs:
