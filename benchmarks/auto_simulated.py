@@ -35,7 +35,7 @@ from flarec.ir.slots import CacheSlot
 from flarec.layout import Layout
 
 CAUSAL_MS, WHOLE = {1: 1.87, 8: 2.2, 64: 4.6}, {1: 1.10, 8: 1.14, 64: 2.8}
-"""Of decode-h200.json and a line through it: 64 requests were not measured alone."""
+"""Of decode-h200-b8568ba.json and a line through it: 64 requests were not measured alone."""
 SHIFT, EAGER_MS, SPREAD_MS = 0.03, 50.0, 0.6
 COLD, COLD_MS = 1.4, 20.0
 """With --cold: what steps take longer behind one that is no replay, and for how long."""

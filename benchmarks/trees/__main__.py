@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4096, help="of a forward over whole answers")
     parser.add_argument("--shown", type=int, default=10**9, help="answers along which tokens are shown in blocks")
     parser.add_argument("--loop-free", action="store_true", help="without answers that run in circles")
-    parser.add_argument("--costs", type=Path, default=ROOT / "benchmarks" / "results" / "decode-h200.json")
+    parser.add_argument("--costs", type=Path, default=ROOT / "benchmarks" / "results" / "decode-h200-b8568ba.json")
     parser.add_argument("--time-limit", type=float, default=1e9, metavar="S", help="begin no run after S seconds")
     parser.add_argument("--commit", help="of the tree, where git cannot tell")
     options, start = parser.parse_args(), time.monotonic()
