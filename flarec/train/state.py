@@ -343,5 +343,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "not set"
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

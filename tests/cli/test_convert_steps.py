@@ -145,7 +145,7 @@ def test_keys_that_are_younger_than_a_run(tmp_path: Path) -> None:
     directory.create(before)
     check_identity(directory, now)
     now["recipe"]["optimizer"]["warmup_ratio"] = 0.1
-    with pytest.raises(CheckpointError, match=r"recipe\.optimizer\.warmup_ratio was null and is now 0\.1"):
+    with pytest.raises(CheckpointError, match=r"recipe\.optimizer\.warmup_ratio was not set and is now 0\.1"):
         check_identity(directory, now)
 
 

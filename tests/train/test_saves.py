@@ -17,7 +17,7 @@ from flarec.base.hashes import FileEntry
 from flarec.errors import CheckpointError, TrainingError, UsageError
 from flarec.train import saves
 from flarec.train.saves import FILES, MODEL, STATE, SavedState, check_tensors, check_values, read_save
-from flarec.train.state import StateDirectory
+from flarec.train.state import StateDirectory, differences
 from tests.crashes import FAILURES, Watch, failing
 
 FIRST, SECOND = "state-00000003", "state-00000006"
@@ -304,3 +304,8 @@ def test_an_error_at_any_call_of_a_beginning(
         made.check_identity({"seed": 0})
         made.save(3, state(3))
         assert resumed(StateDirectory(made.path)) == (3, [])
+
+
+def test_what_is_absent_is_said_to_be_not_set() -> None:
+    old, new = {"a": {"kept": None, "gone": True, "same": 1}}, {"a": {"same": 1, "given": 0.1}}
+    assert differences(old, new) == ["a.given was not set and is now 0.1", "a.gone was true and is now not set"]
