@@ -19,6 +19,7 @@ from .embed_mask import EmbedMask
 from .fold_constants import FoldConstants
 from .lower_mixers import IMPLEMENTATIONS, LowerMixers
 from .merge_projections import MergeProjections
+from .narrow_adapter import NarrowAdapter
 from .narrow_head import NarrowHead
 from .outline_regions import OutlineRegions
 from .plugins import Known, known_passes
@@ -55,7 +56,7 @@ DECODE: list[Pass] = [
 
 PIPELINES: dict[str, list[Pass]] = {"train": TRAIN, "decode": DECODE}
 OPTIONAL: tuple[type[Pass], ...] = (
-    AdaptNoisyStream, SplitStreams, MergeProjections, FoldConstants, OutlineRegions, PredictHorizon,
+    AdaptNoisyStream, NarrowAdapter, SplitStreams, MergeProjections, FoldConstants, OutlineRegions, PredictHorizon,
     QuantizeBase,
 )
 """Passes that stand in a pipeline where a caller gives them (`pipeline`)."""
@@ -122,6 +123,9 @@ def pipeline(
             if fast and target == "decode" and isinstance(step, LowerMixers):
                 there = {other.name for other in steps}
                 filled += [other for other in (MergeProjections(), FoldConstants()) if other.name not in there]
+            adapted = any(isinstance(other, AdaptNoisyStream) for other in filled)
+            if adapted and kernels == "torch" and target == "decode" and isinstance(step, LowerMixers):
+                filled.append(NarrowAdapter())
             filled.append(replace(step, implementation=kernels))
         else:
             filled.append(step)
@@ -224,6 +228,7 @@ __all__ = [
     "YOUNG",
     "AdaptNoisyStream",
     "Known",
+    "NarrowAdapter",
     "OutlineRegions",
     "PredictHorizon",
     "QuantizeBase",

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..ir.pipeline import Pass
 from ..ir.program import Program
-from ..passes import PASSES, AdaptNoisyStream, UnknownPass, lower, pipeline
+from ..passes import PASSES, AdaptNoisyStream, NarrowAdapter, UnknownPass, lower, pipeline
 from .directory import Checkpoint
 from .horizon import TARGET, horizon_of
 from .manifest import Manifest
@@ -83,7 +83,7 @@ def lowered_source(
     """The decode program without the checkpoint's adapter, for steps that have no noisy rows: an adapter would compute
     for clean rows what is thrown away. None where there is no adapter, or where passes of others may need it."""
     steps = pipeline_of(checkpoint.manifest, "decode", kernels=kernels, regions=regions)
-    rest = [step for step in steps if not isinstance(step, AdaptNoisyStream)]
+    rest = [step for step in steps if not isinstance(step, (AdaptNoisyStream, NarrowAdapter))]
     if len(rest) == len(steps) or any(step.name not in PASSES for step in rest):
         return None
     return lower(program, "decode", steps=rest)
