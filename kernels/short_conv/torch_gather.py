@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flarec.base.parts import requests_at_a_time
 from flarec.layout import Layout
 
 from .reference import apply_activation
@@ -135,26 +136,29 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """(y [B, C, T], next buffer) of a decode step: the arguments and meaning of `reference_step`."""
     window = commit_window(buffer, accepted, weight.shape[-1])
-    sums = apply_activation(_step_sums(x, weight, bias, windows, window), activation)
-    padding = windows[:, :, 0] == windows.shape[2] - 1 + x.shape[2]
-    sums.masked_fill_(padding.reshape(-1, 1), 0)
-    y = sums.view(x.shape[0], x.shape[2], x.shape[1]).to(x.dtype).transpose(1, 2)
-    return y, next_buffer(x, window, layout.clean_length)
+    y = x.new_empty(x.shape[0], x.shape[2], x.shape[1])
+    for part in requests_at_a_time(x.shape[0], x[0].numel() * 4, x.device):
+        y[part] = _step_rows(x[part], weight, bias, windows[part], window[part], activation)
+    return y.transpose(1, 2), next_buffer(x, window, layout.clean_length)
 
 
 @torch.no_grad()
-def _step_sums(x: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, window: Tensor) -> Tensor:
-    """`_sums` without gradients: every tap is added in one pass over the sums, and a token's own is not gathered."""
+def _step_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, window: Tensor, activation: str | None
+) -> Tensor:
+    """`_convolve` without gradients: every tap is added in one pass over the sums, and a token's own is not
+    gathered."""
     batch, channels, length = x.shape
     width, dtype = weight.shape[1], torch.promote_types(x.dtype, torch.float32)
     own = x.transpose(1, 2).to(dtype)
     rows = torch.cat([window.transpose(1, 2).to(dtype), own, own.new_zeros(batch, 1, channels)], dim=1)
     first = (width + length) * torch.arange(batch, device=x.device)
-    index = windows.permute(2, 0, 1) + first[:, None]  # [W, B, T]
+    index = (windows + first[:, None, None]).view(-1, width).t().contiguous()
     taps, flat = weight.to(dtype).t(), rows.view(-1, channels)
     sums = (own * taps[-1]).reshape(-1, channels)
     if bias is not None:
         sums.add_(bias)
     for lag in range(1, width):
-        sums.addcmul_(flat.index_select(0, index[lag].reshape(-1)), taps[width - 1 - lag])
-    return sums
+        sums.addcmul_(flat.index_select(0, index[lag]), taps[width - 1 - lag])
+    padding = windows[:, :, 0] == width - 1 + length  # a real token reads itself at lag 0
+    return apply_activation(sums, activation).masked_fill_(padding.reshape(-1, 1), 0).view(batch, length, channels)
