@@ -86,6 +86,7 @@ def pipeline(
     kernels: str = "torch",
     adapter: AdaptNoisyStream | None = None,
     fast: bool = False,
+    narrow: bool = False,
     regions: bool = False,
     stored: str | None = None,
     foreign: Sequence[str] = (),
@@ -95,7 +96,8 @@ def pipeline(
 
     adapter: stands behind embed-mask, and split-streams before lower-mixers in training; without one noisy rows run
     through the model's own weights. fast: decode pipelines get merge-projections and fold-constants before
-    lower-mixers; results differ in rounding. regions: outline-regions stands last. stored: the text of
+    lower-mixers; results differ in rounding. narrow: decode pipelines with an adapter get narrow-adapter
+    there. regions: outline-regions stands last. stored: the text of
     a checkpoint's manifest instead of the literal list; the implementation of mixers and losses is then replaced by
     `kernels`, nothing else. foreign: passes of others as text, `name(option=value)`; each goes to the latest place
     before lower-mixers that its requirements allow, or with `@after:NAME` behind that pass. plugins: files that define
@@ -123,8 +125,7 @@ def pipeline(
             if fast and target == "decode" and isinstance(step, LowerMixers):
                 there = {other.name for other in steps}
                 filled += [other for other in (MergeProjections(), FoldConstants()) if other.name not in there]
-            adapted = any(isinstance(other, AdaptNoisyStream) for other in filled)
-            if adapted and kernels == "torch" and target == "decode" and isinstance(step, LowerMixers):
+            if narrow and isinstance(step, LowerMixers) and any(isinstance(x, AdaptNoisyStream) for x in filled):
                 filled.append(NarrowAdapter())
             filled.append(replace(step, implementation=kernels))
         else:

@@ -27,7 +27,7 @@ def step(
 ) -> tuple[Tensor, ...]:
     """(o, state, pending_k, pending_d[, pending_g]): the arguments and meaning of `reference_step`. No gradients."""
     state = commit(state, pending_k, pending_d, pending_g, accepted)
-    given = {"initial_state": state, "clean_length": layout.clean_length}
+    given: dict[str, Any] = {"initial_state": state, "clean_length": layout.clean_length}
     reads = _few_rows(operands, state, schedule, layout)
     if reads is None:
         out, *rows = two_stream_step(**operands, schedule=schedule, **given)
