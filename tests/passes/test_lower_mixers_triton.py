@@ -87,7 +87,8 @@ def test_kernels_read_projections_without_a_copy(family: str) -> None:
     """A copy before a kernel goes where its form reads operands in place, those of torch too for states and windows."""
     for target, step in (("train", False), ("decode", True)):
         before, after = before_and_after("lower-mixers", family, target, kernels="triton")
-        assert not copied(after, "triton", step, MIXERS) and count(before, "contiguous") >= 3 + count(after, "contiguous")
+        assert not copied(after, "triton", step, MIXERS)
+        assert count(before, "contiguous") >= 3 + count(after, "contiguous")
         for node in after.calls(ops.SHORT_CONV.call("triton", step)):
             x: Any = node.kwargs["x"]
             assert x.target is torch.ops.aten.transpose.int
