@@ -19,6 +19,7 @@ from .embed_mask import EmbedMask
 from .fold_constants import FoldConstants
 from .lower_mixers import IMPLEMENTATIONS, LowerMixers
 from .merge_projections import MergeProjections
+from .narrow_adapter import NarrowAdapter
 from .narrow_head import NarrowHead
 from .outline_regions import OutlineRegions
 from .plugins import Known, known_passes
@@ -55,7 +56,7 @@ DECODE: list[Pass] = [
 
 PIPELINES: dict[str, list[Pass]] = {"train": TRAIN, "decode": DECODE}
 OPTIONAL: tuple[type[Pass], ...] = (
-    AdaptNoisyStream, SplitStreams, MergeProjections, FoldConstants, OutlineRegions, PredictHorizon,
+    AdaptNoisyStream, NarrowAdapter, SplitStreams, MergeProjections, FoldConstants, OutlineRegions, PredictHorizon,
     QuantizeBase,
 )
 """Passes that stand in a pipeline where a caller gives them (`pipeline`)."""
@@ -85,6 +86,7 @@ def pipeline(
     kernels: str = "torch",
     adapter: AdaptNoisyStream | None = None,
     fast: bool = False,
+    narrow: bool = False,
     regions: bool = False,
     stored: str | None = None,
     foreign: Sequence[str] = (),
@@ -94,7 +96,8 @@ def pipeline(
 
     adapter: stands behind embed-mask, and split-streams before lower-mixers in training; without one noisy rows run
     through the model's own weights. fast: decode pipelines get merge-projections and fold-constants before
-    lower-mixers; results differ in rounding. regions: outline-regions stands last. stored: the text of
+    lower-mixers; results differ in rounding. narrow: decode pipelines with an adapter get narrow-adapter
+    there. regions: outline-regions stands last. stored: the text of
     a checkpoint's manifest instead of the literal list; the implementation of mixers and losses is then replaced by
     `kernels`, nothing else. foreign: passes of others as text, `name(option=value)`; each goes to the latest place
     before lower-mixers that its requirements allow, or with `@after:NAME` behind that pass. plugins: files that define
@@ -122,6 +125,8 @@ def pipeline(
             if fast and target == "decode" and isinstance(step, LowerMixers):
                 there = {other.name for other in steps}
                 filled += [other for other in (MergeProjections(), FoldConstants()) if other.name not in there]
+            if narrow and isinstance(step, LowerMixers) and any(isinstance(x, AdaptNoisyStream) for x in filled):
+                filled.append(NarrowAdapter())
             filled.append(replace(step, implementation=kernels))
         else:
             filled.append(step)
@@ -224,6 +229,7 @@ __all__ = [
     "YOUNG",
     "AdaptNoisyStream",
     "Known",
+    "NarrowAdapter",
     "OutlineRegions",
     "PredictHorizon",
     "QuantizeBase",

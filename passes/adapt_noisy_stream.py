@@ -17,7 +17,7 @@ from flarec.ir.pipeline import Claims, Pass
 from flarec.ir.program import Program, layer_of, locate
 from flarec.ir.spec import LENGTH, ROWS
 from flarec.layout import Layout
-from flarec.ops.streams import join_rows, join_streams
+from flarec.ops.streams import add_to_noisy, join_rows, join_streams
 
 from .canonicalize import STOPS, Canonicalize
 
@@ -232,7 +232,7 @@ def check_noisy_adapted(program: Program) -> None:
 
 def _keeps_clean(program: Program, node: fx.Node, reached: set[fx.Node]) -> bool:
     """Whether a node takes what adapters reached for noisy rows only."""
-    if node.target in (join_streams, join_rows):
+    if node.target in (join_streams, join_rows, add_to_noisy):
         return node.args[0] not in reached
     if node.target is not ATEN.where.self or len(node.args) != 3:
         return False

@@ -18,6 +18,7 @@ from .embed_mask import PARAMETER
 from .fold_constants import check_folded
 from .lower_mixers import LowerMixers
 from .merge_projections import check_merged
+from .narrow_adapter import check_adapter_narrowed
 from .outline_regions import check_outlined
 from .predict_horizon import check_horizon_predicted
 from .quantize_base import check_base_quantized
@@ -110,6 +111,7 @@ CHECKERS: dict[str, Checker] = {
     "head-split": check_head_split,
     "mask-embedded": check_mask_embedded,
     "noisy-adapted": check_noisy_adapted,
+    "adapter-narrowed": check_adapter_narrowed,
     "experts-counted": check_experts_counted,
     "streams-split": check_streams_split,
     "cached": check_cached,

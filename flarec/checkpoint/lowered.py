@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..ir.pipeline import Pass
 from ..ir.program import Program
-from ..passes import PASSES, AdaptNoisyStream, UnknownPass, lower, pipeline
+from ..passes import PASSES, AdaptNoisyStream, NarrowAdapter, UnknownPass, lower, pipeline
 from .directory import Checkpoint
 from .horizon import TARGET, horizon_of
 from .manifest import Manifest
@@ -26,7 +26,8 @@ def pipeline_of(
 ) -> list[Pass]:
     """The passes of `target` as the manifest states them, only the implementation of mixers replaced; for a model that
     was not converted, or a checkpoint of another program, the literal list. `fast`, `regions`, `foreign`, `plugins`:
-    see `flarec.passes`. target "elastic": the decode pipeline with the checkpoint's horizon head.
+    see `flarec.passes`; with the torch kernels adapters of a decode step compute for noisy rows alone. target
+    "elastic": the decode pipeline with the checkpoint's horizon head.
 
     Raises `CheckpointError` for a pass that is not installed, naming the plugin that the checkpoint was made with.
     """
@@ -34,8 +35,9 @@ def pipeline_of(
     vector = manifest is not None and manifest.mask.kind == "vector"
     try:
         return pipeline(
-            "decode" if target == TARGET else target, mask_vector=vector, kernels=kernels, fast=fast, regions=regions,
-            stored=stored, foreign=foreign, plugins=plugins,
+            "decode" if target == TARGET else target, mask_vector=vector, kernels=kernels, fast=fast,
+            narrow=kernels == "torch" and target != "train", regions=regions, stored=stored,
+            foreign=foreign, plugins=plugins,
         )
     except UnknownPass as error:
         origin = manifest.plugins.get(error.name) if manifest is not None else None
@@ -83,7 +85,7 @@ def lowered_source(
     """The decode program without the checkpoint's adapter, for steps that have no noisy rows: an adapter would compute
     for clean rows what is thrown away. None where there is no adapter, or where passes of others may need it."""
     steps = pipeline_of(checkpoint.manifest, "decode", kernels=kernels, regions=regions)
-    rest = [step for step in steps if not isinstance(step, AdaptNoisyStream)]
+    rest = [step for step in steps if not isinstance(step, (AdaptNoisyStream, NarrowAdapter))]
     if len(rest) == len(steps) or any(step.name not in PASSES for step in rest):
         return None
     return lower(program, "decode", steps=rest)

@@ -22,6 +22,15 @@ def join_rows(clean: Tensor, noisy: Tensor, positions: Tensor) -> Tensor:
     return torch.cat(parts, dim=1).flatten(0, 1)
 
 
+def add_to_noisy(x: Tensor, noisy: Tensor, positions: Tensor, alpha: float) -> Tensor:
+    """x [rows, T, ...], in place, with `alpha * noisy` [rows, Ln, ...] added to its noisy tokens; positions [rows, Ln].
+    Nobody else may read x."""
+    length = positions.shape[1]
+    if length:
+        x.narrow(1, x.shape[1] - length, length).add_(noisy, alpha=alpha)
+    return x
+
+
 def clean_stream(x: Tensor, positions: Tensor, dim: int) -> Tensor:
     """The clean tokens of both along `dim`, without a gradient; positions [rows, Lc]. A view."""
     return x.detach().narrow(dim, 0, positions.shape[1])

@@ -22,7 +22,7 @@ from flarec.errors import CheckpointError
 from flarec.frontend.export import capture
 from flarec.ir.pipeline import Pass
 from flarec.ir.program import Program
-from flarec.passes import AdaptNoisyStream, lower
+from flarec.passes import AdaptNoisyStream, NarrowAdapter, lower
 from flarec.passes.embed_mask import PARAMETER
 from flarec.passes.plugins import load_plugins
 
@@ -233,5 +233,6 @@ def _texts_of(checkpoint: Checkpoint, vocabulary: int, say: Callable[[str], None
 
 
 def _without_adapter(checkpoint: Checkpoint, program: Program, steps: Mapping[str, list[Pass]]) -> Adapted:
-    own = {target: [step for step in chosen if step.name != AdaptNoisyStream.name] for target, chosen in steps.items()}
+    adapters = (AdaptNoisyStream, NarrowAdapter)
+    own = {name: [step for step in chosen if not isinstance(step, adapters)] for name, chosen in steps.items()}
     return Adapted(checkpoint, *(lower(program, target, steps=own[target]) for target in ("train", "decode")))

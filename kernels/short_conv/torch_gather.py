@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flarec.base.parts import requests_at_a_time
 from flarec.layout import Layout
 
 from .reference import apply_activation
@@ -109,13 +110,17 @@ class _NoisySums(torch.autograd.Function):
 
 def next_buffer(x: Tensor, window: Tensor, clean_length: int) -> Tensor:
     """Raw inputs [B, C, W-1+Lc] that a step keeps for its commit: the window before it and its clean slots."""
-    return torch.cat([window.to(x.dtype), x[:, :, :clean_length]], dim=2)
+    rows = [part.transpose(1, 2) for part in (window.to(x.dtype), x[:, :, :clean_length])]
+    return torch.cat(rows, dim=1).transpose(1, 2)  # channels next to each other, as models project them
 
 
 def commit_window(buffer: Tensor, accepted: Tensor, width: int) -> Tensor:
     """The window [B, C, W-1] after the first `accepted[b]` clean slots of `buffer` [B, C, W-1+Lc]; 0 keeps the old."""
-    columns = accepted[:, None] + torch.arange(width - 1, device=buffer.device)  # [B, W-1]
-    return buffer.gather(2, columns[:, None, :].expand(-1, buffer.shape[1], -1))
+    batch, channels, length = buffer.shape
+    first = accepted + length * torch.arange(batch, device=buffer.device)
+    places = first[:, None] + torch.arange(width - 1, device=buffer.device)  # [B, W-1]
+    rows = buffer.transpose(1, 2).reshape(-1, channels)  # a view of what `next_buffer` made
+    return rows.index_select(0, places.reshape(-1)).view(batch, width - 1, channels).transpose(1, 2)
 
 
 def step(
@@ -131,5 +136,29 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """(y [B, C, T], next buffer) of a decode step: the arguments and meaning of `reference_step`."""
     window = commit_window(buffer, accepted, weight.shape[-1])
-    y = two_stream(x, weight, bias, windows, activation=activation, window=window)
-    return y, next_buffer(x, window, layout.clean_length)
+    y = x.new_empty(x.shape[0], x.shape[2], x.shape[1])
+    for part in requests_at_a_time(x.shape[0], x[0].numel() * 4, x.device):
+        y[part] = _step_rows(x[part], weight, bias, windows[part], window[part], activation)
+    return y.transpose(1, 2), next_buffer(x, window, layout.clean_length)
+
+
+@torch.no_grad()
+def _step_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, window: Tensor, activation: str | None
+) -> Tensor:
+    """`_convolve` without gradients: every tap is added in one pass over the sums, and a token's own is not
+    gathered."""
+    batch, channels, length = x.shape
+    width, dtype = weight.shape[1], torch.promote_types(x.dtype, torch.float32)
+    own = x.transpose(1, 2).to(dtype)
+    rows = torch.cat([window.transpose(1, 2).to(dtype), own, own.new_zeros(batch, 1, channels)], dim=1)
+    first = (width + length) * torch.arange(batch, device=x.device)
+    index = (windows + first[:, None, None]).view(-1, width).t().contiguous()
+    taps, flat = weight.to(dtype).t(), rows.view(-1, channels)
+    sums = (own * taps[-1]).reshape(-1, channels)
+    if bias is not None:
+        sums.add_(bias)
+    for lag in range(1, width):
+        sums.addcmul_(flat.index_select(0, index[lag]), taps[width - 1 - lag])
+    padding = windows[:, :, 0] == width - 1 + length  # a real token reads itself at lag 0
+    return apply_activation(sums, activation).masked_fill_(padding.reshape(-1, 1), 0).view(batch, length, channels)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from flarec.ir.spec import CLEAN, LENGTH, NOISY, ROWS
-from flarec.ops.streams import clean_stream, join_rows, join_streams, noisy_stream
+from flarec.ops.streams import add_to_noisy, clean_stream, join_rows, join_streams, noisy_stream
 
 from .values import Axes, Refusal, Tensor, tensor
 
@@ -43,6 +43,15 @@ def _joined_rows(clean: Any, noisy: Any, positions: Any) -> Tensor:
     return tensor(_meet(first, second, 0, (ROWS, LENGTH)), clean.dtype)
 
 
+def _added(x: Any, noisy: Any, positions: Any, alpha: Any) -> Tensor:
+    first, second = _axes(x), _axes(noisy)
+    fits = len(first) > 1 and first[0] == second[0] == (ROWS,) and first[2:] == second[2:] and x.dtype == noisy.dtype
+    if not fits or first[1] != (LENGTH,) or second[1] != (NOISY,) or not isinstance(alpha, int | float):
+        raise Refusal("adds something else than noisy tokens to those of both streams", CURE)
+    _check_positions(positions, NOISY)
+    return tensor(first, x.dtype)
+
+
 def _meet(first: Axes, second: Axes, dim: int, tokens: tuple[str, ...]) -> Axes:
     rest, other = ((*axes[:dim], *axes[dim + 1 :]) for axes in (first, second))
     if rest != other:
@@ -64,6 +73,7 @@ def _check_positions(positions: Any, stream: str) -> None:
 STREAMS: dict[object, Callable[..., Tensor]] = {
     join_streams: _joined,
     join_rows: _joined_rows,
+    add_to_noisy: _added,
     clean_stream: _part(CLEAN),
     noisy_stream: _part(NOISY),
 }

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flarec.base import parts
 from flarec.errors import CaptureError
 from flarec.kernels.short_conv import reference
-from flarec.kernels.short_conv.torch_gather import commit_window, next_buffer, two_stream
+from flarec.kernels.short_conv.reference import reference_step
+from flarec.kernels.short_conv.torch_gather import commit_window, next_buffer, step, two_stream
 from flarec.kernels.short_conv.windows import conv_windows
 from flarec.layout import Block, Layout, build_layout
 from tests.oracles.layouts import layouts
@@ -115,3 +117,26 @@ def test_bfloat16_and_unknown_activation() -> None:
     torch.testing.assert_close(got, reference(x, weight, None, layout, activation="silu"))
     with pytest.raises(CaptureError, match="tanh"):
         two_stream(x, weight, None, conv_windows(layout, 4), activation="tanh")
+
+
+@pytest.mark.parametrize("near", [parts.NEAR, 1, 600])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_a_step_equals_its_definition_however_many_requests_are_computed_at_a_time(
+    near: int, activation: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding and what was not accepted are undefined; the buffer lies in either memory order."""
+    monkeypatch.setattr(parts, "NEAR", near)
+    layout = build_layout([[3], [2], [3]], [[Block(0, 9, 2), Block(0, 7, 3)], [Block(0, 8, 2)], []], cached=[7, 7, 0])
+    gen = torch.Generator().manual_seed(2)
+    x, buffer = (torch.randn(3, 5, n, generator=gen, dtype=torch.float64) for n in (layout.length, 6))
+    weight, bias = torch.randn(5, 4, generator=gen, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    accepted = torch.tensor([3, 1, 0])
+    buffer[1, :, 4:], buffer[2] = float("nan"), 0
+    x = x.masked_fill((layout.token_document() < 0)[:, None], float("nan"))
+    given = (accepted, layout)
+    expected, kept = reference_step(x, weight, bias, buffer, *given, activation=activation)
+    for order in (buffer, buffer.transpose(1, 2).contiguous().transpose(1, 2)):
+        windows = conv_windows(layout, 4, continues=True)
+        y, found = step(x, weight, bias, order, accepted, windows, layout, activation=activation)
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found, kept, rtol=0, atol=0, equal_nan=True)
