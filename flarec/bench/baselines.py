@@ -42,6 +42,15 @@ def check_library(folder: Path | None) -> None:
         raise UsageError(f"{folder} has no package fla; install {PACKAGE} into it (pip --target)")
 
 
+def release(folder: Path | None) -> str | None:
+    """The version of the package in a folder, or None without one."""
+    if folder is None:
+        return None
+    from importlib import metadata
+
+    return next((found.version for found in metadata.distributions(name=PACKAGE, path=[str(folder)])), "unknown")
+
+
 def beside(folder: Path) -> dict[str, str]:
     """What a process needs in its environment to import what lies in a folder."""
     return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}

@@ -42,11 +42,12 @@ def before(
         raise UsageError("--resume goes on with the file of --out; name it")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        lines = [Line(**{**row, "notes": tuple(row["notes"])}) for row in found["rows"]]
+        lines = [_line(row) for row in found["rows"]]
         checks, call = dict(found["checks"]), {"command": found["command"], "seconds": found["seconds"]}
+        calls = (*found.get("earlier", ()), call)
     except FileNotFoundError:
         raise UsageError(f"there is no {path} to go on with; leave --resume out") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UsageError(f"{path} holds no results of this command to go on with; leave --resume out") from None
     now = {"device": report.device_text(device), "versions": report.versions(), "commit": commit,
            "settings": json.loads(json.dumps(dict(settings)))}
@@ -56,4 +57,15 @@ def before(
                 f"{path} has the {name} {json.dumps(found.get(name))}, this run {json.dumps(now[name])}: rows of both "
                 "would not belong together; leave --resume out, or choose another --out"
             )
-    return Before({line.name: line for line in lines}, checks, (*found.get("earlier", ()), call))
+    return Before({line.name: line for line in lines}, checks, calls)
+
+
+def _line(row: Mapping[str, Any]) -> Line:
+    """Raises `TypeError`, `KeyError` or `AttributeError` for what is no row, before anything is measured beside it."""
+    line = Line(**{**row, "notes": tuple(row["notes"])})
+    texts = (line.name, line.title, line.unit, line.status, *line.notes)
+    numbers = [number for number in (line.bar, line.aim, line.value, *line.values.values()) if number is not None]
+    right = all(isinstance(text, str) for text in texts) and all(isinstance(number, int | float) for number in numbers)
+    if not right or (line.status == MEASURED and line.value is None):
+        raise TypeError(line)
+    return line

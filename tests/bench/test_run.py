@@ -143,11 +143,16 @@ def test_a_later_call_measures_what_is_missing(tmp_path: Path) -> None:
     assert set(found["checks"]) == {"first check"}
 
 
+LINE = Line("first", "row first", "x", None, None, False, "measured", 1.0).to_dict()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"commit": "other"}, 'the commit "other"'), ({"versions": {}}, "versions"), ({"settings": None}, "settings"),
         ({"device": "a GPU"}, "device"), ({"rows": [{}]}, "no results"), (None, "there is no"),
+        ({"earlier": None}, "no results"), ({"rows": [LINE | {"name": ["first"]}]}, "no results"),
+        ({"rows": [LINE | {"value": None}]}, "no results"), ({"rows": [LINE | {"values": None}]}, "no results"),
     ],
 )
 def test_rows_of_something_else_are_not_mixed_in(

@@ -19,7 +19,7 @@ import torch
 
 from flarec.errors import UsageError
 
-from ..baselines import beside, check_library
+from ..baselines import beside, check_library, release
 from ..measure import NotMeasured
 from ..session import Session
 from ..shapes import SHAPES
@@ -64,7 +64,7 @@ class TrainingSession(Session):
     @property
     def settings(self) -> dict[str, Any]:
         return {"shape": self.shape, "rows": self.rows, "length": self.length, "micro": [*self.micro],
-                "compile": self.compile, "quick": self.quick}
+                "compile": self.compile, "quick": self.quick, "library": release(self.library)}
 
     @property
     def tokens(self) -> int:

@@ -33,8 +33,9 @@ def commit(state: Tensor, k_rows: Tensor, d_rows: Tensor, g_rows: Tensor | None,
         )
         from_row = from_row.flip(2).cumsum(dim=2).flip(2)
         k = k * from_row[:, :, 1:].exp()
-        state = state * from_row[:, :, 0, :, None].exp()
+        state = (state * from_row[:, :, 0, :, None].exp()).contiguous()
     else:
-        state = state.clone()
-    state.flatten(0, 1).baddbmm_(k.mT.flatten(0, 1), d.flatten(0, 1))  # one pass over the state, not three
+        state = state.clone(memory_format=torch.contiguous_format)
+    # one pass over the state, not three; `flatten` would copy a state in another memory order, and the rows be lost
+    state.flatten(0, 1).baddbmm_(k.mT.flatten(0, 1), d.flatten(0, 1))
     return state

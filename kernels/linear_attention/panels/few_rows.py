@@ -33,7 +33,8 @@ class Reads:
 
 
 def reads_of(layout: Layout, schedule: StateSchedule, dtype: torch.dtype) -> Reads | None:
-    """Of a step of few rows without padding whose blocks are causal, on the host; None for all others."""
+    """Of a step of few rows of one document each, without padding, whose blocks are causal, on the host; None for all
+    others."""
     key = ("few rows", dtype)
     if key not in schedule.derived:
         schedule.derived[key] = _reads(layout, schedule, dtype)
@@ -47,6 +48,8 @@ def _reads(layout: Layout, schedule: StateSchedule, dtype: torch.dtype) -> Reads
     if layout.device.type != "cpu" or not 0 < clean <= length <= MOST_ROWS or schedule.tokens_padded:
         return None
     if layout.noisy_length and not bool((layout.per_noisy(layout.block_readout) == CAUSAL).all()):
+        return None
+    if bool(layout.token_document().any()):  # only document 0 goes on from the state
         return None
     slot, block = torch.arange(length), layout.noisy_block
     read = (slot <= slot[:, None]).repeat(layout.rows, 1, 1)

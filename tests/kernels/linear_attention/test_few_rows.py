@@ -1,4 +1,4 @@
-"""Decode steps of few rows: the loops of `reference_step`, and which steps are taken for them."""
+"""Decode steps of few rows: the loops of `reference_step`, which steps are taken for them, and the commit before."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flarec.kernels.linear_attention.panels import decode, few_rows
+from flarec.kernels.linear_attention.panels.commit import commit
 from flarec.kernels.linear_attention.panels.schedule import StateSchedule
-from flarec.kernels.linear_attention.reference_step import reference_step
+from flarec.kernels.linear_attention.reference_step import reference_commit, reference_step
 from flarec.layout import Block, Layout, build_layout
 from tests.kernels.linear_attention.cases import Case, cases
 
@@ -80,13 +81,16 @@ SCALAR = Case("scalar", True, True, 2, 5)
         (step_layout(3, [[1], [3]]), Case("channel", True, True, 2, 5), False),
         (step_layout(few_rows.MOST_ROWS + 1, [[]]), SCALAR, False),
         (build_layout([[3], [2]], [[], []], cached=[7, 7]), SCALAR, False),
+        (build_layout([[2, 1]], [[Block(1, 1, 2, readout="causal")]], cached=[7]), SCALAR, False),
     ],
 )
 def test_which_steps_have_few_rows(layout: Layout, case: Case, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Causal blocks, no padding, one decay per head: all others go through chunks and panels, and give the same."""
+    """One document, causal blocks, no padding, one decay per head: others go through chunks and panels, to the same."""
     calls = counted(monkeypatch, decode, "few_rows")
-    found, expected = both(layout, case, 2)
+    both_ways = both(layout, case, 2)
     assert len(calls) == few
+    clean = int((layout.clean_document[0] == 0).sum())  # rows of other documents are never committed
+    found, expected = ((*made[:2], *(rows[:, :clean] for rows in made[2:])) for made in both_ways)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
 
@@ -98,3 +102,18 @@ def test_what_rows_read_is_found_once_for_a_schedule(monkeypatch: pytest.MonkeyP
     first, second = (few_rows.reads_of(layout, schedule, torch.float32) for _ in range(2))
     assert first is not None and first is second and len(calls) == 1
     assert len(first.ones) == 1, "all requests agree"
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar"])
+def test_a_state_may_lie_in_any_memory_order(gate: str) -> None:
+    """And what is given stays as it is."""
+    case, layout = Case(gate, True, False, 2, 5), build_layout([[2]] * 3, [[]] * 3)
+    given = {name: None if x is None else x.detach() for name, x in case.inputs(layout).items()}
+    state, accepted = given["initial_state"], torch.tensor([0, 1, 2])
+    assert state is not None
+    expected = reference_commit(state, given["k"], given["v"], given["g"], accepted)  # type: ignore[arg-type]
+    orders: list[torch.Tensor] = [state.transpose(0, 1).contiguous().transpose(0, 1), state.mT.contiguous().mT]
+    for order in (state, *orders):
+        found = commit(order, given["k"], given["v"], given["g"], accepted)  # type: ignore[arg-type]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        assert torch.equal(order, state)
