@@ -26,7 +26,8 @@ def pipeline_of(
 ) -> list[Pass]:
     """The passes of `target` as the manifest states them, only the implementation of mixers replaced; for a model that
     was not converted, or a checkpoint of another program, the literal list. `fast`, `regions`, `foreign`, `plugins`:
-    see `flarec.passes`; with the torch kernels adapters of a decode step compute for noisy rows alone. target
+    see `flarec.passes`; with the torch kernels adapters of a decode step compute for noisy rows alone, unless regions
+    are marked: fewer of them would be alike, and compiled once. target
     "elastic": the decode pipeline with the checkpoint's horizon head.
 
     Raises `CheckpointError` for a pass that is not installed, naming the plugin that the checkpoint was made with.
@@ -36,7 +37,7 @@ def pipeline_of(
     try:
         return pipeline(
             "decode" if target == TARGET else target, mask_vector=vector, kernels=kernels, fast=fast,
-            narrow=kernels == "torch" and target != "train", regions=regions, stored=stored,
+            narrow=kernels == "torch" and target != "train" and not regions, regions=regions, stored=stored,
             foreign=foreign, plugins=plugins,
         )
     except UnknownPass as error:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import flarec
 from flarec.checkpoint.adapter import place_source
 from flarec.checkpoint.directory import open_checkpoint
+from flarec.checkpoint.lowered import pipeline_of
 from flarec.checkpoint.manifest import Manifest, MaskToken
 from flarec.checkpoint.plain import write_plain
 from flarec.cli import main
@@ -151,6 +152,18 @@ def test_causal_decoding_computes_no_adapter(family: str, made: dict[str, tuple[
     assert drafted.token_ids == found.token_ids
     model.engine._causal = lambda: model.decode_program
     assert model.generate("say red", **options).token_ids == found.token_ids
+
+
+def test_where_adapters_compute_for_noisy_rows_alone(made: dict[str, tuple[Path, Path]]) -> None:
+    """In decode steps of the torch kernels whose regions are not compiled, of a checkpoint that has an adapter."""
+    with_adapter = made[FAMILIES[0]][1]
+    for folder, target, options, narrow in (
+        (with_adapter, "decode", {}, True), (with_adapter, "decode", {"regions": True}, False),
+        (with_adapter, "decode", {"kernels": "triton"}, False), (with_adapter, "train", {}, False),
+        (made[FAMILIES[0]][0], "decode", {}, False),
+    ):
+        steps = pipeline_of(open_checkpoint(folder).manifest, target, **{"kernels": "torch", **options})
+        assert any(step.name == "narrow-adapter" for step in steps) == narrow, (folder, target, options)
 
 
 def test_custom_generate(made: dict[str, tuple[Path, Path]], alone: tuple[Path, Path]) -> None:
