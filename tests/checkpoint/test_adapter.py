@@ -156,12 +156,13 @@ def test_causal_decoding_computes_no_adapter(family: str, made: dict[str, tuple[
 
 def test_where_adapters_compute_for_noisy_rows_alone(made: dict[str, tuple[Path, Path]]) -> None:
     """In decode steps of the torch kernels whose regions are not compiled, of a checkpoint that has an adapter."""
-    with_adapter = made[FAMILIES[0]][1]
-    for folder, target, options, narrow in (
+    source, with_adapter = made[FAMILIES[0]]
+    cases: list[tuple[Path, str, dict[str, Any], bool]] = [
         (with_adapter, "decode", {}, True), (with_adapter, "decode", {"regions": True}, False),
         (with_adapter, "decode", {"kernels": "triton"}, False), (with_adapter, "train", {}, False),
-        (made[FAMILIES[0]][0], "decode", {}, False),
-    ):
+        (source, "decode", {}, False),
+    ]
+    for folder, target, options, narrow in cases:
         steps = pipeline_of(open_checkpoint(folder).manifest, target, **{"kernels": "torch", **options})
         assert any(step.name == "narrow-adapter" for step in steps) == narrow, (folder, target, options)
 
