@@ -208,7 +208,6 @@ LINEAR_ATTENTION = Mixer(
             step="flarec.kernels.linear_attention.panels.decode:step",
             reads=lambda site: Chunks(site.chunk_size),
             opaque=("train", "step"),
-            in_place=("q", "k", "v", "g"),
             frozen=True,
         ),
         "triton": Form(

@@ -105,7 +105,6 @@ SHORT_CONV = Mixer(
             train="flarec.kernels.short_conv.torch_gather:two_stream",
             step="flarec.kernels.short_conv.torch_gather:step",
             reads=lambda site: ConvWindows(site.size("weight", 1)),
-            in_place=("x",),
             frozen=True,
         ),
         "triton": Form(

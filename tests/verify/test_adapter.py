@@ -11,10 +11,11 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
-from torch import fx
+from torch import Tensor, fx
 
 from flarec.cli import main
 from flarec.ir.program import Program
+from flarec.ops.streams import add_to_noisy
 from flarec.verify import Subject, open_subject
 from flarec.verify.adapter import (
     ar_trust_is_the_source,
@@ -102,15 +103,23 @@ def test_an_adapter_on_all_rows(subject: Subject) -> None:
     assert not ar_trust_is_the_source(broken, cases=2).passed
 
 
+def add_to_all(x: Tensor, noisy: Tensor, positions: Tensor, alpha: float) -> Tensor:
+    """What a step adds to noisy rows, on the middle, added to every row of it."""
+    return x + alpha * noisy.mean(1, keepdim=True) if positions.shape[1] else x
+
+
 def on_all_rows(program: Program) -> Program:
     program = program.clone()
     choices = [
         node for node in program.calls(ATEN.where.self)
         if isinstance(node.args[1], fx.Node) and node.args[1].target is ATEN.add.Tensor
     ]
-    assert choices
+    steps = program.calls(add_to_noisy)  # of a decode step
+    assert choices or steps
     for node in choices:
         node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
+    for node in steps:
+        node.target = add_to_all
     program.finish()
     return program
 
