@@ -96,8 +96,8 @@ def pipeline(
 
     adapter: stands behind embed-mask, and split-streams before lower-mixers in training; without one noisy rows run
     through the model's own weights. fast: decode pipelines get merge-projections and fold-constants before
-    lower-mixers; results differ in rounding. narrow: decode pipelines with an adapter get narrow-adapter
-    there. regions: outline-regions stands last. stored: the text of
+    lower-mixers; results differ in rounding. narrow: decode pipelines with an adapter get narrow-adapter there.
+    regions: outline-regions stands last. stored: the text of
     a checkpoint's manifest instead of the literal list; the implementation of mixers and losses is then replaced by
     `kernels`, nothing else. foreign: passes of others as text, `name(option=value)`; each goes to the latest place
     before lower-mixers that its requirements allow, or with `@after:NAME` behind that pass. plugins: files that define

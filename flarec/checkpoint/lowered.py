@@ -27,8 +27,8 @@ def pipeline_of(
     """The passes of `target` as the manifest states them, only the implementation of mixers replaced; for a model that
     was not converted, or a checkpoint of another program, the literal list. `fast`, `regions`, `foreign`, `plugins`:
     see `flarec.passes`; with the torch kernels adapters of a decode step compute for noisy rows alone, unless regions
-    are marked: fewer of them would be alike, and compiled once. target
-    "elastic": the decode pipeline with the checkpoint's horizon head.
+    are marked: fewer of them would be alike, and compiled once. target "elastic": the decode pipeline with the
+    checkpoint's horizon head.
 
     Raises `CheckpointError` for a pass that is not installed, naming the plugin that the checkpoint was made with.
     """

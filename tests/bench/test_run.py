@@ -256,3 +256,18 @@ def test_the_table_shows_every_line() -> None:
     assert report.cells(lines[2])[4:] == ["FAILED", "RuntimeError: why"]
     assert report.table(lines).row_count == 3
     assert "row bad: 3.00 (≤ 2) MISSED part_ms 3" in report.text(lines[1])
+
+
+def test_settings_name_the_library_of_the_baselines(tmp_path: Path) -> None:
+    """Rows beside another release of it, or without it, are of something else."""
+    from flarec.bench.serving.models import ServingSession
+    from flarec.bench.training.session import TrainingSession
+
+    folder = tmp_path / f"{baselines.PACKAGE.replace('-', '_')}-9.9.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {baselines.PACKAGE}\nVersion: 9.9\n")
+    assert baselines.release(None) is None and baselines.release(tmp_path) == "9.9"
+    for made in (ServingSession(torch.device("cpu"), "tiny"), TrainingSession(torch.device("cpu"), "tiny")):
+        assert made.settings["library"] is None
+        made.library = tmp_path
+        assert made.settings["library"] == "9.9"

@@ -16,7 +16,7 @@ from flarec.ir.compiled import Codes, compiled_by_region
 from flarec.ir.program import Program
 from flarec.passes import lower
 
-from ..baselines import check_library
+from ..baselines import check_library, release
 from ..session import Session
 from ..shapes import SHAPES, build
 
@@ -48,7 +48,7 @@ class ServingSession(Session):
     @property
     def settings(self) -> dict[str, Any]:
         return {"shape": self.shape, "block": self.block, "context": self.context, "steps": self.steps,
-                "compile": self.compile}
+                "compile": self.compile, "library": release(self.library)}
 
     @property
     def model(self) -> Any:
