@@ -19,7 +19,7 @@ from tests.oracles.layouts import layouts
 pytest.importorskip("triton")
 
 from flarec.kernels.softmax_attention.step import launch as step_launch
-from flarec.kernels.softmax_attention.step.launch import MANY_ROWS, MOST_SPLITS, StepLaunch, launch_of
+from flarec.kernels.softmax_attention.step.launch import MANY_ROWS, MOST_SPLITS, PROCESSORS, StepLaunch, launch_of
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -163,12 +163,18 @@ def test_launches_fill_the_device_and_leave_short_caches_whole() -> None:
                     launch = launch_of(torch.bfloat16, dim, rows, pairs, capacity)
                     assert launch.many == (rows >= MANY_ROWS)
                     assert 16 <= launch.queries <= (128 if launch.many else 64) and 1 <= launch.splits <= MOST_SPLITS
-                    assert launch.splits == 1 or launch.splits * 4 * launch.keys <= capacity
+                    # every split has a tile of keys where the cache is full, and all of them run at once
+                    assert launch.splits == 1 or launch.splits * launch.keys <= capacity
+                    programs = pairs * -(-rows // launch.queries) * launch.splits
+                    assert launch.splits == 1 or launch.many or programs <= 2 * PROCESSORS
     for room, tiles in ((227, (128, 64)), (163, (128, 32)), (99, (64, 32))):  # KiB of an H100, an A100, an L40S
         launch = launch_of(torch.bfloat16, 256, 32768, 2, 8192, room << 10)
         assert (launch.queries, launch.keys) == tiles
     assert launch_of(torch.bfloat16, 256, 64, 2, 32768).splits == MOST_SPLITS
     assert launch_of(torch.bfloat16, 256, 4, 2, 64).splits == 1
+    # drafts of one request: tiles of 16 rows, so that there are programs for more of the device
+    assert launch_of(torch.bfloat16, 256, 64, 2, 1024).queries == 16
+    assert launch_of(torch.bfloat16, 256, 64, 128, 1024) == StepLaunch(64, 32, 1)
 
 
 def test_a_compiler_sees_one_op_that_writes_the_caches() -> None:

@@ -44,8 +44,9 @@ def launch_of(
 ) -> StepLaunch:
     """For `rows` (token, head) rows of each of `pairs` (request, key head) pairs, and a cache of `capacity` positions.
 
-    Two programs per multiprocessor, if each gets four tiles of keys where the cache is full. Many rows have the tiles
-    of training, or smaller ones if these do not fit into `room` bytes of shared memory.
+    Few rows in float32 have two programs per multiprocessor, if each gets four tiles of keys where the cache is full;
+    in shorter dtypes what `_estimate` finds fastest. Many rows have the tiles of training, or smaller ones if these do
+    not fit into `room` bytes of shared memory.
     """
     if rows >= MANY_ROWS:
         of = launch_table(dim, dim, dtype).forward
@@ -54,12 +55,42 @@ def launch_of(
         return StepLaunch(
             of.queries, of.keys, _splits(pairs * -(-rows // of.queries), capacity, of.keys), of.warps, of.stages, True
         )
-    wide, exact = dim > 128, dtype == torch.float32
-    most, keys = (16 if wide else 32, 16 if wide else 32) if exact else (64, 32 if wide else 64)
-    queries = min(most, max(16, triton.next_power_of_2(rows)))
-    tiles = -(-rows // queries)
-    splits = _splits(pairs * tiles, capacity, keys)
-    return StepLaunch(queries, keys, splits, warps=8 if exact or queries == 64 else 4, stages=1 if exact else 2)
+    wide = dim > 128
+    if dtype == torch.float32:
+        most, keys = (16, 16) if wide else (32, 32)
+        queries = min(most, max(16, triton.next_power_of_2(rows)))
+        splits = _splits(pairs * -(-rows // queries), capacity, keys)
+        return StepLaunch(queries, keys, splits, warps=8, stages=1)
+    found = [
+        StepLaunch(queries, 32 if wide else 64, 1 << power)
+        for queries in ((16, 64) if rows > 16 else (16,)) for power in range(MOST_SPLITS.bit_length())
+    ]
+    best = min(found, key=lambda launch: _estimate(launch, dim, rows, pairs, capacity))
+    return replace(best, stages=1 if _tiles(best, capacity) <= 2 else 2)
+
+
+TILE_TIMES = {16: 1.8, 64: 2.1}
+"""Microseconds in which a program of so many rows takes a tile of keys, while the device is full of them."""
+COMBINING, COMBINED_ROW, COMBINED_BYTE = 3.0, 2e-3, 4e-7
+"""Microseconds that the combination of splits takes, per (token, head) row, and per byte of partial sums."""
+
+
+def _tiles(launch: StepLaunch, capacity: int) -> int:
+    """Tiles of keys of a program. A capacity is a power of two, so that three quarters of it are full on average."""
+    return -(-3 * capacity // (4 * launch.keys * launch.splits))
+
+
+def _estimate(launch: StepLaunch, dim: int, rows: int, pairs: int, capacity: int) -> float:
+    """Microseconds, as fitted to what `benchmarks/softmax_step.py` measured on an H200; infinite for more splits than
+    the device has room for, or tiles of keys there are."""
+    programs = pairs * -(-rows // launch.queries)
+    waves = -(-programs * launch.splits // (2 * PROCESSORS))
+    taking = waves * _tiles(launch, capacity) * TILE_TIMES[launch.queries]
+    if launch.splits == 1:
+        return taking
+    if waves > 1 or launch.splits * launch.keys > capacity:
+        return float("inf")
+    return taking + COMBINING + pairs * rows * (COMBINED_ROW + COMBINED_BYTE * 4 * launch.splits * dim)
 
 
 def _shared(tiles: ScoreTiles, dim: int, dtype: torch.dtype) -> int:
