@@ -187,7 +187,7 @@ class Model:
 
     @cached_property
     def _codes(self) -> Codes:
-        return Codes(exact=EXACT)
+        return Codes(exact=EXACT, timing=False)
 
     @cached_property
     def _reading_codes(self) -> Codes:

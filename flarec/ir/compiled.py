@@ -28,19 +28,34 @@ Backend = str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 """Of `torch.compile`."""
 
 
+def by_rules(backend: Backend) -> dict[str, Any] | None:
+    """Options of `torch.compile` with which inductor chooses the tiles of reductions by its rules.
+
+    Otherwise it times every choice, each launched by itself, and a kernel of a decode step takes a microsecond or five:
+    where a launch takes the host longer than that, all of them take as long, and the slowest may be chosen.
+    """
+    if backend != "inductor":
+        return None
+    from torch import _inductor  # torch's compiler, which nothing else needs
+
+    return {"deterministic": True} if "deterministic" in _inductor.list_options() else None
+
+
 class Code:
     """What equal regions run: a graph that takes inputs and parameters, compiled when it is called first.
 
     The first `exact` kinds of sizes are compiled for themselves: their kernels know them. dynamic: of
-    `torch.compile`, for the others. Where it cannot be compiled the graph is run as it is, and `say` is told why.
+    `torch.compile`, for the others; timing: of `Codes`. Where it cannot be compiled the graph is run as it is, and
+    `say` is told why.
     """
 
     def __init__(
         self, module: fx.GraphModule, backend: Backend, say: Callable[[str], None], exact: int = 0,
-        dynamic: bool | None = None,
+        dynamic: bool | None = None, timing: bool = True,
     ) -> None:
         self.module = module
         self.backend = backend
+        self.options = None if timing else by_rules(backend)
         self.say = say
         self.exact = exact
         self.compiles = True
@@ -51,7 +66,7 @@ class Code:
         compile_now(module)
         # not the module: its `__call__` looks at exceptions that pass, and dynamo makes others of them (torch 2.13)
         compiled: Callable[..., Any] = torch.compile(
-            module.forward, backend=self.backend, fullgraph=True, dynamic=dynamic
+            module.forward, backend=self.backend, fullgraph=True, dynamic=dynamic, options=self.options
         )
         return compiled
 
@@ -99,15 +114,19 @@ class Region(nn.Module):
 
 class Codes:
     """The distinct codes of one or more graphs, by what they compute. backend: of `torch.compile`; exact, dynamic: of
-    `Code`.
+    `Code`. timing: the compiler may time kernels to choose between them; no: it follows rules, where it has some
+    (`by_rules`).
 
     A `FlarecWarning` says what is not compiled, once for each reason.
     """
 
-    def __init__(self, backend: Backend = "inductor", exact: int = 0, dynamic: bool | None = None) -> None:
+    def __init__(
+        self, backend: Backend = "inductor", exact: int = 0, dynamic: bool | None = None, timing: bool = True
+    ) -> None:
         self.backend = backend
         self.exact = exact
         self.dynamic = dynamic
+        self.timing = timing
         self.known: dict[str, Code] = {}
         self.said: set[str] = set()
 
@@ -131,7 +150,7 @@ class Codes:
 
     def code(self, module: fx.GraphModule, say: Callable[[str], None]) -> Code:
         """What regions like this one run."""
-        return Code(module, self.backend, say, self.exact, self.dynamic)
+        return Code(module, self.backend, say, self.exact, self.dynamic, self.timing)
 
     def _say(self, where: str, why: str) -> None:
         if why not in self.said:

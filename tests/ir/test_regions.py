@@ -239,6 +239,23 @@ def test_the_first_sizes_are_compiled_for_themselves() -> None:
     assert not any(symbols[: 2 * count]) and any(symbols[3 * count :])
 
 
+def test_kernels_of_steps_are_chosen_by_rules_and_others_by_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch takes the host longer than a decode step's reduction takes a device, so that timing tells nothing."""
+    given: list[dict[str, Any] | None] = []
+
+    def compile(function: Any, **options: Any) -> Any:
+        given.append(options["options"])
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    program = lower(captured_float64("bamba"), "decode", regions=True)
+    for codes in (Codes(exact=1, timing=False), Codes(), Codes("eager", timing=False)):
+        compiled_by_region(program, codes)
+        count = len(codes.known)
+        assert given == [{"deterministic": True} if codes.backend == "inductor" and not codes.timing else None] * count
+        given.clear()
+
+
 def test_reads_of_rows_are_in_the_regions_of_a_decode_step_alone() -> None:
     for target, inside in (("decode", True), ("train", False)):
         program = lower(captured_float64("bamba"), target, regions=True)

@@ -94,7 +94,7 @@ class ServingSession(Session):
 
     def _compiled(self, program: Any) -> Program:
         """One for all engines: what was compiled is not compiled again."""
-        return self.measured("compiled", lambda: compiled_by_region(program, Codes(exact=EXACT)))
+        return self.measured("compiled", lambda: compiled_by_region(program, Codes(exact=EXACT, timing=False)))
 
     def reader(self, program: Any) -> Program:
         """What reads prompts once there were many."""
