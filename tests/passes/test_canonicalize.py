@@ -106,3 +106,26 @@ def test_a_stopped_gradient_stays_stopped() -> None:
         else:
             torch.testing.assert_close(parameter.grad, wanted)
     assert {name for name, grad in expected.items() if grad is not None} == {"kept.weight", "kept.bias"}
+
+
+class Angles(torch.nn.Module):
+    """Rotary angles as some models write them, beside products that are none of one number."""
+
+    def forward(self, frequencies: torch.Tensor, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        angles = frequencies[None, :, None].expand(2, -1, 1) @ positions[:, None, :]
+        return angles.transpose(1, 2) @ x + (x.sum(-1) @ frequencies)[:, None, None]
+
+
+def test_a_product_over_one_number_is_a_multiplication() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        sizes = (8,), (2, 5), (2, 8, 8)
+        given = tuple(torch.randn(*size, generator=generator).to(dtype) for size in sizes)
+        module = torch.export.export(Angles(), given, strict=False).module(check_guards=False)
+        assert isinstance(module, torch.fx.GraphModule)
+        program = Program(module=module, config=None, family="test", dtype=dtype)
+        products = count(program, "matmul")
+        Canonicalize().apply(program)
+        program.finish()
+        assert count(program, "matmul") == products - 1
+        assert torch.equal(program.module(*given), Angles()(*given))
