@@ -143,7 +143,7 @@ def main() -> None:
         record["rows"].append(timed(case, dim, options))
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            options.out.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
