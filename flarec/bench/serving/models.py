@@ -62,7 +62,7 @@ class ServingSession(Session):
     def program(self) -> Program:
         kernels = "triton" if self.on_gpu else "torch"
         return self.measured("program", lambda: lower(
-            capture(self.model), "decode", kernels=kernels, fast=self.compile, regions=self.compile
+            capture(self.model, cache=True), "decode", kernels=kernels, fast=self.compile, regions=self.compile
         ))
 
     @property
