@@ -7,8 +7,9 @@ what a block drafts need not be read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -66,6 +67,10 @@ class StepShape:
     def length(self) -> int:
         """Tokens per row of the lowered graph."""
         return self.clean + self.blocks * self.block_size
+
+
+step_shape: Callable[..., StepShape] = lru_cache(maxsize=256)(StepShape)
+"""The shape of these fields, by place. Most steps are like the one before, and find its object."""
 
 
 class StepPlan:

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from flarec.kernels import drafts
 
-from ..plan import StepShape
+from ..plan import StepShape, step_shape
 from ..policy import CAUSAL, Drafting, DraftPolicy
 from ..request import Origin, Request
 from ..rows import Rows
@@ -63,7 +63,7 @@ class ARTrustMode:
             size, blocks = self.blocks.size, clean if self.branches else 1
         self.verified = clean - 1
         self._served = self._gave = 0
-        return StepShape(rows.width, clean, clean, blocks, max(size, 1), size, self.blocks.readout)
+        return step_shape(rows.width, clean, clean, blocks, max(size, 1), size, self.blocks.readout)
 
     def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor | None]:
         state, noisy = rows.state, shape.length - shape.clean

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..plan import StepShape
+from ..plan import StepShape, step_shape
 from ..request import Request
 from ..rows import Rows
 from ..stepper import BlockSpec
@@ -24,7 +24,7 @@ class CausalMode:
         return token
 
     def shape(self, rows: Rows) -> StepShape:
-        return StepShape(rows.width, clean=1, heads=1)
+        return step_shape(rows.width, 1, 1)
 
     def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor | None]:
         return rows.state["token"][:, None], None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..plan import StepShape
+from ..plan import StepShape, step_shape
 from ..request import Origin, Request
 from ..rows import Rows
 from ..sampling import UNCHOSEN
@@ -51,7 +51,7 @@ class DiffusionTrustMode:
 
     def shape(self, rows: Rows) -> StepShape:
         size, full = self.blocks.size, any(request.ready for request in rows.requests)
-        return StepShape(
+        return step_shape(
             rows.width, size if full else 0, int(full), 1, size, self.blocks.heads, self.blocks.readout
         )
 

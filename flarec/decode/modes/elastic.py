@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..plan import StepShape
+from ..plan import StepShape, step_shape
 from ..request import Origin, Request
 from ..rows import Rows
 from ..stepper import BlockSpec
@@ -38,7 +38,7 @@ class ElasticMode:
     def shape(self, rows: Rows) -> StepShape:
         size = self.blocks.size
         clean = 1 + size if any(request.ready for request in rows.requests) else 1  # two shapes: few graphs
-        return StepShape(rows.width, clean, clean, 1, size, size, self.blocks.readout)
+        return step_shape(rows.width, clean, clean, 1, size, size, self.blocks.readout)
 
     def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor]:
         masked = rows.constant(self.blocks.mask_token_id, shape.rows, shape.block_size)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flarec.base.flat import sent
 
-from ..plan import StepShape
+from ..plan import StepShape, step_shape
 from ..recheck import Recheck
 from ..request import Request
 from ..rows import Rows
@@ -46,7 +46,7 @@ class RecheckedTrustMode(DiffusionTrustMode):
     def shape(self, rows: Rows) -> StepShape:
         size, most = self.blocks.size, max(request.ready for request in rows.requests)
         clean = size if most > 1 else most  # three shapes: few graphs
-        return StepShape(rows.width, clean, clean, 1, size, self.blocks.heads, self.blocks.readout)
+        return step_shape(rows.width, clean, clean, 1, size, self.blocks.heads, self.blocks.readout)
 
     def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor]:
         block, count = rows.state["block"], self._count(rows, shape)[:, None]
