@@ -6,7 +6,8 @@
 Each case is a step of some requests with 1 or 4 clean rows and as many blocks of 3 behind a context, 8 heads of 256
 over 2 key heads or 16 of 128 over 4, bfloat16. Times are microseconds of one launch and its combination, a 20th of a
 CUDA graph of 20, the median of five; a launch whose output is not that of the chosen one is dropped, which the record
-says. `launch_of` is fitted to what it wrote for an H200.
+says. `launch_of` is fitted to an H200's times of both; the record holds those of 256 (--dims 256), its own choice
+among them.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def main() -> None:
         record["rows"].append(timed(case, dim, options))
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(record) + "\n", encoding="utf-8")
+            options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ STOPS = (ATEN.detach.default, ATEN.detach_.default)
 @dataclass(frozen=True)
 class Canonicalize(Pass):
     """Strip guards, inline grad regions, drop device constants, no-op slices and dead code; view becomes reshape, and
-    a product over one number (rotary angles in some models) a multiplication, which is no library's matrix product
-    with copies of its operands.
+    a product over one number that no gradient runs through (rotary angles in some models) a multiplication, which is
+    no library's matrix product with copies of its operands.
 
     before   %s = slice(%h, 1, 0, 9223372036854775807)   %d = to.device(%s, cpu, float32)   %v = view(%d, [2, 24, -1])
              %f = matmul(%frequencies[2, 8, 1], %positions[2, 1, 24])
@@ -136,13 +136,16 @@ def _simplify(graph: fx.Graph, node: fx.Node, learned: set[fx.Node]) -> fx.Node 
             return args[0] if isinstance(args[0], fx.Node) else None
         if node.target is ATEN.view.default and not _written_through(node):
             return _like(graph.call_function(ATEN.reshape.default, args), node)
-        if node.target is ATEN.matmul.default and _is_outer(node):
+        if node.target is ATEN.matmul.default and _is_outer(node) and not learned.intersection(node.all_input_nodes):
             return _like(graph.call_function(ATEN.mul.Tensor, args), node)
     return None
 
 
 def _is_outer(node: fx.Node) -> bool:
-    """A product of columns [..., n, 1] and rows [..., 1, m]: every number of it is one multiplication."""
+    """A product of columns [..., n, 1] and rows [..., 1, m], each of whose numbers is one multiplication, and on whose
+    order in memory nobody relies: a multiplication may have another one."""
+    if _written_through(node) or any(_written_through(user) for user in node.users):
+        return False
     column, row = (operand.meta.get("val") for operand in node.args if isinstance(operand, fx.Node))
     if column is None or row is None or min(len(column.shape), len(row.shape)) < 2:
         return False

@@ -32,7 +32,9 @@ def by_rules(backend: Backend) -> dict[str, Any] | None:
     """Options of `torch.compile` with which inductor chooses the tiles of reductions by its rules.
 
     Otherwise it times every choice, each launched by itself, and a kernel of a decode step takes a microsecond or five:
-    where a launch takes the host longer than that, all of them take as long, and the slowest may be chosen.
+    where a launch takes the host longer than that, all of them take as long, and the slowest may be chosen. The same
+    option keeps inductor from padding matrix products and from every other choice by time that changes rounding;
+    pointwise kernels are still timed.
     """
     if backend != "inductor":
         return None

@@ -116,6 +116,32 @@ class Angles(torch.nn.Module):
         return angles.transpose(1, 2) @ x + (x.sum(-1) @ frequencies)[:, None, None]
 
 
+class Learned(torch.nn.Module):
+    """Products over one number that stay: of a parameter, and one whose order in memory a write relies on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(1, 8))
+
+    def forward(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        product = a.transpose(0, 1) @ b.transpose(0, 1)
+        product.view(-1).add_(1)
+        return x @ self.weight, product
+
+
+def test_products_of_parameters_and_those_that_are_written_stay() -> None:
+    model = Learned()
+    given = torch.randn(3, 1), torch.randn(4, 3, 6, 1), torch.randn(4, 3, 1, 5)
+    module = torch.export.export(model, given, strict=False).module(check_guards=False)
+    assert isinstance(module, torch.fx.GraphModule)
+    program = Program(module=module, config=None, family="test", dtype=torch.float32)
+    Canonicalize().apply(program)
+    program.finish()
+    assert count(program, "matmul") == 2
+    for found, wanted in zip(program.module(*given), model(*given), strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_a_product_over_one_number_is_a_multiplication() -> None:
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):

@@ -61,10 +61,14 @@ def launch_of(
         queries = min(most, max(16, triton.next_power_of_2(rows)))
         splits = _splits(pairs * -(-rows // queries), capacity, keys)
         return StepLaunch(queries, keys, splits, warps=8, stages=1)
-    found = [
-        StepLaunch(queries, 32 if wide else 64, 1 << power)
-        for queries in ((16, 64) if rows > 16 else (16,)) for power in range(MOST_SPLITS.bit_length())
-    ]
+    found = []
+    for queries in (16, 64) if rows > 16 else (16,):
+        programs = max(1, pairs * -(-rows // queries))
+        counts = {1 << power for power in range(MOST_SPLITS.bit_length())}
+        counts.add(max(1, min(MOST_SPLITS, 2 * PROCESSORS // programs)))  # as many as run at once
+        # elsewhere four warps have too few registers for a tile of 64 rows
+        warps = 8 if queries == 64 and room < H100_SHARED else 4
+        found += [StepLaunch(queries, 32 if wide else 64, splits, warps) for splits in sorted(counts)]
     best = min(found, key=lambda launch: _estimate(launch, dim, rows, pairs, capacity))
     return replace(best, stages=1 if _tiles(best, capacity) <= 2 else 2)
 
@@ -76,13 +80,15 @@ COMBINING, COMBINED_ROW, COMBINED_BYTE = 3.0, 2e-3, 4e-7
 
 
 def _tiles(launch: StepLaunch, capacity: int) -> int:
-    """Tiles of keys of a program. A capacity is a power of two, so that three quarters of it are full on average."""
+    """Tiles of keys of a program where three quarters of the cache are full, as they are on average while a step is
+    replayed: its capacity is a power of two then."""
     return -(-3 * capacity // (4 * launch.keys * launch.splits))
 
 
 def _estimate(launch: StepLaunch, dim: int, rows: int, pairs: int, capacity: int) -> float:
-    """Microseconds, as fitted to what `benchmarks/softmax_step.py` measured on an H200; infinite for more splits than
-    the device has room for, or tiles of keys there are."""
+    """Microseconds on an H200, beside what every launch takes: fitted to times of `benchmarks/softmax_step.py`, whose
+    record has dims of 256. The keys of the step itself are not counted. Infinite for more splits than run at once, or
+    tiles of keys there are."""
     programs = pairs * -(-rows // launch.queries)
     waves = -(-programs * launch.splits // (2 * PROCESSORS))
     taking = waves * _tiles(launch, capacity) * TILE_TIMES[launch.queries]
