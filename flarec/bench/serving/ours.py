@@ -23,6 +23,7 @@ from ..measure import NotMeasured
 from .models import TURNS, ServingSession
 
 WARM_STEPS = 6  # run, checked, captured, and a few more
+STEPS_OF_A_TURN = 20
 AUTO_SECONDS = 60.0
 """Of `--drafts auto` with one number of requests, after which no other acceptance is begun."""
 AUTO_STEPS, TURN, AUTO_WARM = 1536, 8, 64
@@ -45,36 +46,78 @@ class StepTime:
     replayed: bool
 
 
-def step_time(
-    session: ServingSession, mode: ModeName, requests: int, *, context: int | None = None, graphs: str = "auto"
-) -> StepTime:
+@dataclass(frozen=True)
+class Kind:
+    """What steps: a mode, tokens of a prompt (None: the session's), and whether steps are replayed."""
+
+    mode: ModeName
+    context: int | None = None
+    graphs: str = "auto"
+
+
+PAIR = (Kind("causal"), Kind("ar-trust"))
+"""Compared by rows, and so measured in turns."""
+
+
+def step_time(session: ServingSession, mode: ModeName, requests: int, *, graphs: str = "auto") -> StepTime:
     """A step of `requests` requests in one mode. The shape of a step does not depend on what is accepted."""
-    steps = session.steps if graphs == "auto" else min(session.steps, 20)
+    kind = Kind(mode, graphs=graphs)
+    kinds = PAIR if kind in PAIR else (kind,)
+    return step_times(session, requests, kinds)[kinds.index(kind)]
 
-    def measure() -> StepTime:
-        engine = session.engine(requests, graphs=graphs)
-        options = GenerationOptions(mode=mode, max_new_tokens=1 << 14, threshold=1.0)
-        running = [engine.add(prompt, options) for prompt in session.prompts(requests, context)]
-        while any(not request.tokens for request in running):
-            engine.step()
-        for _ in range(WARM_STEPS):
-            engine.step()
-        session.wait()
-        before = engine.stats.replays
-        medians, ran = [], 0
-        for _ in range(TURNS if session.on_gpu and graphs == "auto" else 1):
-            times = []
-            for _ in range(steps):
-                start = time.perf_counter()
-                engine.step()
-                times.append(1e3 * (time.perf_counter() - start))
-            medians.append(statistics.median(times))
-            ran += steps
+
+def step_times(session: ServingSession, requests: int, kinds: tuple[Kind, ...]) -> tuple[StepTime, ...]:
+    """Steps of several kinds, in short turns: the state of host and device changes within seconds, by a twentieth of a
+    step, and is the same for all of them then."""
+    graphs = all(kind.graphs == "auto" for kind in kinds)
+    steps = session.steps if graphs else min(session.steps, 20)
+
+    def measure() -> tuple[StepTime, ...]:
+        engines = [_running(session, requests, kind) for kind in kinds]
+        before = [engine.stats.replays for engine in engines]
+        rounds = in_turns([engine.step for engine in engines], steps, TURNS if session.on_gpu and graphs else 1)
+        best, ran = min(rounds, key=sum), steps * len(rounds)
         # where the caches grow once, a few steps are run before theirs is recorded
-        replayed = engine.stats.replays - before >= ran - 2 * WARM_STEPS
-        return StepTime(min(medians), max(medians), _waits(session, engine.step), replayed)
+        return tuple(
+            StepTime(
+                best[place], max(each[place] for each in rounds), _waits(session, engine.step),
+                engine.stats.replays - before[place] >= ran - 2 * WARM_STEPS,
+            )
+            for place, engine in enumerate(engines)
+        )
 
-    return session.measured(("step", mode, requests, context, graphs), measure)
+    return session.measured(("steps", requests, kinds), measure)
+
+
+def _running(session: ServingSession, requests: int, kind: Kind) -> Engine:
+    """An engine in steady state."""
+    engine = session.engine(requests, graphs=kind.graphs)
+    options = GenerationOptions(mode=kind.mode, max_new_tokens=1 << 14, threshold=1.0)
+    running = [engine.add(prompt, options) for prompt in session.prompts(requests, kind.context)]
+    while any(not request.tokens for request in running):
+        engine.step()
+    for _ in range(WARM_STEPS):
+        engine.step()
+    session.wait()
+    return engine
+
+
+def in_turns(steps: Sequence[Callable[[], object]], count: int, rounds: int) -> list[list[float]]:
+    """Of each round the medians of `count` steps of each kind, in milliseconds, a few at a time."""
+    found = []
+    for _ in range(rounds):
+        times: list[list[float]] = [[] for _ in steps]
+        while (left := count - len(times[0])) > 0:
+            for step, mine in zip(steps, times, strict=True):
+                mine += [_ms(step) for _ in range(min(STEPS_OF_A_TURN, left))]
+        found.append([statistics.median(mine) for mine in times])
+    return found
+
+
+def _ms(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def _waits(session: ServingSession, step: object, count: int = 5) -> float:
@@ -193,7 +236,7 @@ def beside(session: ServingSession, tokens: int) -> Beside:
         engine.add(session.prompts(1)[0], mode="causal", max_new_tokens=1 << 14)
         found = []
         for _ in range(4):  # the first may compile
-            times = [_step_ms(engine) for _ in range(4 * WARM_STEPS)]
+            times = [_ms(engine.step) for _ in range(4 * WARM_STEPS)]
             alone = statistics.median(times[2 * WARM_STEPS :])
             ms, steps = _first_token_ms(session, engine, tokens)
             # the last one holds the first step of the prompt's own request
@@ -201,12 +244,6 @@ def beside(session: ServingSession, tokens: int) -> Beside:
         return min(found, key=lambda one: one.ms)
 
     return session.measured(("beside", tokens), measure)
-
-
-def _step_ms(engine: Engine) -> float:
-    start = time.perf_counter()
-    engine.step()
-    return 1e3 * (time.perf_counter() - start)
 
 
 def _first_token_ms(session: ServingSession, engine: Engine, tokens: int) -> tuple[float, list[float]]:
@@ -220,7 +257,7 @@ def _first_token_ms(session: ServingSession, engine: Engine, tokens: int) -> tup
     )
     steps = []
     while not arrived:
-        steps.append(_step_ms(engine))
+        steps.append(_ms(engine.step))
     while not request.finished:
         engine.step()
     session.wait()
