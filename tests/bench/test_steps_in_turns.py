@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
@@ -14,16 +12,15 @@ from flarec.decode import Engine
 
 def test_kinds_take_turns_and_a_round_has_its_own_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    clock = [0.0]
 
-    def step(name: str, seconds: list[float]) -> None:
+    def step(name: str, early: float, late: float) -> float:
         order.append(name)
-        clock[0] += seconds[order.count(name) > 30]  # slower, or faster, after a while
+        return early if order.count(name) <= 30 else late
 
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    steps = [lambda: step("a", [0.002, 0.004]), lambda: step("b", [0.003, 0.001])]
+    monkeypatch.setattr(ours, "_ms", lambda step: step())
+    steps = [lambda: step("a", 2.0, 4.0), lambda: step("b", 3.0, 1.0)]
     first, second = ours.in_turns(steps, 30, 2)
-    assert first == pytest.approx([2.0, 3.0]) and second == pytest.approx([4.0, 1.0])
+    assert first == [2.0, 3.0] and second == [4.0, 1.0]
     assert order == 2 * (20 * ["a"] + 20 * ["b"] + 10 * ["a"] + 10 * ["b"])
 
 

@@ -47,7 +47,7 @@ class StepTime:
 
 
 @dataclass(frozen=True)
-class Kind:
+class StepKind:
     """What steps: a mode, tokens of a prompt (None: the session's), and whether steps are replayed."""
 
     mode: ModeName
@@ -55,18 +55,18 @@ class Kind:
     graphs: str = "auto"
 
 
-PAIR = (Kind("causal"), Kind("ar-trust"))
+PAIR = (StepKind("causal"), StepKind("ar-trust"))
 """Compared by rows, and so measured in turns."""
 
 
 def step_time(session: ServingSession, mode: ModeName, requests: int, *, graphs: str = "auto") -> StepTime:
     """A step of `requests` requests in one mode. The shape of a step does not depend on what is accepted."""
-    kind = Kind(mode, graphs=graphs)
+    kind = StepKind(mode, graphs=graphs)
     kinds = PAIR if kind in PAIR else (kind,)
     return step_times(session, requests, kinds)[kinds.index(kind)]
 
 
-def step_times(session: ServingSession, requests: int, kinds: tuple[Kind, ...]) -> tuple[StepTime, ...]:
+def step_times(session: ServingSession, requests: int, kinds: tuple[StepKind, ...]) -> tuple[StepTime, ...]:
     """Steps of several kinds, in short turns: the state of host and device changes within seconds, by a twentieth of a
     step, and is the same for all of them then."""
     graphs = all(kind.graphs == "auto" for kind in kinds)
@@ -89,7 +89,7 @@ def step_times(session: ServingSession, requests: int, kinds: tuple[Kind, ...]) 
     return session.measured(("steps", requests, kinds), measure)
 
 
-def _running(session: ServingSession, requests: int, kind: Kind) -> Engine:
+def _running(session: ServingSession, requests: int, kind: StepKind) -> Engine:
     """An engine in steady state."""
     engine = session.engine(requests, graphs=kind.graphs)
     options = GenerationOptions(mode=kind.mode, max_new_tokens=1 << 14, threshold=1.0)

@@ -52,7 +52,7 @@ def _rate(requests: int) -> Measure:
 
 def _long(session: ServingSession) -> Measured:
     tokens = LONG if session.on_gpu else 4 * session.context
-    kinds = tuple(ours.Kind("ar-trust", size) for size in (tokens, session.context))
+    kinds = tuple(ours.StepKind("ar-trust", size) for size in (tokens, session.context))
     far, near = ours.step_times(session, 1, kinds)
     return Measured(far.ms / near.ms, {"long_ms": far.ms, "short_ms": near.ms, "context": float(tokens)}, _notes(far))
 
