@@ -78,11 +78,11 @@ def step_times(session: ServingSession, requests: int, kinds: tuple[StepKind, ..
         rounds = in_turns([engine.step for engine in engines], steps, TURNS if session.on_gpu and graphs else 1)
         best, ran = min(rounds, key=sum), steps * len(rounds)
         # where the caches grow once, a few steps are run before theirs is recorded
+        replayed = [
+            engine.stats.replays - count >= ran - 2 * WARM_STEPS for engine, count in zip(engines, before, strict=True)
+        ]
         return tuple(
-            StepTime(
-                best[place], max(each[place] for each in rounds), _waits(session, engine.step),
-                engine.stats.replays - before[place] >= ran - 2 * WARM_STEPS,
-            )
+            StepTime(best[place], max(each[place] for each in rounds), _waits(session, engine.step), replayed[place])
             for place, engine in enumerate(engines)
         )
 
