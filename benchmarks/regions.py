@@ -9,8 +9,9 @@ sampling: kernels of the choice of 16 tokens from 248k logits, and its time as a
 prefill: kernels of one forward over a long prompt, as first prompts are read and as later ones are; ms in such pieces,
 and what the host does where there are four: seconds until the last one is queued, and its functions by their own time.
 decode, flare, draft: kernels of a step by total time, with and without compiled regions (--compile names one); of
-decoding (on a GPU) for every number of --requests, beside the wall time of a step, the gaps between its kernels and the
-time of a launch; of training what the host does: seconds until a step is queued, and its functions by their own time.
+decoding (on a GPU) for every number of --requests, beside the wall time of a step (modes in turns), the gaps between
+its kernels and the time of a launch; of training what the host does: seconds until a step is queued, and its functions
+by their own time.
 Each part runs in a process of its own, and one that fails is recorded.
 """
 
@@ -76,13 +77,14 @@ def programs(model: Any, target: str) -> tuple[Any, Any, Any]:
     import copy
 
     from flarec.frontend.export import capture
-    from flarec.ir.compiled import compiled_by_region
+    from flarec.ir.compiled import compiled_by_region, step_codes
     from flarec.passes import lower
 
     kernels = "triton" if next(model.parameters()).is_cuda else "torch"
     captured = capture(model)
     eager = lower(captured, target, kernels=kernels)
-    fast = compiled_by_region(lower(captured, target, kernels=kernels, regions=True))
+    codes = step_codes() if target == "decode" else None
+    fast = compiled_by_region(lower(captured, target, kernels=kernels, regions=True), codes)
     return eager, fast, lower(capture(copy.deepcopy(model).double()), target)
 
 
@@ -170,6 +172,7 @@ def by_kernel(step: Callable[[], object], count: int) -> dict[str, Any]:
 def decode(options: argparse.Namespace) -> dict[str, Any]:
     from flarec.base.generation import GenerationOptions, Mode
     from flarec.bench.serving.models import ServingSession
+    from flarec.bench.serving.ours import in_turns
 
     if not torch.cuda.is_available():
         raise SystemExit("steps of decoding are replayed on a GPU alone")
@@ -177,20 +180,25 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
     for compiled in (choice == "on" for choice in options.compile):
         session = ServingSession(torch.device(options.device), options.shape, compile=compiled)
         modes: tuple[Mode, ...] = ("causal", "ar-trust")
-        for requests, mode in ((count, mode) for count in options.requests for mode in modes):
-            name = f"{mode} {'compiled' if compiled else 'eager'}" + (f", {requests} requests" if requests > 1 else "")
-            start, engine = time.perf_counter(), session.engine(requests)
-            for prompt in session.prompts(requests):
-                engine.add(prompt, GenerationOptions(mode=mode, max_new_tokens=1 << 14))
-            while engine.stats.replays < 8:
-                engine.step()
-            session.wait()
-            ready = time.perf_counter() - start
-            row = {"seconds_to_replays": ready, "wall_ms": wall_ms(engine.step, 100)} | by_kernel(engine.step, 4)
-            row |= replayed_ms(engine)
-            found[name] = row
-            shown(name, row)
-            options.result.write_text(json.dumps(found))  # what there is, if time runs out
+        for requests in options.requests:
+            engines, ready = [], []
+            for mode in modes:
+                start, engine = time.perf_counter(), session.engine(requests)
+                for prompt in session.prompts(requests):
+                    engine.add(prompt, GenerationOptions(mode=mode, max_new_tokens=1 << 14))
+                while engine.stats.replays < 8:
+                    engine.step()
+                session.wait()
+                engines.append(engine)
+                ready.append(time.perf_counter() - start)
+            (walls,) = in_turns([engine.step for engine in engines], 200, 1)
+            for mode, engine, seconds, wall in zip(modes, engines, ready, walls, strict=True):
+                name = f"{mode} {'compiled' if compiled else 'eager'}"
+                name += f", {requests} requests" if requests > 1 else ""
+                row = {"seconds_to_replays": seconds, "wall_ms": wall} | by_kernel(engine.step, 4) | replayed_ms(engine)
+                found[name] = row
+                shown(name, row)
+                options.result.write_text(json.dumps(found))  # what there is, if time runs out
     return found
 
 
@@ -235,16 +243,6 @@ def prefill(options: argparse.Namespace) -> dict[str, Any]:
         shown("prefill, compiled" if compiled else "prefill, first prompts", row)
         options.result.write_text(json.dumps(found))
     return found
-
-
-def wall_ms(step: Callable[[], object], count: int) -> float:
-    """The median of a step that ends when the host has its results."""
-    times = []
-    for _ in range(count):
-        start = time.perf_counter()
-        step()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:

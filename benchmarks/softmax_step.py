@@ -4,8 +4,8 @@
     TRITON_INTERPRET=1 python benchmarks/softmax_step.py --device cpu --heads 2 --dims 16    # does it run?
 
 Each case is a step of some requests with 1 or 4 clean rows and as many blocks of 3 behind a context, 8 heads of 256
-over 2 key heads or 16 of 128 over 4, bfloat16. Times are microseconds of one launch and its combination, a 20th of a
-CUDA graph of 20, the median of five; a launch whose output is not that of the chosen one is dropped, which the record
+over 2 key heads or 16 of 128 over 4, bfloat16. Times are microseconds of one launch and its combination, of 20 in a
+CUDA graph (`Clock.graph_ms`); a launch whose output is not that of the chosen one is dropped, which the record
 says. `launch_of` is fitted to an H200's times of both; the record holds those of 256 (--dims 256), its own choice
 among them.
 """
@@ -15,12 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+from flarec.bench.measure import Clock
 from flarec.kernels.softmax_attention.step.launch import StepLaunch, launch_of, run
 from flarec.layout import Block, build_layout
 
@@ -38,7 +38,6 @@ CASES = (
     (1, 4, 4000), (1, 1, 32768), (1, 4, 32768), (8, 4, 32768),
 )
 """(requests, clean rows and blocks behind them (1: none), cached tokens)."""
-REPEATED = 20
 LONG = 32768
 TABLES = (
     "clean_document", "clean_position", "noisy_block", "noisy_position", "block_anchor", "block_readout", "cached",
@@ -84,29 +83,9 @@ def beside(chosen: StepLaunch, case: tuple[int, int, int]) -> list[StepLaunch]:
     return list(dict.fromkeys(found))
 
 
-def microseconds(step: Callable[[StepLaunch], Tensor], launch: StepLaunch, on_gpu: bool) -> float:
-    if not on_gpu:
-        start = time.perf_counter()
-        step(launch)
-        return 1e6 * (time.perf_counter() - start)
-    graph, times = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
-        for _ in range(REPEATED):
-            step(launch)
-    graph.replay()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(5):
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * begin.elapsed_time(end) / REPEATED)
-    return statistics.median(times)
-
-
 def timed(case: tuple[int, int, int], dim: int, options: argparse.Namespace) -> dict[str, Any]:
     step, chosen = step_of(case, dim, options)
-    wanted, found, dropped = step(chosen).double(), [], 0
+    wanted, found, dropped, clock = step(chosen).double(), [], 0, Clock(torch.device(options.device))
     for launch in beside(chosen, case)[: options.launches]:
         try:
             same = float((step(launch).double() - wanted).norm() / wanted.norm()) < 0.02
@@ -114,7 +93,7 @@ def timed(case: tuple[int, int, int], dim: int, options: argparse.Namespace) -> 
             same = False
             print(f"   {launch}: {str(error).splitlines()[0][:100]}", flush=True)
         if same:
-            found.append({**asdict(launch), "us": microseconds(step, launch, options.device != "cpu")})
+            found.append({**asdict(launch), "us": 1e3 * clock.graph_ms([partial(step, launch)] * 5)})
         dropped += not same
     name = {"dim": dim, **dict(zip(("requests", "clean", "cached"), case, strict=True))}
     best = min(found, key=lambda one: one["us"])

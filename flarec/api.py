@@ -27,14 +27,14 @@ from .decode import DecodeProgram, Engine, Generation, TextStream
 from .decode.engine import NO_DENOISING
 from .decode.horizon import HorizonProgram
 from .decode.request import OnTokens, Origin, Prompts
-from .decode.stores import EXACT, Static
+from .decode.stores import Static
 from .decode.text import cut
 from .decode.tokenizing import ByteFallback, Prompt, decode_tokens, encode_prompt, is_list
 from .device import resolve_compile, resolve_kernels, torch_device, torch_dtype
 from .errors import CheckpointError, GenerationError, UsageError
 from .frontend.export import capture
 from .frontend.opening import Opened, modelling_code_untouched, opening_of
-from .ir.compiled import Codes, compiled_by_region
+from .ir.compiled import Codes, compiled_by_region, reading_codes, step_codes
 from .ir.program import Program
 from .passes.adapt_noisy_stream import adapter_parameters
 from .passes.embed_mask import PARAMETER
@@ -187,11 +187,11 @@ class Model:
 
     @cached_property
     def _codes(self) -> Codes:
-        return Codes(exact=EXACT, timing=False)
+        return step_codes()
 
     @cached_property
     def _reading_codes(self) -> Codes:
-        return Codes(dynamic=True)
+        return reading_codes()
 
     def _horizon(self) -> HorizonProgram:
         """What runs elastic decoding."""

@@ -7,7 +7,7 @@ what a block drafts need not be read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -69,8 +69,13 @@ class StepShape:
         return self.clean + self.blocks * self.block_size
 
 
-step_shape: Callable[..., StepShape] = lru_cache(maxsize=256)(StepShape)
-"""The shape of these fields, by place. Most steps are like the one before, and find its object."""
+@lru_cache(maxsize=256)
+def step_shape(
+    rows: int, clean: int, heads: int, blocks: int = 0, block_size: int = 1, block_heads: int = 0,
+    readout: str = "causal",
+) -> StepShape:
+    """The shape of these fields. Most steps are like the one before, and find its object."""
+    return StepShape(rows, clean, heads, blocks, block_size, block_heads, readout)
 
 
 class StepPlan:

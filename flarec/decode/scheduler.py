@@ -193,8 +193,8 @@ class Lane:
         """The rows without those that have ended; None if nobody is left."""
         if rows is None:
             return None
-        gone = [request for request in rows.requests if request.stop_reason is not None]
-        if not gone and rows.requests:  # most steps end nobody
+        gone = [request for request in rows.requests if request.finished]
+        if not gone:  # most steps end nobody
             return rows
         self.stats.tokens += sum(len(request.tokens) for request in gone)
         self.stats.taken_back += sum(request.taken_back for request in gone)
@@ -232,7 +232,7 @@ class Scheduler:
         lanes, ended = list(self.lanes.values()), list[Request]()
         for lane in lanes:
             lane.queued = self._queued
-            ended += lane.step(len(lanes) > 1 and any(other.running for other in lanes if other is not lane))
+            ended += lane.step(any(other.running for other in lanes if other is not lane))
             self._queued = lane.queued
         if not all(lane.busy for lane in lanes):
             self.lanes = {key: lane for key, lane in self.lanes.items() if lane.busy}

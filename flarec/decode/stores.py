@@ -10,10 +10,6 @@ from .graphs import Replays, Store, power_of_two
 from .plan import DecodeProgram
 from .rows import Rows
 
-EXACT = 4
-"""Kinds of steps that are compiled for their own sizes: of one running request or of some, in one mode or two."""
-
-
 READ_AFTER = 1 << 18
 """Tokens of prompts after which prefills are compiled, too: some dozens of long prompts."""
 

@@ -27,6 +27,9 @@ NAME = "region_{}"
 Backend = str | Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 """Of `torch.compile`."""
 
+EXACT = 4
+"""Kinds of steps that are compiled for their own sizes: of one running request or of some, in one mode or two."""
+
 
 def by_rules(backend: Backend) -> dict[str, Any] | None:
     """Options of `torch.compile` with which inductor chooses the tiles of reductions by its rules.
@@ -158,6 +161,16 @@ class Codes:
         if why not in self.said:
             self.said.add(why)
             warnings.warn(f"the region of {where} is not compiled: {why}", FlarecWarning, stacklevel=4)
+
+
+def step_codes(exact: int = EXACT) -> Codes:
+    """Code of steps, whose reductions are over sooner than their launches, by which inductor would time them."""
+    return Codes(exact=exact, timing=False)
+
+
+def reading_codes() -> Codes:
+    """Code that reads prompts, in pieces of any size."""
+    return Codes(dynamic=True)
 
 
 def lifted(unit: fx.GraphModule) -> tuple[fx.Graph, tuple[Tensor, ...], str]:

@@ -17,7 +17,7 @@ from flarec.decode.horizon import HorizonProgram
 from flarec.decode.noise_ids import Ranges
 from flarec.decode.policy import CAUSAL, Drafting
 from flarec.decode.stores import Static
-from flarec.ir.compiled import Codes, compiled_by_region
+from flarec.ir.compiled import compiled_by_region, step_codes
 from flarec.ir.program import Program
 from flarec.passes import lower
 from tests.decode.helpers import RandomPolicy, hold, random_options
@@ -140,7 +140,7 @@ def test_compiled_graphs_give_the_tokens_of_plain_causal_steps() -> None:
     """Of the first two kinds of steps, compiled for their sizes, and of others; states are overwritten in place."""
     captured = program_of("qwen3_5_text")
     plain = engine_of(captured, "off")
-    program, codes = lower(captured, "decode", kernels="triton", fast=True, regions=True), Codes(exact=2)
+    program, codes = lower(captured, "decode", kernels="triton", fast=True, regions=True), step_codes(exact=2)
 
     def make(given: Any) -> Program:
         return compiled_by_region(given, codes)

@@ -9,10 +9,10 @@ import torch
 
 from flarec.decode import Engine
 from flarec.decode.graphs import CudaReplays, PlainReplays
-from flarec.decode.stores import EXACT, Shelf, Static
+from flarec.decode.stores import Shelf, Static
 from flarec.errors import UsageError
 from flarec.frontend.export import capture
-from flarec.ir.compiled import Codes, compiled_by_region
+from flarec.ir.compiled import compiled_by_region, reading_codes, step_codes
 from flarec.ir.program import Program
 from flarec.passes import lower
 
@@ -94,13 +94,13 @@ class ServingSession(Session):
 
     def _compiled(self, program: Any) -> Program:
         """One for all engines: what was compiled is not compiled again."""
-        return self.measured("compiled", lambda: compiled_by_region(program, Codes(exact=EXACT, timing=False)))
+        return self.measured("compiled", lambda: compiled_by_region(program, step_codes()))
 
     def reader(self, program: Any) -> Program:
         """What reads prompts once there were many."""
         if not self.compile:
             return self.program
-        return self.measured("reader", lambda: compiled_by_region(program, Codes(dynamic=True)))
+        return self.measured("reader", lambda: compiled_by_region(program, reading_codes()))
 
     def prompts(self, requests: int, tokens: int | None = None) -> list[list[int]]:
         generator = torch.Generator().manual_seed(1)

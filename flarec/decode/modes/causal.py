@@ -24,7 +24,7 @@ class CausalMode:
         return token
 
     def shape(self, rows: Rows) -> StepShape:
-        return step_shape(rows.width, 1, 1)
+        return step_shape(rows.width, clean=1, heads=1)
 
     def inputs(self, rows: Rows, shape: StepShape) -> tuple[Tensor, Tensor | None]:
         return rows.state["token"][:, None], None

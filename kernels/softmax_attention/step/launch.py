@@ -39,6 +39,7 @@ class StepLaunch:
     many: bool = False
 
 
+@functools.lru_cache(maxsize=1024)  # asked by every layer of a step that is no replay
 def launch_of(
     dtype: torch.dtype, dim: int, rows: int, pairs: int, capacity: int, room: int = H100_SHARED
 ) -> StepLaunch:
